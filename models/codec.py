@@ -1,0 +1,119 @@
+"""The latent codec: the one place that knows the VAE, its scale and its shift.
+
+Letters: N batch, C latent channels, h = w latent size, f downsampling factor of the VAE, R = f·h image size.
+"Moments" are mean and std of the VAE posterior, concatenated on the channel axis: (N, 2C, h, w).
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import torch
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSpec:
+    """What a set of latents was made with; travels in the data manifest and in the checkpoint.
+
+    Latents for the network are `(mean + std·ε − shift)·scale`.
+    """
+
+    vae: str = DEFAULT_VAE
+    family: str = "sd-vae-ft"
+    scale: float = 0.18215
+    shift: float = 0.0
+    channels: int = 4
+    factor: int = 8
+
+    def sample(self, moments, noise):
+        """Draw latents from the posterior, moments (N, 2C, h, w) and standard normal noise (N, C, h, w) → (N, C, h, w)."""
+        mean, std = moments.chunk(2, dim=1)
+        return (mean + std * noise - self.shift) * self.scale
+
+    def check_same(self, other, ours, theirs):
+        """Raise ValueError unless `other` has the same encoder family, scale and shift.
+
+        ours, theirs: what the two specs belong to, for the message.
+        """
+        for field in ("family", "scale", "shift"):
+            a, b = getattr(self, field), getattr(other, field)
+            if a != b:
+                raise ValueError(
+                    f"VAE mismatch: {ours} has {field} {a} (VAE {self.vae}), {theirs} has {field} {b} "
+                    f"(VAE {other.vae}); use --vae {self.vae}, or encode the data again"
+                )
+
+
+def vae_family(name):
+    """Name of the encoder family of a VAE; sd-vae-ft-ema and -mse share their encoder."""
+    known = re.search(r"sd-vae-ft(?=-(ema|mse))", str(name))
+    return known.group() if known else Path(str(name)).name
+
+
+def resolve_vae(name):
+    """Full name of a VAE: a short name (`ema`, `mse`), a hub id, or a folder (also relative to the repository)."""
+    name = SHORT_NAMES.get(str(name), str(name))
+    for folder in (Path(name), ROOT / name):
+        if folder.is_dir():
+            return str(folder)
+    return name
+
+
+def to_uint8(images):
+    """(N, 3, R, R) in [−1, 1] → uint8 (N, R, R, 3): (x + 1)·127.5, clamped, cast (the release truncates)."""
+    return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class LatentCodec:
+    """A VAE with its spec: images ↔ moments ↔ latents."""
+
+    def __init__(self, vae, spec):
+        self.vae = vae.eval().requires_grad_(False)
+        self.spec = spec
+
+    @classmethod
+    def load(cls, name=DEFAULT_VAE, device="cpu", dtype=torch.float32):
+        """Load a diffusers `AutoencoderKL` by name or folder. Raises OSError with the remedy when it is not there."""
+        from diffusers import AutoencoderKL  # four seconds to import, and training without grids never needs it
+
+        path = resolve_vae(name)
+        try:
+            vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise OSError(
+                f"cannot load the VAE '{name}' ({reason}); "
+                "pass --vae with a folder that holds a diffusers AutoencoderKL, or connect to the hub once"
+            ) from None
+        config = vae.config
+        spec = LatentSpec(
+            vae=SHORT_NAMES.get(str(name), str(name)),
+            family=vae_family(name if str(name) not in SHORT_NAMES else path),
+            scale=float(config.scaling_factor),
+            shift=float(getattr(config, "shift_factor", None) or 0.0),
+            channels=int(config.latent_channels),
+            factor=2 ** (len(config.block_out_channels) - 1),
+        )
+        return cls(vae.to(device), spec)
+
+    @property
+    def device(self):
+        return self.vae.device
+
+    @torch.no_grad()
+    def encode(self, images):
+        """uint8 images (N, 3, R, R) → moments, float32 (N, 2C, h, w), neither sampled nor scaled."""
+        x = images.to(self.device, self.vae.dtype) / 127.5 - 1
+        posterior = self.vae.encode(x).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+    @torch.no_grad()
+    def decode(self, latents, chunk=32):
+        """Network latents (N, C, h, w) → uint8 images (N, R, R, 3), `chunk` at a time to bound memory."""
+        z = latents.to(self.device, self.vae.dtype) / self.spec.scale + self.spec.shift
+        return torch.cat([to_uint8(self.vae.decode(part).sample) for part in z.split(chunk)])
