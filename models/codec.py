@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from models.errors import InputError
+
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,14 +38,14 @@ class LatentSpec:
         return (mean + std * noise - self.shift) * self.scale
 
     def check_same(self, other, ours, theirs):
-        """Raise ValueError unless `other` has the same encoder family, scale and shift.
+        """Raise InputError unless `other` has the same encoder family, scale and shift.
 
         ours, theirs: what the two specs belong to, for the message.
         """
         for field in ("family", "scale", "shift"):
             a, b = getattr(self, field), getattr(other, field)
             if a != b:
-                raise ValueError(
+                raise InputError(
                     f"VAE mismatch: {ours} has {field} {a} (VAE {self.vae}), {theirs} has {field} {b} "
                     f"(VAE {other.vae}); use --vae {self.vae}, or encode the data again"
                 )
@@ -78,7 +80,7 @@ class LatentCodec:
 
     @classmethod
     def load(cls, name=DEFAULT_VAE, device="cpu", dtype=torch.float32):
-        """Load a diffusers `AutoencoderKL` by name or folder. Raises OSError with the remedy when it is not there."""
+        """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError when it is not there."""
         from diffusers import AutoencoderKL  # four seconds to import, and training without grids never needs it
 
         path = resolve_vae(name)
@@ -86,7 +88,7 @@ class LatentCodec:
             vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
         except (OSError, ValueError, json.JSONDecodeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OSError(
+            raise InputError(
                 f"cannot load the VAE '{name}' ({reason}); "
                 "pass --vae with a folder that holds a diffusers AutoencoderKL, or connect to the hub once"
             ) from None
