@@ -33,7 +33,7 @@ class LatentSpec:
     factor: int = 8
 
     def sample(self, moments, noise):
-        """Draw latents from the posterior, moments (N, 2C, h, w) and standard normal noise (N, C, h, w) → (N, C, h, w)."""
+        """Draw latents from the posterior: moments (N, 2C, h, w), standard normal noise (N, C, h, w) → (N, C, h, w)."""
         mean, std = moments.chunk(2, dim=1)
         return (mean + std * noise - self.shift) * self.scale
 
