@@ -1,0 +1,189 @@
+"""Reading model files: ours, and the published DeepFlow and SiT ones, recognised by their keys.
+
+A file of ours carries its configuration. Of a published one, sizes follow from the shapes, heads and key layers
+from the preset of the same width; flags override. Loading is always strict.
+"""
+
+import argparse
+import math
+import pickle
+import re
+
+import torch
+
+from models.deepflow import DeepFlow
+from models.errors import InputError
+from models.layers import TimestepEmbedder
+from models.presets import PRESETS, parse_df_idxs, spaced_key_layers
+
+
+def read_file(path):
+    """Read a checkpoint with `weights_only=True`. Raises InputError naming the file."""
+    try:
+        # Published files hold their argparse.Namespace beside the weights: harmless, and allowed by name only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"--ckpt {path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"--ckpt {path} is a folder; name the .pt file in it") from None
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise InputError(f"--ckpt {path} is unreadable or truncated ({reason}); copy or download it again") from None
+
+
+def load_model(path, weights="ema", **overrides):
+    """Model in eval mode and its constructor arguments, from a file of ours or a published one.
+
+    weights: "ema" or "raw" (the entry "model"); overrides: constructor arguments that a published file cannot tell.
+    Raises InputError where the file does not hold what is asked for.
+    """
+    content = read_file(path)
+    state = pick_weights(content, weights, path)
+    config = model_options(content) or config_from_state(state, path)
+    state, config = convert(state, config, is_ours=model_options(content) is not None)
+    config = check_overrides(config, overrides, path, is_ours=model_options(content) is not None)
+    model = DeepFlow(**config)
+    load_strictly(model, state, path)
+    return model.eval(), config
+
+
+def model_options(content):
+    """The constructor arguments in a file of ours, else None."""
+    config = content.get("config") if isinstance(content, dict) else None
+    return dict(config["model_options"]) if isinstance(config, dict) and "model_options" in config else None
+
+
+def pick_weights(content, weights, path):
+    """The state dict `weights` ("ema" or "raw") of a file's content, wrapper prefixes stripped."""
+    if not isinstance(content, dict):
+        raise InputError(f"--ckpt {path} holds a {type(content).__name__}, not a state dict")
+    key = {"ema": "ema", "raw": "model"}[weights]
+    if "x_embedder.proj.weight" in map(strip_prefix, content):
+        state = content
+    elif key in content:
+        state = content[key]
+    else:
+        entries = ", ".join(map(str, list(content)[:6])) or "nothing"
+        raise InputError(f"--ckpt {path} has no entry '{key}' (it holds {entries}); choose other --weights")
+    return {strip_prefix(name): tensor for name, tensor in state.items()}
+
+
+def strip_prefix(name):
+    """Parameter name without what DDP (`module.`) and torch.compile (`_orig_mod.`) put before it, in any nesting."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
+
+
+def load_strictly(model, state, path):
+    """load_state_dict, with one line of InputError that names the first mismatch."""
+    own = model.state_dict()
+    for kind, names in (("lacks", own.keys() - state.keys()), ("has the unknown", state.keys() - own.keys())):
+        if names:
+            raise InputError(f"{path} is of another model: it {kind} {min(names)} ({len(names)} such names)")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise InputError(
+                f"{path} is of another model: {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+            )
+    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in state.values()))
+
+
+def config_from_state(state, path):
+    """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError."""
+    if "x_embedder.proj.weight" not in state or "pos_embed" not in state:
+        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT): x_embedder or pos_embed is missing")
+    if any(name.startswith("logvar_linear") for name in state):
+        raise InputError(f"--ckpt {path} is a Decoupled MeanFlow file, which cannot be read here yet")
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    num_branches = 1 + len({name.split(".")[1] for name in state if name.startswith("df_blocks.")})
+    row = closest_preset(hidden_size, depth, num_branches)
+    config = {
+        "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": row.num_heads if row else hidden_size // 64,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "df_idxs": row.df_idxs if row and row.depth == depth else spaced_key_layers(depth, num_branches),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+    }
+    if num_branches > 1:
+        config["projector_dim"] = state["df_blocks.0.acc_mlp.0.weight"].shape[0]
+    if "projectors.0.4.weight" in state and num_branches > 1:
+        config.update(ssl_align=True, z_dims=(state["projectors.0.4.weight"].shape[0],))
+    return config
+
+
+def closest_preset(hidden_size, depth, num_branches):
+    """Preset row of this width, preferably of this depth and number of branches too; None for an unknown width."""
+    rows = [row for row in PRESETS.values() if row.hidden_size == hidden_size]
+    rows.sort(key=lambda row: (len(row.df_idxs) + 1 != num_branches, row.depth != depth))
+    return rows[0] if rows else None
+
+
+def convert(state, config, is_ours):
+    """Bring other families' weights to this project's conventions; files of ours and DeepFlow's pass unchanged.
+
+    REPA's SiT (t = 0 is data already) only loses its projector; the SiT release is turned round in time.
+    """
+    if is_ours or config["df_idxs"]:
+        return state, config
+    if any(name.startswith("projectors.") for name in state):
+        return {name: tensor for name, tensor in state.items() if not name.startswith("projectors.")}, config
+    return reverse_time(drop_sigma(state, config["in_channels"])), config
+
+
+def drop_sigma(state, channels):
+    """Remove the unused half of a `learn_sigma` output layer; its rows are ordered (patch row, column, 2C channels)."""
+    weight, bias = state["final_layer.linear.weight"], state["final_layer.linear.bias"]
+    patch_area = state["x_embedder.proj.weight"].shape[-1] ** 2
+    if weight.shape[0] == patch_area * channels:
+        return state
+    weight = weight.unflatten(0, (patch_area, 2 * channels))[:, :channels].flatten(0, 1)
+    bias = bias.unflatten(0, (patch_area, 2 * channels))[:, :channels].flatten()
+    return {**state, "final_layer.linear.weight": weight, "final_layer.linear.bias": bias}
+
+
+def reverse_time(state):
+    """Weights of a network whose t = 1 is data and whose velocity points there, as ours: v(x, t) = −network(x, 1 − t).
+
+    The sign goes into the output layer. The time goes into the embedder's first Linear, because the sinusoid of
+    1 − t is a rotation of the sinusoid of t: cos((1−t)f) = cos f·cos tf + sin f·sin tf, and likewise for sin.
+    """
+    n = TimestepEmbedder.NUM_FREQUENCIES
+    f = torch.exp(-math.log(10000.0) * torch.arange(n, dtype=torch.float32) / n).double()
+    weight = state["t_embedder.mlp.0.weight"]
+    f = f.to(weight.device)
+    of_cos, of_sin = weight.double().split(n, dim=1)
+    rotated = torch.cat([of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos()], dim=1)
+    return {
+        **state,
+        "t_embedder.mlp.0.weight": rotated.to(weight.dtype),
+        "final_layer.linear.weight": -state["final_layer.linear.weight"],
+        "final_layer.linear.bias": -state["final_layer.linear.bias"],
+    }
+
+
+def check_overrides(config, overrides, path, is_ours):
+    """Merge given constructor arguments; where the file already answers, a contradiction is an InputError.
+
+    Of a published file only heads, key layers and the legacy clamp cannot be told from the weights.
+    """
+    config = dict(config)
+    free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling")
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        value = parse_df_idxs(value) if key == "df_idxs" else value
+        known = config.get(key)
+        known = tuple(known) if isinstance(known, list) else known
+        if key in config and key not in free and value != known:
+            raise InputError(f"--{FLAGS.get(key, key.replace('_', '-'))} {value} contradicts {path}, which has {known}")
+        config[key] = value
+    config["df_idxs"] = tuple(config["df_idxs"])
+    return config
+
+
+FLAGS = {"depth": "trans-depth"}  # flags that are not named as the constructor's argument

@@ -1,0 +1,179 @@
+"""Layers shared by the transformers: embeddings, attention, the adaLN-Zero block and the velocity layer.
+
+Letters: N batch, C latent channels, H = W latent size, p patch size, T = (H/p)² tokens, D hidden size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LN_EPS = 1e-6
+
+
+def modulate(h, shift, scale):
+    """adaLN modulation h·(1 + scale) + shift; h (N, T, D), shift and scale (N, D)."""
+    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_1d(width, positions):
+    """[sin(p·ω), cos(p·ω)], ω_j = 10000^(−j/(width/2)); positions (T,) float64 → (T, width) float64."""
+    omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angles = positions[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_2d(width, grid):
+    """Fixed position embedding of a grid × grid token square, row-major → float32 (1, grid², width).
+
+    The first half of the channels encodes the column, the second half the row.
+    """
+    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    halves = [sincos_1d(width // 2, axis.flatten()) for axis in (column, row)]
+    return torch.cat(halves, dim=1).float().unsqueeze(0)
+
+
+class PatchEmbed(nn.Module):
+    """p × p convolution with stride p: (N, C, H, W) → tokens (N, T, D), row-major."""
+
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def unpatchify(tokens, patch_size, channels):
+    """Token vectors ordered (row in patch, column in patch, channel): (N, T, p·p·C) → (N, C, H, W)."""
+    n, t, _ = tokens.shape
+    grid = math.isqrt(t)
+    x = tokens.reshape(n, grid, grid, patch_size, patch_size, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, grid * patch_size, grid * patch_size)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid [cos(t·f), sin(t·f)] of 256 entries, then Linear, SiLU, Linear: (N,) → (N, D).
+
+    t is used as it is, without the factor 1000 of diffusion models; signed gaps are embedded the same way.
+    """
+
+    NUM_FREQUENCIES = 128
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * self.NUM_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def sinusoid(self, t):
+        """(N,) → (N, 256), at least in float32."""
+        index = torch.arange(self.NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(10000.0) * index / self.NUM_FREQUENCIES)
+        angles = t[:, None] * frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, t):
+        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Table of num_classes + 1 rows; the last row is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with qkv bias; optional LayerNorm of each head's q and k."""
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False):
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+
+    def forward(self, h):
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(h).chunk(3, dim=-1))
+        h = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(merge_heads(h))
+
+
+def split_heads(h, num_heads):
+    """(N, T, D) → (N, heads, T, D/heads)."""
+    return h.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(h):
+    """(N, heads, T, D/heads) → (N, T, D)."""
+    return h.transpose(1, 2).flatten(2)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, in_features, hidden_features, out_features):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, h):
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+def adaln(condition_size, out_features):
+    """SiLU → Linear, the source of shifts, scales and gates. Zero at initialisation."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(condition_size, out_features))
+
+
+class Block(nn.Module):
+    """DiT block with adaLN-Zero: gated attention, then a gated MLP; h (N, T, D), condition c (N, D)."""
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False, mlp_ratio=4):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=LN_EPS, elementwise_affine=False)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=LN_EPS, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, mlp_ratio * hidden_size, hidden_size)
+        self.adaLN_modulation = adaln(hidden_size, 6 * hidden_size)
+
+    def forward(self, h, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
+        h = h + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift_a, scale_a))
+        return h + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
+
+
+class VelocityLayer(nn.Module):
+    """LayerNorm, modulation by c, Linear: h (N, T, D), c (N, D) → token vectors (N, T, p·p·C)."""
+
+    def __init__(self, hidden_size, patch_size, channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=LN_EPS, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * channels)
+        self.adaLN_modulation = adaln(hidden_size, 2 * hidden_size)
+
+    def forward(self, h, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(h), shift, scale))
+
+
+def zero_(linear):
+    """Set a Linear's weight and bias to zero."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def xavier_linears_(module):
+    """Xavier-uniform weight and zero bias for every Linear below `module`."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)

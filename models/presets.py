@@ -1,0 +1,89 @@
+"""The table of model sizes, and `create_model`, which fills the constructor from it."""
+
+import dataclasses
+import inspect
+import re
+
+from models.deepflow import DeepFlow
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A row of the table; `parameters` counts the model at 32×32×4 latents and 1000 classes."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    df_idxs: tuple
+    parameters: int
+    projector_dim: int = 2048
+
+
+# Ti is ours, for laptops and tests; S of DeepFlow is ours too. The others are the papers'.
+PRESETS = {
+    #                      depth  width heads patch key layers  parameters
+    "DeepFlow-Ti/2": Preset(4, 128, 4, 2, (2,), 2_262_064, projector_dim=256),
+    "DeepFlow-S/2": Preset(12, 384, 6, 2, (6,), 55_366_704),
+    "DeepFlow-B/2": Preset(12, 768, 12, 2, (6,), 166_201_392),
+    "DeepFlow-L/2": Preset(18, 1024, 16, 2, (6, 12), 433_438_768),
+    "DeepFlow-XL/2": Preset(24, 1152, 16, 2, (8, 16), 681_559_344),
+    "SiT-Ti/2": Preset(4, 128, 4, 2, (), 1_434_896),
+    "SiT-S/2": Preset(12, 384, 6, 2, (), 32_957_200),
+    "SiT-S/4": Preset(12, 384, 6, 4, (), 32_920_384),
+    "SiT-S/8": Preset(12, 384, 6, 8, (), 33_049_600),
+    "SiT-B/2": Preset(12, 768, 12, 2, (), 130_500_112),
+    "SiT-B/4": Preset(12, 768, 12, 4, (), 130_426_432),
+    "SiT-B/8": Preset(12, 768, 12, 8, (), 130_684_672),
+    "SiT-L/2": Preset(24, 1024, 16, 2, (), 458_086_416),
+    "SiT-L/4": Preset(24, 1024, 16, 4, (), 457_988_160),
+    "SiT-L/8": Preset(24, 1024, 16, 8, (), 458_332_416),
+    "SiT-XL/2": Preset(28, 1152, 16, 2, (), 675_111_184),
+    "SiT-XL/4": Preset(28, 1152, 16, 4, (), 675_000_640),
+    "SiT-XL/8": Preset(28, 1152, 16, 8, (), 675_387_904),
+}
+
+
+def parse_df_idxs(text):
+    """Key layers from the command line: `[8,16]`, `8,16` and `8 16` (one string or several) → (8, 16)."""
+    joined = text if isinstance(text, str) else " ".join(map(str, text))
+    if not re.fullmatch(r"\s*\[?[\d\s,-]*\]?\s*", joined):
+        raise InputError(f"--df-idxs {joined!r} is not a list of block numbers; write [8,16] or '8 16'")
+    return tuple(int(number) for number in re.findall(r"-?\d+", joined))
+
+
+def spaced_key_layers(depth, num_branches):
+    """Key layers that divide `depth` blocks into `num_branches` equal branches, or InputError."""
+    if depth % num_branches:
+        raise InputError(
+            f"--trans-depth {depth} does not divide into the preset's {num_branches} branches; pass --df-idxs as well"
+        )
+    return tuple(range(depth // num_branches, depth, depth // num_branches))
+
+
+def model_config(name, **overrides):
+    """Constructor arguments of a preset with overrides (None means not given), checked and complete.
+
+    `depth` without `df_idxs` spaces the preset's number of branches evenly. Raises InputError.
+    """
+    if name not in PRESETS:
+        raise InputError(f"--model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    config = {key: parameter.default for key, parameter in inspect.signature(DeepFlow).parameters.items()}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    unknown = set(given) - set(config)
+    if unknown:
+        raise TypeError(f"unknown model option {sorted(unknown)[0]!r}")
+    config.update({key: getattr(preset, key) for key in config if hasattr(preset, key)})
+    config.update(given)
+    if "depth" in given and "df_idxs" not in given:
+        config["df_idxs"] = spaced_key_layers(config["depth"], len(preset.df_idxs) + 1)
+    config["df_idxs"] = parse_df_idxs(config["df_idxs"])
+    config["z_dims"] = tuple(config["z_dims"])
+    return config
+
+
+def create_model(name, **overrides):
+    """Build a freshly initialised model: `create_model("DeepFlow-XL/2")` is the paper's. Raises InputError."""
+    return DeepFlow(**model_config(name, **overrides))

@@ -1,0 +1,133 @@
+"""Samplers: one loop over a time grid, one step function per method, guidance as a wrapper round the network.
+
+Time runs from 1 (noise) to 0 (data). State, times, guidance and update are float64 (float32 on devices without it);
+x and t are cast to the network's dtype for the call and its output back.
+"""
+
+import dataclasses
+
+import torch
+
+from models.errors import InputError
+
+SDE_LAST_TIME = 0.04  # the noise-free last step goes from here to 0
+
+
+def state_dtype(device):
+    """float64 where the device has it (Apple's mps has not)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def sde_times(num_steps):
+    """linspace(1, 0.04, num_steps), then 0: num_steps model evaluations. float64 (num_steps + 1,)."""
+    return torch.cat([torch.linspace(1, SDE_LAST_TIME, num_steps, dtype=torch.float64), torch.zeros(1).double()])
+
+
+def ode_times(num_steps):
+    """linspace(1, 0, num_steps + 1), float64."""
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+
+@dataclasses.dataclass
+class Guidance:
+    """Classifier-free guidance u + scale·(c − u) on all channels, while low ≤ t ≤ high; scale 1 is off."""
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def active(self, t):
+        return self.scale != 1.0 and self.low <= float(t) <= self.high
+
+    def check(self, times):
+        """Raise InputError where the settings make no sense or guide none of the evaluated times."""
+        if self.scale < 1.0:
+            raise InputError(f"--cfg-scale {self.scale} is below 1; 1.0 is no guidance")
+        if not 0.0 <= self.low <= self.high <= 1.0:
+            raise InputError(
+                f"--guidance-low {self.low} and --guidance-high {self.high} must satisfy 0 <= low <= high <= 1 "
+                "(t = 0 is data, t = 1 is noise)"
+            )
+        if self.scale != 1.0 and not any(self.active(t) for t in times[:-1]):
+            raise InputError(
+                f"--guidance-low {self.low} --guidance-high {self.high} guide no step of this time grid although "
+                f"--cfg-scale is {self.scale}; widen the interval"
+            )
+
+
+class GuidedVelocity:
+    """The callable that the steps see: (x, t) → velocity in the state's dtype, with guidance and a count.
+
+    network(x, t, y): velocity of a batch, called with t (N,) in the network's dtype; y (N,): the condition;
+    y_null (N,): the null condition. A guided call is one forward pass of 2N rows.
+    """
+
+    def __init__(self, network, y, y_null, guidance=None, dtype=torch.float32):
+        self.network, self.y, self.y_null = network, y, y_null
+        self.guidance, self.dtype = guidance or Guidance(), dtype
+        self.calls = 0  # forward passes
+        self.guided_calls = 0  # those of 2N rows
+
+    @torch.no_grad()
+    def __call__(self, x, t):
+        self.calls += 1
+        if not self.guidance.active(t):
+            return self.evaluate(x, t, self.y)
+        self.guided_calls += 1
+        both = self.evaluate(torch.cat([x, x]), t, torch.cat([self.y, self.y_null]))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.guidance.scale * (conditional - unconditional)
+
+    def evaluate(self, x, t, y):
+        times = torch.full((len(x),), float(t), dtype=self.dtype, device=x.device)
+        return self.network(x.to(self.dtype), times, y).to(x.dtype)
+
+
+def euler_step(velocity, x, t, t_next, _index):
+    """x + Δt·v."""
+    return x + (t_next - t) * velocity(x, t)
+
+
+def heun_step(velocity, x, t, t_next, _index):
+    """Trapezoidal correction with a second evaluation at the next time; plain Euler into t = 0."""
+    v = velocity(x, t)
+    predicted = x + (t_next - t) * v
+    if t_next == 0:
+        return predicted
+    return x + (t_next - t) * 0.5 * (v + velocity(predicted, t_next))
+
+
+@dataclasses.dataclass
+class EulerMaruyamaStep:
+    """Reverse SDE with diffusion w(t) = 2t: drift v − ½·w·score, noise √(w·|Δt|); the step into t = 0 adds none.
+
+    noise(i): standard normal noise of step i, shaped like x. Guiding v guides the drift: the score is affine in v.
+    """
+
+    path: object
+    noise: object
+
+    def __call__(self, velocity, x, t, t_next, index):
+        dt, w = t_next - t, 2 * t
+        v = velocity(x, t)
+        x = x + dt * (v - 0.5 * w * self.path.score(v, x, t))
+        return x if t_next == 0 else x + (w * dt.abs()).sqrt() * self.noise(index).to(x)
+
+
+def integrate(step, velocity, x, times):
+    """Carry x from times[0] to times[-1]; x (N, C, H, W), times descending. Returns x in the state's dtype."""
+    x = x.to(state_dtype(x.device))
+    times = times.to(x)
+    for index in range(len(times) - 1):
+        x = step(velocity, x, times[index], times[index + 1], index)
+    return x
+
+
+def sample_sde(velocity, x, path, noise, num_steps=250):
+    """Euler–Maruyama from noise x at t = 1; the paper's numbers use 250 steps."""
+    return integrate(EulerMaruyamaStep(path, noise), velocity, x, sde_times(num_steps))
+
+
+def sample_ode(velocity, x, num_steps=50, heun=False):
+    """Probability-flow ODE from noise x at t = 1 with Euler or Heun steps."""
+    return integrate(heun_step if heun else euler_step, velocity, x, ode_times(num_steps))
