@@ -1,0 +1,580 @@
+"""Datasets of VAE moments, the seekable sampler, and the loader that feeds training. docs/data.md shows the layouts.
+
+    data = open_dataset("DATA")
+    sampler = SeekableSampler(len(data), batch_size=256, seed=0)
+    for batch in LatentLoader(data, sampler, start_step=1000, stop_step=2000, device="cuda"):
+        latents = data.info.spec.sample(batch.moments, noise)
+
+A data folder holds sets: `vae-sd` (moments), optionally `images` and `vae-sd-mirror` (moments of the flipped images).
+A set of moments is either a folder layout (one .npy per image and `dataset.json`, as others prepare it too) or packed
+(memory-mapped shards). This file is the home of both formats; preprocessing/ writes them.
+
+Letters: N images, B rows of a batch, C latent channels, h = w latent size, R image side.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+import queue
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.codec import LatentCodec, LatentSpec, resolve_vae, vae_family
+from models.errors import InputError
+
+MANIFEST = "manifest.json"
+LABELS_JSON = "dataset.json"  # folder layout: {"labels": [[name, label], …]}
+LABELS = "labels.npy"  # packed layout: int64 (N,)
+NAMES = "names.txt"  # source name of every row, lines padded to one width, so that row i is found without reading
+FORMAT = "deepflow-data"
+VERSION = 1
+MOMENTS, MIRROR, IMAGES = "vae-sd", "vae-sd-mirror", "images"
+PREPARE = "prepare it with preprocessing/dataset_tools.py"
+CHECK = "python preprocessing/dataset_tools.py verify lists what is wrong"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What training must know of a dataset; moments_shape is (2C, h, w), resolution the image side R = h·factor."""
+
+    count: int
+    num_classes: int
+    spec: LatentSpec
+    moments_shape: tuple
+    resolution: int
+    class_names: tuple | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """This rank's rows of one global batch: moments float32 (B, 2C, h, w), labels int64 (B,), images uint8 or None."""
+
+    step: int
+    moments: torch.Tensor
+    labels: torch.Tensor
+    images: torch.Tensor | None
+
+
+def note(text):
+    """Print a remark once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- files of a set
+
+
+def read_json(path):
+    """Parse a JSON file. Raises InputError naming it when it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or make the set again") from None
+
+
+def read_manifest(folder):
+    """Manifest of a set as a dict, or None where there is none."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not a manifest of this project; move it away, or {PREPARE}")
+    if manifest.get("version", 0) > VERSION:
+        raise InputError(f"{path} has format version {manifest['version']}; this code reads {VERSION}: update the code")
+    return manifest
+
+
+def spec_from_manifest(manifest, folder):
+    """The LatentSpec recorded in a manifest of moments."""
+    try:
+        return LatentSpec(**manifest["latents"])
+    except (KeyError, TypeError):
+        raise InputError(f"{Path(folder) / MANIFEST} does not say which VAE made the latents; encode again") from None
+
+
+def spec_of_vae(name):
+    """LatentSpec of a VAE by name or folder; only families that are not known by name are loaded."""
+    if vae_family(resolve_vae(name)) == LatentSpec.family and not Path(resolve_vae(name)).is_dir():
+        return LatentSpec(vae=resolve_vae(name))
+    return LatentCodec.load(name).spec
+
+
+def read_label_list(folder):
+    """(names, labels) of a folder layout, sorted by name as published readers do; labels None where they are null."""
+    path = Path(folder) / LABELS_JSON
+    if not path.is_file():
+        raise InputError(f"{path} is missing: labels are read from it; {PREPARE}")
+    content = read_json(path)
+    if not isinstance(content, dict) or "labels" not in content:
+        raise InputError(f"{path} has no 'labels'; {PREPARE}")
+    if content["labels"] is None:
+        return None, None
+    try:
+        pairs = sorted((str(name), label) for name, label in content["labels"])
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: 'labels' is not a list of [file name, integer]; {PREPARE}") from None
+    for name, label in pairs:
+        if type(label) is not int:
+            raise InputError(f"{path}: the label of {name} is {label!r}, not an integer; {PREPARE}")
+    return [name for name, _ in pairs], np.array([label for _, label in pairs], dtype=np.int64)
+
+
+def walk_files(folder, suffixes):
+    """Sorted relative names (with `/`) of the files under `folder` whose lower-cased suffix is in `suffixes`."""
+    names = []
+    for root, _, files in os.walk(folder, followlinks=True):
+        base = os.path.relpath(root, folder).replace(os.sep, "/")
+        prefix = "" if base == "." else base + "/"
+        names += [prefix + name for name in files if os.path.splitext(name)[1].lower() in suffixes]
+    return sorted(names)
+
+
+class Names:
+    """`names.txt`, memory-mapped: names[i] is the source name of row i."""
+
+    def __init__(self, path, count):
+        self._path = path
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+        self.width = self._map.find(b"\n") + 1 if count else 1
+        if len(self._map) != count * self.width:
+            raise InputError(f"{path} does not hold {count} lines of one width; {CHECK}")
+
+    def __getitem__(self, index):
+        line = self._map[index * self.width : (index + 1) * self.width]
+        return line.rstrip(b" \n").decode("utf-8", "surrogateescape")
+
+
+def pack_names(names):
+    """Bytes of `names.txt`: one name per line, padded with spaces to the longest. Raises InputError on a line break."""
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    broken = next((name for name in encoded if b"\n" in name), None)
+    if broken is not None:
+        raise InputError(f"the file name {broken!r} contains a line break; rename the file")
+    width = max(map(len, encoded), default=0)
+    return b"".join(name.ljust(width) + b"\n" for name in encoded)
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+class FolderRows:
+    """Moments of a folder layout: one .npy of shape (2C, h, w) per image."""
+
+    def __init__(self, folder, names, shape=None):
+        self.folder, self.names = Path(folder), names
+        self._header = None
+        first = self._load(names[0])
+        self.shape, self.dtype = tuple(shape or first.shape), first.dtype
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, index, out):
+        """Copy row `index` into out (2C, h, w). Raises InputError on a missing, truncated or odd file."""
+        out[...] = self._load(self.names[index], self.shape)
+
+    def prefetch(self, indices):
+        """Nothing to do: files are read one after the other."""
+
+    def _load(self, name, shape=None):
+        path = self.folder / name
+        try:
+            array = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing, though {LABELS_JSON} lists it; encode again; {CHECK}") from None
+        except (ValueError, EOFError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "empty"
+            raise InputError(f"{path} is truncated or no .npy ({reason}); delete it and encode again") from None
+        if shape is not None and array.shape != shape:
+            raise InputError(f"{path} has shape {array.shape}, the others {shape}; encode it again; {CHECK}")
+        return array
+
+
+class PackedRows:
+    """Rows of a packed set: `shards` of raw C-order rows, all but the last of `shard_size` rows, memory-mapped."""
+
+    def __init__(self, folder, manifest):
+        self.shape, self.dtype = tuple(manifest["shape"]), np.dtype(manifest["dtype"])
+        self._count, self._shard_size = manifest["count"], manifest["shard_size"]
+        row_bytes = self.dtype.itemsize * math.prod(self.shape)
+        self._buffers = [self._map(Path(folder) / s["file"], s["count"] * row_bytes) for s in manifest["shards"]]
+        self._shards = [np.frombuffer(b, self.dtype).reshape(-1, *self.shape) for b in self._buffers]
+        if sum(map(len, self._shards)) != self._count:
+            raise InputError(f"{Path(folder) / MANIFEST}: the shards do not add up to {self._count} rows; pack again")
+        self._row_bytes = row_bytes
+
+    @staticmethod
+    def _map(path, size):
+        try:
+            with open(path, "rb") as file:
+                actual = os.fstat(file.fileno()).st_size
+                if actual != size:
+                    raise InputError(f"{path} has {actual} bytes instead of {size}: truncated; pack or copy it again")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing, though {MANIFEST} lists it; pack or copy it again") from None
+
+    def __len__(self):
+        return self._count
+
+    def read(self, index, out):
+        """Copy row `index` into out, an array of the row's shape."""
+        shard, row = divmod(index, self._shard_size)
+        out[...] = self._shards[shard][row]
+
+    def prefetch(self, indices):
+        """Nothing yet."""
+
+
+class ImageFiles:
+    """Image files of a data folder: images[i] is uint8 (3, R, R)."""
+
+    def __init__(self, folder, name_of, resolution, workers=4):
+        self.folder, self._name_of, self.resolution = Path(folder), name_of, resolution
+        self._pool = ThreadPoolExecutor(workers)
+
+    def gather(self, indices, flip):
+        """uint8 images (B, 3, R, R); rows where `flip` is true are mirrored, as their moments are."""
+        images = list(self._pool.map(self._load, indices, flip))
+        return torch.from_numpy(np.stack(images))
+
+    def _load(self, index, flip):
+        from PIL import Image  # only alignment reads images
+
+        path, side = self.folder / self._name_of(index), self.resolution
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing, though the latents list it; convert again; {CHECK}") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{path} is no readable image ({error}); convert it again") from None
+        if pixels.shape != (side, side, 3):
+            raise InputError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the latents are of {side}x{side} images")
+        return pixels.transpose(2, 0, 1)[:, :, :: -1 if flip else 1]
+
+
+# --------------------------------------------------------------------------------------------------------- dataset
+
+
+class LatentDataset:
+    """Moments with labels, and images where asked for; made by open_dataset."""
+
+    def __init__(self, info, rows, labels, images=None, mirror=None):
+        self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
+        self._rows = rows
+
+    def __len__(self):
+        return self.info.count
+
+    def gather(self, indices, flip=None):
+        """(moments float32 (B, 2C, h, w), labels int64 (B,), images uint8 (B, 3, R, R) or None) of rows `indices`.
+
+        flip: optional bool (B,), true where the mirrored set is meant.
+        """
+        moments, labels, images = self.gather_stored(indices, flip)
+        return moments.float(), labels, images
+
+    def gather_stored(self, indices, flip=None, pin=False):
+        """As gather, with moments in the precision in which they are stored; pin: into page-locked memory."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"row index out of range 0..{len(self) - 1}")
+        flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
+        dtype = torch.from_numpy(np.empty(0, self._rows.dtype)).dtype
+        moments = torch.empty((len(indices), *self.info.moments_shape), dtype=dtype, pin_memory=pin)
+        self._rows.prefetch(indices[~flip])
+        if flip.any():
+            self.mirror.prefetch(indices[flip])
+        out = moments.numpy()
+        for k, (index, mirrored) in enumerate(zip(indices.tolist(), flip.tolist(), strict=True)):
+            (self.mirror if mirrored else self._rows).read(index, out[k])
+        labels = torch.from_numpy(self._labels_of(indices))
+        images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist())
+        return moments, labels, images
+
+    def _labels_of(self, indices):
+        labels = self.labels[indices]
+        check_labels(labels, self.info.num_classes, "the labels")
+        return np.asarray(labels, dtype=np.int64)
+
+
+def check_labels(labels, num_classes, where):
+    """Raise InputError unless every label is in 0..num_classes − 1."""
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise InputError(
+            f"{where}: label {wrong[0]} is out of range for {num_classes} classes (0..{num_classes - 1}); "
+            f"correct the labels or --num-classes; {CHECK}"
+        )
+
+
+def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data_vae=None):
+    """Open a data folder of either layout, recognised by its files.
+
+    images: also read `images`; mirror: also read `vae-sd-mirror`; num_classes, data_vae (name or folder of the VAE):
+    what a folder without a manifest does not say. Raises InputError with one line for everything that does not fit.
+    """
+    folder = find_set(data_dir, MOMENTS)
+    manifest = read_manifest(folder)
+    if manifest is not None and "latents" not in manifest:
+        raise InputError(f"{folder} holds {manifest.get('kind', 'no')} data, not VAE moments; encode it first")
+    spec = _spec(folder, manifest, data_vae)
+    rows, labels, names = _open_packed(folder, manifest) if is_packed(manifest) else _open_folder(folder, manifest)
+    _check_moments_shape(rows.shape, spec, folder)
+    classes = _count_classes(folder, manifest, labels, num_classes)
+    if not is_packed(manifest):  # packed labels are checked as they are read: start-up must not depend on their number
+        check_labels(labels, classes, Path(folder) / LABELS_JSON)
+    class_names = manifest.get("class_names") if manifest else None
+    info = DataInfo(
+        count=len(rows),
+        num_classes=classes,
+        spec=spec,
+        moments_shape=rows.shape,
+        resolution=rows.shape[1] * spec.factor,
+        class_names=tuple(class_names) if class_names else None,
+    )
+    image_files = _open_images(data_dir, folder, names, info) if images else None
+    return LatentDataset(info, rows, labels, image_files, _open_mirror(data_dir, info) if mirror else None)
+
+
+def is_packed(manifest):
+    """True where the manifest describes shards."""
+    return manifest is not None and manifest.get("layout") == "packed"
+
+
+def find_set(data_dir, name):
+    """Folder of the set `name`: DATA/name, or DATA where the set itself is named. Raises InputError without one."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"--data-dir {data_dir} does not exist; {PREPARE}")
+    for folder in (data_dir / name, data_dir):
+        if (folder / MANIFEST).is_file() or (folder / LABELS_JSON).is_file():
+            return folder
+    for folder in (data_dir / name, data_dir):
+        if (folder / ".partial").is_dir():
+            raise InputError(f"{folder} is not finished; run the same preprocessing command again, it resumes")
+    raise InputError(f"--data-dir {data_dir} has no {name}/{LABELS_JSON} and no {MANIFEST}; {PREPARE}")
+
+
+def _spec(folder, manifest, data_vae):
+    if manifest is not None:
+        spec = spec_from_manifest(manifest, folder)
+        if data_vae is not None:
+            spec.check_same(spec_of_vae(data_vae), str(folder), "--data-vae")
+        return spec
+    if data_vae is not None:
+        return spec_of_vae(data_vae)
+    spec = LatentSpec()
+    note(
+        f"warning: {folder} has no {MANIFEST}; its latents are taken as {spec.family} at scale {spec.scale} "
+        "(another VAE: --data-vae)"
+    )
+    return spec
+
+
+def _open_folder(folder, manifest):
+    names, labels = read_label_list(folder)
+    if labels is None:
+        if manifest is None or manifest.get("num_classes") != 1:
+            raise InputError(
+                f"{folder / LABELS_JSON} has no labels (null); put the images into class folders "
+                "(one is enough) and convert and encode again"
+            )
+        names = walk_files(folder, {".npy"})
+        labels = np.zeros(len(names), np.int64)  # one class: published tools write null
+    if not names:
+        raise InputError(f"{folder} holds no latents; {PREPARE}")
+    if manifest is not None and manifest["count"] != len(names):
+        raise InputError(f"{folder} holds {len(names)} latents, its {MANIFEST} says {manifest['count']}; {CHECK}")
+    sources = Names(folder / NAMES, len(names)) if manifest is not None and (folder / NAMES).is_file() else None
+    return FolderRows(folder, names), labels, sources
+
+
+def _open_packed(folder, manifest):
+    if not manifest["count"]:
+        raise InputError(f"{folder} holds no latents; {PREPARE}")
+    try:
+        labels = np.load(folder / LABELS, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{folder / LABELS}: labels are missing or unreadable ({error}); pack again") from None
+    if labels.shape != (manifest["count"],) or labels.dtype != np.int64:
+        raise InputError(f"{folder / LABELS} holds {labels.dtype} {labels.shape}, not {manifest['count']} labels")
+    return PackedRows(folder, manifest), labels, Names(folder / NAMES, manifest["count"])
+
+
+def _check_moments_shape(shape, spec, folder):
+    if len(shape) == 3 and shape[0] == 2 * spec.channels and shape[1] == shape[2]:
+        return
+    if len(shape) == 3 and shape[0] == spec.channels:
+        raise InputError(
+            f"{folder}: latents have {shape[0]} channels; {2 * spec.channels} are needed: mean and std of the VAE "
+            "posterior, sampled afresh at every step. Already sampled latents cannot be used: encode the images again"
+        )
+    raise InputError(
+        f"{folder}: latents have shape {shape}; ({2 * spec.channels}, h, h) is needed for VAE {spec.vae}; "
+        "encode again, or name the right VAE with --data-vae"
+    )
+
+
+def _count_classes(folder, manifest, labels, num_classes):
+    recorded = manifest.get("num_classes") if manifest else None
+    if recorded is not None:
+        if num_classes not in (None, recorded):
+            raise InputError(f"--num-classes {num_classes}: {folder / MANIFEST} says {recorded}; leave the flag out")
+        return recorded
+    if num_classes is not None:
+        return num_classes
+    classes = int(labels.max()) + 1
+    note(f"{folder} does not say how many classes it has: {classes} (largest label + 1; otherwise --num-classes)")
+    return classes
+
+
+def _open_mirror(data_dir, info):
+    folder = Path(data_dir) / MIRROR
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing; encode it with preprocessing/dataset_tools.py mirror")
+    manifest = read_manifest(folder)
+    rows, _, _ = _open_packed(folder, manifest) if is_packed(manifest) else _open_folder(folder, manifest)
+    if len(rows) != info.count or rows.shape != info.moments_shape:
+        raise InputError(f"{folder} holds {len(rows)} of {rows.shape}, not {info.count} of {info.moments_shape}")
+    if manifest is not None:
+        info.spec.check_same(spec_from_manifest(manifest, folder), MOMENTS, str(folder))
+    return rows
+
+
+def _open_images(data_dir, folder, names, info):
+    root = next((f for f in (Path(data_dir) / IMAGES, folder.parent / IMAGES) if f.is_dir()), None)
+    if root is None:
+        raise InputError(f"{Path(data_dir) / IMAGES} is missing and images are needed; link the converted images there")
+    if names is None:  # published pairing: the i-th image file belongs to the i-th latent
+        from PIL import Image
+
+        Image.init()
+        names = walk_files(root, Image.EXTENSION.keys())
+        if len(names) != info.count:
+            raise InputError(
+                f"{root} holds {len(names)} images for {info.count} latents, and without a {MANIFEST} they are paired "
+                f"by order; remove the stray files; {CHECK}"
+            )
+    return ImageFiles(root, names.__getitem__, info.resolution)
+
+
+# --------------------------------------------------------------------------------------------- sampler and loader
+
+
+class SeekableSampler:
+    """Data order as a pure function of (seed, epoch, position); any step is found at once.
+
+    The last incomplete batch of an epoch is dropped. World size plays no part: a rank takes its rows of each batch.
+    """
+
+    def __init__(self, count, batch_size, seed):
+        if batch_size < 1:
+            raise InputError(f"--batch-size {batch_size}: at least 1")
+        if count < batch_size:
+            raise InputError(f"--batch-size {batch_size}: the data holds only {count} images; take {count} or fewer")
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.steps_per_epoch = count // batch_size
+        self._orders, self._coins = (None, None), (None, None)
+
+    def batch(self, step):
+        """Indices of global batch `step` (from 0): int64 (batch_size,)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._orders[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.count)
+            self._orders = (epoch, order.astype(np.int64, copy=False))
+        return self._orders[1][position * self.batch_size : (position + 1) * self.batch_size].copy()
+
+    def flips(self, step):
+        """Which rows of global batch `step` come from the mirrored set: bool (batch_size,), one fair coin per image."""
+        epoch = step // self.steps_per_epoch
+        if self._coins[0] != epoch:
+            self._coins = (epoch, np.random.default_rng([self.seed, epoch, 2]).random(self.count) < 0.5)
+        return self._coins[1][self.batch(step)]
+
+
+class LatentLoader:
+    """Batches of steps start_step … stop_step − 1, gathered in a background thread while the step before runs.
+
+    rows: positions of the global batch that this rank takes (default: all); stop_step None: no end; depth: batches
+    held ready. Errors of the thread are raised at the consumer; leaving the loop ends the thread.
+    """
+
+    def __init__(self, dataset, sampler, rows=None, start_step=0, stop_step=None, device="cpu", depth=2):
+        self.dataset, self.sampler, self.device = dataset, sampler, torch.device(device)
+        self.rows = np.arange(sampler.batch_size) if rows is None else np.asarray(rows)
+        self.start_step, self.stop_step, self.depth = start_step, stop_step, depth
+
+    def __iter__(self):
+        ready, stop = queue.Queue(self.depth), threading.Event()
+        thread = threading.Thread(target=self._fill, args=(ready, stop), name="latent-loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield self._receive(*item)
+        finally:
+            stop.set()
+            while thread.is_alive():
+                _take_all(ready)
+                thread.join(0.01)
+
+    def _fill(self, ready, stop):
+        """Thread: put batches, then None, or the exception that ended it."""
+        try:
+            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+            step = self.start_step
+            while not stop.is_set() and (self.stop_step is None or step < self.stop_step):
+                _put(ready, self._gather(step, stream), stop)
+                step += 1
+            _put(ready, None, stop)
+        except BaseException as error:
+            _put(ready, error, stop)
+
+    def _gather(self, step, stream):
+        indices = self.sampler.batch(step)[self.rows]
+        flip = self.sampler.flips(step)[self.rows] if self.dataset.mirror is not None else None
+        tensors = self.dataset.gather_stored(indices, flip, pin=stream is not None)
+        if stream is None:
+            return step, tensors, None
+        with torch.cuda.stream(stream):  # a stream of its own, so that the copy runs beside the training step
+            tensors = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return step, tensors, stream.record_event()
+
+    def _receive(self, step, tensors, copied):
+        """Consumer: order the copy before what follows on this stream; half precision becomes float32 on the device."""
+        if copied is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(copied)
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.record_stream(here)
+        moments, labels, images = (t if t is None or copied is not None else t.to(self.device) for t in tensors)
+        return Batch(step, moments.float(), labels, images)
+
+
+def _put(ready, item, stop):
+    while not stop.is_set():
+        try:
+            return ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+
+
+def _take_all(ready):
+    try:
+        while True:
+            ready.get_nowait()
+    except queue.Empty:
+        return
