@@ -1,0 +1,62 @@
+"""FLOP counts: one forward pass of one sample, traced on the meta device, so any size takes seconds and no memory.
+
+A multiply-add is one MAC and two FLOP. The training forward is counted, with all velocity and acceleration layers
+(and projectors, where the model has them).
+"""
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+CROSS_ATTENTION = "cross_attention"  # the part of VeRA that Table 8 leaves out
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Multiply-adds of one forward pass of one sample."""
+
+    paper_macs: int  # Linear and convolution layers without VeRA's cross-attention: Table 8's "GFLOPS" are these / 1e9
+    total_macs: int  # every matrix product, attention included
+
+
+def count_flops(model):
+    """Flops of a DeepFlow on any device; its weights are neither read nor copied."""
+    x, t, y = meta_inputs(model)
+    weights = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    with torch.no_grad(), layer_macs(model) as macs, FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, weights, (x, t, y))
+    paper_macs = sum(count for name, count in macs.items() if CROSS_ATTENTION not in name.split("."))
+    return Flops(paper_macs, counter.get_total_flops() // 2)
+
+
+def meta_inputs(model):
+    """One sample of the model's size without memory: x (1, C, H, W), t (1,), y (1,)."""
+    size = math.isqrt(model.pos_embed.shape[1]) * model.patch_size
+    dtype = model.pos_embed.dtype
+    return (
+        torch.empty(1, model.in_channels, size, size, dtype=dtype, device="meta"),
+        torch.empty(1, dtype=dtype, device="meta"),
+        torch.empty(1, dtype=torch.long, device="meta"),
+    )
+
+
+@contextlib.contextmanager
+def layer_macs(model):
+    """Dictionary that fills, while the model runs, with the MACs of each Linear and convolution by module name."""
+    macs, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+
+            def hook(layer, _inputs, output, name=name):
+                macs[name] = macs.get(name, 0) + output.numel() * layer.weight[0].numel()
+
+            handles.append(module.register_forward_hook(hook))
+    try:
+        yield macs
+    finally:
+        for handle in handles:
+            handle.remove()
