@@ -1,0 +1,124 @@
+"""Handwritten digits as real images that come with a dependency: scikit-learn's 1,797 scans of 8×8 pixels.
+
+    python preprocessing/digits.py --dest data/digits/raw
+
+writes the training digits as an image folder, one subfolder per class; the held-out digits never leave this module
+as files, so nothing is trained on them by accident. Letters: N images, R resolution.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from models.errors import InputError, exit_on_input_error
+
+CLASSES = 10
+RESOLUTION = 32  # of the images that the VAE, the flow model and the report work on
+GREY_LEVELS = 16  # largest value in the data set; 0 is background
+HELD_OUT_PER_CLASS = 40  # equal per class, as the labels of the samples they are compared with
+SPLIT_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Grey uint8 images (N, 8, 8) in 0..255, int64 labels (N,) in 0..9, indices (N,) in the data set, ascending."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+
+    def take(self, rows):
+        """The digits of these rows, in this order."""
+        return Digits(self.images[rows], self.labels[rows], self.indices[rows])
+
+
+def load_all_digits():
+    """All 1,797 digits; grey values 0..16 become 0..255, rounded."""
+    source = load_digits()
+    images = np.rint(source.images * (255 / GREY_LEVELS)).astype(np.uint8)
+    return Digits(images, source.target.astype(np.int64), np.arange(len(images)))
+
+
+def load_digits_split():
+    """(train, held_out): 1,397 and 400 digits, 40 of each class held out; the same on every machine."""
+    digits = load_all_digits()
+    # numpy's legacy generator is frozen for good; scikit-learn's own splitter may change, and with it what is held out
+    rng = np.random.RandomState(SPLIT_SEED)
+    held = np.zeros(len(digits.labels), dtype=bool)
+    for label in range(CLASSES):
+        rows = np.flatnonzero(digits.labels == label)
+        held[rng.permutation(rows)[:HELD_OUT_PER_CLASS]] = True
+    return digits.take(np.flatnonzero(~held)), digits.take(np.flatnonzero(held))
+
+
+def upsample(images, resolution=RESOLUTION):
+    """Grey (N, 8, 8) uint8 → RGB (N, R, R, 3) uint8, the bytes that `dataset_tools.py convert` makes of the PNGs."""
+    resized = []
+    for image in images:
+        # width then height in two calls: Pillow 13 swaps the passes inside one call, and with them some bytes
+        wide = Image.fromarray(image).resize((resolution, image.shape[0]), Image.Resampling.BICUBIC)
+        resized.append(np.asarray(wide.resize((resolution, resolution), Image.Resampling.BICUBIC)))
+    return np.stack(resized)[..., None].repeat(3, axis=-1)
+
+
+def file_names(digits):
+    """Relative file name of each digit: class folder, index in the data set."""
+    return [f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True)]
+
+
+def write_image_folder(digits, dest):
+    """Write 8×8 RGB PNGs DEST/CLASS/INDEX.png; False when they are all there already.
+
+    Files are written beside DEST and renamed at the end, so DEST is whole or absent. Raises InputError when DEST holds
+    something else.
+    """
+    dest, names = Path(dest), file_names(digits)
+    if dest.exists() and not dest.is_dir():
+        raise InputError(f"--dest {dest} is a file; name a new folder")
+    found = (
+        {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()} if dest.exists() else set()
+    )
+    if found == set(names):
+        return False
+    if found:
+        raise InputError(f"--dest {dest} holds other files (for example {min(found)}); remove it or name a new folder")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    try:
+        for name, image in zip(names, digits.images, strict=True):
+            (partial / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(image).convert("RGB").save(partial / name)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        os.replace(partial, dest)  # an empty DEST is replaced too
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits (training part) as PNGs.")
+    parser.add_argument("--dest", required=True, help="image folder to make, with one subfolder per class")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    train, held_out = load_digits_split()
+    written = write_image_folder(train, args.dest)
+    state = "wrote" if written else "already there:"
+    print(f"{state} {len(train.labels)} digits in {args.dest} ({len(held_out.labels)} more are held out)")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
