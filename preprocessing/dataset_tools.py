@@ -1,0 +1,143 @@
+"""From images to what training reads: convert, encode, pack, verify. docs/data.md explains the layouts.
+
+    python preprocessing/dataset_tools.py convert --source ILSVRC/Data/CLS-LOC/train --dest DATA/images \\
+        --resolution 256x256 --transform center-crop-dhariwal
+    torchrun --nproc_per_node 8 preprocessing/dataset_tools.py encode --source DATA/images --dest DATA/vae-sd
+
+Every command can be killed and run again: it goes on where it was, and does nothing once everything is there.
+"""
+
+import argparse
+import os
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from models.codec import DEFAULT_VAE
+from models.errors import InputError, exit_on_input_error
+from preprocessing.convert import FORMATS, convert
+from preprocessing.encode import DTYPES, STORED, encode
+from preprocessing.packed import SHARD_SIZE
+from preprocessing.transforms import TRANSFORMS
+
+
+def resolution(text):
+    """'256x256' or '256,256' → (256, 256)."""
+    match = re.fullmatch(r"(\d+)[x,](\d+)", text)
+    if not match or 0 in (size := tuple(map(int, match.groups()))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 256x256")
+    return size
+
+
+def positive(text):
+    """A whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def usable_cores():
+    """Number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def add_source(parser, what):
+    """Flags that say which images to read."""
+    parser.add_argument("--source", required=True, metavar="DIR|ZIP", help=what)
+    parser.add_argument("--max-images", type=positive, metavar="N", help="take only the first N in order")
+    parser.add_argument("--skip-bad", action="store_true", help="list and leave out unreadable images, do not stop")
+    parser.add_argument(
+        "--published-labels",
+        action="store_true",
+        help="number classes as the published tool does: a file in the root is a class that shifts all others",
+    )
+
+
+def add_convert(commands):
+    """The convert command's flags."""
+    parser = commands.add_parser("convert", help="images of any size → square RGB images of one size")
+    add_source(parser, "folder of class folders, or a zip of them; labels by sorted top folder, or by its dataset.json")
+    parser.add_argument("--dest", required=True, metavar="DIR|ZIP", help="empty or new folder, or a .zip to make")
+    parser.add_argument("--resolution", type=resolution, metavar="WxH", help="for example 256x256")
+    parser.add_argument("--transform", choices=sorted(TRANSFORMS), help="default: resize without a crop")
+    parser.add_argument("--format", choices=sorted(FORMATS), default="png", help="default png; jpeg loses detail")
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes (default: all cores)")
+    parser.set_defaults(
+        run=lambda a: convert(
+            a.source,
+            a.dest,
+            a.resolution,
+            a.transform,
+            a.max_images,
+            a.workers,
+            a.format,
+            a.published_labels,
+            a.skip_bad,
+        )
+    )
+
+
+def add_encode(commands):
+    """The flags of encode and of mirror, which is encode of flipped images."""
+    for name, text in (
+        ("encode", "converted images → moments (mean and std) of a VAE; also under torchrun"),
+        ("mirror", "encode the horizontally flipped images, as a second set beside the first (DATA/vae-sd-mirror)"),
+    ):
+        parser = commands.add_parser(name, help=text, description=text)
+        add_source(parser, "what convert made (DATA/images)")
+        parser.add_argument("--dest", required=True, metavar="DIR", help="empty or new folder (DATA/vae-sd)")
+        parser.add_argument("--vae", "--model-url", default=DEFAULT_VAE, help=f"name or folder (default {DEFAULT_VAE})")
+        parser.add_argument("--batch-size", type=positive, default=16, help="images at once per process (default 16)")
+        parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the VAE's arithmetic")
+        parser.add_argument("--packed", action="store_true", help="write memory-mapped shards, not a file per image")
+        add_stored(parser)
+        parser.add_argument("--workers", type=positive, default=4, help="threads that read images (default 4)")
+        parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+        parser.set_defaults(
+            run=lambda a, flip=name == "mirror": encode(
+                a.source,
+                a.dest,
+                a.vae,
+                batch_size=a.batch_size,
+                dtype=a.dtype,
+                packed=a.packed,
+                stored=a.stored_dtype,
+                flip=flip,
+                shard_size=a.shard_size,
+                max_images=a.max_images,
+                workers=a.workers,
+                skip_bad=a.skip_bad,
+                published_labels=a.published_labels,
+                device=a.device,
+            )
+        )
+
+
+def add_stored(parser):
+    """Flags of everything that writes shards."""
+    parser.add_argument("--stored-dtype", choices=sorted(STORED), default="fp16", help="of packed rows")
+    parser.add_argument("--shard-size", type=positive, default=SHARD_SIZE, help=f"default {SHARD_SIZE} rows")
+
+
+def parse(arguments=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_convert(commands)
+    add_encode(commands)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run one command."""
+    options = parse(arguments)
+    try:
+        options.run(options)
+    except PermissionError as error:
+        raise InputError(f"{error.filename}: {error.strerror}; choose a place you may write to") from None
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

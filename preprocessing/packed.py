@@ -1,0 +1,123 @@
+"""Writing packed sets: rows go to fixed places of raw shards, by any process and in any order. Format: dataset.py."""
+
+import hashlib
+import io
+import math
+import os
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset import LABELS, NAMES, pack_names
+from models.errors import InputError
+from preprocessing.jobs import sha256_of_file
+
+SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
+
+
+def shard_name(number):
+    """File name of shard `number`."""
+    return f"rows-{number:05d}.bin"
+
+
+def packed_labels(labels, num_classes):
+    """int64 (N,), or None where labels are missing; a single class, without labels as published, is class 0."""
+    if all(label is not None for label in labels):
+        return np.array(labels, dtype=np.int64)
+    return np.zeros(len(labels), np.int64) if num_classes == 1 else None
+
+
+class ShardWriter:
+    """Puts rows of one shape and dtype into the shards of a job's partial folder."""
+
+    def __init__(self, job, shape, dtype="float16", shard_size=SHARD_SIZE):
+        self.job, self.shape, self.dtype = job, tuple(shape), np.dtype(dtype).newbyteorder("<")
+        self.shard_size = shard_size
+        self._row_bytes = self.dtype.itemsize * math.prod(self.shape)
+        self._files = {}
+
+    def write(self, positions, rows, names):
+        """Write rows (B, *shape) at the given positions and wait until the disk has them.
+
+        names: what the rows came from, for the message of the InputError that a value without a place in dtype raises.
+        """
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(rows, dtype=self.dtype)
+        if not np.isfinite(stored).all():
+            bad = int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
+            raise InputError(f"{names[bad]} gives values that are not finite in {self.dtype.name}; try --dtype fp32")
+        touched = set()
+        for position, values in zip(positions, stored, strict=True):
+            shard, row = divmod(position, self.shard_size)
+            file = self._open(shard)
+            self._write_all(file, values.tobytes(), row * self._row_bytes)
+            touched.add(file)
+        for file in touched:
+            os.fdatasync(file) if hasattr(os, "fdatasync") else os.fsync(file)
+
+    def _open(self, shard):
+        if shard not in self._files:
+            path = self.job.partial / shard_name(shard)
+            self._files[shard] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return self._files[shard]
+
+    @staticmethod
+    def _write_all(file, data, offset):
+        while data:
+            written = os.pwrite(file, data, offset)
+            data, offset = data[written:], offset + written
+
+    def close(self):
+        """Close the shard files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+    def finish(self, count, kept, names, labels, manifest):
+        """Put the shards in place, then labels, names and manifest; kept: sorted positions that hold a row.
+
+        names, labels: of the kept rows, in order; a label may be None.
+        """
+        self.close()
+        prefix = ""
+        if len(kept) < count:
+            self._compact(kept)
+            prefix = "kept-"
+        shards = self._place(len(kept), prefix)
+        files = {NAMES: pack_names(names)}
+        labels = packed_labels(labels, manifest["num_classes"])
+        if labels is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, labels)
+            files[LABELS] = buffer.getvalue()
+        content = {"layout": "packed", "count": len(kept), "shape": list(self.shape), "dtype": self.dtype.str}
+        content |= {"shard_size": self.shard_size, "shards": shards}
+        self.job.finish(files, {**manifest, **content, "files": _checksums(files)})
+
+    def _compact(self, kept):
+        """Copy the kept rows to shards of their own: rows that were left out leave no gap."""
+        for number, start in enumerate(range(0, len(kept), self.shard_size)):
+            with open(self.job.partial / f"kept-{shard_name(number)}", "wb") as out:
+                for position in kept[start : start + self.shard_size]:
+                    shard, row = divmod(position, self.shard_size)
+                    out.write(os.pread(self._open(shard), self._row_bytes, row * self._row_bytes))
+        self.close()
+
+    def _place(self, count, prefix):
+        """Checksum every shard and rename it into place; one that an earlier run has placed stays."""
+        shards = []
+        with tqdm(total=count * self._row_bytes, unit="B", unit_scale=True, desc="checksums") as bar:
+            for number, start in enumerate(range(0, count, self.shard_size)):
+                name, rows = shard_name(number), min(self.shard_size, count - start)
+                source, target = self.job.partial / f"{prefix}{name}", self.job.dest / name
+                path = source if source.is_file() else target
+                if not path.is_file() or path.stat().st_size != rows * self._row_bytes:
+                    raise InputError(f"{path} was changed while the command ran; empty {self.job.dest} and start again")
+                shards.append({"file": name, "count": rows, "sha256": sha256_of_file(path, bar)})
+                if path is source:
+                    os.replace(source, target)
+        return shards
+
+
+def _checksums(files):
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
