@@ -6,6 +6,7 @@ x and t are cast to the network's dtype for the call and its output back.
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from models.errors import InputError
@@ -131,3 +132,20 @@ def sample_sde(velocity, x, path, noise, num_steps=250):
 def sample_ode(velocity, x, num_steps=50, heun=False):
     """Probability-flow ODE from noise x at t = 1 with Euler or Heun steps."""
     return integrate(heun_step if heun else euler_step, velocity, x, ode_times(num_steps))
+
+
+def sample_noise(seed, indices, draw, shape):
+    """Standard normal noise (N, *shape), float32, row i a pure function of (seed, indices[i], draw).
+
+    draw 0 is the starting noise, draw i + 1 that of step i; so a sample depends neither on its batch nor its process.
+    """
+    # numpy's streams are the same on every machine; a sample's label uses [seed, index, 0, 1]
+    rows = [np.random.default_rng([seed, index, draw]).standard_normal(shape, dtype=np.float32) for index in indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+def sample_labels(seed, indices, num_classes, balanced=False):
+    """int64 labels (N,): drawn by (seed, index) alone, or index mod num_classes when balanced."""
+    if balanced:
+        return torch.tensor([index % num_classes for index in indices])
+    return torch.tensor([int(np.random.default_rng([seed, index, 0, 1]).integers(num_classes)) for index in indices])

@@ -5,6 +5,7 @@ from the preset of the same width; flags override. Loading is always strict.
 """
 
 import argparse
+import dataclasses
 import math
 import pickle
 import re
@@ -32,20 +33,39 @@ def read_file(path):
         raise InputError(f"--ckpt {path} is unreadable or truncated ({reason}); copy or download it again") from None
 
 
-def load_model(path, weights="ema", **overrides):
-    """Model in eval mode and its constructor arguments, from a file of ours or a published one.
+@dataclasses.dataclass
+class Checkpoint:
+    """A model with what its file says of it; run, data and steps are empty for published files."""
+
+    model: DeepFlow
+    options: dict  # constructor arguments
+    run: dict  # the run's configuration
+    data: dict  # classes, VAE and shapes of the training data
+    steps: int | None
+
+
+def load_checkpoint(path, weights="ema", **overrides):
+    """Checkpoint with the model in eval mode, from a file of ours or a published one.
 
     weights: "ema" or "raw" (the entry "model"); overrides: constructor arguments that a published file cannot tell.
     Raises InputError where the file does not hold what is asked for.
     """
     content = read_file(path)
     state = pick_weights(content, weights, path)
-    config = model_options(content) or config_from_state(state, path)
-    state, config = convert(state, config, is_ours=model_options(content) is not None)
-    config = check_overrides(config, overrides, path, is_ours=model_options(content) is not None)
-    model = DeepFlow(**config)
+    options = model_options(content)
+    is_ours = options is not None
+    state, options = convert(state, options or config_from_state(state, path), is_ours)
+    options = check_overrides(options, overrides, path, is_ours)
+    model = DeepFlow(**options)
     load_strictly(model, state, path)
-    return model.eval(), config
+    run = content["config"] if is_ours else {}
+    return Checkpoint(model.eval(), options, run, content.get("data", {}) if is_ours else {}, content.get("steps"))
+
+
+def load_model(path, weights="ema", **overrides):
+    """Model in eval mode and its constructor arguments; everything else as load_checkpoint."""
+    checkpoint = load_checkpoint(path, weights, **overrides)
+    return checkpoint.model, checkpoint.options
 
 
 def model_options(content):

@@ -12,6 +12,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from models.errors import InputError
 from models.layers import (
@@ -162,6 +163,7 @@ class DeepFlow(nn.Module):
             )
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.df_idxs = tuple(df_idxs)
+        self.gradient_checkpointing = False  # recompute the blocks in the backward pass
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -229,13 +231,18 @@ class DeepFlow(nn.Module):
         for i in range(self.num_branches):
             c = self.t_embedder(times[i]) + label
             for block in self.blocks[ends[i] : ends[i + 1]]:
-                tokens = block(tokens, c)
+                tokens = self.run_block(block, tokens, c)
             v_star, a_star, refined = tokens, None, None
             if i < self.num_branches - 1:
                 gap = self.dt_embedder(times[i + 1] - times[i])
                 a_star, refined = self.df_blocks[i](patches, v_star, gap)
                 tokens = refined
             yield v_star, c, a_star, refined
+
+    def run_block(self, block, tokens, c):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, c, use_reentrant=False)
+        return block(tokens, c)
 
     def forward(self, x, t, y):
         """Velocities, accelerations and projections of all branches.

@@ -1,0 +1,121 @@
+"""Train a DeepFlow or SiT model on VAE latents.
+
+    python train.py --exp-name first --model DeepFlow-B/2 --data-dir DATA
+    accelerate launch train.py --exp-name b2 --model DeepFlow-B/2 --data-dir DATA --weighting lognormal
+
+Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samples/.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import torch
+
+from dataset import SeekableSampler, open_dataset
+from loss import deepflow_loss
+from models import create_model, model_config
+from models.codec import LatentCodec
+from models.errors import InputError, exit_on_input_error
+from models.flops import count_flops
+from models.paths import PATHS
+from training.config import TrainConfig, parse_flags
+from training.distributed import rows_of_rank, start_accelerator
+from training.draws import draw_step
+from training.grids import GridSampler
+from training.trainer import Trainer, describe_data
+
+
+def model_options(config, info):
+    """Constructor arguments of the run's model: preset, flags, and what the data says. Raises InputError."""
+    if config.resolution is not None and config.resolution != info.resolution:
+        raise InputError(
+            f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, which holds latents of "
+            f"{info.resolution}x{info.resolution} images"
+        )
+    return model_config(
+        config.model,
+        depth=config.trans_depth,
+        df_idxs=config.df_idxs,
+        qk_norm=config.qk_norm,
+        legacy_scaling=config.legacy_scaling,
+        num_classes=info.num_classes,
+        in_channels=info.spec.channels,
+        input_size=info.moments_shape[1],
+    )
+
+
+def objective(network, moments, labels, draws, *, config, info, weights):
+    """DeepFlow's loss on one micro-batch → (scalar, parts for the log). Labels are dropped here, not in the network."""
+    path = PATHS[config.path_type]
+    x0 = info.spec.sample(moments.float(), draws.posterior)
+    y = torch.where(draws.drop, info.num_classes, labels)
+    x = path.interpolate(x0, draws.noise, draws.times[0])
+    out = network(x, list(draws.times), y)
+    loss = deepflow_loss(out, x0, draws.noise, draws.times, path, weights, config.acc_coeff)
+    return loss.total.mean(), {**loss.parts(), "latent_std": x0.std()}
+
+
+def describe(config, options, dataset, accelerator):
+    """The resolved run in text: configuration, model size, samples per step, steps and epochs."""
+    with torch.device("meta"):
+        model = create_model(config.model, **options)
+    flops = count_flops(model)
+    sampler = SeekableSampler(len(dataset), config.batch_size, config.seed)
+    steps = min(config.max_train_steps, config.epochs * sampler.steps_per_epoch)
+    lines = [
+        f"run: {config.to_json()}",
+        f"model: {config.model} {options}",
+        f"parameters: {sum(p.numel() for p in model.parameters()):,}",
+        f"forward pass of one sample: {2 * flops.total_macs / 1e9:.2f} GFLOP "
+        f"({flops.paper_macs / 1e9:.2f} G multiply-adds as the paper counts them)",
+        f"data: {len(dataset):,} latents {dataset.info.moments_shape}, {dataset.info.num_classes} classes, "
+        f"VAE {dataset.info.spec.vae} at scale {dataset.info.spec.scale}",
+        f"{config.batch_size} samples per step, {sampler.steps_per_epoch:,} steps per epoch, {steps:,} steps = "
+        f"{steps / sampler.steps_per_epoch:.1f} epochs, {accelerator.num_processes} processes, "
+        f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",
+    ]
+    if steps * (1 - config.ema_decay) < 5:
+        lines.append(f"warning: --ema-decay {config.ema_decay} averages over more than the run's {steps} steps")
+    return "\n".join(lines)
+
+
+def train(config):
+    """Wire data, model, objective and loop of one run."""
+    config.check()
+    run_dir = Path(config.output_dir) / config.exp_name
+    dataset = open_dataset(config.data_dir, num_classes=config.num_classes, data_vae=config.data_vae)
+    options = model_options(config, dataset.info)
+    weights = config.branch_weights(len(options["df_idxs"]) + 1)
+    accelerator = start_accelerator(config, run_dir)
+    rows_of_rank(config.batch_size, accelerator.num_processes, config.gradient_accumulation_steps, 0)
+    accelerator.print(describe(config, options, dataset, accelerator))
+    if config.dry_run:
+        return
+    grids = None
+    if config.sampling_steps and accelerator.is_main_process:
+        codec = LatentCodec.load(config.vae or dataset.info.spec.vae, device=accelerator.device)
+        grids = GridSampler(codec, dataset.info, run_dir, config.seed)
+    torch.manual_seed(config.seed)
+    model = create_model(config.model, **options)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    latent_shape = (dataset.info.spec.channels, *dataset.info.moments_shape[1:])
+    trainer = Trainer(
+        accelerator,
+        config,
+        run_dir,
+        model,
+        dataset,
+        objective=functools.partial(objective, config=config, info=dataset.info, weights=weights),
+        draw=functools.partial(draw_step, config=config, num_branches=model.num_branches, latent_shape=latent_shape),
+        saved={"config": {**dataclasses.asdict(config), "model_options": options}, "data": describe_data(dataset)},
+        on_sample=grids,
+    )
+    accelerator.init_trackers("deepflow", config={"exp_name": config.exp_name, "model": config.model})
+    trainer.fit()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        train(parse_flags(TrainConfig, description=__doc__.splitlines()[0]))

@@ -1,0 +1,90 @@
+"""Writing and finding the checkpoints of a run: plain tensors and JSON-like data, complete or absent."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from models.checkpoints import load_strictly, read_file
+from models.errors import InputError
+
+
+def write_atomically(path, write, durable=True):
+    """Call write(file) on a temporary name, then rename: no half file under the final name.
+
+    durable: flush to disk before the rename, so that this holds after a power cut as well.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def checkpoint_path(run_dir, step):
+    return Path(run_dir) / "checkpoints" / f"{step:07d}.pt"
+
+
+def existing_steps(run_dir):
+    """Steps that a run has checkpoints of, ascending."""
+    return sorted(int(path.stem) for path in (Path(run_dir) / "checkpoints").glob("[0-9]*.pt"))
+
+
+def find_resume_step(run_dir, wanted):
+    """Step to resume from, 0 for a fresh start; wanted: a step count or `latest`. Raises InputError.
+
+    A fresh start never overwrites a run that has checkpoints.
+    """
+    steps = existing_steps(run_dir)
+    if wanted == "latest":
+        return steps[-1] if steps else 0
+    wanted = int(wanted)
+    if wanted == 0 and steps:
+        raise InputError(
+            f"{run_dir} already holds checkpoints up to step {steps[-1]}; pass --resume-step latest to go on, "
+            "or another --exp-name"
+        )
+    if wanted and wanted not in steps:
+        raise InputError(
+            f"--resume-step {wanted}: {checkpoint_path(run_dir, wanted)} does not exist; the run has steps {steps}"
+        )
+    return wanted
+
+
+def save_checkpoint(path, **content):
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def restore(path, model, ema, optimizer, scaler, data):
+    """Restore model, EMA, optimizer and scaler in place; returns the file's content. Raises InputError.
+
+    data: what the current data is; the file must have been trained on latents of the same kind.
+    """
+    content = read_file(path)
+    missing = {"model", "ema", "opt", "steps", "data", "config"} - content.keys()
+    if missing:
+        raise InputError(f"{path} cannot be resumed from: it has no entry '{min(missing)}'")
+    for key in ("num_classes", "family", "scale", "shift", "moments_shape"):
+        if content["data"][key] != data[key]:
+            raise InputError(
+                f"{path} was trained on data with {key} {content['data'][key]}, --data-dir has {data[key]}; "
+                "resume on the same data"
+            )
+    load_strictly(model, content["model"], path)
+    ema.load_state_dict(content["ema"])
+    optimizer.load_state_dict(content["opt"])
+    if scaler is not None and content.get("scaler"):
+        scaler.load_state_dict(content["scaler"])
+    return content

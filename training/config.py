@@ -1,0 +1,141 @@
+"""Run configurations as dataclasses: the flags, their help and defaults in one place, saved as JSON with every run."""
+
+import argparse
+import dataclasses
+import json
+
+from models.errors import InputError
+from models.paths import PATHS
+from models.presets import PRESETS
+
+
+def flag(default, help, kind=None, **options):
+    """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type)."""
+    return dataclasses.field(default=default, metadata={"help": help, "kind": kind or type(default), **options})
+
+
+def parse_flags(cls, argv=None, description=None):
+    """Parse the command line into a dataclass made of `flag` fields. Unknown flags end with exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    for field in dataclasses.fields(cls):
+        options = dict(field.metadata)
+        name, kind = "--" + field.name.replace("_", "-"), options.pop("kind")
+        required = field.default is dataclasses.MISSING
+        if kind is bool:
+            switch = argparse.BooleanOptionalAction
+            parser.add_argument(name, action=switch, default=field.default, help=options["help"])
+        else:
+            default = {} if required else {"default": field.default}
+            parser.add_argument(name, type=kind, required=required, **default, **options)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def required(help, kind=str):
+    """A flag without a default."""
+    return dataclasses.field(metadata={"help": help, "kind": kind})
+
+
+def step_number(text):
+    """`latest` or a step count, for --resume-step."""
+    if text == "latest" or text.isdigit():
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a step count nor 'latest'")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """What train.py can be told. None means: taken from the preset, the data or the machine."""
+
+    exp_name: str = required("name of the run; results go to OUTPUT_DIR/EXP_NAME")
+    data_dir: str = flag("data/imagenet256", "folder that holds images/ and vae-sd/, or packed shards")
+    output_dir: str = flag("exps", "parent folder of all runs")
+    logging_dir: str = flag("logs", "folder of tracker files inside the run's folder")
+    report_to: str = flag("none", "tracker beside the JSONL log", choices=["none", "wandb", "tensorboard"])
+    dry_run: bool = flag(False, "print the resolved configuration, parameters and FLOPs, then stop")
+
+    model: str = flag("DeepFlow-XL/2", "preset, one of " + ", ".join(PRESETS))
+    trans_depth: int = flag(None, "number of blocks; alone it spaces the preset's branches evenly", int)
+    df_idxs: str = flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
+    qk_norm: bool = flag(False, "normalise queries and keys")
+    fused_attn: bool = flag(True, "fused attention kernels")
+    legacy_scaling: bool = flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
+
+    path_type: str = flag("linear", "probability path", choices=list(PATHS))
+    prediction: str = flag("v", "what the network predicts; v is the only choice", choices=["v"])
+    weighting: str = flag("uniform", "distribution of t", choices=["uniform", "lognormal"])
+    tg_upper_bound: float = flag(0.01, "upper bound of the time gap between branches (alpha)")
+    scale_weight: float = flag(
+        None, "weight of each branch's velocity loss (beta); None is 0.2 ... 0.2 1.0", float, nargs="+"
+    )
+    acc_coeff: float = flag(1.0, "weight of the acceleration loss (lambda)")
+    cfg_prob: float = flag(0.1, "probability that a label is dropped")
+    ssl_align: bool = flag(False, "align VeRA's output with a self-supervised encoder")
+    enc_type: str = flag("dinov2-vit-b", "alignment encoder, None for none")
+    proj_coeff: float = flag(0.5, "weight of the alignment loss")
+
+    resolution: int = flag(None, "image size; checked against the data", int)
+    num_classes: int = flag(None, "number of classes, for data without a manifest", int)
+    data_vae: str = flag(None, "VAE that made latents without a manifest", str)
+    vae: str = flag(None, "VAE that decodes sample grids (name or folder); default: the one of the data", str)
+    num_workers: int = flag(4, "threads that read latent files")
+
+    batch_size: int = flag(256, "global batch size: samples per optimizer step over all processes and accumulation")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step and process")
+    gradient_checkpointing: bool = flag(False, "recompute block activations in the backward pass to save memory")
+    max_train_steps: int = flag(400_000, "optimizer steps")
+    epochs: int = flag(1400, "passes over the data; training ends at whichever of the two comes first")
+    learning_rate: float = flag(1e-4, "constant learning rate of AdamW")
+    adam_beta1: float = flag(0.9, "first moment decay")
+    adam_beta2: float = flag(0.999, "second moment decay")
+    adam_weight_decay: float = flag(0.0, "decoupled weight decay")
+    adam_epsilon: float = flag(1e-8, "denominator offset")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    ema_decay: float = flag(0.9999, "decay of the exponential moving average of the weights")
+    mixed_precision: str = flag(None, "autocast; default bf16 on GPU, no on CPU", str, choices=["no", "fp16", "bf16"])
+    allow_tf32: bool = flag(True, "TF32 matrix products on GPUs that have them")
+    seed: int = flag(0, "seed of everything random")
+
+    logging_steps: int = flag(100, "interval of log lines, in steps")
+    checkpointing_steps: int = flag(200_000, "interval of checkpoints, in steps; one is always written at the end")
+    sampling_steps: int = flag(10_000, "interval of sample grids, in steps; 0 is never")
+    resume_step: str = flag("0", "step to resume from, or latest (a fresh start where there is none)", step_number)
+
+    def branch_weights(self, num_branches):
+        """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""
+        weights = list(self.scale_weight or [0.2] * (num_branches - 1) + [1.0])
+        if len(weights) != num_branches:
+            raise InputError(
+                f"--scale-weight has {len(weights)} values for {num_branches} branches; give one per branch"
+            )
+        return weights
+
+    def check(self):
+        """Raise InputError for a value out of range, naming the flag."""
+        positive = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "epochs", "learning_rate")
+        positive += ("max_grad_norm", "adam_epsilon", "logging_steps", "checkpointing_steps")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise InputError(f"{shown(name)} {getattr(self, name)} must be greater than 0")
+        for name in ("cfg_prob", "ema_decay", "tg_upper_bound", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{shown(name)} {getattr(self, name)} must lie between 0 and 1")
+        for name in ("seed", "sampling_steps", "num_workers", "acc_coeff", "proj_coeff", "adam_weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{shown(name)} {getattr(self, name)} must not be negative")
+        if self.prediction != "v":
+            raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
+        if self.ssl_align:
+            raise InputError(
+                f"--ssl-align: the encoders of --enc-type {self.enc_type} (--proj-coeff {self.proj_coeff}) are not "
+                "part of this version; train without --ssl-align"
+            )
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def shown(name):
+    """A field's name as the flag that sets it."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,61 @@
+"""Starting a run on one or many processes: precision, attention kernels, preflight."""
+
+import platform
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from models.errors import InputError
+
+
+def set_math(allow_tf32, fused_attn=True):
+    """Switch TF32 and the fused attention kernels on or off for the whole process."""
+    torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.backends.cuda.enable_flash_sdp(fused_attn)
+    torch.backends.cuda.enable_mem_efficient_sdp(fused_attn)
+    torch.backends.cuda.enable_cudnn_sdp(fused_attn)
+
+
+def start_accelerator(config, run_dir):
+    """Accelerator for a run. The precision is always passed: a user's accelerate configuration would change it."""
+    on_gpu = torch.cuda.is_available()
+    config.mixed_precision = config.mixed_precision or ("bf16" if on_gpu else "no")
+    if config.mixed_precision == "fp16" and not on_gpu:
+        raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
+    set_math(config.allow_tf32, config.fused_attn)
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=run_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    preflight(accelerator)
+    return accelerator
+
+
+def preflight(accelerator):
+    """Say who takes part, and fail early and readably when the processes cannot talk to each other."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if world == 1:
+        return
+    print(f"rank {rank} of {world} on {platform.node()}, {accelerator.device}", flush=True)
+    total = accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum").item()
+    if total != world:
+        raise RuntimeError(f"preflight: the sum over {world} processes is {total}; check the network between the nodes")
+
+
+def rows_of_rank(batch_size, world, accumulation, rank):
+    """This rank's positions in the global batch, micro-batch after micro-batch. Raises InputError when uneven.
+
+    Micro-batch m of all ranks together is the m-th consecutive part of the batch.
+    """
+    if batch_size % (world * accumulation):
+        raise InputError(
+            f"--batch-size {batch_size} is not divisible by {world} processes x --gradient-accumulation-steps "
+            f"{accumulation}; it is the global batch, choose a multiple of {world * accumulation}"
+        )
+    return torch.arange(batch_size).view(accumulation, world, -1)[:, rank].flatten()

@@ -1,0 +1,37 @@
+"""Exponential moving average of the weights, fp32."""
+
+import contextlib
+
+import torch
+
+
+class EMA:
+    """ema ← decay·ema + (1 − decay)·weights, after every step that changed the weights."""
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model):
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in model.parameters()], 1 - self.decay)
+
+    @contextlib.contextmanager
+    def swapped_into(self, model):
+        """Within the context the model holds the averaged weights."""
+        self._swap(model)
+        try:
+            yield model
+        finally:
+            self._swap(model)
+
+    def _swap(self, model):
+        for name, p in model.named_parameters():
+            p.data, self.shadow[name] = self.shadow[name], p.data
+
+    def state_dict(self):
+        return dict(self.shadow)
+
+    def load_state_dict(self, state):
+        for name, tensor in self.shadow.items():
+            tensor.copy_(state[name])
