@@ -1,6 +1,7 @@
 """Starting a run on one or many processes: precision, attention kernels, preflight."""
 
 import platform
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +32,7 @@ def start_accelerator(config, run_dir):
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=run_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     preflight(accelerator)
     return accelerator
@@ -42,7 +43,7 @@ def preflight(accelerator):
     rank, world = accelerator.process_index, accelerator.num_processes
     if world == 1:
         return
-    print(f"rank {rank} of {world} on {platform.node()}, {accelerator.device}", flush=True)
+    sys.stdout.write(f"rank {rank} of {world} on {platform.node()}, {accelerator.device}\n")
     total = accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum").item()
     if total != world:
         raise RuntimeError(f"preflight: the sum over {world} processes is {total}; check the network between the nodes")
