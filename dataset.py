@@ -142,8 +142,11 @@ class Names:
 
     def __init__(self, path, count):
         self._path = path
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing, though {MANIFEST} lists it; {CHECK}") from None
         self.width = self._map.find(b"\n") + 1 if count else 1
         if len(self._map) != count * self.width:
             raise InputError(f"{path} does not hold {count} lines of one width; {CHECK}")
@@ -325,15 +328,19 @@ def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data
     what a folder without a manifest does not say. Raises InputError with one line for everything that does not fit.
     """
     folder = find_set(data_dir, MOMENTS)
-    manifest = read_manifest(folder)
+    manifest, rows, labels, names = open_set(folder)
     if manifest is not None and "latents" not in manifest:
         raise InputError(f"{folder} holds {manifest.get('kind', 'no')} data, not VAE moments; encode it first")
+    if labels is None:
+        raise InputError(
+            f"{folder / LABELS_JSON}: labels are missing (null); put the images into class folders (one is enough), "
+            "then convert and encode again"
+        )
     spec = _spec(folder, manifest, data_vae)
-    rows, labels, names = _open_packed(folder, manifest) if is_packed(manifest) else _open_folder(folder, manifest)
     _check_moments_shape(rows.shape, spec, folder)
     classes = _count_classes(folder, manifest, labels, num_classes)
     if not is_packed(manifest):  # packed labels are checked as they are read: start-up must not depend on their number
-        check_labels(labels, classes, Path(folder) / LABELS_JSON)
+        check_labels(labels, classes, folder / LABELS_JSON)
     class_names = manifest.get("class_names") if manifest else None
     info = DataInfo(
         count=len(rows),
@@ -345,6 +352,16 @@ def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data
     )
     image_files = _open_images(data_dir, folder, names, info) if images else None
     return LatentDataset(info, rows, labels, image_files, _open_mirror(data_dir, info) if mirror else None)
+
+
+def open_set(folder):
+    """(manifest or None, rows, labels int64 (N,) or None, names of the source images or None) of one set."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    try:
+        return manifest, *(_open_packed if is_packed(manifest) else _open_folder)(folder, manifest)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} lacks {error}; {PREPARE}") from None
 
 
 def is_packed(manifest):
@@ -384,31 +401,29 @@ def _spec(folder, manifest, data_vae):
 
 def _open_folder(folder, manifest):
     names, labels = read_label_list(folder)
-    if labels is None:
-        if manifest is None or manifest.get("num_classes") != 1:
-            raise InputError(
-                f"{folder / LABELS_JSON} has no labels (null); put the images into class folders "
-                "(one is enough) and convert and encode again"
-            )
+    if names is None:
         names = walk_files(folder, {".npy"})
-        labels = np.zeros(len(names), np.int64)  # one class: published tools write null
+        if manifest is not None and manifest.get("num_classes") == 1:
+            labels = np.zeros(len(names), np.int64)  # one class: published tools write null
     if not names:
         raise InputError(f"{folder} holds no latents; {PREPARE}")
     if manifest is not None and manifest["count"] != len(names):
         raise InputError(f"{folder} holds {len(names)} latents, its {MANIFEST} says {manifest['count']}; {CHECK}")
-    sources = Names(folder / NAMES, len(names)) if manifest is not None and (folder / NAMES).is_file() else None
+    sources = Names(folder / NAMES, len(names)) if manifest is not None else None
     return FolderRows(folder, names), labels, sources
 
 
 def _open_packed(folder, manifest):
     if not manifest["count"]:
-        raise InputError(f"{folder} holds no latents; {PREPARE}")
-    try:
-        labels = np.load(folder / LABELS, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{folder / LABELS}: labels are missing or unreadable ({error}); pack again") from None
-    if labels.shape != (manifest["count"],) or labels.dtype != np.int64:
-        raise InputError(f"{folder / LABELS} holds {labels.dtype} {labels.shape}, not {manifest['count']} labels")
+        raise InputError(f"{folder} holds no rows; {PREPARE}")
+    labels = None
+    if LABELS in manifest["files"]:
+        try:
+            labels = np.load(folder / LABELS, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{folder / LABELS}: labels are missing or unreadable ({error}); pack again") from None
+        if labels.shape != (manifest["count"],) or labels.dtype != np.int64:
+            raise InputError(f"{folder / LABELS} holds {labels.dtype} {labels.shape}, not {manifest['count']} labels")
     return PackedRows(folder, manifest), labels, Names(folder / NAMES, manifest["count"])
 
 
@@ -443,8 +458,7 @@ def _open_mirror(data_dir, info):
     folder = Path(data_dir) / MIRROR
     if not folder.is_dir():
         raise InputError(f"{folder} is missing; encode it with preprocessing/dataset_tools.py mirror")
-    manifest = read_manifest(folder)
-    rows, _, _ = _open_packed(folder, manifest) if is_packed(manifest) else _open_folder(folder, manifest)
+    manifest, rows, _, _ = open_set(folder)
     if len(rows) != info.count or rows.shape != info.moments_shape:
         raise InputError(f"{folder} holds {len(rows)} of {rows.shape}, not {info.count} of {info.moments_shape}")
     if manifest is not None:
@@ -456,6 +470,8 @@ def _open_images(data_dir, folder, names, info):
     root = next((f for f in (Path(data_dir) / IMAGES, folder.parent / IMAGES) if f.is_dir()), None)
     if root is None:
         raise InputError(f"{Path(data_dir) / IMAGES} is missing and images are needed; link the converted images there")
+    if names is not None and names[0].endswith(".npy"):
+        raise InputError(f"{folder} was packed without the images beside it, so pairs are unknown; pack again")
     if names is None:  # published pairing: the i-th image file belongs to the i-th latent
         from PIL import Image
 

@@ -17,9 +17,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from models.codec import DEFAULT_VAE
 from models.errors import InputError, exit_on_input_error
 from preprocessing.convert import FORMATS, convert
-from preprocessing.encode import DTYPES, STORED, encode
+from preprocessing.encode import DTYPES, STORED, encode, write_features
+from preprocessing.info import describe, write_grid
+from preprocessing.pack import pack
 from preprocessing.packed import SHARD_SIZE
 from preprocessing.transforms import TRANSFORMS
+from preprocessing.verify import verify
 
 
 def resolution(text):
@@ -120,12 +123,100 @@ def add_stored(parser):
     parser.add_argument("--shard-size", type=positive, default=SHARD_SIZE, help=f"default {SHARD_SIZE} rows")
 
 
+def add_features(commands):
+    """The features command's flags."""
+    text = "patch features of an alignment encoder as a packed set, so that training needs no encoder"
+    parser = commands.add_parser("features", help=text, description=text)
+    add_source(parser, "what convert made (DATA/images)")
+    parser.add_argument("--dest", required=True, metavar="DIR", help="empty or new folder (DATA/features-NAME)")
+    parser.add_argument(
+        "--encoder",
+        required=True,
+        metavar="MODULE:FUNCTION",
+        help="function(device) returns a callable: uint8 images (B, 3, R, R) → features (B, T, D)",
+    )
+    parser.add_argument("--batch-size", type=positive, default=16, help="images at once per process (default 16)")
+    add_stored(parser)
+    parser.add_argument("--workers", type=positive, default=4, help="threads that read images (default 4)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.set_defaults(
+        run=lambda a: write_features(
+            a.source,
+            a.dest,
+            a.encoder,
+            batch_size=a.batch_size,
+            stored=a.stored_dtype,
+            shard_size=a.shard_size,
+            max_images=a.max_images,
+            workers=a.workers,
+            skip_bad=a.skip_bad,
+            published_labels=a.published_labels,
+            device=a.device,
+        )
+    )
+
+
+def add_pack(commands):
+    """The pack command's flags."""
+    text = "moments of either layout → memory-mapped shards with checksums"
+    parser = commands.add_parser("pack", help=text, description=text)
+    parser.add_argument("--source", required=True, metavar="DIR", help="data folder, or one set of it")
+    parser.add_argument("--dest", required=True, metavar="DIR", help="empty or new folder of the same kind")
+    parser.add_argument("--vae", help="the VAE of a source without a manifest")
+    parser.add_argument("--num-classes", type=positive, help="classes of a source without a manifest")
+    parser.add_argument("--workers", type=positive, default=8, help="threads that read files (default 8)")
+    add_stored(parser)
+    parser.set_defaults(
+        run=lambda a: pack(a.source, a.dest, a.stored_dtype, a.shard_size, a.vae, a.num_classes, a.workers)
+    )
+
+
+def add_verify(commands):
+    """The verify command's flags."""
+    text = "is everything there and right? Prints the first fault of each kind; exit code 1 if there is any"
+    parser = commands.add_parser("verify", help=text, description=text)
+    parser.add_argument("data_dir", metavar="DIR", help="data folder, or one set of it")
+    parser.add_argument("--vae", help="compare with this VAE, and encode a sample of the images again")
+    parser.add_argument("--sample", type=positive, default=64, help="images to encode again (default 64)")
+    parser.add_argument("--decode", action="store_true", help="read every image whole, not only its header")
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(options):
+    """verify: print faults and end with exit code 1 if there are any."""
+    report = verify(options.data_dir, options.vae, options.sample, options.decode)
+    print("\n".join(report.lines() or [f"{options.data_dir}: no fault found"]))
+    if report.faults:
+        sys.exit(1)
+
+
+def add_info(commands):
+    """The info command's flags."""
+    text = "what the manifest says, in ten lines"
+    parser = commands.add_parser("info", help=text, description=text)
+    parser.add_argument("data_dir", metavar="DIR", help="data folder, or one set of it")
+    parser.add_argument("--grid", metavar="PNG", help="also decode 64 latents into this picture")
+    parser.add_argument("--vae", help="VAE of the picture (default: the recorded one)")
+    parser.set_defaults(run=run_info)
+
+
+def run_info(options):
+    """info: print the lines, write the picture."""
+    print("\n".join(describe(options.data_dir)))
+    if options.grid:
+        write_grid(options.data_dir, options.grid, options.vae)
+
+
 def parse(arguments=None):
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_convert(commands)
     add_encode(commands)
+    add_features(commands)
+    add_pack(commands)
+    add_verify(commands)
+    add_info(commands)
     return parser.parse_args(arguments)
 
 

@@ -7,6 +7,7 @@ written does not depend on their number.
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -233,3 +234,48 @@ class Run:
         }
         writer.finish(len(images), kept, [images.names[index] for index in kept], labels, {**manifest, **facts})
         note(f"{job.dest}: {len(kept)} images encoded")
+
+
+def write_features(
+    source,
+    dest,
+    encoder,
+    *,
+    batch_size=16,
+    stored="fp16",
+    shard_size=SHARD_SIZE,
+    max_images=None,
+    workers=4,
+    skip_bad=False,
+    published_labels=False,
+    device=None,
+):
+    """Write patch features of an alignment encoder as a packed set: one row (T, D) per image.
+
+    encoder: "module:function"; function(device) returns a callable, uint8 images (B, 3, R, R) → features (B, T, D).
+    """
+    make = load_function(encoder)
+    images = ImageSource(source, published_labels, max_images)
+    with processes(device) as group:
+        side = image_side(images)
+        function = make(group.device)
+
+        def features(batch):
+            with torch.no_grad():
+                return function(batch.to(group.device))
+
+        shape = tuple(features(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1:])
+        what = {"kind": "features", "encoder": encoder, "stored": stored, "shard_size": shard_size}
+        run = Run(images, side, features, batch_size, workers, skip_bad)
+        job = Job(dest, run.ticket("features", what))
+        writer = ShardWriter(job, shape, STORED[stored], shard_size)
+        run.into(job, writer, group, {"kind": "features", "encoder": encoder})
+
+
+def load_function(name):
+    """The function that "module:function" names. Raises InputError where there is none."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"--encoder {name}: {error}; give module:function, importable from the root") from None
