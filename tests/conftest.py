@@ -10,15 +10,14 @@ torch.set_num_threads(2)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, and only those")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without --slow the slow tests are deselected, with it the others; gpu tests need a CUDA device."""
-    wanted = config.getoption("--slow")
-    chosen = [item for item in items if ("slow" in item.keywords) == wanted]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    for item in chosen:
+    """Without --slow the slow tests are deselected; gpu tests need a CUDA device."""
+    slow = [item for item in items if "slow" in item.keywords and not config.getoption("--slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+    for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items[:] = chosen

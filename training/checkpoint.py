@@ -63,6 +63,13 @@ def find_resume_step(run_dir, wanted):
     return wanted
 
 
+def remove_rolling(run_dir, checkpointing_steps, keep):
+    """Delete all but the newest `keep` of the checkpoints that are not at multiples of checkpointing_steps."""
+    rolling = [step for step in existing_steps(run_dir) if step % checkpointing_steps]
+    for step in rolling[:-keep]:
+        checkpoint_path(run_dir, step).unlink()
+
+
 def save_checkpoint(path, **content):
     write_atomically(path, lambda file: torch.save(content, file))
 

@@ -98,7 +98,8 @@ class TrainConfig:
     seed: int = flag(0, "seed of everything random")
 
     logging_steps: int = flag(100, "interval of log lines, in steps")
-    checkpointing_steps: int = flag(200_000, "interval of checkpoints, in steps; one is always written at the end")
+    checkpointing_steps: int = flag(200_000, "interval of checkpoints that stay, in steps; the last step is one")
+    rolling_steps: int = flag(5_000, "interval of checkpoints of which the two newest are kept, in steps; 0 is never")
     sampling_steps: int = flag(10_000, "interval of sample grids, in steps; 0 is never")
     resume_step: str = flag("0", "step to resume from, or latest (a fresh start where there is none)", step_number)
 
@@ -121,7 +122,15 @@ class TrainConfig:
         for name in ("cfg_prob", "ema_decay", "tg_upper_bound", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{shown(name)} {getattr(self, name)} must lie between 0 and 1")
-        for name in ("seed", "sampling_steps", "num_workers", "acc_coeff", "proj_coeff", "adam_weight_decay"):
+        for name in (
+            "seed",
+            "sampling_steps",
+            "rolling_steps",
+            "num_workers",
+            "acc_coeff",
+            "proj_coeff",
+            "adam_weight_decay",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(f"{shown(name)} {getattr(self, name)} must not be negative")
         if self.prediction != "v":

@@ -7,13 +7,21 @@ import torch
 
 from dataset import LatentLoader, SeekableSampler
 from models.errors import InputError
-from training.checkpoint import checkpoint_path, find_resume_step, restore, save_checkpoint, write_json
+from training.checkpoint import (
+    checkpoint_path,
+    find_resume_step,
+    remove_rolling,
+    restore,
+    save_checkpoint,
+    write_json,
+)
 from training.distributed import rows_of_rank
 from training.draws import DrawAhead
 from training.ema import EMA
 from training.logs import RunLog
 
 MAX_SKIPPED = 20  # consecutive steps without finite gradients; a fresh fp16 scaler needs a few to find its scale
+ROLLING_KEPT = 2  # one from before a spike, one from after
 
 
 class Trainer:
@@ -124,7 +132,8 @@ class Trainer:
         config, last = self.config, step == self.stop_step
         if step % config.logging_steps == 0 or last:
             self.log.write(step, step / self.sampler.steps_per_epoch, skipped_steps=self.skipped)
-        if step % config.checkpointing_steps == 0 or last:
+        stays = step % config.checkpointing_steps == 0 or last
+        if stays or (config.rolling_steps and step % config.rolling_steps == 0):
             self.save(step)
         if self.on_sample and config.sampling_steps and (step % config.sampling_steps == 0 or last):
             if self.accelerator.is_main_process:
@@ -148,6 +157,8 @@ class Trainer:
                 **self.saved,
             )
             self.log.say(f"checkpoint: {path}")
+            if self.config.rolling_steps:
+                remove_rolling(self.run_dir, self.config.checkpointing_steps, keep=ROLLING_KEPT)
         self.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# 50,000 samples for FID as the paper measures it: SDE, 250 steps, no guidance. Writes an npz for ADM's evaluator.
+#   bash script/xlarge/eval.sh [more flags of generate.py, e.g. --cfg-scale 1.3 --guidance-high 0.7]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+OUTPUT_DIR=${OUTPUT_DIR:-exps}
+EXP_NAME=${EXP_NAME:-deepflow-xl-3t}
+CKPT=${CKPT:-$OUTPUT_DIR/$EXP_NAME/checkpoints/2000000.pt}
+SAMPLE_DIR=${SAMPLE_DIR:-samples}
+NUM_GPUS=${NUM_GPUS:-8}
+
+MODEL="DeepFlow-XL/2"
+TRANS_DEPTH=24
+DF_IDXS="[8,16]"
+NUM_FID_SAMPLES=50000
+PER_PROC_BATCH_SIZE=64
+MODE=sde
+NUM_STEPS=250
+CFG_SCALE=1.0
+
+torchrun --standalone --nproc-per-node "$NUM_GPUS" generate.py \
+    --ckpt "$CKPT" --sample-dir "$SAMPLE_DIR" \
+    --model "$MODEL" --trans-depth "$TRANS_DEPTH" --df-idxs "$DF_IDXS" --path-type linear \
+    --num-fid-samples "$NUM_FID_SAMPLES" --per-proc-batch-size "$PER_PROC_BATCH_SIZE" \
+    --mode "$MODE" --num-steps "$NUM_STEPS" --cfg-scale "$CFG_SCALE" "$@"
