@@ -77,6 +77,8 @@ def model_config(name, **overrides):
         raise TypeError(f"unknown model option {sorted(unknown)[0]!r}")
     config.update({key: getattr(preset, key) for key in config if hasattr(preset, key)})
     config.update(given)
+    if config["depth"] < 1:
+        raise InputError(f"--trans-depth {config['depth']} is below 1; a model needs a block")
     if "depth" in given and "df_idxs" not in given:
         config["df_idxs"] = spaced_key_layers(config["depth"], len(preset.df_idxs) + 1)
     config["df_idxs"] = parse_df_idxs(config["df_idxs"])
