@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from models.errors import InputError, exit_on_input_error
+from preprocessing.transforms import center_crop_dhariwal
 
 CLASSES = 10
 RESOLUTION = 32  # of the images that the VAE, the flow model and the report work on
@@ -63,12 +64,8 @@ def load_digits_split():
 
 def upsample(images, resolution=RESOLUTION):
     """Grey (N, 8, 8) uint8 → RGB (N, R, R, 3) uint8, the bytes that `dataset_tools.py convert` makes of the PNGs."""
-    resized = []
-    for image in images:
-        # width then height in two calls: Pillow 13 swaps the passes inside one call, and with them some bytes
-        wide = Image.fromarray(image).resize((resolution, image.shape[0]), Image.Resampling.BICUBIC)
-        resized.append(np.asarray(wide.resize((resolution, resolution), Image.Resampling.BICUBIC)))
-    return np.stack(resized)[..., None].repeat(3, axis=-1)
+    pictures = (Image.fromarray(image).convert("RGB") for image in images)
+    return np.stack([np.asarray(center_crop_dhariwal(picture, resolution, resolution)) for picture in pictures])
 
 
 def file_names(digits):
@@ -85,9 +82,7 @@ def write_image_folder(digits, dest):
     dest, names = Path(dest), file_names(digits)
     if dest.exists() and not dest.is_dir():
         raise InputError(f"--dest {dest} is a file; name a new folder")
-    found = (
-        {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()} if dest.exists() else set()
-    )
+    found = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}  # none if DEST is absent
     if found == set(names):
         return False
     if found:

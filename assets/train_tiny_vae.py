@@ -1,0 +1,167 @@
+"""Train the tiny KL autoencoder of the quickstart, and measure it. About six minutes on one CPU core.
+
+    python assets/train_tiny_vae.py --dest assets/tiny-vae
+
+It sees the training digits only. Letters: N batch, R = 32 image size, C = 4 latent channels, h = w = 8 latent size.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from evaluations.digits_report import pixels, train_classifier
+from models.codec import LatentCodec
+from models.errors import InputError, exit_on_input_error
+from preprocessing.digits import RESOLUTION, load_digits_split, upsample
+
+CHANNELS = (16, 32, 32)  # three entries: downsampling factor 4
+SHIFT = 2  # pixels (of 32) that a training image is moved by at most
+
+
+def build_vae():
+    """AutoencoderKL 32×32×3 ↔ 4×8×8 of 0.23 M parameters; without attention, which costs more than it gives here."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=RESOLUTION,
+        mid_block_add_attention=False,
+    )
+
+
+def shifted_batch(images, size, generator):
+    """Draw `size` images of (N, 3, R, R) and move each by up to SHIFT pixels; edges are repeated."""
+    padded = F.pad(images[torch.randint(len(images), (size,), generator=generator)], (SHIFT,) * 4, mode="replicate")
+    moves = torch.randint(2 * SHIFT + 1, (size, 2), generator=generator).tolist()
+    crops = [image[:, y : y + RESOLUTION, x : x + RESOLUTION] for image, (y, x) in zip(padded, moves, strict=True)]
+    return torch.stack(crops)
+
+
+def vae_loss(vae, images, kl_weight, generator):
+    """L1 + L2 per pixel + weighted KL per latent value; (N, 3, R, R) in [−1, 1] → loss, L1, KL."""
+    posterior = vae.encode(images).latent_dist
+    decoded = vae.decode(posterior.sample(generator)).sample
+    l1 = (decoded - images).abs().mean()
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    return l1 + F.mse_loss(decoded, images) + kl_weight * kl, l1, kl
+
+
+def train(vae, images, args):
+    """Adam with a cosine schedule on shifted images."""
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    progress = tqdm(range(args.steps), desc="train")
+    for step in progress:
+        batch = shifted_batch(images, args.batch_size, generator)
+        loss, l1, kl = vae_loss(vae, batch, args.kl_weight, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}", l1=f"{l1.item():.4f}", kl=f"{kl.item():.3f}")
+
+
+def to_tensor(images):
+    """uint8 (N, R, R, 3) → uint8 (N, 3, R, R)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def set_scale(vae, images, seed):
+    """Set scaling_factor to 1/std of latents drawn over uint8 images (N, 3, R, R): the network sees unit std."""
+    with torch.no_grad():
+        posterior = vae.encode(images / 127.5 - 1).latent_dist
+        latents = posterior.sample(torch.Generator().manual_seed(seed))
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+
+
+def save(vae, dest):
+    """Write the fp16 folder beside `dest` and rename it, so that `dest` is whole or absent."""
+    dest = Path(dest)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    try:
+        vae.save_pretrained(partial)
+        partial.chmod(0o755)  # mkdtemp makes it private, and so does the writer of safetensors
+        for path in partial.iterdir():
+            path.chmod(0o644)
+        os.replace(partial, dest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def measure(folder):
+    """Reconstruction, latents and speed of a saved VAE on the 400 held-out digits, as a dict."""
+    train_digits, held_out = load_digits_split()
+    codec, images = LatentCodec.load(folder), upsample(held_out.images)
+    start = time.perf_counter()
+    moments = torch.cat([codec.encode(part) for part in to_tensor(images).split(64)])
+    encoded = time.perf_counter()
+    noise = torch.randn(moments.chunk(2, dim=1)[0].shape, generator=torch.Generator().manual_seed(0))
+    latents = codec.spec.sample(moments, noise)
+    decoded = codec.decode(latents).numpy()
+    end = time.perf_counter()
+    error = decoded.astype(float) - images
+    train_set = (pixels(upsample(train_digits.images)), train_digits.labels)
+    classifier, accuracy = train_classifier(train_set, (pixels(images), held_out.labels))
+    return {
+        "mean_absolute_error_grey_levels": abs(error).mean(),
+        "psnr_db": 10 * np.log10(255**2 / (error**2).mean()),
+        "accuracy_raw": accuracy,
+        "accuracy_reconstructed": classifier.score(pixels(decoded), held_out.labels),
+        "scaling_factor": codec.spec.scale,
+        "latent_mean_per_channel": latents.mean((0, 2, 3)).tolist(),
+        "latent_std_per_channel": latents.std((0, 2, 3)).tolist(),
+        "posterior_std_per_channel": (moments[:, 4:] * codec.spec.scale).mean((0, 2, 3)).tolist(),
+        "encode_seconds": encoded - start,
+        "decode_seconds": end - encoded,
+        "megabytes": sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6,
+    }
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Train the quickstart's VAE on the training digits.")
+    parser.add_argument("--dest", default="assets/tiny-vae", help="diffusers folder to make; must not exist")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL per latent value")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if Path(args.dest).exists():
+        raise InputError(f"--dest {args.dest} exists; remove it or name a new folder")
+    torch.manual_seed(args.seed)
+    images = to_tensor(upsample(load_digits_split()[0].images))
+    vae = build_vae()
+    train(vae, images / 127.5 - 1, args)
+    vae = vae.eval().half().float()  # the scale belongs to the weights as they are stored
+    set_scale(vae, images, args.seed)
+    save(vae.half(), args.dest)
+    print(json.dumps(measure(args.dest), indent=2))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
