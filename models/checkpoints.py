@@ -7,7 +7,6 @@ from the preset of the same width; flags override. Loading is always strict.
 import argparse
 import dataclasses
 import math
-import pickle
 import re
 
 import torch
@@ -28,7 +27,13 @@ def read_file(path):
         raise InputError(f"--ckpt {path} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"--ckpt {path} is a folder; name the .pt file in it") from None
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the bytes of a damaged file decide what the unpickler stumbles over
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise InputError(
+                f"--ckpt {path} holds the Python object {refused.group(1)}, which is not loaded because it could run "
+                "code; save the weights alone"
+            ) from None
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise InputError(f"--ckpt {path} is unreadable or truncated ({reason}); copy or download it again") from None
 
@@ -54,7 +59,8 @@ def load_checkpoint(path, weights="ema", **overrides):
     state = pick_weights(content, weights, path)
     options = model_options(content)
     is_ours = options is not None
-    state, options = convert(state, options or config_from_state(state, path), is_ours)
+    if not is_ours:
+        state, options = from_published(state, path)
     options = check_overrides(options, overrides, path, is_ours)
     model = DeepFlow(**options)
     load_strictly(model, state, path)
@@ -86,6 +92,8 @@ def pick_weights(content, weights, path):
     else:
         entries = ", ".join(map(str, list(content)[:6])) or "nothing"
         raise InputError(f"--ckpt {path} has no entry '{key}' (it holds {entries}); choose other --weights")
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(f"--ckpt {path}: its weights are not a dictionary of tensors; choose another file")
     return {strip_prefix(name): tensor for name, tensor in state.items()}
 
 
@@ -108,6 +116,16 @@ def load_strictly(model, state, path):
     model.load_state_dict(state, assign=any(tensor.is_meta for tensor in state.values()))
 
 
+def from_published(state, path):
+    """State dict in this project's conventions and constructor arguments of a published state dict, or InputError."""
+    try:
+        return convert(state, config_from_state(state, path), is_ours=False)
+    except InputError:
+        raise
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:  # an expected name or shape is not there
+        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT): {error}") from None
+
+
 def config_from_state(state, path):
     """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError."""
     if "x_embedder.proj.weight" not in state or "pos_embed" not in state:
@@ -124,7 +142,7 @@ def config_from_state(state, path):
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": depth,
-        "num_heads": row.num_heads if row else hidden_size // 64,
+        "num_heads": row.num_heads if row else max(1, hidden_size // 64),
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "df_idxs": row.df_idxs if row and row.depth == depth else spaced_key_layers(depth, num_branches),
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
