@@ -39,7 +39,8 @@ def checkpoint_path(run_dir, step):
 
 def existing_steps(run_dir):
     """Steps that a run has checkpoints of, ascending."""
-    return sorted(int(path.stem) for path in (Path(run_dir) / "checkpoints").glob("[0-9]*.pt"))
+    files = (Path(run_dir) / "checkpoints").glob("*.pt")
+    return sorted(int(path.stem) for path in files if path.stem.isdigit())
 
 
 def find_resume_step(run_dir, wanted):
@@ -74,13 +75,14 @@ def save_checkpoint(path, **content):
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def restore(path, model, ema, optimizer, scaler, data):
+def restore(path, model, ema, optimizer, scaler, data, config):
     """Restore model, EMA, optimizer and scaler in place; returns the file's content. Raises InputError.
 
-    data: what the current data is; the file must have been trained on latents of the same kind.
+    data, config: of the current run; the file must be of the same model, trained on latents of the same kind.
     """
     content = read_file(path)
-    missing = {"model", "ema", "opt", "steps", "data", "config"} - content.keys()
+    entries = content.keys() if isinstance(content, dict) else set()
+    missing = {"model", "ema", "opt", "steps", "train_state", "data", "config"} - entries
     if missing:
         raise InputError(f"{path} cannot be resumed from: it has no entry '{min(missing)}'")
     for key in ("num_classes", "family", "scale", "shift", "moments_shape"):
@@ -90,6 +92,10 @@ def restore(path, model, ema, optimizer, scaler, data):
                 "resume on the same data"
             )
     load_strictly(model, content["model"], path)
+    saved, now = ({**c, **c["model_options"]} for c in (content["config"], config))
+    for key in ("path_type", *config["model_options"]):  # what no weight's name or shape tells
+        if key in saved and saved[key] != now[key]:
+            raise InputError(f"{path} is of another model: its {key} is {saved[key]}, the flags say {now[key]}")
     ema.load_state_dict(content["ema"])
     optimizer.load_state_dict(content["opt"])
     if scaler is not None and content.get("scaler"):

@@ -58,7 +58,7 @@ class Trainer:
         step = find_resume_step(self.run_dir, self.config.resume_step)
         if step:
             path = checkpoint_path(self.run_dir, step)
-            content = restore(path, self.model, self.ema, self.optimizer, self.accelerator.scaler, self.saved["data"])
+            content = restore(path, self.model, self.ema, self.optimizer, self.accelerator.scaler, **self.saved)
             self.skipped = content["train_state"]["skipped_steps"]
             self.accelerator.print(f"resumed from {path}")
         if step >= self.stop_step:
