@@ -5,7 +5,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
 from models.errors import InputError
 
@@ -20,7 +20,7 @@ def set_math(allow_tf32, fused_attn=True):
 
 
 def start_accelerator(config, run_dir):
-    """Accelerator for a run. The precision is always passed: a user's accelerate configuration would change it."""
+    """Accelerator for a run. Precision and accumulation are passed so that no accelerate configuration changes them."""
     on_gpu = torch.cuda.is_available()
     config.mixed_precision = config.mixed_precision or ("bf16" if on_gpu else "no")
     if config.mixed_precision == "fp16" and not on_gpu:
@@ -29,9 +29,9 @@ def start_accelerator(config, run_dir):
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=run_dir,
+        project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / config.logging_dir)),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     preflight(accelerator)
