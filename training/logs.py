@@ -20,7 +20,7 @@ class RunLog:
     def __init__(self, accelerator, run_dir, config, start_step, total_steps):
         self.accelerator, self.config = accelerator, config
         self.path = Path(run_dir) / "log.jsonl"
-        self.sums, self.count = collections.defaultdict(float), 0
+        self.sums, self.count, self.steps = collections.defaultdict(float), 0, 0
         self.recent = collections.deque(maxlen=50)
         self.since = time.perf_counter()
         self.bar = tqdm(
@@ -47,29 +47,38 @@ class RunLog:
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     def add(self, values):
-        """Values of one step: name → 0-d tensor or number."""
+        """Values of one step: name → 0-d tensor or number; none for a skipped step, which no mean counts."""
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value
-        self.count += 1
+        self.count += bool(values)
+        self.steps += 1
         self.bar.update()
 
     def write(self, step, epoch, **extra):
         """Average over the steps and processes since the last line; one line of JSON, the bar, the tracker."""
-        names = sorted(self.sums)
-        local = torch.stack([torch.as_tensor(self.sums[n], device=self.accelerator.device).float() for n in names])
-        means = (self.accelerator.reduce(local, reduction="mean") / self.count).tolist()
+        means = self._means()
         now = time.perf_counter()
-        rate = self.count / (now - self.since)
-        self.since, self.count = now, 0
+        rate = self.steps / (now - self.since)
+        self.since, self.count, self.steps = now, 0, 0
         self.sums.clear()
-        record = {"step": step, "epoch": round(epoch, 4), **dict(zip(names, means, strict=True)), **extra}
+        record = {"step": step, "epoch": round(epoch, 4), "loss": None, "grad_norm": None, **means, **extra}
         record.update(steps_per_s=round(rate, 4), samples_per_s=round(rate * self.config.batch_size, 2))
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
-            self._warn_of_spike(record["loss"], step)
-        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+            if means:
+                self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
+                self._warn_of_spike(record["loss"], step)
+        self.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
+
+    def _means(self):
+        """{name: mean} over the processes and the steps that were not skipped; empty when all were."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        local = torch.stack([torch.as_tensor(self.sums[n], device=self.accelerator.device).float() for n in names])
+        means = self.accelerator.reduce(local, reduction="mean") / self.count
+        return dict(zip(names, means.tolist(), strict=True))
 
     def _warn_of_spike(self, loss, step):
         median = statistics.median(self.recent) if len(self.recent) >= 10 else float("inf")

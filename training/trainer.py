@@ -86,7 +86,10 @@ class Trainer:
             self.log.close()
 
     def train_step(self, batch, draws):
-        """One optimizer step over this rank's rows, micro-batch by micro-batch; returns the values to log."""
+        """One optimizer step over this rank's rows, micro-batch by micro-batch.
+
+        Returns the values to log: none where the step was skipped, or one infinity would be the mean of an interval.
+        """
         accumulation = self.config.gradient_accumulation_steps
         values = {}
         for part in torch.arange(len(self.rows)).chunk(accumulation):
@@ -97,13 +100,12 @@ class Trainer:
             for name, value in {"loss": loss.detach(), **parts}.items():
                 values[name] = values.get(name, 0) + value / accumulation
         values["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.update(values["grad_norm"], batch.step)
-        return values
+        return values if self.update(values["grad_norm"], batch.step) else {}
 
     def update(self, grad_norm, step):
         """Optimizer and EMA step, unless the gradients are not finite: then neither is touched, and it is counted.
 
-        The gradients are already summed over the processes, so all of them decide alike.
+        The gradients are already summed over the processes, so all of them decide alike. Returns whether it stepped.
         """
         if self.accelerator.scaler is not None:  # fp16: the scaler skips the step itself and lowers its scale
             self.optimizer.step()
@@ -116,7 +118,7 @@ class Trainer:
         if stepped:
             self.ema.update(self.model)
             self.skipped_in_a_row = 0
-            return
+            return True
         self.skipped += 1
         self.skipped_in_a_row += 1
         self.log.say(f"warning: step {step + 1} skipped, its loss or gradients are not finite")
@@ -126,6 +128,7 @@ class Trainer:
                 f"the checkpoints in {self.run_dir} are from before; resume from one with a lower --learning-rate or "
                 "another --mixed-precision"
             )
+        return False
 
     def after_step(self, step):
         """Log, checkpoint and sample at their intervals; a checkpoint is always written at the end."""
