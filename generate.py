@@ -163,7 +163,7 @@ def check_model_name(config, checkpoint):
 def load_codec(config, spec, device):
     """The decoder, refused when its encoder family, scale or shift are not those of the training data."""
     codec = LatentCodec.load(config.vae or spec.vae, device=device)
-    codec.spec.check_same(spec, "--vae", config.ckpt)
+    spec.check_same(codec.spec, config.ckpt, "--vae")
     return codec
 
 

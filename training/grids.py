@@ -31,8 +31,7 @@ class GridSampler:
     """Draws the same noises and labels at every call, so that grids of different steps can be compared."""
 
     def __init__(self, codec, info, run_dir, seed, count=16):
-        if codec.spec.family != info.spec.family:
-            codec.spec.check_same(info.spec, "--vae", "the data")
+        info.spec.check_same(codec.spec, "the data", "--vae")
         self.codec, self.info, self.run_dir, self.seed, self.count = codec, info, run_dir, seed, count
 
     def __call__(self, model, step):
