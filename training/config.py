@@ -122,6 +122,9 @@ class TrainConfig:
         for name in ("cfg_prob", "ema_decay", "tg_upper_bound", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{shown(name)} {getattr(self, name)} must lie between 0 and 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) == 1:
+                raise InputError(f"{shown(name)} must be less than 1")
         for name in (
             "seed",
             "sampling_steps",
