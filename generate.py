@@ -9,6 +9,7 @@ Interrupted runs go on where they stopped.
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -106,8 +107,10 @@ class Processes:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-        if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if on_gpu:
+            torch.cuda.set_device(device)
+        if world > 1:  # a resumed run may leave one process much more to do than another
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
         return cls(rank, world, device)
 
     def barrier(self):
