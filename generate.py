@@ -235,6 +235,8 @@ def prepare_folder(folder, manifest):
     record = folder / "settings.json"
     ignored = ("versions", "num_fid_samples", "per_proc_batch_size")
     settings = json.loads(json.dumps({key: value for key, value in manifest.items() if key not in ignored}))
+    if not record.exists() and any(folder.glob("*.png")):
+        raise InputError(f"{folder} holds images of unknown settings (no {record.name}); pass another --sample-dir")
     if record.exists():
         found = json.loads(record.read_text())
         changed = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
