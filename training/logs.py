@@ -61,7 +61,7 @@ class RunLog:
         rate = self.steps / (now - self.since)
         self.since, self.count, self.steps = now, 0, 0
         self.sums.clear()
-        record = {"step": step, "epoch": round(epoch, 4), "loss": None, "grad_norm": None, **means, **extra}
+        record = {"step": step, "epoch": round(epoch, 4), **means, **extra}
         record.update(steps_per_s=round(rate, 4), samples_per_s=round(rate * self.config.batch_size, 2))
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -69,7 +69,7 @@ class RunLog:
             if means:
                 self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
                 self._warn_of_spike(record["loss"], step)
-        self.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
+        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
 
     def _means(self):
         """{name: mean} over the processes and the steps that were not skipped; empty when all were."""
