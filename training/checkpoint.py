@@ -64,11 +64,18 @@ def find_resume_step(run_dir, wanted):
     return wanted
 
 
-def remove_rolling(run_dir, checkpointing_steps, keep):
-    """Delete all but the newest `keep` of the checkpoints that are not at multiples of checkpointing_steps."""
-    rolling = [step for step in existing_steps(run_dir) if step % checkpointing_steps]
-    for step in rolling[:-keep]:
-        checkpoint_path(run_dir, step).unlink()
+def roll(run_dir, step, stays, keep):
+    """Note the new checkpoint of `step` in rolling.json unless it stays, and delete all noted but the newest `keep`.
+
+    Only what was noted is ever deleted: a run may go on with other intervals than it began with.
+    """
+    record = checkpoint_path(run_dir, step).with_name("rolling.json")
+    before = json.loads(record.read_text()) if record.exists() else []
+    steps = sorted({*before, step} - ({step} if stays else set()))
+    for old in steps[:-keep]:
+        checkpoint_path(run_dir, old).unlink(missing_ok=True)
+    if steps[-keep:] != before:
+        write_json(record, steps[-keep:])
 
 
 def save_checkpoint(path, **content):

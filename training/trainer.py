@@ -10,8 +10,8 @@ from models.errors import InputError
 from training.checkpoint import (
     checkpoint_path,
     find_resume_step,
-    remove_rolling,
     restore,
+    roll,
     save_checkpoint,
     write_json,
 )
@@ -137,15 +137,15 @@ class Trainer:
             self.log.write(step, step / self.sampler.steps_per_epoch, skipped_steps=self.skipped)
         stays = step % config.checkpointing_steps == 0 or last
         if stays or (config.rolling_steps and step % config.rolling_steps == 0):
-            self.save(step)
+            self.save(step, stays)
         if self.on_sample and config.sampling_steps and (step % config.sampling_steps == 0 or last):
             if self.accelerator.is_main_process:
                 with self.ema.swapped_into(self.model):
                     self.log.say(f"sample grid: {self.on_sample(self.model, step)}")
             self.accelerator.wait_for_everyone()
 
-    def save(self, step):
-        """Write the checkpoint of a step on the main process."""
+    def save(self, step, stays):
+        """Write the checkpoint of a step on the main process; one that does not stay makes way for later ones."""
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             path = checkpoint_path(self.run_dir, step)
@@ -160,8 +160,7 @@ class Trainer:
                 **self.saved,
             )
             self.log.say(f"checkpoint: {path}")
-            if self.config.rolling_steps:
-                remove_rolling(self.run_dir, self.config.checkpointing_steps, keep=ROLLING_KEPT)
+            roll(self.run_dir, step, stays, keep=ROLLING_KEPT)
         self.accelerator.wait_for_everyone()
 
 
