@@ -60,7 +60,7 @@ def load_checkpoint(path, weights="ema", **overrides):
     options = model_options(content)
     is_ours = options is not None
     if not is_ours:
-        state, options = from_published(state, path)
+        state, options = from_published(state, path, overrides.get("df_idxs"))
     options = check_overrides(options, overrides, path, is_ours)
     model = DeepFlow(**options)
     load_strictly(model, state, path)
@@ -116,18 +116,21 @@ def load_strictly(model, state, path):
     model.load_state_dict(state, assign=any(tensor.is_meta for tensor in state.values()))
 
 
-def from_published(state, path):
+def from_published(state, path, df_idxs=None):
     """State dict in this project's conventions and constructor arguments of a published state dict, or InputError."""
     try:
-        return convert(state, config_from_state(state, path), is_ours=False)
+        return convert(state, config_from_state(state, path, df_idxs), is_ours=False)
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, RuntimeError) as error:  # an expected name or shape is not there
         raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT): {error}") from None
 
 
-def config_from_state(state, path):
-    """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError."""
+def config_from_state(state, path, df_idxs=None):
+    """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError.
+
+    df_idxs: the key layers, where they are known; else the preset's, else evenly spaced.
+    """
     if "x_embedder.proj.weight" not in state or "pos_embed" not in state:
         raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT): x_embedder or pos_embed is missing")
     if any(name.startswith("logvar_linear") for name in state):
@@ -136,6 +139,9 @@ def config_from_state(state, path):
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     num_branches = 1 + len({name.split(".")[1] for name in state if name.startswith("df_blocks.")})
     row = closest_preset(hidden_size, depth, num_branches)
+    if df_idxs is None:
+        is_preset = row and (row.depth, len(row.df_idxs) + 1) == (depth, num_branches)
+        df_idxs = row.df_idxs if is_preset else spaced_key_layers(depth, num_branches)
     config = {
         "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         "patch_size": patch_size,
@@ -144,7 +150,7 @@ def config_from_state(state, path):
         "depth": depth,
         "num_heads": row.num_heads if row else max(1, hidden_size // 64),
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "df_idxs": row.df_idxs if row and row.depth == depth else spaced_key_layers(depth, num_branches),
+        "df_idxs": parse_df_idxs(df_idxs),
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
     if num_branches > 1:
