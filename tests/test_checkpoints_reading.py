@@ -1,0 +1,380 @@
+"""Reading model files: ours, published ones, wrapped ones, and every kind that is refused."""
+
+import argparse
+import os
+import pathlib
+import random
+
+import pytest
+import torch
+
+from models import PRESETS, create_model, load_checkpoint, load_model
+from models.checkpoints import config_from_state
+from models.deepflow import DeepFlow
+from models.errors import InputError
+
+TINY = {"input_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 1, "num_classes": 3, "projector_dim": 16}
+
+
+def tiny(seed=0, **options):
+    """A small model whose every weight is random, so that all of them show in the output."""
+    model = DeepFlow(**{**TINY, "df_idxs": (2,), **options})
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1, generator=g)
+    return model.eval()
+
+
+def save(path, content, **options):
+    torch.save(content, path, **options)
+    return str(path)
+
+
+def same_weights(model, expected):
+    own, other = model.state_dict(), expected.state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+
+
+def velocity(model):
+    g = torch.Generator().manual_seed(9)
+    x, t = torch.randn(2, 4, 4, 4, generator=g), torch.rand(2, generator=g)
+    with torch.no_grad():
+        return model.velocity(x, t, torch.tensor([1, 3]))
+
+
+def refusal(path, **options):
+    """The message of the InputError that loading ends with; one line that names the file."""
+    with pytest.raises(InputError) as caught:
+        load_model(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message and "\x1b" not in message and str(path) in message
+    return message
+
+
+# ---- What is read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy_format", [False, True])
+def test_plain_state_dict(tmp_path, legacy_format):
+    expected = tiny()
+    path = save(tmp_path / "a.pt", expected.state_dict(), _use_new_zipfile_serialization=not legacy_format)
+    model, options = load_model(path)
+    assert same_weights(model, expected) and not model.training
+    assert torch.equal(velocity(model), velocity(expected))
+    assert {key: options[key] for key in TINY} == TINY and options["df_idxs"] == (2,)
+
+
+@pytest.mark.parametrize(("weights", "seed"), [("ema", 1), ("raw", 2)])
+def test_published_training_file_with_its_arguments(tmp_path, weights, seed):
+    content = {
+        "model": tiny(2).state_dict(),
+        "ema": tiny(1).state_dict(),
+        "opt": {"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
+        "args": argparse.Namespace(model="DeepFlow-B/2", df_idxs="[6]", cfg_prob=0.1),
+        "steps": 400_000,
+    }
+    checkpoint = load_checkpoint(save(tmp_path / "a.pt", content), weights)
+    assert same_weights(checkpoint.model, tiny(seed))
+    assert checkpoint.steps == 400_000 and checkpoint.run == checkpoint.data == {}
+
+
+def test_ema_is_the_default(tmp_path):
+    path = save(tmp_path / "a.pt", {"model": tiny(2).state_dict(), "ema": tiny(1).state_dict()})
+    assert same_weights(load_model(path)[0], tiny(1))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("nested", [False, True])
+def test_wrapper_prefixes_are_stripped(tmp_path, prefix, nested):
+    state = {prefix + name: tensor for name, tensor in tiny().state_dict().items()}
+    path = save(tmp_path / "a.pt", {"ema": state} if nested else state)
+    assert same_weights(load_model(path)[0], tiny())
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"ssl_align": True, "z_dims": (10,)}, {"df_idxs": ()}], ids=str)
+def test_options_that_the_weights_tell(tmp_path, options):
+    expected = tiny(**options)
+    path = save(
+        tmp_path / "a.pt",
+        {"config": {"model_options": {**TINY, "df_idxs": [2], **options}}, "ema": expected.state_dict()},
+    )
+    assert same_weights(load_model(path)[0], expected)
+    if options.get("df_idxs") == ():
+        return  # a published file of one branch is the SiT release's, tested below
+    model, found = load_model(save(tmp_path / "b.pt", expected.state_dict()))
+    assert same_weights(model, expected)
+    assert {key: found[key] for key in options} == options
+
+
+@pytest.mark.parametrize(("weights", "seed"), [("ema", 1), ("raw", 2)])
+def test_a_file_of_ours_is_rebuilt_from_its_configuration(tmp_path, weights, seed):
+    """Key layers 1, 3 of 4 blocks, two heads and the clamp: nothing of it follows from the shapes."""
+    options = {**TINY, "num_heads": 2, "df_idxs": [1, 3], "legacy_scaling": True}
+    content = {
+        "config": {"model": "DeepFlow-Ti/2", "path_type": "cosine", "model_options": options},
+        "model": tiny(2, **options).state_dict(),
+        "ema": tiny(1, **options).state_dict(),
+        "steps": 7,
+        "data": {"num_classes": 3},
+    }
+    checkpoint = load_checkpoint(save(tmp_path / "a.pt", content), weights)
+    assert torch.equal(velocity(checkpoint.model), velocity(tiny(seed, **options)))
+    assert checkpoint.options == {**options, "df_idxs": (1, 3)}
+    assert all(vera.acc_norm.legacy_scaling for vera in checkpoint.model.df_blocks)
+    assert (checkpoint.run["path_type"], checkpoint.data, checkpoint.steps) == ("cosine", {"num_classes": 3}, 7)
+
+
+def test_a_model_of_one_branch_of_ours_keeps_its_direction_of_time(tmp_path):
+    expected = tiny(df_idxs=())
+    options = {**TINY, "df_idxs": []}
+    path = save(tmp_path / "a.pt", {"config": {"model_options": options}, "ema": expected.state_dict()})
+    assert torch.equal(velocity(load_model(path)[0]), velocity(expected))
+
+
+def test_a_published_file_of_one_branch_is_turned_round_in_time(tmp_path):
+    theirs = tiny(df_idxs=())
+    model, _ = load_model(save(tmp_path / "a.pt", theirs.state_dict()))
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([0.2, 0.7]), torch.tensor([0, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(model.velocity(x, t, y), -theirs.velocity(x, 1 - t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_repas_one_branch_file_keeps_its_direction_of_time_and_loses_its_projector(tmp_path):
+    theirs = tiny(df_idxs=())
+    projectors = {f"projectors.0.{i}.weight": torch.ones(2, 2) for i in (0, 2, 4)}
+    model, _ = load_model(save(tmp_path / "a.pt", {**theirs.state_dict(), **projectors}))
+    assert same_weights(model, theirs)
+
+
+def test_half_precision_weights_are_read_as_float32(tmp_path):
+    path = save(tmp_path / "a.pt", {name: tensor.half() for name, tensor in tiny().state_dict().items()})
+    assert all(parameter.dtype == torch.float32 for parameter in load_model(path)[0].parameters())
+
+
+def test_overrides_fill_in_what_weights_cannot_tell(tmp_path):
+    expected = tiny(num_heads=8, df_idxs=(3,), legacy_scaling=True)
+    path = save(tmp_path / "a.pt", expected.state_dict())
+    model, options = load_model(path, num_heads=8, df_idxs="[3]", legacy_scaling=True, depth=None)
+    assert torch.equal(velocity(model), velocity(expected))
+    assert (options["num_heads"], options["df_idxs"], options["legacy_scaling"]) == (8, (3,), True)
+    assert not torch.equal(velocity(load_model(path)[0]), velocity(expected))
+
+
+def test_uneven_branches_of_a_published_file_need_their_key_layers(tmp_path):
+    expected = tiny(depth=5, df_idxs=(2,))
+    path = save(tmp_path / "a.pt", expected.state_dict())
+    with pytest.raises(InputError, match=r"--trans-depth 5 does not divide .* pass --df-idxs"):
+        load_model(path)
+    assert torch.equal(velocity(load_model(path, df_idxs="2")[0]), velocity(expected))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_recognised_from_their_weights(name):
+    with torch.device("meta"):
+        state = create_model(name).state_dict()
+    options, preset = config_from_state(state, "file"), PRESETS[name]
+    for key in ("depth", "hidden_size", "num_heads", "patch_size", "df_idxs"):
+        assert options[key] == getattr(preset, key), key
+    assert (options["input_size"], options["in_channels"], options["num_classes"]) == (32, 4, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "df_idxs"),
+    [
+        ("DeepFlow-B/2", 10, (5,)),
+        ("DeepFlow-L/2", 18, (9,)),  # the preset's depth with another number of branches
+        ("DeepFlow-L/2", 24, (12,)),  # SiT's depth
+        ("DeepFlow-XL/2", 24, (12,)),
+        ("DeepFlow-XL/2", 28, (7, 14, 21)),
+    ],
+)
+def test_even_key_layers_are_recognised_from_their_weights(name, depth, df_idxs):
+    with torch.device("meta"):
+        state = create_model(name, depth=depth, df_idxs=df_idxs).state_dict()
+    options = config_from_state(state, "file")
+    assert (options["depth"], options["df_idxs"], options["num_heads"]) == (depth, df_idxs, PRESETS[name].num_heads)
+
+
+# ---- What is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "none.pt")
+
+
+def test_a_folder(tmp_path):
+    assert "is a folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("legacy_format", [False, True])
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_a_truncated_file(tmp_path, kept, legacy_format):
+    path = tmp_path / "a.pt"
+    save(path, {"ema": tiny().state_dict()}, _use_new_zipfile_serialization=not legacy_format)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    assert "is unreadable or truncated" in refusal(path)
+
+
+def damaged_files():
+    """Things that people pass by mistake, and the beginnings of files with bytes changed."""
+    yield b"hello world"
+    yield b"<!DOCTYPE html><html><title>Quota exceeded</title></html>"
+    yield b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    yield b"\x89PNG\r\n\x1a\n" + bytes(100)
+    rng = random.Random(0)
+    for _ in range(60):
+        yield bytes(rng.randrange(256) for _ in range(100))
+        yield b"\x80\x02" + bytes(rng.choice(b"KMX}q(su.)\x85tRcb\x8a]eNU") for _ in range(60))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of odd pickle protocols
+def test_files_that_are_no_checkpoint(tmp_path):
+    path = tmp_path / "a.pt"
+    for content in damaged_files():
+        path.write_bytes(content)
+        refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({}, "no entry 'ema' (it holds nothing)"),
+        ({"epoch": 3, "net": {}}, "no entry 'ema' (it holds epoch, net)"),
+        ([1, 2], "holds a list"),
+        (torch.ones(3), "holds a Tensor"),
+        ({"ema": None}, "not a dictionary of tensors"),
+        ({"ema": {"x_embedder.proj.weight": 3}}, "not a dictionary of tensors"),
+        ({"ema": {"conv1.weight": torch.ones(2)}}, "not of a known family"),
+    ],
+    ids=["empty", "other entries", "list", "tensor", "none", "numbers", "another network"],
+)
+def test_contents_that_are_no_model(tmp_path, content, named):
+    assert named in refusal(save(tmp_path / "a.pt", content))
+
+
+def test_weights_that_the_file_lacks(tmp_path):
+    path = save(tmp_path / "a.pt", {"ema": tiny().state_dict(), "steps": 3})
+    assert "no entry 'model' (it holds ema, steps); choose other --weights" in refusal(path, weights="raw")
+
+
+LOST = [
+    "pos_embed",
+    "x_embedder.proj.weight",
+    "t_embedder.mlp.0.weight",
+    "y_embedder.embedding_table.weight",
+    "blocks.3.attn.qkv.bias",
+    "df_blocks.0.acc_mlp.0.weight",
+    "dt_embedder.mlp.2.bias",
+    "final_layer.0.linear.weight",
+]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_lost_parameter_is_named(tmp_path, nested):
+    for lost in LOST:
+        state = {name: tensor for name, tensor in tiny().state_dict().items() if name != lost}
+        if not nested and lost == "x_embedder.proj.weight":
+            continue  # by this name a plain state dict is recognised
+        assert lost.split(".")[0] in refusal(save(tmp_path / "a.pt", {"ema": state} if nested else state))
+
+
+@pytest.mark.parametrize("lost", ["final_layer.linear.weight", "t_embedder.mlp.0.weight", "blocks.0.mlp.fc1.bias"])
+def test_a_lost_parameter_of_one_branch_is_named(tmp_path, lost):
+    state = {name: tensor for name, tensor in tiny(df_idxs=()).state_dict().items() if name != lost}
+    assert lost in refusal(save(tmp_path / "a.pt", state))
+
+
+def test_an_unknown_parameter_is_named(tmp_path):
+    state = {**tiny().state_dict(), "blocks.0.extra.weight": torch.ones(1)}
+    assert "has the unknown blocks.0.extra.weight" in refusal(save(tmp_path / "a.pt", state))
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.1.attn.qkv.weight", "final_layer.1.linear.bias", "df_blocks.0.acc_mlp.6.weight"]
+)
+def test_a_shape_mismatch_is_named_with_both_shapes(tmp_path, name):
+    state = tiny().state_dict()
+    expected = tuple(state[name].shape)
+    state[name] = torch.zeros(3, *expected[1:])
+    message = refusal(save(tmp_path / "a.pt", state))
+    assert f"{name} is {(3, *expected[1:])}, expected {expected}" in message
+
+
+def test_a_configuration_that_does_not_fit_its_weights(tmp_path):
+    content = {"config": {"model_options": {**TINY, "hidden_size": 32, "df_idxs": [2]}}, "ema": tiny().state_dict()}
+    assert "is of another model" in refusal(save(tmp_path / "a.pt", content))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"depth": 8}, "--trans-depth 8 contradicts"),
+        ({"num_classes": 10}, "--num-classes 10 contradicts"),
+        ({"qk_norm": True}, "--qk-norm True contradicts"),
+        ({"hidden_size": 32}, "--hidden-size 32 contradicts"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ours", [False, True])
+def test_an_override_that_contradicts_the_file(tmp_path, overrides, named, ours):
+    content = {"ema": tiny().state_dict()}
+    if ours:
+        content["config"] = {"model_options": {**TINY, "df_idxs": [2], "qk_norm": False}}
+    assert named in refusal(save(tmp_path / "a.pt", content), **overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"df_idxs": "1 3"}, "--df-idxs (1, 3) contradicts"),
+        ({"num_heads": 8}, "--num-heads 8 contradicts"),
+        ({"legacy_scaling": True}, "--legacy-scaling True contradicts"),
+    ],
+    ids=str,
+)
+def test_a_file_of_ours_answers_everything(tmp_path, overrides, named):
+    options = {**TINY, "df_idxs": [2], "legacy_scaling": False}
+    path = save(tmp_path / "a.pt", {"config": {"model_options": options}, "ema": tiny().state_dict()})
+    assert named in refusal(path, **overrides)
+    assert load_model(path, **{**options, "df_idxs": "[2]"})[1]["df_idxs"] == (2,)
+
+
+def test_key_layers_of_another_number_of_branches(tmp_path):
+    path = save(tmp_path / "a.pt", tiny().state_dict())
+    assert "lacks df_blocks.1." in refusal(path, df_idxs="1 2")
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("legacy_format", [False, True])
+def test_a_malicious_pickle_is_not_executed(tmp_path, legacy_format):
+    trap = tmp_path / "executed"
+    content = {"ema": tiny().state_dict(), "args": argparse.Namespace(model=Malicious(trap))}
+    path = save(tmp_path / "a.pt", content, _use_new_zipfile_serialization=not legacy_format)
+    assert "mkdir" in refusal(path)
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # the trap works
+
+
+def test_other_python_objects_are_named(tmp_path):
+    content = {"ema": tiny().state_dict(), "args": argparse.Namespace(data_dir=pathlib.PurePosixPath("data"))}
+    assert "PurePosixPath" in refusal(save(tmp_path / "a.pt", content))
+
+
+def test_reading_leaves_torchs_list_of_safe_classes_as_it_was(tmp_path):
+    before = torch.serialization.get_safe_globals()
+    load_model(save(tmp_path / "a.pt", {"ema": tiny().state_dict(), "args": argparse.Namespace(seed=0)}))
+    assert torch.serialization.get_safe_globals() == before
