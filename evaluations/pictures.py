@@ -19,9 +19,15 @@ def class_grid(images, labels, classes=10, columns=10):
     return chosen.reshape(-1, *images.shape[1:])
 
 
+def enlarge_and_frame(images, factor=2, frame=2):
+    """uint8 (N, R, R, 3) → (N, R', R', 3), R' = factor·R + 2·frame: every pixel repeated, a white frame around."""
+    larger = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    return np.pad(larger, ((0, 0), (frame, frame), (frame, frame), (0, 0)), constant_values=255)
+
+
 def save_class_grid(images, labels, path, classes=10, columns=10):
     """Write a PNG whose rows are classes."""
-    save_grid(class_grid(images, labels, classes, columns), columns, path)
+    save_grid(enlarge_and_frame(class_grid(images, labels, classes, columns)), columns, path)
 
 
 def read_curves(log):

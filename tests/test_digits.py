@@ -1,0 +1,298 @@
+"""The digits, their VAE, and the report on samples of them."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from evaluations import digits_report, pictures
+from models.codec import LatentCodec
+from models.errors import InputError
+from preprocessing.digits import load_digits_split, upsample, write_image_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT_SHA256 = "f3c09072673c0ccb"  # of the held-out indices; another split would show the VAE its own training data
+
+
+@pytest.fixture(scope="module")
+def split():
+    return load_digits_split()
+
+
+@pytest.fixture(scope="module")
+def held_images(split):
+    return upsample(split[1].images)
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return LatentCodec.load(ROOT / "assets" / "tiny-vae")
+
+
+def run(*command):
+    """A command of the repository, from its root."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+
+
+def write_samples(folder, images, labels):
+    """An npz and its manifest, as generate.py leaves them; returns the path of the npz."""
+    np.savez(folder / "samples.npz", arr_0=images)
+    (folder / "samples.json").write_text(json.dumps({"labels": [int(label) for label in labels]}))
+    return folder / "samples.npz"
+
+
+# Data
+
+
+def test_split_is_fixed_disjoint_and_balanced(split):
+    train, held_out = split
+    assert len(train.labels) == 1397 and len(held_out.labels) == 400
+    assert sorted([*train.indices, *held_out.indices]) == list(range(1797))
+    assert np.bincount(held_out.labels).tolist() == [40] * 10
+    assert hashlib.sha256(held_out.indices.astype("<i8").tobytes()).hexdigest().startswith(HELD_OUT_SHA256)
+
+
+def test_grey_values_and_labels_are_those_of_the_data_set(split):
+    source = load_digits()
+    table = np.array([0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255])
+    for digits in split:
+        np.testing.assert_array_equal(digits.images, table[source.images[digits.indices].astype(int)])
+        np.testing.assert_array_equal(digits.labels, source.target[digits.indices])
+
+
+def test_command_writes_the_training_digits_once(tmp_path, split):
+    train, dest = split[0], tmp_path / "raw"
+    first = run("preprocessing/digits.py", "--dest", dest)
+    assert first.returncode == 0, first.stderr
+    files = sorted(dest.rglob("*.png"))
+    assert len(files) == 1397 and {path.parent.name for path in files} == set("0123456789")
+    for row in (0, 700, 1396):
+        picture = Image.open(dest / str(train.labels[row]) / f"{train.indices[row]:04d}.png")
+        assert picture.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(picture), train.images[row][..., None].repeat(3, axis=-1))
+    times = [path.stat().st_mtime_ns for path in files]
+    assert write_image_folder(train, dest) is False
+    assert [path.stat().st_mtime_ns for path in files] == times
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, split):
+    few = split[0].take(np.arange(5))
+    broken = dataclasses.replace(few, images=[*few.images[:4], np.zeros((8, 8), dtype=complex)])
+    with pytest.raises(TypeError):
+        write_image_folder(broken, tmp_path / "raw")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("preprocessing/digits.py", "--dest", tmp_path)
+    assert result.returncode == 2 and "notes.txt" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_as_dest_is_refused(tmp_path, split):
+    (tmp_path / "raw").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        write_image_folder(split[0], tmp_path / "raw")
+
+
+def test_upsample_gives_the_bytes_of_convert(tmp_path, split):
+    few = split[0].take(np.arange(20))
+    write_image_folder(few, tmp_path / "raw")
+    flags = ["--resolution", "32x32", "--transform", "center-crop-dhariwal", "--workers", "1"]
+    result = run(
+        "preprocessing/dataset_tools.py", "convert", "--source", tmp_path / "raw", "--dest", tmp_path / "images", *flags
+    )
+    assert result.returncode == 0, result.stderr
+    converted = {np.asarray(Image.open(path)).tobytes() for path in (tmp_path / "images").rglob("*.png")}
+    assert converted == {image.tobytes() for image in upsample(few.images)}
+
+
+def test_pixels_undo_an_enlargement_by_repetition(split):
+    images = split[0].images[:3]
+    enlarged = np.kron(images, np.ones((1, 4, 4), np.uint8))[..., None].repeat(3, axis=-1)
+    np.testing.assert_allclose(digits_report.pixels(enlarged), images.reshape(3, 64) / 255, rtol=1e-15)
+
+
+# VAE
+
+
+def encode(codec, images):
+    return codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+
+
+def test_vae_is_small_and_has_the_shape_of_the_quickstart(codec):
+    assert sum(path.stat().st_size for path in (ROOT / "assets" / "tiny-vae").iterdir()) <= 2e6
+    assert (codec.spec.channels, codec.spec.factor, codec.spec.shift) == (4, 4, 0.0)
+    assert codec.vae.dtype == torch.float32
+    assert "/" not in (ROOT / "assets" / "tiny-vae" / "config.json").read_text()
+
+
+def test_latents_of_the_training_digits_have_unit_std(codec, split):
+    moments = encode(codec, upsample(split[0].images[:400]))
+    noise = torch.randn(400, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = codec.spec.sample(moments, noise)
+    assert latents.std().item() == pytest.approx(1, abs=0.03)
+    spread = moments[:, 4:].mean().item() * codec.spec.scale  # of the posterior: neither zero nor all noise
+    assert 0.01 < spread < 0.2
+
+
+def test_reconstructed_held_out_digits_keep_their_class(codec, split, held_images):
+    train, held_out = split
+    mean, _std = encode(codec, held_images).chunk(2, dim=1)
+    decoded = codec.decode((mean - codec.spec.shift) * codec.spec.scale).numpy()
+    assert abs(decoded.astype(float) - held_images).mean() < 3  # of 255 grey levels
+    train_set = (digits_report.pixels(upsample(train.images)), train.labels)
+    classifier, _accuracy = digits_report.train_classifier(
+        train_set, (digits_report.pixels(held_images), held_out.labels)
+    )
+    assert classifier.score(digits_report.pixels(decoded), held_out.labels) >= 0.975
+
+
+@pytest.mark.slow
+def test_training_script_makes_a_folder_that_loads_and_never_overwrites(tmp_path):
+    command = ["assets/train_tiny_vae.py", "--dest", tmp_path / "vae", "--steps", "2", "--batch-size", "4"]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert LatentCodec.load(tmp_path / "vae").spec.factor == 4
+    again = run(*command)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+# Report
+
+
+def test_held_out_digits_as_samples_score_as_held_out_digits(split, held_images):
+    report = digits_report.build_report(held_images, split[1].labels)
+    assert report["agreement"]["samples"] == report["agreement"]["held_out_digits"]
+    assert report["agreement"]["samples"]["agree"] >= 380 and report["agreement"]["samples"]["of"] == 400
+    assert report["frechet"]["samples"] == report["frechet"]["held_out_digits"] > 0
+    assert report["frechet"]["images_a_side"] == 400
+
+
+def test_bad_samples_score_badly(split, held_images):
+    wrong_labels = (split[1].labels + 1) % 10
+    assert digits_report.build_report(held_images, wrong_labels)["agreement"]["samples"]["agree"] < 10
+    blurred = (held_images // 2 + held_images.mean(axis=(1, 2), keepdims=True) / 2).astype(np.uint8)
+    frechet = digits_report.build_report(blurred, split[1].labels)["frechet"]
+    assert frechet["samples"] > 5 * frechet["held_out_digits"]
+    one_class = held_images[split[1].labels == 3].repeat(10, axis=0)  # mode collapse
+    frechet = digits_report.build_report(one_class, split[1].labels)["frechet"]
+    assert frechet["samples"] > 5 * frechet["held_out_digits"]
+
+
+def test_counts_are_equal_on_both_sides(split, held_images):
+    few = np.arange(0, 400, 4)
+    report = digits_report.build_report(held_images[few], split[1].labels[few])
+    assert report["frechet"]["images_a_side"] == 100 and report["agreement"]["samples"]["of"] == 100
+    many = np.concatenate([held_images, held_images])
+    report = digits_report.build_report(many, np.concatenate([split[1].labels] * 2))
+    assert report["frechet"]["images_a_side"] == 400 and report["agreement"]["samples"]["of"] == 800
+
+
+def test_a_poor_classifier_is_no_judge(split, held_images):
+    train, held_out = split
+    features = digits_report.pixels(upsample(train.images))
+    rows = train.labels != 7  # it never saw a seven: at most 90 % right
+    with pytest.raises(InputError, match="95%"):
+        digits_report.train_classifier(
+            (features[rows], train.labels[rows]), (digits_report.pixels(held_images), held_out.labels)
+        )
+
+
+def test_stratified_rows():
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
+    rows = digits_report.stratified_rows(labels, 23)
+    assert np.bincount(labels[rows]).tolist() == [10, 10, 3]
+    assert len(set(rows)) == 23 and rows.tolist() == sorted(rows)
+    np.testing.assert_array_equal(rows, digits_report.stratified_rows(labels, 23))
+    assert rows.tolist() != digits_report.stratified_rows(labels, 23, seed=1).tolist()
+    assert digits_report.stratified_rows(labels, 83).tolist() == list(range(83))
+
+
+def test_command_writes_report_grid_and_curve(tmp_path, split, held_images):
+    samples = write_samples(tmp_path, held_images, split[1].labels)
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": s, "loss": 1 / s, "loss_v1": 2 / s, "lr": 1}) + "\n" for s in (1, 2, 4)))
+    out, grid, curve = (tmp_path / name for name in ("report.json", "grid.png", "curve.png"))
+    result = run(
+        "evaluations/digits_report.py", "--samples", samples, "--out", out, "--grid", grid, "--curve", log, curve
+    )
+    assert result.returncode == 0, result.stderr
+    agree = json.loads(out.read_text())["agreement"]["samples"]["agree"]
+    assert f"samples: {agree} of 400 carry their label" in result.stdout and "400 images a side" in result.stdout
+    assert Image.open(grid).size == (680, 680)
+    assert len(np.unique(np.asarray(Image.open(curve).convert("RGB")).reshape(-1, 3), axis=0)) > 10
+
+
+@pytest.mark.parametrize(
+    "images, labels, culprit",
+    [
+        (None, None, "samples.npz"),
+        (np.zeros((4, 32, 32, 3), np.uint8), None, "samples.json: no list of requested labels"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"seed": 0}, "samples.json: no list of requested labels"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [1, 2]}, "one label for each of the 4"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, 10]}, "from 0 to 9"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, "3"]}, "from 0 to 9"),
+        (np.zeros((4, 16, 16, 3), np.uint8), {"labels": [0] * 4}, r"arr_0 is uint8 \(4, 16, 16, 3\)"),
+        (np.zeros((4, 32, 32, 3), np.float32), {"labels": [0] * 4}, "arr_0 is float32"),
+    ],
+)
+def test_bad_samples_are_refused_by_name(tmp_path, images, labels, culprit):
+    if images is not None:
+        np.savez(tmp_path / "samples.npz", arr_0=images)
+    if labels is not None:
+        (tmp_path / "samples.json").write_text(json.dumps(labels))
+    with pytest.raises(InputError, match=culprit):
+        digits_report.main(["--samples", str(tmp_path / "samples.npz")])
+
+
+def test_truncated_npz_ends_in_one_line(tmp_path, split, held_images):
+    samples = write_samples(tmp_path, held_images, split[1].labels)
+    samples.write_bytes(samples.read_bytes()[:1000])
+    result = run("evaluations/digits_report.py", "--samples", samples, "--out", tmp_path / "report.json")
+    assert result.returncode == 2 and "samples.npz" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "report.json").exists()
+
+
+# Pictures
+
+
+def test_class_grid_has_a_class_a_row():
+    labels = np.array([2, 0, 0, 1, 2, 2])
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] + np.zeros((6, 4, 4, 3), np.uint8)
+    grid = pictures.class_grid(images, labels, classes=3, columns=2)
+    assert grid[:, 0, 0, 0].tolist() == [1, 2, 3, 255, 0, 4]
+
+
+def test_curves_are_every_key_that_begins_with_loss(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 5, "loss": 1.5, "loss_a1": 2, "grad_norm": 3}\n{"step": 10, "loss": 1.0}\n')
+    assert pictures.read_curves(log) == {"loss": ([5, 10], [1.5, 1.0]), "loss_a1": ([5], [2.0])}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"step": 1, "loss": 2}\n{"step": 2, "lo', "line 2"),
+        ('{"loss": 2}\n', "line 1"),
+        ("[1]\n", "line 1"),
+        ('{"step": 1, "lr": 2}\n', "no line has a key"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_logs_are_refused_by_name(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(InputError, match=rf"log\.jsonl: .*{message}"):
+        pictures.save_loss_curve(tmp_path / "log.jsonl", tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()

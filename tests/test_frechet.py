@@ -1,0 +1,100 @@
+"""Fréchet distance against closed forms and published values of small cases."""
+
+import numpy as np
+import pytest
+
+from evaluations.frechet import frechet_distance, statistics
+
+# Value of the published implementation (scipy's sqrtm) for dense, well conditioned covariances.
+DENSE_MU1, DENSE_MU2 = [-0.827, 0.143, 0.937, 0.018], [0.693, 0.315, 1.504, -2.007]
+DENSE_SIGMA1 = [
+    [2.538954, -0.025143, -0.796934, 2.378467],
+    [-0.025143, 2.341922, 2.370778, -0.418977],
+    [-0.796934, 2.370778, 7.829068, -2.624652],
+    [2.378467, -0.418977, -2.624652, 5.042141],
+]
+DENSE_SIGMA2 = [
+    [2.121154, 0.617488, 1.153414, 0.71826],
+    [0.617488, 3.628258, 0.435978, 0.727697],
+    [1.153414, 0.435978, 4.617236, -0.063365],
+    [0.71826, 0.727697, -0.063365, 2.999311],
+]
+DENSE_DISTANCE = 9.233460305301982
+
+
+def test_diagonal_covariances_have_a_closed_form():
+    # |Δμ|² + Σ (√a − √b)² = 14 + 1 + 1 + 0
+    value = frechet_distance([0, 0, 0], np.diag([1, 4, 9]), [1, 2, 3], np.diag([4, 1, 9]))
+    assert value == pytest.approx(16, rel=1e-12)
+
+
+def test_one_dimension():
+    assert frechet_distance(1.0, 4.0, 3.0, 9.0) == pytest.approx(4 + 1, rel=1e-12)
+
+
+def test_commuting_covariances_in_a_rotated_frame():
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.standard_normal((20, 20)))[0]
+    a, b = rng.uniform(0, 3, 20), rng.uniform(0, 3, 20)
+    sigma1, sigma2 = (rotation * a) @ rotation.T, (rotation * b) @ rotation.T
+    expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert frechet_distance(np.zeros(20), sigma1, np.zeros(20), sigma2) == pytest.approx(expected, rel=1e-10)
+
+
+def test_published_value_and_symmetry():
+    one, two = (DENSE_MU1, DENSE_SIGMA1), (DENSE_MU2, DENSE_SIGMA2)
+    assert frechet_distance(*one, *two) == pytest.approx(DENSE_DISTANCE, rel=1e-10)
+    assert frechet_distance(*two, *one) == pytest.approx(DENSE_DISTANCE, rel=1e-10)
+
+
+def test_identical_is_zero():
+    assert frechet_distance(DENSE_MU1, DENSE_SIGMA1, DENSE_MU1, DENSE_SIGMA1) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_pure_shift_counts_its_square():
+    shifted = np.add(DENSE_MU1, [3, 0, 0, -4])
+    assert frechet_distance(DENSE_MU1, DENSE_SIGMA1, shifted, DENSE_SIGMA1) == pytest.approx(25, rel=1e-12)
+
+
+def test_degenerate_covariances():
+    zero, one = np.zeros((3, 3)), np.ones(3)
+    assert frechet_distance(np.zeros(3), zero, one, zero) == pytest.approx(3, rel=1e-12)
+    # an eigenvalue below zero by rounding counts as zero in the root, in full in the trace
+    value = frechet_distance([0, 0], np.diag([1, -1e-7]), [1, 1], np.eye(2))
+    assert value == pytest.approx(2.9999999, abs=1e-12)
+
+
+def test_fewer_samples_than_dimensions():
+    features = np.random.default_rng(1).standard_normal((10, 50))
+    mu, sigma = statistics(features)
+    # 2·features has root 2·Σ^½: tr(Σ + 4Σ − 2·2Σ) = tr Σ
+    expected = np.square(mu).sum() + np.trace(sigma)
+    assert frechet_distance(mu, sigma, *statistics(2 * features)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_statistics_are_unbiased_and_float64():
+    mu, sigma = statistics(np.array([[0, 0], [2, 4]], dtype=np.uint8))
+    assert mu.dtype == sigma.dtype == np.float64
+    np.testing.assert_array_equal(mu, [1, 2])
+    np.testing.assert_array_equal(sigma, [[2, 4], [4, 8]])
+    assert statistics(np.array([[1.0], [3.0]]))[1].shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([0, 0], np.eye(2), [0, 0, 0], np.eye(3)), "must agree"),
+        (([0, 0], np.eye(3), [0, 0], np.eye(3)), "must agree"),
+        (([0, np.nan], np.eye(2), [0, 0], np.eye(2)), "not finite"),
+        (([0, 0], np.diag([1, np.inf]), [0, 0], np.eye(2)), "not finite"),
+    ],
+)
+def test_bad_statistics_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(*arguments)
+
+
+@pytest.mark.parametrize("features", [np.zeros((1, 4)), np.zeros(4)])
+def test_statistics_need_two_rows(features):
+    with pytest.raises(ValueError, match="at least 2"):
+        statistics(features)
