@@ -1,5 +1,6 @@
 """Starting a run on one or many processes: precision, attention kernels, preflight."""
 
+import importlib.util
 import platform
 import sys
 
@@ -25,6 +26,8 @@ def start_accelerator(config, run_dir):
     config.mixed_precision = config.mixed_precision or ("bf16" if on_gpu else "no")
     if config.mixed_precision == "fp16" and not on_gpu:
         raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise InputError(f"--report-to {config.report_to} needs a package: pip install {config.report_to}")
     set_math(config.allow_tf32, config.fused_attn)
     accelerator = Accelerator(
         cpu=not on_gpu,

@@ -107,13 +107,9 @@ class Trainer:
 
         The gradients are already summed over the processes, so all of them decide alike. Returns whether it stepped.
         """
-        if self.accelerator.scaler is not None:  # fp16: the scaler skips the step itself and lowers its scale
+        stepped = bool(torch.isfinite(grad_norm))
+        if stepped or self.accelerator.scaler is not None:  # the fp16 scaler skips by itself, then lowers its scale
             self.optimizer.step()
-            stepped = not self.accelerator.optimizer_step_was_skipped
-        else:
-            stepped = bool(torch.isfinite(grad_norm))
-            if stepped:
-                self.optimizer.step()
         self.optimizer.zero_grad()
         if stepped:
             self.ema.update(self.model)
