@@ -59,7 +59,6 @@ def convert(
         "resolution": list(resolution) if resolution else None,
         "transform": transform,
         "image_format": image_format,
-        "skip_bad": skip_bad,
         "chunk": CHUNK,
     }
     job = Job(f"{dest}.work" if to_zip else dest, ticket)

@@ -153,7 +153,7 @@ class Run:
 
     def ticket(self, command, what):
         """What identifies this work, so that a later run goes on with nothing else."""
-        common = {"source": self.images.fingerprint(), "batch_size": self.batch_size, "skip_bad": self.skip_bad}
+        common = {"source": self.images.fingerprint(), "batch_size": self.batch_size}
         return {"command": command, **common, **what}
 
     def into(self, job, writer, group, manifest):

@@ -1,0 +1,255 @@
+"""encode, mirror, features and pack: the same moments however they are made, whole round trips, every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folder_layout
+from PIL import Image
+
+from dataset import open_dataset, open_set
+from models.codec import LatentCodec
+from models.errors import InputError
+from preprocessing.convert import convert
+from preprocessing.encode import encode, write_features
+from preprocessing.info import describe, write_grid
+from preprocessing.pack import pack
+
+ROOT = Path(__file__).parent.parent
+COUNT = 18
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder with 18 converted 16×16 images of three classes."""
+    source = write_class_folders(tmp_path / "source", per_class=6)
+    convert(source, tmp_path / "data/images", (16, 16), "center-crop-dhariwal")
+    return tmp_path / "data"
+
+
+def all_moments(folder):
+    dataset = open_dataset(folder)
+    return dataset.gather(range(len(dataset)))[0]
+
+
+def direct_moments(data, flip=False):
+    """Moments of every image, one by one and with nothing in between."""
+    codec = LatentCodec.load(tiny_vae())
+    paths = sorted((data / "images").rglob("*.png"))
+    images = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths])
+    images = torch.from_numpy(images[..., ::-1].copy() if flip else images)
+    return torch.cat([codec.encode(images[i : i + 1]) for i in range(len(images))])
+
+
+def test_moments_do_not_depend_on_the_batch(data, tmp_path):
+    expected = direct_moments(data)
+    assert expected.std() > 0.1
+    for batch_size in (1, 16):
+        encode(data / "images", tmp_path / f"b{batch_size}", tiny_vae(), batch_size=batch_size)
+        moments = all_moments(tmp_path / f"b{batch_size}")
+        torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-5)
+    names = [name for name, _ in json.loads((tmp_path / "b16/dataset.json").read_text())["labels"]]
+    assert names[17] == "00000/img-mean-std-00000017.npy"
+    first = np.load(tmp_path / "b16" / names[0])
+    assert first.dtype == np.float32 and first.shape == (8, 4, 4)
+
+
+def test_packed_is_the_same_within_half_precision(data, tmp_path):
+    expected = direct_moments(data)
+    encode(data / "images", tmp_path / "fp16", tiny_vae(), packed=True, shard_size=7)
+    encode(data / "images", tmp_path / "fp32", tiny_vae(), packed=True, stored="fp32", batch_size=5)
+    torch.testing.assert_close(all_moments(tmp_path / "fp16"), expected, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(all_moments(tmp_path / "fp32"), expected, rtol=1e-4, atol=1e-5)
+    assert sorted(tree(tmp_path / "fp16")) == ["labels.npy", "manifest.json", "names.txt"] + [
+        f"rows-{i:05d}.bin" for i in range(3)
+    ]
+    info = open_dataset(tmp_path / "fp16").info
+    assert info == open_dataset(tmp_path / "fp32").info and info.class_names == ("n0000", "n0001", "n0002")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_arithmetic_is_close(dtype, data, tmp_path):
+    encode(data / "images", tmp_path / "half", tiny_vae(), dtype=dtype)
+    expected, moments = direct_moments(data), all_moments(tmp_path / "half")
+    error = ((moments - expected).square().mean() / expected.square().mean()).sqrt()
+    assert 0 < error < 0.03
+
+
+def test_pack_equals_direct_packing(data, tmp_path):
+    encode(data / "images", data / "vae-sd", tiny_vae())
+    encode(data / "images", tmp_path / "direct", tiny_vae(), packed=True, shard_size=7)
+    pack(data, tmp_path / "packed", shard_size=7)
+    pack(tmp_path / "packed/vae-sd", tmp_path / "again", shard_size=18)
+    files = tree(tmp_path / "direct")
+    assert {**tree(tmp_path / "packed/vae-sd"), "manifest.json": files["manifest.json"]} == files
+    rows = [(tmp_path / f"direct/rows-{i:05d}.bin").read_bytes() for i in range(3)]
+    assert (tmp_path / "again/rows-00000.bin").read_bytes() == b"".join(rows)
+    manifest = json.loads((tmp_path / "packed/vae-sd/manifest.json").read_text())
+    assert manifest["latents"]["family"] == "random-vae" and manifest["transform"] == "center-crop-dhariwal"
+    assert (tmp_path / "direct/names.txt").read_text().split()[17] == "00000/img00000017.png"
+
+
+def test_pack_of_a_foreign_folder_records_what_is_assumed(tmp_path):
+    write_folder_layout(tmp_path / "foreign")
+    pack(tmp_path / "foreign", tmp_path / "packed", num_classes=7)
+    info = open_dataset(tmp_path / "packed").info
+    assert info.num_classes == 7 and info.spec.family == "sd-vae-ft" and info.spec.scale == 0.18215
+    with pytest.raises(InputError, match=r"holds another result \(num_classes: 7 there, 5 now\)"):
+        pack(tmp_path / "foreign", tmp_path / "packed", num_classes=5)
+
+
+def test_mirror_encodes_flipped_images(data):
+    encode(data / "images", data / "vae-sd", tiny_vae())
+    encode(data / "images", data / "vae-sd-mirror", tiny_vae(), flip=True, packed=True)
+    dataset = open_dataset(data, images=True, mirror=True)
+    moments, _, images = dataset.gather(range(COUNT), flip=np.ones(COUNT, bool))
+    expected = direct_moments(data, flip=True)
+    torch.testing.assert_close(moments, expected, rtol=2**-10, atol=1e-4)
+    assert (expected - direct_moments(data)).abs().max() > 0.1
+    torch.testing.assert_close(LatentCodec.load(tiny_vae()).encode(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_round_trip_costs_nothing_beyond_the_vae(tmp_path):
+    """Image → moments → packed → pixels, against the VAE alone."""
+    vae = ROOT / "assets/tiny-vae"
+    source = write_class_folders(tmp_path / "source", per_class=3, size=(32, 32))
+    convert(source, tmp_path / "images", (32, 32), "center-crop-dhariwal")
+    encode(tmp_path / "images", tmp_path / "vae-sd", vae)
+    pack(tmp_path / "vae-sd", tmp_path / "packed")
+    images = torch.stack(
+        [
+            torch.from_numpy(np.asarray(Image.open(path)).transpose(2, 0, 1).copy())
+            for path in sorted((tmp_path / "images").rglob("*.png"))
+        ]
+    )
+    codec, data = LatentCodec.load(vae), open_dataset(tmp_path / "packed")
+    zeros = torch.zeros(len(data), 4, 8, 8)
+    alone = codec.decode(codec.spec.sample(codec.encode(images), zeros)).permute(0, 3, 1, 2).float()
+    ours = codec.decode(data.info.spec.sample(data.gather(range(len(data)))[0], zeros)).permute(0, 3, 1, 2).float()
+    own_error = (alone - images).abs().mean()
+    assert (ours - images).abs().mean() < own_error + 0.1
+    assert (ours - alone).abs().max() <= 2
+
+
+def test_a_second_run_does_nothing(data, tmp_path, capsys):
+    for folder, options in (("folder", {}), ("packed", {"packed": True})):
+        for _ in range(2):
+            encode(data / "images", tmp_path / folder, tiny_vae(), **options)
+        assert "nothing to do" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"holds another result \(batch_size: 16 there, 8 now\)"):
+        encode(data / "images", tmp_path / "folder", tiny_vae(), batch_size=8)
+
+
+def test_unreadable_images_are_left_out_without_a_gap(data, tmp_path):
+    expected = direct_moments(data)
+    (data / "images/00000/img00000003.png").write_bytes(b"")
+    (data / "images/00000/img00000017.png").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"img00000003\.png cannot be read \(the file is empty\)"):
+        encode(data / "images", tmp_path / "packed", tiny_vae(), packed=True, shard_size=7, batch_size=4)
+    kept = [i for i in range(COUNT) if i not in (3, 17)]
+    for folder, packed in (("packed", True), ("folder", False)):
+        encode(data / "images", tmp_path / folder, tiny_vae(), packed=packed, shard_size=7, batch_size=4, skip_bad=True)
+        dataset = open_dataset(tmp_path / folder)
+        moments, labels, _ = dataset.gather(range(16))
+        torch.testing.assert_close(moments, expected[kept], rtol=2**-10, atol=1e-4)
+        assert labels.tolist() == [i // 6 for i in kept]
+        _, _, _, names = open_set(tmp_path / folder)
+        assert [names[i] for i in range(16)] == [f"00000/img{i:08d}.png" for i in kept]
+        manifest = json.loads((tmp_path / folder / "manifest.json").read_text())
+        assert [name for name, _ in manifest["left_out"]] == ["00000/img00000003.png", "00000/img00000017.png"]
+    data.joinpath("vae-sd").symlink_to(tmp_path / "packed")
+    assert open_dataset(data, images=True).gather([3])[2].shape == (1, 3, 16, 16)
+
+
+def test_one_class_trains(tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=1)
+    convert(source, tmp_path / "data/images", (16, 16), "center-crop-dhariwal")
+    for folder, packed in (("vae-sd", False), ("packed", True)):
+        encode(tmp_path / "data/images", tmp_path / "data" / folder, tiny_vae(), packed=packed)
+        dataset = open_dataset(tmp_path / "data" / folder)
+        assert dataset.info.num_classes == 1 and dataset.labels.tolist() == [0] * 4
+
+
+def grey_patches(device):
+    """An encoder of the simplest kind: the mean of each 8×8 patch and its square, (B, T, 2)."""
+
+    def encoder(images):
+        mean = torch.nn.functional.avg_pool2d(images.float().mean(1, keepdim=True), 8).flatten(1)
+        return torch.stack([mean, mean.square() / 256], dim=2)
+
+    return encoder
+
+
+def test_features_of_any_encoder(data):
+    write_features(data / "images", data / "features-grey", "test_preprocessing_encode:grey_patches", batch_size=5)
+    manifest, rows, _, names = open_set(data / "features-grey")
+    assert (manifest["kind"], rows.shape, rows.dtype, len(rows)) == ("features", (4, 2), np.float16, COUNT)
+    row, image = np.empty((4, 2), np.float16), Image.open(data / "images" / names[13])
+    rows.read(13, row)
+    expected = np.asarray(image, dtype=np.float64)[:8, 8:].mean()
+    np.testing.assert_allclose(row[1], [expected, expected**2 / 256], rtol=2e-3)
+    with pytest.raises(InputError, match="features data, not VAE moments"):
+        open_dataset(data / "features-grey")
+    with pytest.raises(InputError, match="--encoder nothing:here"):
+        write_features(data / "images", data / "x", "nothing:here")
+
+
+def test_info_says_ten_lines_and_draws(data, tmp_path):
+    encode(data / "images", data / "vae-sd", tiny_vae(), packed=True)
+    text = "\n".join(describe(data))
+    assert len(describe(data)) == 10 and "18" in text and "n0000, n0001, n0002" in text and "random-vae" in text
+    write_grid(data, tmp_path / "grid.png", columns=4)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (64, 64, 3)
+    codec = LatentCodec.load(tiny_vae())
+    first = codec.decode(direct_moments(data)[:1, :4])[0].numpy()
+    assert abs(grid[:16, :16].astype(int) - first).max() <= 2
+
+
+ENCODE_FAULTS = {
+    "no source": ({"source": "nowhere"}, "--source .*nowhere is neither a folder nor a .zip"),
+    "no VAE": ({"vae": "/no/such/vae"}, "cannot load the VAE"),
+    "batch of none": ({"batch_size": 0}, "--batch-size 0"),
+}
+
+
+@pytest.mark.parametrize("fault", ENCODE_FAULTS)
+def test_encode_mistakes_end_in_one_line(fault, data, tmp_path):
+    change, message = ENCODE_FAULTS[fault]
+    with pytest.raises(InputError, match=message) as caught:
+        encode(**{"source": data / "images", "dest": tmp_path / "dest", "vae": tiny_vae(), **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_another_size_are_named(data, tmp_path):
+    photo(0, 8, 8).save(data / "images/00000/img00000005.png")
+    with pytest.raises(InputError, match=r"img00000005\.png is 8x8, not 16x16; convert the images first"):
+        encode(data / "images", tmp_path / "dest", tiny_vae())
+
+
+def test_values_that_half_precision_cannot_hold_are_named(tmp_path):
+    write_folder_layout(tmp_path / "data")
+    np.save(tmp_path / "data/vae-sd/00000/img-mean-std-00000002.npy", np.full((8, 4, 4), 1e6, np.float32))
+    with pytest.raises(InputError, match=r"00000002\.npy gives values that are not finite in float16"):
+        pack(tmp_path / "data", tmp_path / "packed")
+    pack(tmp_path / "data", tmp_path / "wide", stored="fp32")
+    assert open_dataset(tmp_path / "wide").gather([2])[0].max() == 1e6
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes_as_one(data, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tool = [str(ROOT / "preprocessing/dataset_tools.py"), "encode", "--source", str(data / "images")]
+    tool += ["--vae", str(tiny_vae()), "--batch-size", "4", "--packed", "--shard-size", "7", "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *tool]
+    subprocess.run([sys.executable, *tool, "--dest", str(tmp_path / "one")], check=True, env=environment)
+    subprocess.run([*launch, "--dest", str(tmp_path / "two")], check=True, env=environment)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    torch.testing.assert_close(all_moments(tmp_path / "two"), direct_moments(data), rtol=2**-10, atol=1e-4)
+    again = subprocess.run([*launch, "--dest", str(tmp_path / "two")], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and "nothing to do" in again.stderr

@@ -1,0 +1,144 @@
+"""SIGKILL, then the same command again: the result is byte-identical to an undisturbed run."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folder_layout
+
+import preprocessing.convert
+import preprocessing.pack
+from preprocessing.convert import convert
+from preprocessing.pack import pack
+
+TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"
+IMAGES = 300
+
+
+def killed_after(operations, function, *arguments, **options):
+    """Run in a forked process that dies by SIGKILL at its n-th write to disk. True where it lived to the end."""
+
+    def body():
+        left = [operations]
+
+        def dying(call):
+            def wrapper(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kwargs)
+
+            return wrapper
+
+        for name in ("replace", "pwrite", "open", "fsync", "fdatasync", "rmdir", "unlink", "mkdir"):
+            setattr(os, name, dying(getattr(os, name)))
+        function(*arguments, **options)
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def kill_everywhere(job, dest):
+    """Kill `job` at its first write, its second, …, each time going on in the same folder until it is done."""
+    kills = 0
+    while not killed_after(min(kills, 60), job, dest):
+        kills += 1
+        assert kills < 2000
+    return kills
+
+
+@pytest.mark.parametrize("name", ["dest", "dest.zip"])
+def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocessing.convert, "CHUNK", 3)
+    source = write_class_folders(tmp_path / "source", per_class=5)
+
+    def job(dest):
+        convert(source, dest, (16, 16), "center-crop-dhariwal")
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    job(tmp_path / "a" / name)
+    assert kill_everywhere(job, tmp_path / "b" / name) > 10
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_pack_killed_at_every_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocessing.pack, "BATCH", 4)
+    source = write_folder_layout(tmp_path / "source", count=30)
+
+    def job(dest):
+        pack(source, dest, shard_size=7)
+
+    job(tmp_path / "a")
+    assert kill_everywhere(job, tmp_path / "b") > 10
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------- real commands, random moments
+
+
+def run_until_done(arguments, dest, seed, kills):
+    """Start the command, kill it and its children at a random moment of its work, again and again, then let it end."""
+    chance, hits = random.Random(seed), 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, TOOL, *map(str, arguments)], stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and not dest.exists():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.6) if hits else chance.uniform(0, 0.2))
+        hits += process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)  # the main process only: its workers must end by themselves
+        process.wait()
+    subprocess.run([sys.executable, TOOL, *map(str, arguments)], check=True, stderr=subprocess.DEVNULL)
+    return hits
+
+
+def commands(root):
+    """name → (arguments without --dest)."""
+    encode = ["encode", "--source", root / "images", "--vae", tiny_vae(), "--batch-size", "4", "--device", "cpu"]
+    size = ["--resolution", "64x64", "--transform", "center-crop-dhariwal"]
+    return {
+        "convert": ["convert", "--source", root / "source", *size, "--workers", "2"],
+        "encode": encode,
+        "encode-packed": [*encode, "--packed", "--shard-size", "70"],
+        "pack": ["pack", "--source", root / "vae-sd", "--shard-size", "70"],
+    }
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """300 photographs in class folders, converted, and their latents."""
+    root = tmp_path_factory.mktemp("sources")
+    for k in range(IMAGES):
+        path = root / f"source/n{k % 7}/{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(k, 200, 160).save(path)
+    for name, dest in (("convert", "images"), ("encode", "vae-sd")):
+        arguments = [*commands(root)[name], "--dest", root / dest]
+        subprocess.run([sys.executable, TOOL, *map(str, arguments)], check=True, stderr=subprocess.DEVNULL)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convert", "encode", "encode-packed", "pack"])
+def test_commands_killed_at_random_moments(name, sources, tmp_path):
+    arguments = commands(sources)[name]
+    undisturbed = {"convert": sources / "images", "encode": sources / "vae-sd"}.get(name, tmp_path / "undisturbed")
+    if not undisturbed.exists():
+        command = [sys.executable, TOOL, *arguments, "--dest", undisturbed]
+        subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
+    dest = tmp_path / "killed"
+    hits = run_until_done([*arguments, "--dest", dest], dest, name, kills=3 if name.startswith("encode") else 6)
+    assert hits >= 1
+    assert tree(dest) == tree(undisturbed)
+    assert not (dest / ".partial").exists()
