@@ -104,7 +104,10 @@ def restore(path, model, ema, optimizer, scaler, data, config):
         if key in saved and saved[key] != now[key]:
             raise InputError(f"{path} is of another model: its {key} is {saved[key]}, the flags say {now[key]}")
     ema.load_state_dict(content["ema"])
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["opt"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # learning rate and the like are those of the flags, not those of the file
     if scaler is not None and content.get("scaler"):
         scaler.load_state_dict(content["scaler"])
     return content
