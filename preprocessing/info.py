@@ -20,7 +20,7 @@ def describe(data_dir):
     names, latents = m.get("class_names") or [], m.get("latents")
     shards, shape = m.get("shards"), m.get("shape") or m.get("moments_shape")
     made_with = ", ".join(f"{name} {text}" for name, text in m["versions"].items() if isinstance(text, str))
-    sharding = f", {len(shards)} shards of up to {m['shard_size']} rows" if shards else ""
+    sharding = f", {len(shards)} shard{'s' * (len(shards) > 1)} of up to {m['shard_size']} rows" if shards else ""
     left_out = f", {len(m['left_out'])} left out" if m["left_out"] else ""
     classes = f"{m['num_classes']} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
     vae = f"{latents['vae']}, scale {latents['scale']}, shift {latents['shift']}" if latents else m.get("encoder", "-")
