@@ -1,0 +1,439 @@
+"""The training step and its parts: draws, label drop, EMA, clipping, non-finite steps, log, checkpoints, grids."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import train
+from dataset import SeekableSampler, open_dataset
+from models import create_model
+from models.errors import InputError
+from training.checkpoint import existing_steps, write_atomically
+from training.config import TrainConfig, parse_flags
+from training.distributed import rows_of_rank, start_accelerator
+from training.draws import DrawAhead, draw_step
+from training.ema import EMA
+from training.logs import RunLog
+
+LATENT = (4, tiny.SIZE, tiny.SIZE)
+
+
+def config_of(**changes):
+    return parse_flags(TrainConfig, tiny.flags(**{"exp_name": "x", "batch_size": 8, "cfg_prob": 0.3, **changes}))
+
+
+def weights(run_dir, step, entry="model"):
+    return tiny.load(run_dir / f"checkpoints/{step:07d}.pt")[entry]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tiny.data_folder(tmp_path / "data")
+
+
+# ----------------------------------------------------------------------------------------- rows and draws
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 3), (4, 2), (8, 3)])
+def test_ranks_and_micro_batches_partition_the_batch(world, accumulation):
+    rows = [rows_of_rank(24, world, accumulation, rank).view(accumulation, -1) for rank in range(world)]
+    micro_batches = torch.stack(rows, dim=1).flatten(1)  # (micro-batch, rows of all ranks)
+    assert torch.equal(micro_batches.flatten().sort().values, torch.arange(24))
+    for m, taken in enumerate(micro_batches):
+        size = 24 // accumulation
+        assert torch.equal(taken.sort().values, torch.arange(m * size, (m + 1) * size))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(3, 1), (1, 3), (2, 3), (16, 1)])
+def test_uneven_batch_is_refused(world, accumulation):
+    with pytest.raises(InputError, match=f"--batch-size 8 .* multiple of {world * accumulation}"):
+        rows_of_rank(8, world, accumulation, 0)
+
+
+def test_draws_are_a_function_of_seed_and_step():
+    draw = functools.partial(draw_step, num_branches=3, latent_shape=LATENT)
+    first, again = (dataclasses.asdict(draw(5, config_of(seed=1))) for _ in range(2))
+    assert not tiny.differences(first, again)
+    for other in (draw(6, config_of(seed=1)), draw(5, config_of(seed=2))):
+        assert all(not torch.equal(first[name], getattr(other, name)) for name in ("times", "posterior", "noise"))
+    assert not torch.equal(first["posterior"], first["noise"])
+
+
+def test_draw_ahead_equals_draw_step_also_after_a_jump():
+    draw = functools.partial(draw_step, config=config_of(), num_branches=2, latent_shape=LATENT)
+    ahead = DrawAhead(draw)
+    for step in (3, 4, 5, 9, 2, 3):
+        assert not tiny.differences(dataclasses.asdict(ahead(step)), dataclasses.asdict(draw(step))), step
+    ahead.close()
+
+
+def test_rows_and_parts_of_draws_are_those_of_the_whole_batch():
+    draws = draw_step(0, config_of(), 3, LATENT)
+    rows = torch.tensor([6, 1, 3, 2])
+    part = draws.rows(rows, "cpu").part(slice(1, 3))
+    for name in ("drop", "posterior", "noise"):
+        assert torch.equal(getattr(part, name), getattr(draws, name)[[1, 3]]), name
+    assert torch.equal(part.times, draws.times[:, [1, 3]])
+
+
+# ---------------------------------------------------------------------- one step on one or many processes
+
+
+def trained_from_filled_weights(data, output_dir, **changes):
+    """Final weights after two steps from weights that are nowhere zero, so that every parameter has a gradient."""
+    common = {"batch_size": 8, "adam_epsilon": 1e-3, **changes}  # 1e-8 would blow rounding up to whole steps
+    run_dir = tiny.scrambled_run(data, output_dir, batch_size=8)
+    start = weights(run_dir, 1)
+    tiny.run_train(data, output_dir, max_train_steps=3, resume_step=1, **common)
+    return start, weights(run_dir, 3)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """(data folder, start, weights) of two steps in one process without accumulation."""
+    folder = tmp_path_factory.mktemp("reference")
+    data = tiny.data_folder(folder / "data", count=24)
+    return data, *trained_from_filled_weights(data, folder)
+
+
+def test_every_parameter_moves_in_the_reference_run(reference):
+    _, start, end = reference
+    still = [name for name in start if torch.equal(start[name], end[name])]
+    assert still == ["pos_embed"]
+    assert tiny.largest_difference(start, end) > 1e-4
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_does_not_change_the_step(reference, tmp_path, accumulation):
+    data, _, expected = reference
+    _, found = trained_from_filled_weights(data, tmp_path, gradient_accumulation_steps=accumulation)
+    assert 0 < tiny.largest_difference(found, expected) < 2e-7
+
+
+def test_an_accelerate_configuration_changes_neither_accumulation_nor_precision(reference, tmp_path, monkeypatch):
+    data, _, expected = reference
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert not tiny.differences(trained_from_filled_weights(data, tmp_path)[1], expected)
+
+
+def test_gradient_checkpointing_does_not_change_the_step(reference, tmp_path):
+    data, _, expected = reference
+    found = trained_from_filled_weights(data, tmp_path, gradient_checkpointing=True)[1]
+    assert tiny.largest_difference(found, expected) < 2e-7
+
+
+def launched(launcher, data, output_dir, **changes):
+    """The same two steps under a launcher; returns the final weights."""
+    run_dir = tiny.scrambled_run(data, output_dir, batch_size=8)
+    changes = {"batch_size": 8, "adam_epsilon": 1e-3, "max_train_steps": 3, "resume_step": 1, **changes}
+    done = launcher(tiny.ROOT / "train.py", *tiny.train_flags(data, output_dir, **changes))
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert [line["step"] for line in tiny.log_lines(run_dir)] == [1, 2, 3]
+    return weights(run_dir, 3)
+
+
+@pytest.mark.slow
+def test_two_torchrun_processes_make_the_same_step(reference, tmp_path):
+    data, _, expected = reference
+    found = launched(functools.partial(tiny.run_torchrun, 2), data, tmp_path)
+    assert 0 < tiny.largest_difference(found, expected) < 2e-7
+
+
+@pytest.mark.slow
+def test_two_accelerate_processes_with_accumulation_make_the_same_step(reference, tmp_path):
+    data, _, expected = reference
+    launcher = functools.partial(
+        tiny.run_python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2
+    )
+    found = launched(launcher, data, tmp_path, gradient_accumulation_steps=2)
+    assert 0 < tiny.largest_difference(found, expected) < 2e-7
+
+
+# --------------------------------------------------------------------------------------------- label drop
+
+
+@pytest.mark.parametrize(("cfg_prob", "low", "high"), [(0, 0, 0), (0.1, 0.085, 0.115), (1, 1, 1)])
+def test_rate_of_dropped_labels(cfg_prob, low, high):
+    config = config_of(cfg_prob=cfg_prob, batch_size=4000)
+    assert low <= draw_step(0, config, 2, (1, 1, 1)).drop.double().mean() <= high
+
+
+def test_network_gets_the_null_label_exactly_where_drop_says(data):
+    info = open_dataset(data).info
+    config = config_of(cfg_prob=0.5, batch_size=12)
+    draws = draw_step(0, config, 2, LATENT)
+    model = create_model("DeepFlow-Ti/2", depth=2, df_idxs=(1,), num_classes=tiny.CLASSES, input_size=tiny.SIZE)
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    moments, labels, _ = open_dataset(data).gather(range(12))
+    train.objective(model, moments, labels, draws, config=config, info=info, weights=[0.2, 1.0])
+    ((x, times, y),) = seen
+    assert 0 < draws.drop.sum() < 12
+    assert y.tolist() == [tiny.CLASSES if drop else i % tiny.CLASSES for i, drop in enumerate(draws.drop)]
+    assert torch.equal(torch.stack(times), draws.times)
+    mean, t = moments[:, :4], draws.times[0].view(-1, 1, 1, 1)
+    expected = (1 - t) * (mean + 0.1 * draws.posterior) * tiny.SPEC.scale + t * draws.noise
+    assert torch.allclose(x, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("cfg_prob", [0, 1])
+def test_label_rows_learn_as_the_drop_probability_says(data, tmp_path, cfg_prob):
+    run_dir = tiny.run_train(data, tmp_path, cfg_prob=cfg_prob, ema_decay=1.0)  # so `ema` keeps the first weights
+    name = "y_embedder.embedding_table.weight"
+    moved = (weights(run_dir, 4)[name] != weights(run_dir, 4, "ema")[name]).any(dim=1)
+    assert moved.tolist() == [cfg_prob == 0] * tiny.CLASSES + [cfg_prob == 1]
+
+
+# ---------------------------------------------------------------------------------------------------- EMA
+
+
+def test_ema_against_hand_computed_values():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    ema = EMA(model, decay=0.75)
+    for value in (5.0, -3.0):  # 0.75·1 + 0.25·5 = 2, then 0.75·2 − 0.25·3 = 0.75
+        model.weight.data.fill_(value)
+        ema.update(model)
+    assert ema.shadow["weight"].item() == 0.75
+    assert model.weight.item() == -3.0
+
+
+def test_ema_of_a_run_follows_its_weights(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path, ema_decay=0.9, checkpointing_steps=1)
+    for step in (2, 3, 4):
+        before, now, new = weights(run_dir, step - 1, "ema"), weights(run_dir, step, "ema"), weights(run_dir, step)
+        expected = {name: (0.9 * before[name].double() + 0.1 * new[name].double()).float() for name in now}
+        assert tiny.largest_difference(now, expected) < 2e-7
+    assert tiny.largest_difference(now, new) > 1e-4
+
+
+def test_swapped_ema_is_put_back_even_after_an_error():
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, decay=0.5)
+    averaged = {name: tensor.clone() for name, tensor in ema.shadow.items()}
+    tiny.fill_(model)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyError), ema.swapped_into(model):
+        assert not tiny.differences(dict(model.state_dict()), averaged)
+        raise KeyError
+    assert not tiny.differences(dict(model.state_dict()), own)
+    assert not tiny.differences(ema.shadow, averaged)
+
+
+# ------------------------------------------------------------------------------------------- non-finite steps
+
+
+def poison(data, indices):
+    """Put an infinity into the moments of the given images."""
+    for index in indices:
+        path = tiny.moments_file(data, index)
+        moments = np.load(path)
+        moments[0, 0, 0] = np.inf
+        np.save(path, moments)
+
+
+def test_a_step_with_an_infinite_latent_is_skipped_and_counted(data, tmp_path, capsys):
+    poison(data, [SeekableSampler(12, 4, seed=0).batch(1)[2]])
+    run_dir = tiny.run_train(data, tmp_path, checkpointing_steps=1, max_train_steps=3, ema_decay=0.9)
+    first, second, third = (tiny.load(run_dir / f"checkpoints/{step:07d}.pt") for step in (1, 2, 3))
+    for entry in ("model", "ema", "opt"):
+        assert not tiny.differences(first[entry], second[entry]), entry
+        assert tiny.differences(second[entry], third[entry]), entry
+    assert [line["skipped_steps"] for line in tiny.log_lines(run_dir)] == [0, 1, 1]
+    assert third["train_state"]["skipped_steps"] == 1
+    assert "warning: step 2 skipped" in capsys.readouterr().out
+
+
+def test_a_skipped_step_enters_no_mean_of_the_log(data, tmp_path):
+    poison(data, [SeekableSampler(12, 4, seed=0).batch(1)[2]])
+    each = tiny.log_lines(tiny.run_train(data, tmp_path / "each", max_train_steps=3))
+    (line,) = tiny.log_lines(tiny.run_train(data, tmp_path / "all", max_train_steps=3, logging_steps=3))
+    assert [("loss" in record) for record in each] == [True, False, True]
+    assert line["loss"] == pytest.approx((each[0]["loss"] + each[2]["loss"]) / 2, rel=1e-6)
+    assert line["grad_norm"] == pytest.approx((each[0]["grad_norm"] + each[2]["grad_norm"]) / 2, rel=1e-6)
+
+
+def test_an_infinite_micro_batch_skips_the_whole_step(data, tmp_path):
+    poison(data, [SeekableSampler(12, 4, seed=0).batch(1)[0]])
+    flags = {"checkpointing_steps": 1, "max_train_steps": 2, "gradient_accumulation_steps": 4}
+    run_dir = tiny.run_train(data, tmp_path, **flags)
+    assert not tiny.differences(weights(run_dir, 1), weights(run_dir, 2))
+    assert weights(run_dir, 2, "train_state")["skipped_steps"] == 1
+
+
+def test_persistent_infinities_end_the_run_and_keep_its_checkpoints(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
+    before = (run_dir / "checkpoints/0000002.pt").read_bytes()
+    poison(data, range(12))
+    with pytest.raises(InputError, match=r"not finite for 20 steps in a row, up to step 22; .*run are from before"):
+        tiny.run_train(data, tmp_path, max_train_steps=50, resume_step="latest")
+    assert existing_steps(run_dir) == [2]
+    assert (run_dir / "checkpoints/0000002.pt").read_bytes() == before
+    assert tiny.log_lines(run_dir)[-1]["skipped_steps"] == 19
+
+
+# ----------------------------------------------------------------------------------- clipping and precision
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_are_clipped_to_the_norm(data, tmp_path, accumulation):
+    """With betas 0 and a large ε Adam's step is lr/ε · gradient, so its length shows the gradient's."""
+    flags = {"adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 100, "learning_rate": 100, "ema_decay": 1.0}
+    flags.update(max_train_steps=1, gradient_accumulation_steps=accumulation)
+
+    def length(max_grad_norm):
+        run_dir = tiny.run_train(data, tmp_path / str(max_grad_norm), max_grad_norm=max_grad_norm, **flags)
+        start, end = weights(run_dir, 1, "ema"), weights(run_dir, 1)
+        squares = sum((end[name].double() - start[name].double()).square().sum() for name in start)
+        return math.sqrt(squares), tiny.log_lines(run_dir)[0]["grad_norm"]
+
+    unclipped, norm = length(1000)
+    assert unclipped == pytest.approx(norm, rel=0.01)
+    clipped, same_norm = length(0.01)
+    assert norm > 0.1
+    assert clipped == pytest.approx(0.01, rel=0.01)
+    assert same_norm == norm  # the log shows the norm before clipping
+
+
+def test_losses_are_float32_under_bf16_autocast(data):
+    dataset = open_dataset(data)
+    config = config_of(mixed_precision="bf16", batch_size=12)
+    with tiny.fresh_accelerate():
+        accelerator = start_accelerator(config, data)
+        model = create_model("DeepFlow-Ti/2", depth=2, df_idxs=(1,), num_classes=tiny.CLASSES, input_size=tiny.SIZE)
+        inside = []
+        model.blocks[0].attn.qkv.register_forward_hook(lambda *args: inside.append(args[-1].dtype))
+        network = accelerator.prepare(tiny.fill_(model))
+        moments, labels, _ = dataset.gather(range(12))
+        draws = draw_step(0, config, 2, LATENT)
+        loss, parts = train.objective(
+            network, moments, labels, draws, config=config, info=dataset.info, weights=[0.2, 1.0]
+        )
+    assert inside == [torch.bfloat16]
+    assert {value.dtype for value in (loss, *parts.values())} == {torch.float32}
+
+
+def test_bf16_runs_keep_their_state_in_float32(data, tmp_path):
+    content = tiny.load(tiny.run_train(data, tmp_path, mixed_precision="bf16") / "checkpoints/0000004.pt")
+    moments = [tensor for state in content["opt"]["state"].values() for tensor in state.values()]
+    tensors = [*content["model"].values(), *content["ema"].values(), *moments]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert content["config"]["mixed_precision"] == "bf16"
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_checkpoint_holds_plain_data_under_the_agreed_names(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path)
+    content = torch.load(run_dir / "checkpoints/0000004.pt", weights_only=True)
+    assert content.keys() == {"model", "ema", "opt", "scaler", "steps", "train_state", "data", "config"}
+    assert (content["steps"], content["train_state"]["samples_seen"], content["scaler"]) == (4, 16, None)
+    expected = {"num_classes": 3, "vae": "tiny-vae", "scale": 0.5, "shift": 0.0, "moments_shape": [8, 8, 8]}
+    assert expected.items() <= content["data"].items()
+    assert content["config"]["model_options"]["df_idxs"] == (1,)
+    saved = json.loads((run_dir / "config.json").read_text())
+    assert saved == json.loads(json.dumps(content["config"]))
+    assert {field.name for field in dataclasses.fields(TrainConfig)} < saved.keys()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.pt"
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file.pt", b"old")]
+
+
+def test_of_rolling_checkpoints_two_are_kept(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=9, checkpointing_steps=4, rolling_steps=1)
+    assert existing_steps(run_dir) == [4, 6, 7, 8, 9]
+
+
+def test_checkpoints_that_were_to_stay_survive_other_intervals(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=3, checkpointing_steps=2, rolling_steps=0)
+    assert existing_steps(run_dir) == [2, 3]
+    tiny.run_train(data, tmp_path, max_train_steps=8, checkpointing_steps=100, rolling_steps=1, resume_step="latest")
+    assert existing_steps(run_dir) == [2, 3, 6, 7, 8]
+
+
+# ----------------------------------------------------------------------------------- what a run shows and learns
+
+
+def test_training_learns_a_toy_data_set(tmp_path):
+    class_means = np.array([-2.0, 0.0, 2.0]).reshape(-1, 1, 1, 1)
+    data = tiny.data_folder(tmp_path / "data", count=48, mean=np.tile(class_means, (16, 1, 1, 1)))
+    run_dir = tiny.run_train(data, tmp_path, batch_size=16, max_train_steps=60, learning_rate=2e-3)
+    losses = [line["loss_v2"] for line in tiny.log_lines(run_dir)]
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+
+
+def test_sample_grids_are_written_with_their_manifest(tmp_path):
+    vae = tiny.vae_folder(tmp_path / "tiny-vae")
+    spec = dataclasses.replace(tiny.SPEC, vae=str(vae))
+    data = tiny.data_folder(tmp_path / "data", spec=spec)
+    run_dir = tiny.run_train(data, tmp_path, sampling_steps=2, max_train_steps=3)
+    names = sorted(path.name for path in (run_dir / "samples").iterdir())
+    assert names == ["0000002.json", "0000002.png", "0000003.json", "0000003.png"]
+    assert Image.open(run_dir / "samples/0000002.png").size == (4 * 16, 4 * 16)
+    manifest = json.loads((run_dir / "samples/0000002.json").read_text())
+    assert (manifest["step"], manifest["weights"], manifest["calls"], manifest["vae"]) == (2, "ema", 50, str(vae))
+    assert sorted(set(manifest["labels"])) == [0, 1, 2]
+    without = tiny.run_train(data, tmp_path / "without", max_train_steps=3)
+    assert not tiny.differences(weights(run_dir, 3), weights(without, 3))  # sampling disturbs nothing
+
+
+def test_dry_run_prints_the_run_and_writes_nothing(data, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    tiny.run_train(data, tmp_path, dry_run=True, sampling_steps=2, scale_weight=[0.3, 1.0])
+    text = capsys.readouterr().out
+    assert "parameters: 1,510,064" in text
+    for part in ('"scale_weight": [', '"learning_rate": 0.001', "GFLOP", "3 steps per epoch", "12 latents (8, 8, 8)"):
+        assert part in text, part
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_log_has_every_part_of_the_loss(data, tmp_path):
+    flags = {"model": "DeepFlow-Ti/2", "trans_depth": 3, "df_idxs": "[1,2]", "max_train_steps": 2}
+    first, _ = tiny.log_lines(tiny.run_train(data, tmp_path, acc_coeff=0.5, scale_weight=[0.1, 0.2, 1], **flags))
+    parts = {"loss_v1": 0.1, "loss_v2": 0.2, "loss_v3": 1, "loss_a1": 0.5, "loss_a2": 0.5}
+    assert first["loss"] == pytest.approx(sum(weight * first[name] for name, weight in parts.items()), rel=1e-5)
+    assert first["loss_v1"] == pytest.approx(first["loss_v3"])  # all velocities are 0 at first
+    assert first["epoch"] == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_a_jump_of_the_loss_is_announced(tmp_path, capsys):
+    with tiny.fresh_accelerate():
+        log = RunLog(start_accelerator(config_of(), tmp_path), tmp_path, config_of(), 0, 20)
+        for step in range(1, 13):
+            log.add({"loss": torch.tensor(7.0 if step == 12 else 2.0), "grad_norm": torch.tensor(1.0)})
+            log.write(step, epoch=0.1)
+        log.close()
+    assert capsys.readouterr().out.splitlines() == ["warning: at step 12 the loss is 7.0000, its running median 2.0000"]
+
+
+def test_epochs_end_a_run_before_the_last_step(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path, epochs=2, max_train_steps=100)
+    assert existing_steps(run_dir) == [6]
+
+
+def test_tracker_files_go_to_the_logging_folder(data, tmp_path):
+    config = config_of(logging_dir="tracked")
+    with tiny.fresh_accelerate():
+        accelerator = start_accelerator(config, tmp_path)
+    assert accelerator.logging_dir == os.path.join(tmp_path, "tracked")

@@ -1,0 +1,227 @@
+"""Tiny data folders, VAEs, runs and checkpoints, made in seconds on a CPU."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+import generate
+import train
+from dataset import FORMAT, LABELS_JSON, MANIFEST, NAMES, VERSION, pack_names
+from models import create_model, model_config
+from models.codec import LatentSpec
+from training.config import TrainConfig, parse_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = 3
+SIZE = 8  # side of the latents
+SPEC = LatentSpec(vae="tiny-vae", family="tiny-vae", scale=0.5, shift=0.0, channels=4, factor=2)
+MODEL = {"model": "DeepFlow-Ti/2", "trans_depth": 2, "df_idxs": "1"}
+
+
+def data_folder(folder, count=12, spec=SPEC, labels=None, shape=None, mean=None, manifest=True):
+    """A folder of moments; image i has class i mod CLASSES. mean: (count, C, h, w) instead of random ones.
+
+    manifest False: the published layout, which does not say which VAE or how many classes.
+    """
+    shape = shape or (2 * spec.channels, SIZE, SIZE)
+    vae_sd = Path(folder) / "vae-sd"
+    vae_sd.mkdir(parents=True)
+    rng = np.random.default_rng(7)
+    moments = rng.standard_normal((count, *shape), dtype=np.float32)
+    moments[:, shape[0] // 2 :] = 0.1
+    if mean is not None:
+        moments[:, : shape[0] // 2] = mean
+    names = [f"img-mean-std-{i:08d}.npy" for i in range(count)]
+    for name, array in zip(names, moments, strict=True):
+        np.save(vae_sd / name, array)
+    labels = [i % CLASSES for i in range(count)] if labels is None else labels
+    (vae_sd / LABELS_JSON).write_text(json.dumps({"labels": list(zip(names, labels, strict=True))}))
+    if manifest:
+        content = {"format": FORMAT, "version": VERSION, "kind": "moments", "layout": "folder", "count": count}
+        content.update(num_classes=CLASSES, latents=dataclasses.asdict(spec), shape=list(shape), files=[])
+        (vae_sd / NAMES).write_bytes(pack_names([f"img{i}.png" for i in range(count)]))
+        (vae_sd / MANIFEST).write_text(json.dumps(content))
+    return Path(folder)
+
+
+def moments_file(data, index):
+    """The file with the moments of image `index`."""
+    return Path(data) / "vae-sd" / f"img-mean-std-{index:08d}.npy"
+
+
+def vae_folder(folder, scale=0.5):
+    """A diffusers AutoencoderKL with random weights, 4 latent channels, factor 2; family: the folder's name."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=scale,
+    )
+    vae.save_pretrained(folder)
+    return Path(folder)
+
+
+def flags(**values):
+    """Command line of keyword arguments: tg_upper_bound=0.1 → --tg-upper-bound 0.1, dry_run=False → --no-dry-run."""
+    line = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def train_flags(data, output_dir, **changes):
+    """Command line of a run of four steps on a model of two blocks and two branches; the run's name is `run`."""
+    values = {"exp_name": "run", "data_dir": data, "output_dir": output_dir, **MODEL}
+    values.update(batch_size=4, max_train_steps=4, sampling_steps=0, logging_steps=1, learning_rate=1e-3)
+    return flags(**{**values, **changes})
+
+
+def run_train(data, output_dir, **changes):
+    """Train in this process; returns the run's folder."""
+    with fresh_accelerate(), one_thread():
+        config = parse_flags(TrainConfig, train_flags(data, output_dir, **changes))
+        train.train(config)
+    return Path(output_dir) / config.exp_name
+
+
+def scrambled_run(data, output_dir, **changes):
+    """A run with a checkpoint at step 1 whose weights are nowhere zero; returns its folder."""
+    run_dir = run_train(data, output_dir, max_train_steps=1, **changes)
+    path = run_dir / "checkpoints/0000001.pt"
+    content = load(path)
+    model = create_model(content["config"]["model"], **content["config"]["model_options"])
+    content["model"] = content["ema"] = fill_(model, std=0.05).state_dict()
+    torch.save(content, path)
+    return run_dir
+
+
+@contextlib.contextmanager
+def fresh_accelerate():
+    """Accelerate keeps its state for the life of the process; runs of one test session must not share it."""
+    reset_accelerate()
+    try:
+        yield
+    finally:
+        reset_accelerate()
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Models this small lose time with more, the more so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_generate(ckpt, sample_dir, **changes):
+    """Sample in this process; returns (folder of PNGs, arr_0, manifest)."""
+    config = parse_flags(generate.GenerateConfig, generate_flags(ckpt, sample_dir, **changes))
+    with one_thread():
+        generate.generate(config)
+    return results(sample_dir)
+
+
+def generate_flags(ckpt, sample_dir, **changes):
+    """Command line of five images in batches of two with four SDE steps."""
+    values = {"ckpt": ckpt, "sample_dir": sample_dir, "num_fid_samples": 5, "per_proc_batch_size": 2, "num_steps": 4}
+    return flags(**{**values, **changes})
+
+
+def results(sample_dir):
+    """(folder of PNGs, arr_0, manifest) of the one result in a sample folder."""
+    (npz,) = Path(sample_dir).glob("*.npz")
+    return npz.with_suffix(""), np.load(npz)["arr_0"], json.loads(npz.with_suffix(".json").read_text())
+
+
+def run_command(*command, **environment):
+    """Run a command in the repository with one thread per process; returns the completed process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def run_python(*command, **environment):
+    return run_command(sys.executable, *command, **environment)
+
+
+def run_torchrun(processes, *command):
+    """Run a script under torchrun with so many processes, on a free port."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    return run_python(*launcher, *command)
+
+
+def fill_(model, seed=0, std=0.02):
+    """Replace every trained parameter by N(0, std): at initialisation most layers give nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, std, generator=generator)
+    return model
+
+
+def checkpoint(path, vae, name="DeepFlow-Ti/2", steps=3, std=0.05, **overrides):
+    """Write a checkpoint of a run with random weights, whose data were encoded with the VAE in the folder `vae`."""
+    spec = dataclasses.replace(SPEC, vae=str(vae), family=Path(vae).name)
+    options = model_config(name, **{"input_size": SIZE, "num_classes": CLASSES, **overrides})
+    model, ema = (fill_(create_model(name, **options), seed, std).state_dict() for seed in (1, 2))
+    data = {"count": 12, "num_classes": CLASSES, "moments_shape": [8, SIZE, SIZE], **dataclasses.asdict(spec)}
+    config = {"model": name, "exp_name": "tiny", "path_type": "linear", "model_options": options}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model, "ema": ema, "steps": steps, "data": data, "config": config}, path)
+    return Path(path)
+
+
+def load(path):
+    """Content of a checkpoint file."""
+    return torch.load(path, weights_only=True)
+
+
+def log_lines(run_dir):
+    """Lines of log.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def differences(a, b, where=""):
+    """Places at which two nested structures of dicts, lists, tensors and numbers are not equal to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = a.keys() ^ b.keys()
+        found = [f"{where}/{key}" for key in keys]
+        return found + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}/{i}")]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    return [] if same else [where]
+
+
+def largest_difference(a, b):
+    """Largest |a − b| over two state dicts of the same names."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
