@@ -67,6 +67,8 @@ def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff):
     target = path.velocity(x0, noise, times[0])
     velocities = [v.float() for v in out.velocities]
     velocity = torch.stack([mean_square(v - target) for v in velocities])  # equation 5
+    if len(branch_weights) != len(velocity):
+        raise ValueError(f"{len(branch_weights)} branch weights for {len(velocity)} branches")
     weights = torch.tensor(branch_weights, device=velocity.device)
     deep = (weights[:, None] * velocity).sum(dim=0)
     refinements = [

@@ -12,7 +12,7 @@ import re
 import torch
 
 from models.deepflow import DeepFlow
-from models.errors import InputError
+from models.errors import InputError, note
 from models.layers import TimestepEmbedder
 from models.presets import PRESETS, parse_df_idxs, spaced_key_layers
 
@@ -62,6 +62,8 @@ def load_checkpoint(path, weights="ema", **overrides):
     if not is_ours:
         state, options = from_published(state, path, overrides.get("df_idxs"))
     options = check_overrides(options, overrides, path, is_ours)
+    if not is_ours:
+        note(published_note(path, options))
     model = DeepFlow(**options)
     load_strictly(model, state, path)
     run = content["config"] if is_ours else {}
@@ -72,6 +74,14 @@ def load_model(path, weights="ema", **overrides):
     """Model in eval mode and its constructor arguments; everything else as load_checkpoint."""
     checkpoint = load_checkpoint(path, weights, **overrides)
     return checkpoint.model, checkpoint.options
+
+
+def published_note(path, options):
+    """What was assumed of a published file because no weight tells it."""
+    told = f"{path}: published file, {options['num_heads']} heads, key layers {list(options['df_idxs'])}"
+    if options.get("ssl_align") and not options.get("legacy_scaling"):
+        told += "; the SSL-aligned release used --legacy-scaling, which is not given"
+    return told + " (others: --df-idxs)"
 
 
 def model_options(content):
@@ -119,7 +129,7 @@ def load_strictly(model, state, path):
 def from_published(state, path, df_idxs=None):
     """State dict in this project's conventions and constructor arguments of a published state dict, or InputError."""
     try:
-        return convert(state, config_from_state(state, path, df_idxs), is_ours=False)
+        return convert(state, config_from_state(state, path, df_idxs))
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, RuntimeError) as error:  # an expected name or shape is not there
@@ -148,7 +158,7 @@ def config_from_state(state, path, df_idxs=None):
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": depth,
-        "num_heads": row.num_heads if row else max(1, hidden_size // 64),
+        "num_heads": row.num_heads if row else heads_from_state(state, hidden_size),
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "df_idxs": parse_df_idxs(df_idxs),
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
@@ -160,6 +170,12 @@ def config_from_state(state, path, df_idxs=None):
     return config
 
 
+def heads_from_state(state, hidden_size):
+    """Number of heads of an unknown width: QK norm tells it, else heads of 64."""
+    norm = state.get("blocks.0.attn.q_norm.weight")
+    return max(1, hidden_size // (64 if norm is None else norm.shape[0]))
+
+
 def closest_preset(hidden_size, depth, num_branches):
     """Preset row of this width, preferably of this depth and number of branches too; None for an unknown width."""
     rows = [row for row in PRESETS.values() if row.hidden_size == hidden_size]
@@ -167,12 +183,12 @@ def closest_preset(hidden_size, depth, num_branches):
     return rows[0] if rows else None
 
 
-def convert(state, config, is_ours):
-    """Bring other families' weights to this project's conventions; files of ours and DeepFlow's pass unchanged.
+def convert(state, config):
+    """Bring other families' published weights to this project's conventions; DeepFlow's pass unchanged.
 
     REPA's SiT (t = 0 is data already) only loses its projector; the SiT release is turned round in time.
     """
-    if is_ours or config["df_idxs"]:
+    if config["df_idxs"]:
         return state, config
     if any(name.startswith("projectors.") for name in state):
         return {name: tensor for name, tensor in state.items() if not name.startswith("projectors.")}, config

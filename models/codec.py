@@ -53,8 +53,9 @@ class LatentSpec:
 
 def vae_family(name):
     """Name of the encoder family of a VAE; sd-vae-ft-ema and -mse share their encoder."""
-    known = re.search(r"sd-vae-ft(?=-(ema|mse))", str(name))
-    return known.group() if known else Path(str(name)).name
+    if any(re.fullmatch(r"(.*--)?sd-vae-ft-(ema|mse)", part) for part in Path(str(name)).parts):  # also in a hub cache
+        return LatentSpec.family
+    return Path(str(name)).name
 
 
 def resolve_vae(name):

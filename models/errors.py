@@ -1,6 +1,7 @@
-"""One kind of exception for a user's mistake, and the one way it ends a command."""
+"""What is said to the user: remarks, and the one kind of exception for a mistake with the one way it ends a command."""
 
 import contextlib
+import os
 import sys
 
 
@@ -16,3 +17,9 @@ def exit_on_input_error():
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def note(text):
+    """Print a remark to stderr once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ def test_parity_sit_release_turned_round_in_time(case):
     state = parity.parameters("sit", case)
     heads = case["config"]["num_heads"]
     config = {**config_from_state(state, case["id"]), "num_heads": heads}
-    state, config = convert(state, config, is_ours=False)
+    state, config = convert(state, config)
     model = DeepFlow(**config).eval()
     load_strictly(model, state, case["id"])
     values = parity.arrays("sit", case["id"])
@@ -59,7 +59,7 @@ def test_parity_manifests_load_strictly(family):
     assert manifests or parity.FIXTURES != parity.OWN_FIXTURES
     for name, shapes in manifests.items():
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        state, config = convert(state, config_from_state(state, name), is_ours=False)
+        state, config = convert(state, config_from_state(state, name))
         with torch.device("meta"):
             model = DeepFlow(**config)
         load_strictly(model, state, name)
