@@ -241,6 +241,7 @@ def prepare_folder(folder, manifest):
         found = json.loads(record.read_text())
         changed = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
         if changed:
+            changed.sort(key=lambda key: not hasattr(GenerateConfig, key))  # a flag says more than what follows from it
             raise InputError(
                 f"{folder} holds images made with another {changed[0]} ({found.get(changed[0])}, now "
                 f"{settings.get(changed[0])}); delete the folder or pass another --sample-dir"
