@@ -1,0 +1,390 @@
+"""Sampling end to end: exactly N images, the same on any number of processes, resumable, with their manifest."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from models import model_config
+from models.deepflow import DeepFlow
+from models.errors import InputError
+from samplers import sample_labels, sample_noise
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return tiny.vae_folder(tmp_path_factory.mktemp("vae") / "tiny-vae")
+
+
+@pytest.fixture(scope="module")
+def ckpt(vae, tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("ckpt") / "0000003.pt", vae)
+
+
+@pytest.fixture(scope="module")
+def reference(ckpt, tmp_path_factory):
+    """(folder, arr_0, manifest) of five images in batches of two."""
+    return tiny.run_generate(ckpt, tmp_path_factory.mktemp("samples"))
+
+
+def pngs(folder):
+    """{name: uint8 array} of a folder's images."""
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
+
+
+def count_calls(monkeypatch):
+    """List that fills with the number of rows of every DeepFlow.velocity call."""
+    rows, velocity = [], DeepFlow.velocity
+
+    def counted(self, x, t, y):
+        rows.append(len(x))
+        return velocity(self, x, t, y)
+
+    monkeypatch.setattr(DeepFlow, "velocity", counted)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- what is written
+
+
+def test_exactly_n_images_equal_to_the_npz(reference):
+    folder, array, _ = reference
+    images = pngs(folder)
+    assert list(images) == [f"{i:06d}.png" for i in range(5)]
+    assert (array.shape, array.dtype) == ((5, 16, 16, 3), np.uint8)
+    assert np.array_equal(np.stack(list(images.values())), array)
+    assert len(np.unique(array.reshape(5, -1), axis=0)) == 5
+    assert folder.name == "DeepFlow-Ti-2-0000003-size-16-vae-tiny-vae-cfg-1.0-seed-0-sde"
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name + end for end in ("", ".npz", ".json")}
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".json"}
+
+
+def test_manifest_says_what_the_images_are_made_of(reference, ckpt, vae):
+    _, _, manifest = reference
+    expected = {"model": "DeepFlow-Ti/2", "step": 3, "weights": "ema", "mode": "sde", "num_steps": 4, "cfg_scale": 1.0}
+    expected.update(global_seed=0, vae=str(vae), ckpt=str(ckpt), num_fid_samples=5, label_mode="random", run="tiny")
+    expected.update(path_type="linear", guidance_low=0.0, guidance_high=1.0, heun=False, forward_passes=4)
+    assert expected.items() <= manifest.items()
+    assert manifest["labels"] == sample_labels(0, range(5), tiny.CLASSES).tolist()
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+def test_balanced_labels(ckpt, tmp_path):
+    _, _, manifest = tiny.run_generate(ckpt, tmp_path, labels="balanced")
+    assert manifest["labels"] == [0, 1, 2, 0, 1]
+
+
+def test_ema_and_raw_weights_differ(reference, ckpt, tmp_path):
+    _, array, manifest = tiny.run_generate(ckpt, tmp_path, weights="raw")
+    assert manifest["weights"] == "raw"
+    assert not np.array_equal(array, reference[1])
+
+
+def test_seed_changes_every_image(reference, ckpt, tmp_path):
+    _, array, _ = tiny.run_generate(ckpt, tmp_path, global_seed=1)
+    assert (array != reference[1]).any(axis=(1, 2, 3)).all()
+
+
+# -------------------------------------------------------- independence of processes and batch size
+
+
+def test_draws_of_a_sample_do_not_depend_on_its_batch():
+    shape, indices = (4, 8, 8), range(7)
+    for draw in (0, 1, 4):
+        together = sample_noise(3, indices, draw, shape)
+        for size in (1, 2, 3):
+            batches = [list(indices)[start : start + size] for start in range(0, 7, size)]
+            assert torch.equal(torch.cat([sample_noise(3, batch, draw, shape) for batch in batches]), together)
+    labels = torch.cat([sample_labels(3, [index], 1000) for index in indices])
+    assert torch.equal(labels, sample_labels(3, indices, 1000))
+    rank_1_of_2 = sample_noise(3, [2, 3, 6], 2, shape)
+    assert torch.equal(rank_1_of_2, sample_noise(3, indices, 2, shape)[[2, 3, 6]])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 32])
+def test_pixels_at_another_batch_size_differ_by_rounding_at_most(reference, ckpt, tmp_path, batch):
+    _, array, manifest = tiny.run_generate(ckpt, tmp_path, per_proc_batch_size=batch)
+    assert manifest["labels"] == reference[2]["labels"]
+    difference = np.abs(array.astype(int) - reference[1])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+def test_more_images_begin_with_the_same_ones(reference, ckpt, tmp_path):
+    _, array, _ = tiny.run_generate(ckpt, tmp_path, num_fid_samples=6)
+    assert np.array_equal(array[:4], reference[1][:4])  # whole batches of two
+    assert np.abs(array[4].astype(int) - reference[1][4]).max() <= 1
+
+
+def test_two_processes_make_the_same_pixels(reference, ckpt, tmp_path):
+    done = tiny.run_torchrun(2, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
+    assert done.returncode == 0, done.stderr
+    folder, array, manifest = tiny.results(tmp_path)
+    assert np.array_equal(array, reference[1])
+    assert manifest == reference[2]
+    assert len(pngs(folder)) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3, 4])
+def test_any_number_of_processes_makes_the_same_pixels(reference, ckpt, tmp_path, processes):
+    """Four processes for three batches: one of them has nothing to do."""
+    done = tiny.run_torchrun(processes, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(tiny.results(tmp_path)[1], reference[1])
+
+
+# ----------------------------------------------------------------------------------------------- resuming
+
+
+def test_deleted_images_are_made_again_and_only_those(ckpt, tmp_path, monkeypatch):
+    folder, array, manifest = tiny.run_generate(ckpt, tmp_path)
+    kept = {path: os.stat(path).st_mtime_ns for path in folder.glob("*.png") if path.name[5] not in "23"}
+    for index in (2, 3):
+        (folder / f"{index:06d}.png").unlink()
+    rows = count_calls(monkeypatch)
+    _, again, same = tiny.run_generate(ckpt, tmp_path)
+    assert rows == [2] * 4
+    assert {path: os.stat(path).st_mtime_ns for path in kept} == kept
+    assert np.array_equal(again, array)
+    assert same == manifest
+
+
+def test_nothing_is_sampled_twice(ckpt, tmp_path, monkeypatch):
+    _, array, _ = tiny.run_generate(ckpt, tmp_path)
+    rows = count_calls(monkeypatch)
+    assert np.array_equal(tiny.run_generate(ckpt, tmp_path)[1], array)
+    assert rows == []
+
+
+def test_fewer_images_than_there_are_give_an_npz_of_as_many(ckpt, tmp_path):
+    _, array, _ = tiny.run_generate(ckpt, tmp_path)
+    _, fewer, manifest = tiny.run_generate(ckpt, tmp_path, num_fid_samples=3)
+    assert np.array_equal(fewer, array[:3])
+    assert len(manifest["labels"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [({"num_steps": 5}, "num_steps"), ({"weights": "raw"}, "weights"), ({"labels": "balanced"}, "labels")],
+)
+def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes, culprit):
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path)
+    with pytest.raises(InputError, match=f"{folder} holds images made with another {culprit} "):
+        tiny.run_generate(ckpt, tmp_path, **changes)
+    assert np.array_equal(tiny.results(tmp_path)[1], array)
+
+
+def test_images_of_another_checkpoint_of_the_same_name_are_not_mixed(vae, tmp_path):
+    path = tiny.checkpoint(tmp_path / "c.pt", vae)
+    tiny.run_generate(path, tmp_path / "samples")
+    tiny.checkpoint(path, vae, steps=4)
+    with pytest.raises(InputError, match="holds images made with another"):
+        tiny.run_generate(path, tmp_path / "samples")
+
+
+def test_images_of_unknown_settings_are_not_taken_over(reference, ckpt, tmp_path):
+    folder = tmp_path / reference[0].name
+    folder.mkdir()
+    (folder / "000000.png").write_bytes((reference[0] / "000000.png").read_bytes())
+    with pytest.raises(InputError, match=rf"{folder} holds images of unknown settings"):
+        tiny.run_generate(ckpt, tmp_path)
+
+
+# --------------------------------------------------------------------------------- samplers and guidance
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls", "guided"),
+    [
+        ({}, 4, 0),
+        ({"mode": "ode"}, 4, 0),
+        ({"mode": "ode", "heun": True}, 7, 0),  # none in the last step
+        ({"cfg_scale": 2.0}, 4, 4),
+        ({"cfg_scale": 2.0, "guidance_low": 0.3, "guidance_high": 0.7}, 4, 2),  # of t = 1, 0.68, 0.36, 0.04
+        ({"mode": "ode", "cfg_scale": 1.5, "guidance_low": 0.5}, 4, 3),  # t = 1, 0.75, 0.5
+    ],
+)
+def test_forward_passes_in_the_manifest_are_those_made(ckpt, tmp_path, monkeypatch, changes, calls, guided):
+    rows = count_calls(monkeypatch)
+    _, _, manifest = tiny.run_generate(ckpt, tmp_path, num_fid_samples=2, **changes)
+    assert len(rows) == calls == manifest["forward_passes"]
+    assert rows.count(4) == guided == manifest["guided_passes"]
+    assert rows.count(2) == calls - guided
+    assert manifest["model_evaluations"] == calls + guided
+
+
+def test_default_steps(ckpt):
+    from generate import GenerateConfig
+
+    for mode, steps in (("sde", 250), ("ode", 50)):
+        config = GenerateConfig(ckpt=str(ckpt), mode=mode)
+        config.check()
+        assert config.num_steps == steps
+
+
+def test_guidance_changes_the_images_and_scale_one_does_not(reference, ckpt, tmp_path):
+    _, one, _ = tiny.run_generate(ckpt, tmp_path / "one", cfg_scale=1.0, guidance_low=0.2)
+    assert np.array_equal(one, reference[1])
+    _, two, _ = tiny.run_generate(ckpt, tmp_path / "two", cfg_scale=3.0)
+    assert not np.array_equal(two, reference[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"heun": True}, "--heun"),
+        ({"cfg_scale": 0.5}, "--cfg-scale 0.5"),
+        ({"cfg_scale": 2, "guidance_low": 0.8, "guidance_high": 0.2}, "--guidance-low 0.8 and --guidance-high 0.2"),
+        ({"cfg_scale": 2, "guidance_low": 0.1, "guidance_high": 0.2}, "guide no step"),
+        ({"num_fid_samples": 0}, "--num-fid-samples 0"),
+        ({"per_proc_batch_size": 0}, "--per-proc-batch-size 0"),
+        ({"num_steps": 0}, "--num-steps 0"),
+        ({"global_seed": -1}, "--global-seed -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(ckpt, tmp_path, changes, culprit):
+    with pytest.raises(InputError, match=culprit):
+        tiny.run_generate(ckpt, tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------ what the checkpoint answers
+
+
+def test_flags_that_agree_with_the_checkpoint_change_nothing(reference, ckpt, vae, tmp_path):
+    same = {"model": "DeepFlow-Ti/2", "df_idxs": "[2]", "num_classes": 3, "path_type": "linear", "resolution": 16}
+    same.update(trans_depth=4, legacy_scaling=False, ssl_align=False, qk_norm=False, vae=vae)
+    assert np.array_equal(tiny.run_generate(ckpt, tmp_path, **same)[1], reference[1])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("model", "DeepFlow-S/2"),
+        ("model", "SiT-Ti/2"),
+        ("df_idxs", "[1]"),
+        ("num_classes", 1000),
+        ("path_type", "cosine"),
+        ("resolution", 32),
+        ("trans_depth", 6),
+        ("legacy_scaling", True),
+        ("ssl_align", True),
+        ("qk_norm", True),
+    ],
+)
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(ckpt, tmp_path, flag, value):
+    with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} .*contradicts {ckpt}"):
+        tiny.run_generate(ckpt, tmp_path, **{flag: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vae_of_another_family_is_refused_with_the_right_one_named(ckpt, vae, tmp_path):
+    other = tiny.vae_folder(tmp_path / "other-vae")
+    with pytest.raises(InputError, match=rf"VAE mismatch: .*--vae has family other-vae.*; use --vae {vae}"):
+        tiny.run_generate(ckpt, tmp_path / "samples", vae=other)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_vae_of_another_scale_is_refused(ckpt, tmp_path):
+    other = tiny.vae_folder(tmp_path / "tiny-vae", scale=0.25)
+    with pytest.raises(InputError, match=r"VAE mismatch: .* has scale 0.5 .*--vae has scale 0.25"):
+        tiny.run_generate(ckpt, tmp_path / "samples", vae=other)
+
+
+def test_a_missing_vae_is_named(ckpt, tmp_path):
+    with pytest.raises(InputError, match=r"cannot load the VAE '.*nowhere'.*pass --vae"):
+        tiny.run_generate(ckpt, tmp_path, vae=tmp_path / "nowhere")
+
+
+@pytest.fixture
+def published_vae(tmp_path):
+    """A tiny VAE of the family and scale that published files are taken to be of."""
+    return tiny.vae_folder(tmp_path / "sd-vae-ft-ema", scale=0.18215)
+
+
+def published(path, **overrides):
+    """A plain state dict as others publish them, with the weights of tiny.checkpoint's EMA."""
+    options = {"input_size": tiny.SIZE, "num_classes": tiny.CLASSES, **overrides}
+    model = DeepFlow(**model_config("DeepFlow-Ti/2", **options))
+    torch.save(tiny.fill_(model, seed=2, std=0.05).state_dict(), path)
+    return path
+
+
+def test_a_published_state_dict_works_with_the_published_flags(published_vae, tmp_path):
+    path = published(tmp_path / "released.pt", df_idxs=(3,))
+    flags = {"model": "DeepFlow-Ti/2", "df_idxs": "[3]", "num_classes": 3, "vae": published_vae}
+    flags.update(ssl_align=False, legacy_scaling=False, path_type="linear", projector_embed_dims="768,1024")
+    folder, array, manifest = tiny.run_generate(path, tmp_path / "samples", **flags)
+    assert array.shape == (5, 16, 16, 3)
+    assert (manifest["model"], manifest["step"], manifest["model_options"]["df_idxs"]) == ("DeepFlow-Ti/2", None, [3])
+    assert folder.name.startswith("DeepFlow-Ti-2-released-size-")
+    flags["df_idxs"] = "[2]"  # the same parameters with the branches ending elsewhere
+    assert not np.array_equal(tiny.run_generate(path, tmp_path / "other", **flags)[1], array)
+
+
+def test_a_published_state_dict_of_another_model_is_refused(published_vae, tmp_path):
+    path = published(tmp_path / "released.pt")
+    for name in ("DeepFlow-B/2", "SiT-Ti/2"):
+        with pytest.raises(InputError, match=f"--model {name} contradicts {path}, which holds depth 4, width 128"):
+            tiny.run_generate(path, tmp_path / "samples", model=name, vae=published_vae)
+
+
+# ---------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.fixture
+def nan_ckpt(vae, tmp_path):
+    path = tiny.checkpoint(tmp_path / "nan.pt", vae)
+    content = tiny.load(path)
+    content["ema"]["blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
+    torch.save(content, path)
+    return path
+
+
+def test_weights_that_are_not_finite_give_no_image(nan_ckpt, tmp_path):
+    with pytest.raises(InputError, match=rf"{nan_ckpt} gives samples that are not finite \(images 0..1\)"):
+        tiny.run_generate(nan_ckpt, tmp_path / "samples")
+    assert not list((tmp_path / "samples").rglob("*.png"))
+    assert not list((tmp_path / "samples").rglob("*.npz"))
+
+
+def test_weights_that_are_not_finite_end_in_one_line(nan_ckpt, tmp_path):
+    done = tiny.run_python(tiny.ROOT / "generate.py", *tiny.generate_flags(nan_ckpt, tmp_path / "samples"))
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "batch/s" not in line and line.strip()]
+    (line,) = [line for line in errors if line.startswith("error: ")]
+    assert "not finite" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_truncated_and_foreign_files_are_named(ckpt, tmp_path):
+    whole = ckpt.read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    for name in ("missing", "truncated", "empty", "text", "other", "list"):
+        with pytest.raises(InputError, match=str(tmp_path / f"{name}.pt")):
+            tiny.run_generate(tmp_path / f"{name}.pt", tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_missing_image_is_not_left_out_of_the_npz(reference, tmp_path):
+    from generate import write_npz
+
+    folder, _, _ = reference
+    with pytest.raises(InputError, match=rf"{folder}/000005.png is missing \(1 of 6\)"):
+        write_npz(tmp_path / "a.npz", folder, 6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_file_lies_beside_the_images(reference):
+    settings = json.loads((reference[0] / "settings.json").read_text())
+    assert settings["num_steps"] == 4
+    assert "per_proc_batch_size" not in settings  # it changes nothing in an image
