@@ -508,22 +508,25 @@ class SeekableSampler:
             raise InputError(f"--batch-size {batch_size}: the data holds only {count} images; take {count} or fewer")
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.steps_per_epoch = count // batch_size
-        self._orders, self._coins = (None, None), (None, None)
+        self._order, self._coins = (None, None), (None, None)  # of the last epoch asked for
 
     def batch(self, step):
         """Indices of global batch `step` (from 0): int64 (batch_size,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._orders[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.count)
-            self._orders = (epoch, order.astype(np.int64, copy=False))
-        return self._orders[1][position * self.batch_size : (position + 1) * self.batch_size].copy()
+        known, order = self._order  # one read: the loader's thread may be in another epoch
+        if known != epoch:
+            order = np.random.default_rng([self.seed, epoch, 0]).permutation(self.count).astype(np.int64, copy=False)
+            self._order = (epoch, order)
+        return order[position * self.batch_size : (position + 1) * self.batch_size].copy()
 
     def flips(self, step):
         """Which rows of global batch `step` come from the mirrored set: bool (batch_size,), one fair coin per image."""
         epoch = step // self.steps_per_epoch
-        if self._coins[0] != epoch:
-            self._coins = (epoch, np.random.default_rng([self.seed, epoch, 2]).random(self.count) < 0.5)
-        return self._coins[1][self.batch(step)]
+        known, coins = self._coins
+        if known != epoch:
+            coins = np.random.default_rng([self.seed, epoch, 2]).random(self.count) < 0.5
+            self._coins = (epoch, coins)
+        return coins[self.batch(step)]
 
 
 class LatentLoader:
@@ -535,6 +538,8 @@ class LatentLoader:
 
     def __init__(self, dataset, sampler, rows=None, start_step=0, stop_step=None, device="cpu", depth=2):
         self.dataset, self.sampler, self.device = dataset, sampler, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.rows = np.arange(sampler.batch_size) if rows is None else np.asarray(rows)
         self.start_step, self.stop_step, self.depth = start_step, stop_step, depth
 
@@ -556,7 +561,10 @@ class LatentLoader:
     def _fill(self, ready, stop):
         """Thread: put batches, then None, or the exception that ended it."""
         try:
-            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+            stream = None
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would claim memory there
+                stream = torch.cuda.Stream(self.device)
             step = self.start_step
             while not stop.is_set() and (self.stop_step is None or step < self.stop_step):
                 _put(ready, self._gather(step, stream), stop)

@@ -223,6 +223,7 @@ def parse(arguments=None):
 def main(arguments=None):
     """Run one command."""
     options = parse(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         options.run(options)
     except PermissionError as error:
