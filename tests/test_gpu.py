@@ -1,0 +1,45 @@
+"""What only a CUDA device shows: mixed precision with a scaler, pinned copies, CPU and GPU agreeing.
+
+python -m pytest -m gpu
+"""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from models import create_model
+from models.paths import PATHS
+from samplers import GuidedVelocity, sample_noise, sample_sde
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_learns_in_every_precision(tmp_path, precision):
+    data = tiny.data_folder(tmp_path / "data")
+    run_dir = tiny.run_train(data, tmp_path, mixed_precision=precision, max_train_steps=60, logging_steps=20)
+    losses = [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    checkpoint = tiny.load(run_dir / "checkpoints" / "0000060.pt")
+    assert all(tensor.dtype == torch.float32 for tensor in checkpoint["model"].values())
+    assert (checkpoint["scaler"] is not None) == (precision == "fp16")
+
+
+def test_sampler_on_the_device_agrees_with_the_cpu():
+    model = create_model("DeepFlow-Ti/2", input_size=8, num_classes=3)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    torch.set_float32_matmul_precision("highest")
+    results = []
+    for device in ("cpu", "cuda"):
+        y = torch.arange(4, device=device) % 3
+        velocity = GuidedVelocity(model.to(device).velocity, y, torch.full_like(y, 3))
+        start = sample_noise(0, range(4), 0, (4, 8, 8)).to(device)
+        noise = lambda step: sample_noise(0, range(4), step + 1, (4, 8, 8))  # noqa: E731
+        result = sample_sde(velocity, start, PATHS["linear"], noise, num_steps=20)
+        assert result.dtype == torch.float64
+        results.append(result.cpu().numpy())
+    np.testing.assert_allclose(*results, rtol=1e-3, atol=1e-4)
