@@ -1,0 +1,307 @@
+"""A user's mistakes in training end in one line that names the culprit, and leave nothing behind."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from models.errors import InputError
+from training.config import TrainConfig, parse_flags
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tiny.data_folder(tmp_path / "data")
+
+
+def refused(data, tmp_path, culprit, **changes):
+    """Training must raise an InputError of one line that matches `culprit`, before it makes the run's folder."""
+    with pytest.raises(InputError, match=culprit) as caught:
+        tiny.run_train(data, tmp_path / "exps", **changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exps").exists()
+
+
+def refused_on_resume(data, tmp_path, culprit, **changes):
+    """Going on with the run in tmp_path/exps must raise an InputError, and change none of its files."""
+    run_dir = tmp_path / "exps/run"
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=culprit) as caught:
+        tiny.run_train(data, tmp_path / "exps", **{"resume_step": "latest", **changes})
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+# -------------------------------------------------------------------------------------------------- the data
+
+
+def test_missing_data_folder(tmp_path):
+    refused(tmp_path / "nowhere", tmp_path, r"--data-dir .*nowhere does not exist")
+
+
+def test_empty_data_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, r"--data-dir .*empty has no vae-sd")
+
+
+def test_folder_without_latents(data, tmp_path):
+    for index in range(12):
+        tiny.moments_file(data, index).unlink()
+    refused(data, tmp_path, r"img-mean-std-00000000.npy is missing")
+
+
+def test_missing_label_file(tmp_path):
+    data = tiny.data_folder(tmp_path / "data", manifest=False)
+    (data / "vae-sd/dataset.json").unlink()
+    refused(data, tmp_path, "data has no vae-sd/dataset.json")
+
+
+def test_labels_that_are_null(tmp_path):
+    data = tiny.data_folder(tmp_path / "data", manifest=False)
+    (data / "vae-sd/dataset.json").write_text('{"labels": null}')
+    refused(data, tmp_path, r"dataset.json: labels are missing")
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_label_out_of_range(tmp_path, label):
+    data = tiny.data_folder(tmp_path / "data", labels=[0, 1, 2, label] * 3)
+    refused(data, tmp_path, rf"dataset.json: label {label} is out of range for 3 classes")
+
+
+def test_label_beyond_num_classes(tmp_path):
+    data = tiny.data_folder(tmp_path / "data", manifest=False)
+    refused(data, tmp_path, r"label 2 is out of range for 2 classes", num_classes=2)
+
+
+def test_label_that_is_no_integer(tmp_path):
+    data = tiny.data_folder(tmp_path / "data", labels=[0, 1, "cat"] * 4)
+    refused(data, tmp_path, r"dataset.json: the label of .* is 'cat', not an integer")
+
+
+def test_damaged_label_file(data, tmp_path):
+    (data / "vae-sd/dataset.json").write_text('{"labels": [["img')
+    refused(data, tmp_path, r"dataset.json cannot be read as JSON")
+
+
+def test_one_latent_of_another_shape(data, tmp_path):
+    np.save(tiny.moments_file(data, 5), np.zeros((8, 4, 4), np.float32))
+    with pytest.raises(InputError, match=r"img-mean-std-00000005.npy has shape \(8, 4, 4\)"):
+        tiny.run_train(data, tmp_path)
+
+
+def test_one_truncated_latent(data, tmp_path):
+    path = tiny.moments_file(data, 5)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"img-mean-std-00000005.npy is truncated"):
+        tiny.run_train(data, tmp_path)
+
+
+def test_latents_that_were_sampled_already(tmp_path):
+    data = tiny.data_folder(tmp_path / "data", shape=(4, 8, 8))
+    refused(data, tmp_path, r"latents have 4 channels; 8 are needed: mean and std")
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 6), (32, 8, 8), (8, 64)])
+def test_latents_of_an_odd_shape(tmp_path, shape):
+    data = tiny.data_folder(tmp_path / "data", shape=shape)
+    refused(data, tmp_path, r"data/vae-sd: latents have shape \(")
+
+
+def test_latents_that_the_patches_do_not_tile(tmp_path):
+    data = tiny.data_folder(tmp_path / "data", shape=(8, 7, 7))
+    refused(data, tmp_path, r"latents of size 7 are not divisible into patches of 2")
+
+
+def test_resolution_that_contradicts_the_data(data, tmp_path):
+    refused(data, tmp_path, r"--resolution 256 contradicts --data-dir .*16x16", resolution=256)
+
+
+def test_number_of_classes_that_contradicts_the_data(data, tmp_path):
+    refused(data, tmp_path, r"--num-classes 5: .*manifest.json says 3", num_classes=5)
+
+
+def test_fewer_samples_than_one_batch(data, tmp_path):
+    refused(data, tmp_path, r"--batch-size 16: the data holds only 12", batch_size=16)
+
+
+def test_vae_of_the_grids_is_not_that_of_the_data(data, tmp_path):
+    vae = tiny.vae_folder(tmp_path / "other-vae")
+    culprit = r"VAE mismatch: the data has family tiny-vae .*--vae has family other-vae"
+    refused(data, tmp_path, culprit, sampling_steps=2, vae=vae)
+
+
+def test_scale_of_the_grids_vae_is_not_that_of_the_data(data, tmp_path):
+    vae = tiny.vae_folder(tmp_path / "tiny-vae", scale=0.25)
+    refused(data, tmp_path, r"the data has scale 0.5 .*--vae has scale 0.25", sampling_steps=2, vae=vae)
+
+
+# --------------------------------------------------------------------------------------------- the checkpoint
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    """A run in tmp_path/exps with one checkpoint, at step 2; returns the checkpoint's path."""
+    return tiny.run_train(data, tmp_path / "exps", max_train_steps=2) / "checkpoints/0000002.pt"
+
+
+def test_resume_step_that_is_not_there(run, data, tmp_path):
+    refused_on_resume(data, tmp_path, r"--resume-step 3: .*0000003.pt does not exist; the run has", resume_step=3)
+
+
+def test_truncated_checkpoint(run, data, tmp_path):
+    whole = run.read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        run.write_bytes(whole[:size])
+        refused_on_resume(data, tmp_path, r"0000002.pt is unreadable or truncated")
+
+
+def test_checkpoint_with_python_objects(run, data, tmp_path):
+    torch.save({"model": tiny.SPEC}, run)
+    refused_on_resume(data, tmp_path, r"0000002.pt holds the Python object models.codec.LatentSpec")
+
+
+def test_checkpoint_that_is_not_of_a_run(run, data, tmp_path):
+    content = tiny.load(run)
+    torch.save([1, 2], run)
+    refused_on_resume(data, tmp_path, r"0000002.pt cannot be resumed from: it has no entry 'config'")
+    for entry in ("model", "opt", "train_state"):
+        torch.save({name: value for name, value in content.items() if name != entry}, run)
+        refused_on_resume(data, tmp_path, rf"0000002.pt cannot be resumed from: it has no entry '{entry}'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"trans_depth": 3}, "it lacks blocks.2"),
+        ({"model": "SiT-Ti/2", "df_idxs": "[]"}, "it lacks final_layer"),
+        ({"model": "SiT-S/2", "df_idxs": "1"}, "expected"),
+        ({"qk_norm": True}, "it lacks blocks.0.attn.k_norm"),
+        ({"legacy_scaling": True}, "its legacy_scaling is False, the flags say True"),
+        ({"path_type": "cosine"}, "its path_type is linear, the flags say cosine"),
+    ],
+)
+def test_checkpoint_of_another_model(run, data, tmp_path, changes, culprit):
+    refused_on_resume(data, tmp_path, rf"0000002.pt is of another model: .*{culprit}", **changes)
+
+
+def test_checkpoint_of_the_same_blocks_with_other_key_layers(data, tmp_path):
+    tiny.run_train(data, tmp_path / "exps", max_train_steps=1, trans_depth=3, df_idxs="1")
+    culprit = r"0000001.pt is of another model: its df_idxs is \(1,\), the flags say \(2,\)"
+    refused_on_resume(data, tmp_path, culprit, trans_depth=3, df_idxs="2")
+
+
+@pytest.mark.parametrize(
+    ("spec", "culprit"),
+    [
+        ({"family": "other"}, "family tiny-vae, --data-dir has other"),
+        ({"scale": 0.3}, "scale 0.5, --data-dir has 0.3"),
+        ({"shift": 0.1}, "shift 0.0, --data-dir has 0.1"),
+    ],
+)
+def test_going_on_with_the_data_of_another_vae(run, tmp_path, spec, culprit):
+    data = tiny.data_folder(tmp_path / "other", spec=dataclasses.replace(tiny.SPEC, **spec))
+    refused_on_resume(data, tmp_path, rf"0000002.pt was trained on data with {culprit}")
+
+
+def test_going_on_with_latents_of_another_size(run, tmp_path):
+    data = tiny.data_folder(tmp_path / "other", shape=(8, 4, 4))
+    refused_on_resume(data, tmp_path, r"was trained on data with moments_shape \[8, 8, 8\], --data-dir has \[8, 4, 4\]")
+
+
+def test_going_on_with_other_classes(run, data, tmp_path):
+    path = data / "vae-sd/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_classes": 4}))
+    refused_on_resume(data, tmp_path, r"was trained on data with num_classes 3, --data-dir has 4")
+
+
+# -------------------------------------------------------------------------------------------------- the flags
+
+
+def test_batch_that_the_micro_batches_do_not_divide(data, tmp_path):
+    culprit = r"--batch-size 4 is not divisible by 1 processes x --gradient-accumulation-steps 3; .*multiple of 3"
+    refused(data, tmp_path, culprit, gradient_accumulation_steps=3)
+
+
+@pytest.mark.slow
+def test_batch_that_the_processes_do_not_divide(data, tmp_path):
+    flags = tiny.train_flags(data, tmp_path / "exps", batch_size=3)
+    done = tiny.run_torchrun(2, tiny.ROOT / "train.py", *flags)
+    assert done.returncode != 0
+    assert "error: --batch-size 3 is not divisible by 2 processes" in done.stderr
+    assert not (tmp_path / "exps").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"scale_weight": [1.0]}, r"--scale-weight has 1 values for 2 branches"),
+        ({"scale_weight": [0.1, 0.2, 1.0]}, r"--scale-weight has 3 values for 2 branches"),
+        ({"df_idxs": "2"}, r"--df-idxs \[2\]: block 2 is the last of 2"),
+        ({"df_idxs": "0"}, r"--df-idxs \[0\]: block 0 is out of range"),
+        ({"df_idxs": "[1,9]"}, r"--df-idxs \[1, 9\]: block 9 is out of range"),
+        ({"df_idxs": "[1,1]"}, r"--df-idxs \[1, 1\]: block 1 is repeated"),
+        ({"trans_depth": 4, "df_idxs": "[2,1]"}, r"--df-idxs \[2, 1\]: 2 stands before 1"),
+        ({"df_idxs": "middle"}, r"--df-idxs 'middle' is not a list"),
+        ({"trans_depth": 0}, r"--trans-depth 0"),
+        ({"model": "DeepFlow-XXL/2"}, r"--model 'DeepFlow-XXL/2' is unknown; choose one of DeepFlow-Ti/2"),
+        ({"ssl_align": True}, r"--ssl-align: the encoders of --enc-type dinov2-vit-b .*train without --ssl-align"),
+        ({"mixed_precision": "fp16"}, r"--mixed-precision fp16 needs a GPU"),
+        ({"cfg_prob": 1.5}, r"--cfg-prob 1.5 must lie between 0 and 1"),
+        ({"ema_decay": -0.1}, r"--ema-decay -0.1 must lie between 0 and 1"),
+        ({"tg_upper_bound": "nan"}, r"--tg-upper-bound nan must lie between 0 and 1"),
+        ({"adam_beta2": 1}, r"--adam-beta2 must be less than 1"),
+        ({"batch_size": 0}, r"--batch-size 0 must be greater than 0"),
+        ({"learning_rate": 0}, r"--learning-rate 0.0 must be greater than 0"),
+        ({"learning_rate": "nan"}, r"--learning-rate nan must be greater than 0"),
+        ({"max_grad_norm": -1}, r"--max-grad-norm -1.0 must be greater than 0"),
+        ({"max_train_steps": 0}, r"--max-train-steps 0 must be greater than 0"),
+        ({"seed": -1}, r"--seed -1 must not be negative"),
+    ],
+)
+def test_flag_values_that_make_no_sense(data, tmp_path, changes, culprit):
+    refused(data, tmp_path, culprit, **changes)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--weighting", "cosine"],
+        ["--path-type", "bent"],
+        ["--mixed-precision", "fp8"],
+        ["--prediction", "x"],
+        ["--report-to", "mail"],
+        ["--resume-step", "last"],
+        ["--resume-step", "-1"],
+        ["--batch-size", "four"],
+        ["--learning-rate"],
+        ["--learning", "1e-4"],  # abbreviations would change their meaning with a new flag
+        ["--no-such-flag"],
+    ],
+)
+def test_unknown_flags_and_values_end_with_exit_code_2(line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(TrainConfig, ["--exp-name", "x", *line])
+    assert caught.value.code == 2
+    assert line[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_run_needs_a_name(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(TrainConfig, [])
+    assert caught.value.code == 2
+    assert "--exp-name" in capsys.readouterr().err
+
+
+def test_command_ends_with_one_line_and_exit_code_2(data, tmp_path):
+    """A run that diverges: found late, in the loop, with threads and progress bar at work."""
+    for index in range(12):
+        np.save(tiny.moments_file(data, index), np.full((8, 8, 8), np.inf, np.float32))
+    flags = tiny.train_flags(data, tmp_path / "exps", max_train_steps=30, logging_steps=100)
+    done = tiny.run_python(tiny.ROOT / "train.py", *flags)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "step/s" not in line]
+    assert [line.startswith("error: the loss or its gradients are not finite for 20 steps") for line in lines] == [True]
