@@ -1,5 +1,8 @@
 """SIGKILL, then the same command again: the result is byte-identical to an undisturbed run."""
 
+import builtins
+import functools
+import io
 import multiprocessing
 import os
 import random
@@ -21,24 +24,60 @@ TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"
 IMAGES = 300
 
 
-def killed_after(operations, function, *arguments, **options):
-    """Run in a forked process that dies by SIGKILL at its n-th write to disk. True where it lived to the end."""
+class Countdown:
+    """Makes this process die by SIGKILL at its n-th change of the disk; a write to a file gets half way."""
+
+    def __init__(self, operations):
+        self.left = operations
+        for name in ("replace", "pwrite", "open", "fsync", "fdatasync", "rmdir", "unlink", "mkdir"):
+            setattr(os, name, self.dying(getattr(os, name)))
+        builtins.open = io.open = functools.partial(self.open_for_half, io.open)
+
+    def tick(self):
+        self.left -= 1
+        return self.left < 0
+
+    def dying(self, call):
+        def wrapper(*args, **kwargs):
+            if self.tick():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    def open_for_half(self, call, file, mode="r", *args, **kwargs):
+        opened = call(file, mode, *args, **kwargs)
+        if mode in ("wb", "ab") and self.tick():
+            write = opened.write
+
+            def half(data):
+                write(data[: len(data) // 2])
+                opened.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            return HalfFile(half)
+        return opened
+
+
+class HalfFile:
+    """A file whose first write is its last."""
+
+    def __init__(self, write):
+        self.write = write
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+def killed_after(operations, job, dest):
+    """Run in a forked process that dies at its n-th change of the disk. True where it lived to the end."""
 
     def body():
-        left = [operations]
-
-        def dying(call):
-            def wrapper(*args, **kwargs):
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **kwargs)
-
-            return wrapper
-
-        for name in ("replace", "pwrite", "open", "fsync", "fdatasync", "rmdir", "unlink", "mkdir"):
-            setattr(os, name, dying(getattr(os, name)))
-        function(*arguments, **options)
+        Countdown(operations)
+        job(dest)
 
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
@@ -47,12 +86,18 @@ def killed_after(operations, function, *arguments, **options):
     return process.exitcode == 0
 
 
-def kill_everywhere(job, dest):
-    """Kill `job` at its first write, its second, …, each time going on in the same folder until it is done."""
+def kill_everywhere(job, dest, expected):
+    """Kill `job` at its first write, its second, …, each time going on in the same folder until it is done.
+
+    After every kill each file under a final name is whole.
+    """
     kills = 0
     while not killed_after(min(kills, 60), job, dest):
         kills += 1
         assert kills < 2000
+        files = tree(dest.parent)
+        final = [name for name in files if not any(mark in name for mark in (".partial", ".work", ".tmp"))]
+        assert {name: files[name] for name in final}.items() <= expected.items()
     return kills
 
 
@@ -67,7 +112,7 @@ def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     job(tmp_path / "a" / name)
-    assert kill_everywhere(job, tmp_path / "b" / name) > 10
+    assert kill_everywhere(job, tmp_path / "b" / name, tree(tmp_path / "a")) > 10
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
@@ -78,8 +123,8 @@ def test_pack_killed_at_every_write(tmp_path, monkeypatch):
     def job(dest):
         pack(source, dest, shard_size=7)
 
-    job(tmp_path / "a")
-    assert kill_everywhere(job, tmp_path / "b") > 10
+    job(tmp_path / "a/dest")
+    assert kill_everywhere(job, tmp_path / "b/dest", tree(tmp_path / "a")) > 10
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
