@@ -25,7 +25,7 @@ esac
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 WORK=${WORK:-quickstart}
-STEPS=4000
+STEPS=3000
 SECONDS=0
 # On CPU everywhere, so that the numbers are the same; two processes of one thread beat one of two on small tensors.
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -51,7 +51,7 @@ accelerate launch "${processes[@]}" --num_machines 1 --mixed_precision no --dyna
     --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume-step latest \
     --model DeepFlow-Ti/2 --df-idxs "[2]" --scale-weight 0.2 1.0 \
     --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
-    --batch-size 64 --learning-rate 3e-3 --adam-beta2 0.99 --ema-decay 0.998 \
+    --batch-size 64 --learning-rate 4e-3 --adam-beta2 0.99 --ema-decay 0.998 \
     --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --logging-steps 50
 
 step "5/6 sample 400 digits: $WORK/samples"
