@@ -78,6 +78,12 @@ def roll(run_dir, step, stays, keep):
         write_json(record, steps[-keep:])
 
 
+def remove_leftovers(run_dir):
+    """Delete what killed processes of this run left half-written: large files that nothing would ever read."""
+    for path in (Path(run_dir) / "checkpoints").glob(".*.pt.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def save_checkpoint(path, **content):
     write_atomically(path, lambda file: torch.save(content, file))
 

@@ -10,6 +10,7 @@ from models.errors import InputError
 from training.checkpoint import (
     checkpoint_path,
     find_resume_step,
+    remove_leftovers,
     restore,
     roll,
     save_checkpoint,
@@ -71,6 +72,7 @@ class Trainer:
         if step >= self.stop_step:
             return
         if self.accelerator.is_main_process:
+            remove_leftovers(self.run_dir)
             write_json(self.run_dir / "config.json", self.saved["config"])
         self.log = RunLog(self.accelerator, self.run_dir, self.config, step, self.stop_step)
         draws = DrawAhead(self.draw)
