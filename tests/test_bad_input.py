@@ -1,6 +1,7 @@
 """A user's mistakes in training end in one line that names the culprit, and leave nothing behind."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -263,6 +264,13 @@ def test_batch_that_the_processes_do_not_divide(data, tmp_path):
 )
 def test_flag_values_that_make_no_sense(data, tmp_path, changes, culprit):
     refused(data, tmp_path, culprit, **changes)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_tracker_that_is_not_installed(data, tmp_path, tracker):
+    if importlib.util.find_spec(tracker):
+        pytest.skip(f"{tracker} is installed")
+    refused(data, tmp_path, rf"--report-to {tracker} needs a package", report_to=tracker)
 
 
 @pytest.mark.parametrize(
