@@ -313,3 +313,14 @@ def test_command_ends_with_one_line_and_exit_code_2(data, tmp_path):
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and "step/s" not in line]
     assert [line.startswith("error: the loss or its gradients are not finite for 20 steps") for line in lines] == [True]
+
+
+@pytest.mark.slow
+def test_an_error_in_the_first_of_two_processes_ends_both(data, tmp_path):
+    """Only the first process decodes grids, so only it finds that their VAE is not there; the other must not wait."""
+    flags = tiny.train_flags(data, tmp_path / "exps", sampling_steps=2, vae=tmp_path / "nowhere")
+    done = tiny.run_torchrun(2, tiny.ROOT / "train.py", *flags)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [f"cannot load the VAE '{tmp_path}/nowhere'" in line for line in errors] == [True]
+    assert not list(tmp_path.glob("exps/run/checkpoints/*"))
