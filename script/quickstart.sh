@@ -29,7 +29,7 @@ STEPS=3000
 SECONDS=0
 # On CPU everywhere, so that the numbers are the same; two processes of one thread beat one of two on small tensors.
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-PROCESSES=$(($(nproc) > 1 ? 2 : 1))
+PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer OMP_NUM_THREADS
 processes=(--num_processes "$PROCESSES")
 [ "$PROCESSES" -gt 1 ] && processes+=(--multi_gpu) # accelerate's name for several processes, on CPU too
 step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
