@@ -24,18 +24,20 @@ def read_file(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"--ckpt {path} does not exist") from None
+        raise InputError(f"checkpoint {path} does not exist") from None
     except IsADirectoryError:
-        raise InputError(f"--ckpt {path} is a folder; name the .pt file in it") from None
+        raise InputError(f"checkpoint {path} is a folder; name the .pt file in it") from None
     except Exception as error:  # the bytes of a damaged file decide what the unpickler stumbles over
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise InputError(
-                f"--ckpt {path} holds the Python object {refused.group(1)}, which is not loaded because it could run "
+                f"checkpoint {path} holds the Python object {refused.group(1)}, which is not loaded: it could run "
                 "code; save the weights alone"
             ) from None
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise InputError(f"--ckpt {path} is unreadable or truncated ({reason}); copy or download it again") from None
+        raise InputError(
+            f"checkpoint {path} is unreadable or truncated ({reason}); copy it again"
+        ) from None
 
 
 @dataclasses.dataclass

@@ -16,6 +16,7 @@ from training.checkpoint import (
     save_checkpoint,
     write_json,
 )
+from training.config import shown
 from training.distributed import rows_of_rank
 from training.draws import DrawAhead
 from training.ema import EMA
@@ -61,7 +62,8 @@ class Trainer:
             path = checkpoint_path(self.run_dir, step)
             content = restore(path, self.model, self.ema, self.optimizer, self.accelerator.scaler, **self.saved)
             self.skipped = content["train_state"]["skipped_steps"]
-            self.accelerator.print(f"resumed from {path}")
+            changed = changed_flags(content["config"], self.saved["config"])
+            self.accelerator.print(f"resumed from {path}" + "".join(f"; {change}" for change in changed))
         if step >= self.stop_step:
             self.accelerator.print(f"{self.run_dir} is complete at step {step}; raise --max-train-steps to go on")
         return step
@@ -160,6 +162,14 @@ class Trainer:
             self.log.say(f"checkpoint: {path}")
             roll(self.run_dir, step, stays, keep=ROLLING_KEPT)
         self.accelerator.wait_for_everyone()
+
+
+def changed_flags(before, now):
+    """What is trained otherwise than before a resume, in words; a change of what bears on no number is left out."""
+    silent = {"data_dir", "output_dir", "exp_name", "logging_dir", "report_to", "num_workers", "resume_step", "vae"}
+    silent |= {name for name in now if name.endswith("_steps")} | {"model_options"}
+    names = [name for name in now if name not in silent and before.get(name) != now[name]]
+    return [f"{shown(name)} was {before.get(name)}, is {now[name]}" for name in names]
 
 
 def describe_data(dataset):
