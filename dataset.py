@@ -12,6 +12,7 @@ A set of moments is either a folder layout (one .npy per image and `dataset.json
 Letters: N images, B rows of a batch, C latent channels, h = w latent size, R image side.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -20,8 +21,14 @@ import os
 import queue
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import numpy as np
 import torch
@@ -54,7 +61,11 @@ class DataInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """This rank's rows of one global batch: moments float32 (B, 2C, h, w), labels int64 (B,), images uint8 or None."""
+    """This rank's rows of one global batch: moments (B, 2C, h, w), labels int64 (B,), images uint8 or None.
+
+    Moments keep the precision they are stored in (packed: fp16), so that half the bytes travel; sampled with float32
+    noise they become float32.
+    """
 
     step: int
     moments: torch.Tensor
@@ -185,8 +196,10 @@ class FolderRows:
         """Copy row `index` into out (2C, h, w). Raises InputError on a missing, truncated or odd file."""
         out[...] = self._load(self.names[index], self.shape)
 
-    def prefetch(self, indices):
-        """Nothing to do: files are read one after the other."""
+    def gather(self, indices, out, places):
+        """Copy rows `indices` (list) to out[places]."""
+        for index, place in zip(indices, places, strict=True):
+            self.read(index, out[place])
 
     def _load(self, name, shape=None):
         path = self.folder / name
@@ -202,8 +215,17 @@ class FolderRows:
         return array
 
 
+def major_faults():
+    """How often this process has waited for the disk at a memory map; 0 where rows cannot be asked for in advance."""
+    if resource is None or not hasattr(mmap, "MADV_WILLNEED"):
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 class PackedRows:
     """Rows of a packed set: `shards` of raw C-order rows, all but the last of `shard_size` rows, memory-mapped."""
+
+    COLD = 64  # batches to ask in advance for, after one that waited for the disk
 
     def __init__(self, folder, manifest):
         self.shape, self.dtype = tuple(manifest["shape"]), np.dtype(manifest["dtype"])
@@ -214,6 +236,7 @@ class PackedRows:
         if sum(map(len, self._shards)) != self._count:
             raise InputError(f"{Path(folder) / MANIFEST}: the shards do not add up to {self._count} rows; pack again")
         self._row_bytes = row_bytes
+        self._cold = 0  # batches for which rows are asked for in advance; asking costs a fifth when nothing is cold
 
     @staticmethod
     def _map(path, size):
@@ -234,11 +257,20 @@ class PackedRows:
         shard, row = divmod(index, self._shard_size)
         out[...] = self._shards[shard][row]
 
-    def prefetch(self, indices):
+    def gather(self, indices, out, places):
+        """Copy rows `indices` (list) to out[places]."""
+        faults = major_faults()
+        if self._cold:
+            self._prefetch(indices)
+        shards, size = self._shards, self._shard_size
+        for index, place in zip(indices, places, strict=True):
+            out[place] = shards[index // size][index % size]
+        waited = major_faults() > faults
+        self._cold = self.COLD if waited else max(self._cold - 1, 0)
+
+    def _prefetch(self, indices):
         """Ask the system for all these rows at once: from a cold disk four times faster than one by one."""
-        if not hasattr(mmap, "MADV_WILLNEED"):
-            return
-        for index in indices.tolist():
+        for index in indices:
             shard, row = divmod(index, self._shard_size)
             start = row * self._row_bytes
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -276,12 +308,28 @@ class ImageFiles:
 # --------------------------------------------------------------------------------------------------------- dataset
 
 
+class Buffers:
+    """Memory of batches, used again once nobody holds the tensor: fresh pages cost as much as copying the rows."""
+
+    def __init__(self):
+        self._free = collections.deque()
+
+    def take(self, shape, dtype):
+        """An uninitialised tensor; its memory comes back by itself when the tensor and its views are gone."""
+        buffer = self._free.pop() if self._free else None
+        if buffer is None or buffer.shape != shape:
+            buffer = np.empty(shape, dtype)
+        view = buffer[:]
+        weakref.finalize(view, self._free.append, buffer).atexit = False
+        return torch.from_numpy(view)
+
+
 class LatentDataset:
     """Moments with labels, and images where asked for; made by open_dataset."""
 
     def __init__(self, info, rows, labels, images=None, mirror=None):
         self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
-        self._rows = rows
+        self._rows, self._buffers = rows, Buffers()
 
     def __len__(self):
         return self.info.count
@@ -300,14 +348,14 @@ class LatentDataset:
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"row index out of range 0..{len(self) - 1}")
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
-        dtype = torch.from_numpy(np.empty(0, self._rows.dtype)).dtype
-        moments = torch.empty((len(indices), *self.info.moments_shape), dtype=dtype, pin_memory=pin)
-        self._rows.prefetch(indices[~flip])
-        if flip.any():
-            self.mirror.prefetch(indices[flip])
-        out = moments.numpy()
-        for k, (index, mirrored) in enumerate(zip(indices.tolist(), flip.tolist(), strict=True)):
-            (self.mirror if mirrored else self._rows).read(index, out[k])
+        shape, dtype = (len(indices), *self.info.moments_shape), self._rows.dtype
+        if pin:  # torch keeps page-locked memory for the next batch by itself
+            moments = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        else:
+            moments = self._buffers.take(shape, dtype)
+        for rows, chosen in ((self._rows, ~flip), (self.mirror, flip)):
+            if chosen.any():
+                rows.gather(indices[chosen].tolist(), moments.numpy(), np.flatnonzero(chosen).tolist())
         labels = torch.from_numpy(self._labels_of(indices))
         images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist())
         return moments, labels, images
@@ -584,15 +632,14 @@ class LatentLoader:
         return step, tensors, stream.record_event()
 
     def _receive(self, step, tensors, copied):
-        """Consumer: order the copy before what follows on this stream; half precision becomes float32 on the device."""
+        """Consumer: order the copy before what follows on this stream."""
         if copied is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(copied)
             for tensor in tensors:
                 if tensor is not None:
                     tensor.record_stream(here)
-        moments, labels, images = (t if t is None or copied is not None else t.to(self.device) for t in tensors)
-        return Batch(step, moments.float(), labels, images)
+        return Batch(step, *(t if t is None or copied is not None else t.to(self.device) for t in tensors))
 
 
 def _put(ready, item, stop):

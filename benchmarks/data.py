@@ -114,7 +114,7 @@ def drop_from_cache(folder):
 
 
 def loaders(work):
-    """{name: (folder, function that makes an iterator over batches of one epoch)}."""
+    """{name: (folder, function that makes a loader of one epoch)}; as in training, a loader serves every epoch."""
 
     def ours(folder):
         data = open_dataset(folder, data_vae="ema", num_classes=1000)
@@ -140,10 +140,11 @@ def measure_loaders(work, count, repeats):
     rows = {}
     for name, (folder, make) in loaders(work).items():
         drop_from_cache(folder)
-        speeds, first = [], None
+        speeds, first, loader = [], None, None
         for _ in range(repeats + 1):
             start, seen = time.perf_counter(), 0
-            for batch in make():
+            loader = loader or make()
+            for batch in loader:
                 first = first or time.perf_counter() - start
                 seen += len(batch[0] if isinstance(batch, list) else batch.moments)
             speeds.append(seen / (time.perf_counter() - start))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from data_helpers import SPEC, moments_of, write_folder_layout, write_images
 
-from dataset import LatentLoader, SeekableSampler, check_labels, open_dataset, pack_names
+from dataset import Buffers, LatentLoader, SeekableSampler, check_labels, open_dataset, pack_names
 from models.codec import LatentSpec
 from models.errors import InputError
 from preprocessing.pack import pack
@@ -194,9 +194,30 @@ def test_loader_gives_every_step_in_order_from_any_start(layout, request):
     for batch in LatentLoader(data, sampler, start_step=5, stop_step=11):
         steps.append(batch.step)
         expected = data.gather(sampler.batch(batch.step))
-        assert torch.equal(batch.moments, expected[0]) and torch.equal(batch.labels, expected[1])
-        assert batch.moments.dtype == torch.float32 and batch.images is None
+        assert torch.equal(batch.moments.float(), expected[0]) and torch.equal(batch.labels, expected[1])
+        assert batch.moments.dtype == {"folder": torch.float32, "packed": torch.float16}[layout]
+        noise = torch.zeros(4, 4, 4, 4)
+        assert data.info.spec.sample(batch.moments, noise).dtype == torch.float32 and batch.images is None
     assert steps == list(range(5, 11)) and not loader_threads()
+
+
+def test_batches_that_are_kept_are_never_overwritten(packed):
+    data, sampler = open_dataset(packed), SeekableSampler(COUNT, 4, seed=0)
+    kept = [batch.moments[1:2, :1] for batch in LatentLoader(data, sampler, stop_step=30)]  # views of dropped batches
+    for step, row in enumerate(kept):
+        assert row[0, 0, 0, 0].item() == sampler.batch(step)[1]
+
+
+def test_memory_of_dropped_batches_is_used_again():
+    buffers = Buffers()
+    first = buffers.take((2, 3), np.dtype("<f2"))
+    place, second = first.data_ptr(), buffers.take((2, 3), np.dtype("<f2"))
+    assert second.data_ptr() != place
+    view = first[0]
+    del first
+    assert buffers.take((2, 3), np.dtype("<f2")).data_ptr() != place
+    del view
+    assert buffers.take((2, 3), np.dtype("<f2")).data_ptr() == place
 
 
 def test_ranks_together_see_the_global_batch(packed):

@@ -56,6 +56,8 @@ class Countdown:
                 os.kill(os.getpid(), signal.SIGKILL)
 
             return HalfFile(half)
+        if mode == "w+b" and self.tick():  # a zip
+            os.kill(os.getpid(), signal.SIGKILL)
         return opened
 
 
