@@ -84,7 +84,9 @@ def train(config):
     """Wire data, model, objective and loop of one run."""
     config.check()
     run_dir = Path(config.output_dir) / config.exp_name
-    dataset = open_dataset(config.data_dir, num_classes=config.num_classes, data_vae=config.data_vae)
+    dataset = open_dataset(
+        config.data_dir, mirror=config.mirror, num_classes=config.num_classes, data_vae=config.data_vae
+    )
     options = model_options(config, dataset.info)
     weights = config.branch_weights(len(options["df_idxs"]) + 1)
     accelerator = start_accelerator(config, run_dir)

@@ -77,6 +77,7 @@ class TrainConfig:
 
     resolution: int = flag(None, "image size; checked against the data", int)
     num_classes: int = flag(None, "number of classes, for data without a manifest", int)
+    mirror: bool = flag(False, "take vae-sd-mirror instead of vae-sd for a coin flip's half of the images")
     data_vae: str = flag(None, "VAE that made latents without a manifest", str)
     vae: str = flag(None, "VAE that decodes sample grids (name or folder); default: the one of the data", str)
     num_workers: int = flag(4, "threads that read latent files")
