@@ -138,11 +138,15 @@ class Trainer:
         stays = step % config.checkpointing_steps == 0 or last
         if stays or (config.rolling_steps and step % config.rolling_steps == 0):
             self.save(step, stays)
-        if self.on_sample and config.sampling_steps and (step % config.sampling_steps == 0 or last):
-            if self.accelerator.is_main_process:
-                with self.ema.swapped_into(self.model):
-                    self.log.say(f"sample grid: {self.on_sample(self.model, step)}")
-            self.accelerator.wait_for_everyone()
+        if config.sampling_steps and (step % config.sampling_steps == 0 or last):
+            self.sample(step)
+
+    def sample(self, step):
+        """Draw a grid with the averaged weights on the main process, the only one that has `on_sample`; all wait."""
+        if self.accelerator.is_main_process:
+            with self.ema.swapped_into(self.model):
+                self.log.say(f"sample grid: {self.on_sample(self.model, step)}")
+        self.accelerator.wait_for_everyone()
 
     def save(self, step, stays):
         """Write the checkpoint of a step on the main process; one that does not stay makes way for later ones."""
