@@ -225,7 +225,7 @@ def major_faults():
 class PackedRows:
     """Rows of a packed set: `shards` of raw C-order rows, all but the last of `shard_size` rows, memory-mapped."""
 
-    COLD = 64  # batches to ask in advance for, after one that waited for the disk
+    COLD = 64  # batches whose rows are asked for in advance: the first ones, and those after one that had to wait
 
     def __init__(self, folder, manifest):
         self.shape, self.dtype = tuple(manifest["shape"]), np.dtype(manifest["dtype"])
@@ -236,7 +236,7 @@ class PackedRows:
         if sum(map(len, self._shards)) != self._count:
             raise InputError(f"{Path(folder) / MANIFEST}: the shards do not add up to {self._count} rows; pack again")
         self._row_bytes = row_bytes
-        self._cold = 0  # batches for which rows are asked for in advance; asking costs a fifth when nothing is cold
+        self._cold = self.COLD  # batches to ask for in advance, which costs a fifth where nothing is cold
 
     @staticmethod
     def _map(path, size):
