@@ -88,34 +88,41 @@ def killed_after(operations, job, dest):
     return process.exitcode == 0
 
 
-def kill_everywhere(job, dest, expected):
-    """Kill `job` at its first write, its second, …, each time going on in the same folder until it is done.
+def only_whole_files(folder, expected):
+    """True where every file under a final name is what it will be in the end."""
+    files = tree(folder)
+    final = [name for name in files if not any(mark in name for mark in (".partial", ".work", ".tmp"))]
+    return {name: files[name] for name in final}.items() <= expected.items()
 
-    After every kill each file under a final name is whole.
-    """
-    kills = 0
-    while not killed_after(min(kills, 60), job, dest):
-        kills += 1
-        assert kills < 2000
-        files = tree(dest.parent)
-        final = [name for name in files if not any(mark in name for mark in (".partial", ".work", ".tmp"))]
-        assert {name: files[name] for name in final}.items() <= expected.items()
-    return kills
+
+def kill_everywhere(job, root, name):
+    """Kill `job` at its first change of the disk and run it again; the same at its second, …; returns how many."""
+    (root / "undisturbed").mkdir(parents=True)
+    job(root / "undisturbed" / name)
+    expected = tree(root / "undisturbed")
+    for operations in range(2000):
+        folder = root / str(operations)
+        folder.mkdir()
+        if killed_after(operations, job, folder / name):
+            return operations
+        assert only_whole_files(folder, expected)
+        again = min(operations, 15)  # the second run is killed too
+        if not killed_after(again, job, folder / name):
+            assert only_whole_files(folder, expected)
+            job(folder / name)
+        assert tree(folder) == expected
+    raise AssertionError("the job never ended")
 
 
 @pytest.mark.parametrize("name", ["dest", "dest.zip"])
 def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing.convert, "CHUNK", 3)
-    source = write_class_folders(tmp_path / "source", per_class=5)
+    source = write_class_folders(tmp_path / "source", per_class=2)
 
     def job(dest):
         convert(source, dest, (16, 16), "center-crop-dhariwal")
 
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    job(tmp_path / "a" / name)
-    assert kill_everywhere(job, tmp_path / "b" / name, tree(tmp_path / "a")) > 10
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert kill_everywhere(job, tmp_path / "runs", name) > 30
 
 
 def test_pack_killed_at_every_write(tmp_path, monkeypatch):
@@ -125,9 +132,7 @@ def test_pack_killed_at_every_write(tmp_path, monkeypatch):
     def job(dest):
         pack(source, dest, shard_size=7)
 
-    job(tmp_path / "a/dest")
-    assert kill_everywhere(job, tmp_path / "b/dest", tree(tmp_path / "a")) > 10
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert kill_everywhere(job, tmp_path / "runs", "dest") > 20
 
 
 # ------------------------------------------------------------------------------------- real commands, random moments
