@@ -19,7 +19,6 @@ import math
 import mmap
 import os
 import queue
-import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 
 from models.codec import LatentCodec, LatentSpec, resolve_vae, vae_family
-from models.errors import InputError
+from models.errors import InputError, note
 
 MANIFEST = "manifest.json"
 LABELS_JSON = "dataset.json"  # folder layout: {"labels": [[name, label], …]}
@@ -71,12 +70,6 @@ class Batch:
     moments: torch.Tensor
     labels: torch.Tensor
     images: torch.Tensor | None
-
-
-def note(text):
-    """Print a remark once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- files of a set
@@ -196,10 +189,9 @@ class FolderRows:
         """Copy row `index` into out (2C, h, w). Raises InputError on a missing, truncated or odd file."""
         out[...] = self._load(self.names[index], self.shape)
 
-    def gather(self, indices, out, places):
-        """Copy rows `indices` (list) to out[places]."""
-        for index, place in zip(indices, places, strict=True):
-            self.read(index, out[place])
+    def gather(self, indices, out, places, pool):
+        """Copy rows `indices` (list) to out[places], each file read by one of the pool's threads."""
+        list(pool.map(self.read, indices, [out[place] for place in places]))
 
     def _load(self, name, shape=None):
         path = self.folder / name
@@ -257,8 +249,8 @@ class PackedRows:
         shard, row = divmod(index, self._shard_size)
         out[...] = self._shards[shard][row]
 
-    def gather(self, indices, out, places):
-        """Copy rows `indices` (list) to out[places]."""
+    def gather(self, indices, out, places, _pool):
+        """Copy rows `indices` (list) to out[places]; threads would only take turns at it."""
         faults = major_faults()
         if self._cold:
             self._prefetch(indices)
@@ -280,13 +272,12 @@ class PackedRows:
 class ImageFiles:
     """Image files of a data folder: images[i] is uint8 (3, R, R)."""
 
-    def __init__(self, folder, name_of, resolution, workers=4):
+    def __init__(self, folder, name_of, resolution):
         self.folder, self._name_of, self.resolution = Path(folder), name_of, resolution
-        self._pool = ThreadPoolExecutor(workers)
 
-    def gather(self, indices, flip):
+    def gather(self, indices, flip, pool):
         """uint8 images (B, 3, R, R); rows where `flip` is true are mirrored, as their moments are."""
-        images = list(self._pool.map(self._load, indices, flip))
+        images = list(pool.map(self._load, indices, flip))
         return torch.from_numpy(np.stack(images))
 
     def _load(self, index, flip):
@@ -325,11 +316,12 @@ class Buffers:
 
 
 class LatentDataset:
-    """Moments with labels, and images where asked for; made by open_dataset."""
+    """Moments with labels, and images where asked for; made by open_dataset. workers: threads that read files."""
 
-    def __init__(self, info, rows, labels, images=None, mirror=None):
+    def __init__(self, info, rows, labels, images=None, mirror=None, workers=4):
         self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
         self._rows, self._buffers = rows, Buffers()
+        self._pool = ThreadPoolExecutor(max(1, workers))
 
     def __len__(self):
         return self.info.count
@@ -355,9 +347,9 @@ class LatentDataset:
             moments = self._buffers.take(shape, dtype)
         for rows, chosen in ((self._rows, ~flip), (self.mirror, flip)):
             if chosen.any():
-                rows.gather(indices[chosen].tolist(), moments.numpy(), np.flatnonzero(chosen).tolist())
+                rows.gather(indices[chosen].tolist(), moments.numpy(), np.flatnonzero(chosen).tolist(), self._pool)
         labels = torch.from_numpy(self._labels_of(indices))
-        images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist())
+        images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist(), self._pool)
         return moments, labels, images
 
     def _labels_of(self, indices):
@@ -376,11 +368,12 @@ def check_labels(labels, num_classes, where):
         )
 
 
-def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data_vae=None):
+def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data_vae=None, workers=4):
     """Open a data folder of either layout, recognised by its files.
 
     images: also read `images`; mirror: also read `vae-sd-mirror`; num_classes, data_vae (name or folder of the VAE):
-    what a folder without a manifest does not say. Raises InputError with one line for everything that does not fit.
+    what a folder without a manifest does not say; workers: threads that read files. Raises InputError with one line
+    for everything that does not fit.
     """
     folder = find_set(data_dir, MOMENTS)
     manifest, rows, labels, names = open_set(folder)
@@ -406,7 +399,8 @@ def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data
         class_names=tuple(class_names) if class_names else None,
     )
     image_files = _open_images(data_dir, folder, names, info) if images else None
-    return LatentDataset(info, rows, labels, image_files, _open_mirror(data_dir, info) if mirror else None)
+    mirrored = _open_mirror(data_dir, info) if mirror else None
+    return LatentDataset(info, rows, labels, image_files, mirrored, workers)
 
 
 def open_set(folder):

@@ -85,7 +85,11 @@ def train(config):
     config.check()
     run_dir = Path(config.output_dir) / config.exp_name
     dataset = open_dataset(
-        config.data_dir, mirror=config.mirror, num_classes=config.num_classes, data_vae=config.data_vae
+        config.data_dir,
+        mirror=config.mirror,
+        num_classes=config.num_classes,
+        data_vae=config.data_vae,
+        workers=config.num_workers,
     )
     options = model_options(config, dataset.info)
     weights = config.branch_weights(len(options["df_idxs"]) + 1)

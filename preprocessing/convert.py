@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset import LABELS_JSON, MANIFEST, NAMES, note, pack_names
-from models.errors import InputError
+from dataset import LABELS_JSON, MANIFEST, NAMES, pack_names
+from models.errors import InputError, note
 from preprocessing.jobs import Job, split, versions
 from preprocessing.sources import BadImageError, ImageSource
 from preprocessing.transforms import make_transform

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import LABELS_JSON, NAMES, note, pack_names
+from dataset import LABELS_JSON, NAMES, pack_names
 from models.codec import DEFAULT_VAE, LatentCodec
-from models.errors import InputError
+from models.errors import InputError, note
 from preprocessing.convert import label_json
 from preprocessing.jobs import Job, split, versions
 from preprocessing.packed import SHARD_SIZE, ShardWriter

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, note, open_dataset, open_set, walk_files
-from models.errors import InputError
+from dataset import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, open_dataset, open_set, walk_files
+from models.errors import InputError, note
 from preprocessing.encode import STORED
 from preprocessing.jobs import Job, split, versions
 from preprocessing.packed import SHARD_SIZE, ShardWriter

@@ -58,6 +58,12 @@ class Trainer:
     def resume(self):
         """Restore the state of --resume-step; returns the step to go on from."""
         step = find_resume_step(self.run_dir, self.config.resume_step)
+        seen = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).unique().tolist()
+        if len(seen) > 1:
+            raise InputError(
+                f"the processes find different checkpoints in {self.run_dir} (steps {seen}); --output-dir must be on "
+                "a file system that all nodes share"
+            )
         if step:
             path = checkpoint_path(self.run_dir, step)
             content = restore(path, self.model, self.ema, self.optimizer, self.accelerator.scaler, **self.saved)
