@@ -35,9 +35,7 @@ def read_file(path):
                 "code; save the weights alone"
             ) from None
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"checkpoint {path} is unreadable or truncated ({reason}); copy it again"
-        ) from None
+        raise InputError(f"checkpoint {path} is unreadable or truncated ({reason}); copy it again") from None
 
 
 @dataclasses.dataclass
