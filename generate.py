@@ -249,6 +249,15 @@ def prepare_folder(folder, manifest):
     write_json(record, settings)
 
 
+def remove_surplus(folder, count):
+    """Delete images beyond the first `count`, of an earlier run that made more: the folder may be measured too."""
+    surplus = [path for path in folder.glob("*.png") if path.stem.isdigit() and int(path.stem) >= count]
+    for path in surplus:
+        path.unlink()
+    if surplus:
+        print(f"deleted {len(surplus)} images beyond --num-fid-samples {count} in {folder}", flush=True)
+
+
 def write_npz(path, folder, count):
     """Collect the PNGs 0 … count − 1 into `arr_0`, uint8 (N, R, R, 3), without holding them all in memory."""
     missing = [index for index in range(count) if not image_path(folder, index).exists()]
@@ -304,6 +313,7 @@ def generate(config):
     sample_share(config, checkpoint, path, codec, folder, processes)
     processes.barrier()
     if processes.rank == 0:
+        remove_surplus(folder, config.num_fid_samples)
         write_npz(folder.with_name(folder.name + ".npz"), folder, config.num_fid_samples)
         indices = range(config.num_fid_samples)
         labels = sample_labels(

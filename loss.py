@@ -15,20 +15,16 @@ from models.errors import InputError
 WEIGHTINGS = ("uniform", "lognormal")
 
 
-def sample_times(rng, n, num_branches, weighting, path_name, tg_upper_bound):
+def sample_times(rng, n, num_branches, weighting, path, tg_upper_bound):
     """Draw the k times of n samples (equation 7), float32 (k, N) in [0, 1].
 
-    t_1 is uniform or the logistic of a normal; t_{i+1} = clamp(t_i ± u, 0, 1) with u ~ U(0, tg_upper_bound) and one
-    sign for the whole batch. rng: a numpy Generator.
+    t_1 is uniform, or such that log σ/α is a standard normal (on the linear path the logistic of one);
+    t_{i+1} = clamp(t_i ± u, 0, 1) with u ~ U(0, tg_upper_bound) and one sign for the whole batch. rng: numpy Generator.
     """
     if weighting == "uniform":
         t = rng.random(n)
     elif weighting == "lognormal":
-        sigma_over_alpha = np.exp(rng.standard_normal(n))
-        if path_name == "linear":
-            t = sigma_over_alpha / (1 + sigma_over_alpha)
-        else:
-            t = 2 / np.pi * np.arctan(sigma_over_alpha)
+        t = path.time_of_ratio(np.exp(rng.standard_normal(n)))
     else:
         raise InputError(f"--weighting {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
     sign = 1 if rng.random() < 0.5 else -1

@@ -118,7 +118,7 @@ class EulerMaruyamaStep:
 def integrate(step, velocity, x, times):
     """Carry x from times[0] to times[-1]; x (N, C, H, W), times descending. Returns x in the state's dtype."""
     x = x.to(state_dtype(x.device))
-    times = times.to(x)
+    times = times.to(x.dtype)  # on the CPU: asking a GPU for a time would wait for the network's last call
     for index in range(len(times) - 1):
         x = step(velocity, x, times[index], times[index + 1], index)
     return x

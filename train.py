@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from dataset import SeekableSampler, open_dataset
+from dataset import DataInfo, SeekableSampler, open_dataset
 from loss import deepflow_loss
 from models import create_model, model_config
-from models.codec import LatentCodec
+from models.codec import LatentCodec, LatentSpec
 from models.errors import InputError, exit_on_input_error
 from models.flops import count_flops
 from models.paths import PATHS
+from models.presets import IMAGENET
+from training.checkpoint import find_resume_step
 from training.config import TrainConfig, parse_flags
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import draw_step
@@ -56,34 +58,14 @@ def objective(network, moments, labels, draws, *, config, info, weights):
     return loss.total.mean(), {**loss.parts(), "latent_std": x0.std()}
 
 
-def describe(config, options, dataset, accelerator):
-    """The resolved run in text: configuration, model size, samples per step, steps and epochs."""
-    with torch.device("meta"):
-        model = create_model(config.model, **options)
-    flops = count_flops(model)
-    sampler = SeekableSampler(len(dataset), config.batch_size, config.seed)
-    steps = min(config.max_train_steps, config.epochs * sampler.steps_per_epoch)
-    lines = [
-        f"run: {config.to_json()}",
-        f"model: {config.model} {options}",
-        f"parameters: {sum(p.numel() for p in model.parameters()):,}",
-        f"forward pass of one sample: {2 * flops.total_macs / 1e9:.2f} GFLOP "
-        f"({flops.paper_macs / 1e9:.2f} G multiply-adds as the paper counts them)",
-        f"data: {len(dataset):,} latents {dataset.info.moments_shape}, {dataset.info.num_classes} classes, "
-        f"VAE {dataset.info.spec.vae} at scale {dataset.info.spec.scale}",
-        f"{config.batch_size} samples per step, {sampler.steps_per_epoch:,} steps per epoch, {steps:,} steps = "
-        f"{steps / sampler.steps_per_epoch:.1f} epochs, {accelerator.num_processes} processes, "
-        f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",
-    ]
-    if steps * (1 - config.ema_decay) < 5:
-        lines.append(f"warning: --ema-decay {config.ema_decay} averages over more than the run's {steps} steps")
-    return "\n".join(lines)
-
-
-def train(config):
-    """Wire data, model, objective and loop of one run."""
-    config.check()
-    run_dir = Path(config.output_dir) / config.exp_name
+def open_data(config):
+    """The dataset's DataInfo and the dataset; a dry run may go without one and then assumes ImageNet's."""
+    if config.dry_run and not Path(config.data_dir).exists():
+        print(f"--data-dir {config.data_dir} does not exist: ImageNet and its usual VAE are assumed", flush=True)
+        spec, classes = LatentSpec(), config.num_classes or IMAGENET["num_classes"]
+        resolution = config.resolution or IMAGENET["resolution"]
+        side = resolution // spec.factor
+        return DataInfo(IMAGENET["count"], classes, spec, (2 * spec.channels, side, side), resolution), None
     dataset = open_dataset(
         config.data_dir,
         mirror=config.mirror,
@@ -91,33 +73,75 @@ def train(config):
         data_vae=config.data_vae,
         workers=config.num_workers,
     )
-    options = model_options(config, dataset.info)
+    return dataset.info, dataset
+
+
+def describe(config, options, info, accelerator):
+    """The resolved run in text: configuration, model size, samples per step, steps and epochs."""
+    with torch.device("meta"):
+        model = create_model(config.model, **options)
+    flops = count_flops(model)
+    sampler = SeekableSampler(info.count, config.batch_size, config.seed)
+    steps = min(config.max_train_steps, config.epochs * sampler.steps_per_epoch)
+    lines = [
+        f"run: {config.to_json()}",
+        f"model: {config.model} {options}",
+        f"parameters: {sum(p.numel() for p in model.parameters()):,}",
+        f"forward pass of one sample: {2 * flops.total_macs / 1e9:.2f} GFLOP "
+        f"({flops.paper_macs / 1e9:.2f} G multiply-adds as the paper counts them)",
+        f"data: {info.count:,} latents {info.moments_shape}, {info.num_classes} classes, "
+        f"VAE {info.spec.vae} at scale {info.spec.scale}",
+        f"{config.batch_size} samples per step, {sampler.steps_per_epoch:,} steps per epoch, {steps:,} steps = "
+        f"{steps / sampler.steps_per_epoch:.1f} epochs, {accelerator.num_processes} processes, "
+        f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",
+    ]
+    if steps * (1 - config.ema_decay) < 5:
+        lines.append(f"warning: --ema-decay {config.ema_decay} averages over more than the run's {steps} steps")
+    if steps < config.max_train_steps:
+        lines.append(f"note: --epochs {config.epochs} ends the run before --max-train-steps {config.max_train_steps}")
+    return "\n".join(lines)
+
+
+def start_trackers(accelerator, config):
+    """Tell the tracker of --report-to the run's flags; a resumed run goes on under its own name."""
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if isinstance(value, int | float | str)}
+    wandb = {"name": config.exp_name, "id": config.exp_name, "resume": "allow"}
+    accelerator.init_trackers("deepflow", config=flags, init_kwargs={"wandb": wandb})
+
+
+def train(config):
+    """Wire data, model, objective and loop of one run."""
+    config.check()
+    run_dir = Path(config.output_dir) / config.exp_name
+    info, dataset = open_data(config)
+    options = model_options(config, info)
     weights = config.branch_weights(len(options["df_idxs"]) + 1)
     accelerator = start_accelerator(config, run_dir)
     rows_of_rank(config.batch_size, accelerator.num_processes, config.gradient_accumulation_steps, 0)
-    accelerator.print(describe(config, options, dataset, accelerator))
+    accelerator.print(describe(config, options, info, accelerator))
     if config.dry_run:
         return
+    find_resume_step(run_dir, config.resume_step)  # a run that may not start says so before anything is loaded
     grids = None
     if config.sampling_steps and accelerator.is_main_process:
-        codec = LatentCodec.load(config.vae or dataset.info.spec.vae, device=accelerator.device)
-        grids = GridSampler(codec, dataset.info, run_dir, config.seed)
+        codec = LatentCodec.load(config.vae or info.spec.vae, device=accelerator.device)
+        grids = GridSampler(codec, info, run_dir, config.seed)
     torch.manual_seed(config.seed)
     model = create_model(config.model, **options)
     model.gradient_checkpointing = config.gradient_checkpointing
-    latent_shape = (dataset.info.spec.channels, *dataset.info.moments_shape[1:])
+    latent_shape = (info.spec.channels, *info.moments_shape[1:])
     trainer = Trainer(
         accelerator,
         config,
         run_dir,
         model,
         dataset,
-        objective=functools.partial(objective, config=config, info=dataset.info, weights=weights),
+        objective=functools.partial(objective, config=config, info=info, weights=weights),
         draw=functools.partial(draw_step, config=config, num_branches=model.num_branches, latent_shape=latent_shape),
         saved={"config": {**dataclasses.asdict(config), "model_options": options}, "data": describe_data(dataset)},
         on_sample=grids,
     )
-    accelerator.init_trackers("deepflow", config={"exp_name": config.exp_name, "model": config.model})
+    start_trackers(accelerator, config)
     trainer.fit()
     accelerator.end_training()
 

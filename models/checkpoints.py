@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 import re
+import zipfile
 
 import torch
 
@@ -21,12 +22,15 @@ def read_file(path):
     """Read a checkpoint with `weights_only=True`. Raises InputError naming the file."""
     try:
         # Published files hold their argparse.Namespace beside the weights: harmless, and allowed by name only.
+        # Mapped, so that eight processes share one copy of the file in memory; old files are no zips and cannot be.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"checkpoint {path} is a folder; name the .pt file in it") from None
+    except MemoryError:
+        raise
     except Exception as error:  # the bytes of a damaged file decide what the unpickler stumbles over
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
@@ -64,10 +68,11 @@ def load_checkpoint(path, weights="ema", **overrides):
     options = check_overrides(options, overrides, path, is_ours)
     if not is_ours:
         note(published_note(path, options))
-    model = DeepFlow(**options)
+    with torch.device("meta"):  # no time is spent on initial weights
+        model = DeepFlow(**options)
     load_strictly(model, state, path)
-    run = content["config"] if is_ours else {}
-    return Checkpoint(model.eval(), options, run, content.get("data", {}) if is_ours else {}, content.get("steps"))
+    run, data = (content["config"], content.get("data", {})) if is_ours else ({}, {})
+    return Checkpoint(model.float().eval(), options, run, data, content.get("steps"))
 
 
 def load_model(path, weights="ema", **overrides):
@@ -78,7 +83,9 @@ def load_model(path, weights="ema", **overrides):
 
 def published_note(path, options):
     """What was assumed of a published file because no weight tells it."""
-    told = f"{path}: published file, {options['num_heads']} heads, key layers {list(options['df_idxs'])}"
+    told = f"{path}: taken as a published file of {options['num_heads']} heads, key layers {list(options['df_idxs'])}"
+    if not options["df_idxs"]:
+        told = f"{path}: taken as a published SiT of {options['num_heads']} heads (without projector: time reversed)"
     if options.get("ssl_align") and not options.get("legacy_scaling"):
         told += "; the SSL-aligned release used --legacy-scaling, which is not given"
     return told + " (others: --df-idxs)"
@@ -123,7 +130,7 @@ def load_strictly(model, state, path):
             raise InputError(
                 f"{path} is of another model: {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
             )
-    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in state.values()))
+    model.load_state_dict(state, assign=model.pos_embed.is_meta)  # nothing can be copied into a meta tensor
 
 
 def from_published(state, path, df_idxs=None):

@@ -161,6 +161,8 @@ class DeepFlow(nn.Module):
             raise InputError(
                 "--ssl-align: a model of one branch has no VeRA block to align; name key layers (--df-idxs)"
             )
+        if len(z_dims) != 1:
+            raise InputError(f"z_dims {tuple(z_dims)}: one alignment encoder's width is expected")
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.df_idxs = tuple(df_idxs)
         self.gradient_checkpointing = False  # recompute the blocks in the backward pass
@@ -182,7 +184,7 @@ class DeepFlow(nn.Module):
                 VeRA(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in self.df_idxs
             )
         if ssl_align:
-            self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, *z_dims) for _ in self.df_idxs)
+            self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, z_dims[0]) for _ in self.df_idxs)
         self.initialize_weights()
 
     @property

@@ -21,6 +21,8 @@ class Preset:
     projector_dim: int = 2048
 
 
+IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
+
 # Ti is ours, for laptops and tests; S of DeepFlow is ours too. The others are the papers'.
 PRESETS = {
     #                      depth  width heads patch key layers  parameters

@@ -95,7 +95,7 @@ def test_the_target_is_the_derivative_of_the_path(path):
 
 def test_times_follow_their_distributions():
     draw = {
-        (w, p): sample_times(np.random.default_rng(0), 20_000, 1, w, p, 0.01)[0].double().numpy()
+        (w, p): sample_times(np.random.default_rng(0), 20_000, 1, w, PATHS[p], 0.01)[0].double().numpy()
         for w in ("uniform", "lognormal")
         for p in ("linear", "cosine")
     }
@@ -111,7 +111,7 @@ def test_gaps_are_bounded_and_share_one_sign():
     rng = np.random.default_rng(0)
     signs = set()
     for _ in range(20):
-        times = sample_times(rng, 500, 3, "uniform", "linear", 0.05).double()
+        times = sample_times(rng, 500, 3, "uniform", PATHS["linear"], 0.05).double()
         gaps = times.diff(dim=0)
         assert times.min() >= 0 and times.max() <= 1
         assert gaps.abs().max() <= 0.05 + 1e-6

@@ -78,6 +78,21 @@ def roll(run_dir, step, stays, keep):
         write_json(record, steps[-keep:])
 
 
+def set_aside_after(run_dir, step):
+    """Rename checkpoints later than `step`, which a run goes on from, to .pt.abandoned; returns their steps.
+
+    Otherwise `latest` would find the branch that was left, and `roll` would count its files as the newest.
+    """
+    later = [other for other in existing_steps(run_dir) if other > step]
+    for other in later:
+        path = checkpoint_path(run_dir, other)
+        os.replace(path, path.with_name(path.name + ".abandoned"))
+    record = checkpoint_path(run_dir, step).with_name("rolling.json")
+    if later and record.exists():
+        write_json(record, [noted for noted in json.loads(record.read_text()) if noted <= step])
+    return later
+
+
 def remove_leftovers(run_dir):
     """Delete what killed processes of this run left half-written: large files that nothing would ever read."""
     for path in (Path(run_dir) / "checkpoints").glob(".*.pt.*.tmp"):
@@ -112,6 +127,8 @@ def restore(path, model, ema, optimizer, scaler, data, config):
     ema.load_state_dict(content["ema"])
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["opt"])
+    for state in optimizer.state.values():  # on CPU they are still the file's pages, and the file may be deleted
+        state.update({name: value.clone() for name, value in state.items()})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # learning rate and the like are those of the flags, not those of the file
     if scaler is not None and content.get("scaler"):

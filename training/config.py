@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 
 from models.errors import InputError
 from models.paths import PATHS
@@ -107,6 +108,8 @@ class TrainConfig:
     def branch_weights(self, num_branches):
         """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""
         weights = list(self.scale_weight or [0.2] * (num_branches - 1) + [1.0])
+        if not all(map(math.isfinite, weights)):
+            raise InputError(f"--scale-weight {weights} must be finite")
         if len(weights) != num_branches:
             raise InputError(
                 f"--scale-weight has {len(weights)} values for {num_branches} branches; give one per branch"
@@ -118,8 +121,8 @@ class TrainConfig:
         positive = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "epochs", "learning_rate")
         positive += ("max_grad_norm", "adam_epsilon", "logging_steps", "checkpointing_steps")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise InputError(f"{shown(name)} {getattr(self, name)} must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{shown(name)} {getattr(self, name)} must be greater than 0 and finite")
         for name in ("cfg_prob", "ema_decay", "tg_upper_bound", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{shown(name)} {getattr(self, name)} must lie between 0 and 1")
@@ -135,8 +138,8 @@ class TrainConfig:
             "proj_coeff",
             "adam_weight_decay",
         ):
-            if getattr(self, name) < 0:
-                raise InputError(f"{shown(name)} {getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{shown(name)} {getattr(self, name)} must not be negative or infinite")
         if self.prediction != "v":
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
         if self.ssl_align:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from loss import sample_times
+from models.paths import PATHS
 
 STREAM = 1  # apart from the data order, which draws from stream 0 of the same seed
 
@@ -40,7 +41,7 @@ def draw_step(step, config, num_branches, latent_shape):
     """Draws of one step; latent_shape (C, h, w)."""
     rng = np.random.default_rng([config.seed, step, STREAM])
     n = config.batch_size
-    times = sample_times(rng, n, num_branches, config.weighting, config.path_type, config.tg_upper_bound)
+    times = sample_times(rng, n, num_branches, config.weighting, PATHS[config.path_type], config.tg_upper_bound)
     drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
     posterior, noise = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(2))
     return StepDraws(times, drop, posterior, noise)

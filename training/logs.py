@@ -1,6 +1,7 @@
 """What a run says while it goes: a JSONL log that is always written, trackers, a progress bar, warnings of spikes."""
 
 import collections
+import contextlib
 import json
 import statistics
 import time
@@ -70,6 +71,13 @@ class RunLog:
                 self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
                 self._warn_of_spike(record["loss"], step)
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens within does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def _means(self):
         """{name: mean} over the processes and the steps that were not skipped; empty when all were."""

@@ -14,6 +14,7 @@ from training.checkpoint import (
     restore,
     roll,
     save_checkpoint,
+    set_aside_after,
     write_json,
 )
 from training.config import shown
@@ -81,6 +82,8 @@ class Trainer:
             return
         if self.accelerator.is_main_process:
             remove_leftovers(self.run_dir)
+            if later := set_aside_after(self.run_dir, step):
+                print(f"checkpoints of later steps {later} are set aside as .pt.abandoned", flush=True)
             write_json(self.run_dir / "config.json", self.saved["config"])
         self.log = RunLog(self.accelerator, self.run_dir, self.config, step, self.stop_step)
         draws = DrawAhead(self.draw)
@@ -142,10 +145,11 @@ class Trainer:
         if step % config.logging_steps == 0 or last:
             self.log.write(step, step / self.sampler.steps_per_epoch, skipped_steps=self.skipped)
         stays = step % config.checkpointing_steps == 0 or last
-        if stays or (config.rolling_steps and step % config.rolling_steps == 0):
-            self.save(step, stays)
-        if config.sampling_steps and (step % config.sampling_steps == 0 or last):
-            self.sample(step)
+        with self.log.paused():
+            if stays or (config.rolling_steps and step % config.rolling_steps == 0):
+                self.save(step, stays)
+            if config.sampling_steps and (step % config.sampling_steps == 0 or last):
+                self.sample(step)
 
     def sample(self, step):
         """Draw a grid with the averaged weights on the main process, the only one that has `on_sample`; all wait."""
