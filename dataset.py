@@ -20,6 +20,7 @@ import mmap
 import os
 import queue
 import threading
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,6 +228,9 @@ class PackedRows:
         self._shards = [np.frombuffer(b, self.dtype).reshape(-1, *self.shape) for b in self._buffers]
         if sum(map(len, self._shards)) != self._count:
             raise InputError(f"{Path(folder) / MANIFEST}: the shards do not add up to {self._count} rows; pack again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would warn that nothing may be written to the map
+            self._only = torch.from_numpy(self._shards[0]) if len(self._shards) == 1 else None
         self._row_bytes = row_bytes
         self._cold = self.COLD  # batches to ask for in advance, which costs a fifth where nothing is cold
 
@@ -250,13 +254,16 @@ class PackedRows:
         out[...] = self._shards[shard][row]
 
     def gather(self, indices, out, places, _pool):
-        """Copy rows `indices` (list) to out[places]; threads would only take turns at it."""
+        """Copy rows `indices` (list) to out[places]."""
         faults = major_faults()
         if self._cold:
             self._prefetch(indices)
         shards, size = self._shards, self._shard_size
-        for index, place in zip(indices, places, strict=True):
-            out[place] = shards[index // size][index % size]
+        if self._only is not None and len(places) == len(out):  # twice as fast: one call, on all of torch's threads
+            torch.index_select(self._only, 0, torch.tensor(indices), out=torch.from_numpy(out))
+        else:
+            for index, place in zip(indices, places, strict=True):
+                out[place] = shards[index // size][index % size]
         waited = major_faults() > faults
         self._cold = self.COLD if waited else max(self._cold - 1, 0)
 

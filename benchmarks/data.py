@@ -127,6 +127,7 @@ def loaders(work):
 
     return {
         "packed": (work / "packed", lambda: ours(work / "packed")),
+        "packed, 13 shards": (work / "sharded", lambda: ours(work / "sharded")),
         "folder": (work / "latents", lambda: ours(work / "latents")),
         "one file per image, DataLoader, 0 workers": (work / "latents", lambda: ordinary(0)),
         "one file per image, DataLoader, 2 workers": (work / "latents", lambda: ordinary(2)),
@@ -137,6 +138,7 @@ def measure_loaders(work, count, repeats):
     """{name: (cold images/s, median warm images/s, seconds to the first batch)} over one epoch each."""
     write_latents(work / "latents", count)
     pack(work / "latents", work / "packed", vae="ema", num_classes=1000)
+    pack(work / "latents", work / "sharded", vae="ema", num_classes=1000, shard_size=count // 12)
     rows = {}
     for name, (folder, make) in loaders(work).items():
         drop_from_cache(folder)

@@ -31,7 +31,7 @@ SECONDS=0
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer OMP_NUM_THREADS
 processes=(--num_processes "$PROCESSES")
-[ "$PROCESSES" -gt 1 ] && processes+=(--multi_gpu) # accelerate's name for several processes, on CPU too
+[ "$PROCESSES" -gt 1 ] && processes+=(--multi_gpu --main_process_port 0) # accelerate's name for several processes, on CPU too
 step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
 
 step "1/6 handwritten digits as an image folder: $WORK/digits"

@@ -4,18 +4,24 @@
 
 fail() { echo "error: $*" >&2; exit 2; }
 
+check_version() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$1 is older than Python 3.10; set PYTHON to a newer one"
+}
+
 activate_environment() {
-    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    # conda's base is often active without anybody having asked for it
+    if [ -n "${VIRTUAL_ENV:-}" ] || { [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" != base ]; }; then
         echo "using the active environment ${VIRTUAL_ENV:-$CONDA_PREFIX}"
+        check_version python
         return
     fi
     local python=${PYTHON:-python3}
     command -v "$python" >/dev/null || fail "$python not found; install Python 3.10 or newer, or set PYTHON"
-    if [ ! -x .venv/bin/python ]; then
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$python is older than 3.10; set PYTHON to a newer one"
+    if [ ! -x .venv/bin/pip ]; then # without pip it is one that was interrupted
+        check_version "$python"
         "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "the venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"
         echo "making .venv"
-        "$python" -m venv .venv || fail "python -m venv .venv failed; see above"
+        "$python" -m venv --clear .venv || fail "python -m venv .venv failed; see above"
     fi
     . .venv/bin/activate
 }

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # 50,000 samples for FID as the paper measures it: SDE, 250 steps, no guidance. Writes an npz for ADM's evaluator.
 #   bash script/base/eval.sh [more flags of generate.py, e.g. --cfg-scale 1.3 --guidance-high 0.7]
+# Model flags that were given to train.sh have to be given here too; a released file: CKPT=FILE bash ... --legacy-scaling
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 OUTPUT_DIR=${OUTPUT_DIR:-exps}
 EXP_NAME=${EXP_NAME:-deepflow-b-2t}
 CKPT=${CKPT:-$OUTPUT_DIR/$EXP_NAME/checkpoints/0400000.pt}
-SAMPLE_DIR=${SAMPLE_DIR:-samples}
+SAMPLE_DIR=${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/fid}
 NUM_GPUS=${NUM_GPUS:-8}
 
 MODEL="DeepFlow-B/2"

@@ -23,7 +23,7 @@ MAX_TRAIN_STEPS=2000000
 CHECKPOINTING_STEPS=200000
 
 launch=(accelerate launch --num_processes "$NUM_GPUS" --num_machines 1 --mixed_precision "$MIXED_PRECISION" --dynamo_backend no)
-[ "$NUM_GPUS" -gt 1 ] && launch+=(--multi_gpu)
+[ "$NUM_GPUS" -gt 1 ] && launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}") # 0 is any free port
 # shellcheck disable=SC2086  # SCALE_WEIGHT is a list
 "${launch[@]}" train.py \
     --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume-step latest \
