@@ -212,3 +212,20 @@ def test_initial_weights_follow_the_seed_alone(tmp_path):
     torch.manual_seed(5)
     expected = create_model("DeepFlow-Ti/2", **content["config"]["model_options"]).state_dict()
     assert not tiny.differences(content["ema"], dict(expected))
+
+
+def test_after_a_rollback_latest_follows_the_new_branch(tmp_path):
+    """Steps of the branch that was left are set aside: neither resumed from, nor counted among the newest two."""
+    data = tiny.data_folder(tmp_path / "data")
+    intervals = {"checkpointing_steps": 100, "rolling_steps": 1}
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=8, **intervals)
+    assert existing_steps(run_dir) == [6, 7, 8]
+    tiny.run_train(data, tmp_path, max_train_steps=7, resume_step=6, learning_rate=1e-5, **intervals)
+    assert existing_steps(run_dir) == [6, 7]
+    assert (run_dir / "checkpoints/0000008.pt.abandoned").exists()
+    assert tiny.load(checkpoint_path(run_dir, 7))["config"]["learning_rate"] == 1e-5
+    tiny.run_train(data, tmp_path, max_train_steps=10, resume_step="latest", learning_rate=1e-5, **intervals)
+    assert existing_steps(run_dir)[-3:] == [8, 9, 10]
+    assert [line["step"] for line in tiny.log_lines(run_dir)] == list(range(1, 11))
+    straight = tiny.run_train(data, tmp_path / "straight", max_train_steps=10, **intervals)
+    assert tiny.differences(state_of(run_dir, 10)["model"], state_of(straight, 10)["model"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 50,000 samples for FID as the paper measures it: SDE, 250 steps, no guidance. Writes an npz for ADM's evaluator.
 #   bash script/base/eval.sh [more flags of generate.py, e.g. --cfg-scale 1.3 --guidance-high 0.7]
-# Model flags that were given to train.sh have to be given here too; a released file: CKPT=FILE bash ... --legacy-scaling
+# Model flags that were given to train.sh have to be given here too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
