@@ -43,6 +43,16 @@ class DeepFlowOutput:
     projections: list  # (k − 1) × (N, T, Z), empty without SSL alignment
 
 
+@dataclasses.dataclass
+class Branch:
+    """What one branch leaves behind; the last two are None for the final branch, which no VeRA block follows."""
+
+    v_star: torch.Tensor  # (N, T, D) tokens after its last block, v*
+    condition: torch.Tensor  # (N, D), c_i
+    a_star: torch.Tensor | None = None  # (N, T, D) acceleration feature, a*
+    refined: torch.Tensor | None = None  # (N, T, D) output of VeRA, on which the next branch starts
+
+
 class TimeGapAdaLN(nn.Module):
     """Time-gap AdaLN-Zero: concat(v*, a*) modulated by the embedded gap, then an MLP back to width D.
 
@@ -223,10 +233,7 @@ class DeepFlow(nn.Module):
         return times
 
     def run_branches(self, x, times, y):
-        """Run the trunk; after each branch yield its tokens v*, condition c, a* and refined tokens (None at the end).
-
-        The refined tokens are what the next branch starts from.
-        """
+        """Run the trunk and yield a Branch after each branch; x (N, C, H, W), times k × (N,), y (N,)."""
         patches = tokens = self.x_embedder(x) + self.pos_embed
         label = self.y_embedder(y)
         ends = (0, *self.df_idxs, len(self.blocks))
@@ -234,14 +241,15 @@ class DeepFlow(nn.Module):
             c = self.t_embedder(times[i]) + label
             for block in self.blocks[ends[i] : ends[i + 1]]:
                 tokens = self.run_block(block, tokens, c)
-            v_star, a_star, refined = tokens, None, None
+            branch = Branch(v_star=tokens, condition=c)
             if i < self.num_branches - 1:
                 gap = self.dt_embedder(times[i + 1] - times[i])
-                a_star, refined = self.df_blocks[i](patches, v_star, gap)
-                tokens = refined
-            yield v_star, c, a_star, refined
+                branch.a_star, branch.refined = self.df_blocks[i](patches, tokens, gap)
+                tokens = branch.refined
+            yield branch
 
     def run_block(self, block, tokens, c):
+        """One block, (N, T, D) → (N, T, D); its activations are recomputed later where memory is to be saved."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, tokens, c, use_reentrant=False)
         return block(tokens, c)
@@ -252,23 +260,25 @@ class DeepFlow(nn.Module):
         x (N, C, H, W); t (N,) or k tensors (N,) in [0, 1]; y (N,) labels, num_classes is the null class.
         Returns DeepFlowOutput. Draws nothing random.
         """
+        *intermediate, final = self.run_branches(x, self.branch_times(t), y)
         out = DeepFlowOutput([], [], [])
-        for i, (v_star, c, a_star, refined) in enumerate(self.run_branches(x, self.branch_times(t), y)):
-            if refined is None:
-                out.velocities.append(self.to_image(self.velocity_layer(v_star, c)))
-                break
-            out.velocities.append(self.to_image(self.final_layer[0](v_star, c)))
-            out.accelerations.append(self.to_image(self.final_acc_layer(a_star, c)))
+        for i, branch in enumerate(intermediate):
+            shared_layer = self.final_layer[0]
+            out.velocities.append(self.to_image(shared_layer(branch.v_star, branch.condition)))
+            out.accelerations.append(self.to_image(self.final_acc_layer(branch.a_star, branch.condition)))
             if hasattr(self, "projectors"):
-                out.projections.append(self.projectors[i](refined))
+                out.projections.append(self.projectors[i](branch.refined))
+        out.velocities.append(self.to_image(self.velocity_layer(final.v_star, final.condition)))
         return out
 
     def velocity(self, x, t, y):
         """Final velocity only, x (N, C, H, W), t (N,), y (N,) → (N, C, H, W); no intermediate layer is run."""
-        *_, (v_star, c, _, _) = self.run_branches(x, self.branch_times(t), y)
-        return self.to_image(self.velocity_layer(v_star, c))
+        for branch in self.run_branches(x, self.branch_times(t), y):
+            pass  # only the last is needed, and the others' memory goes as they do
+        return self.to_image(self.velocity_layer(branch.v_star, branch.condition))
 
     def to_image(self, tokens):
+        """Token vectors (N, T, p·p·C) → (N, C, H, W)."""
         return unpatchify(tokens, self.patch_size, self.in_channels)
 
 
