@@ -59,6 +59,16 @@ def test_rows_and_labels_come_back(layout, request):
         data.gather([COUNT])
 
 
+def test_files_with_another_header_are_read_too(folder):
+    """Headers equal to the first file's are not parsed; others are, also from several threads at once."""
+    names = json.loads((folder / "vae-sd/dataset.json").read_text())["labels"]
+    for i, change in ((3, np.asfortranarray), (4, np.float64), (5, np.float16)):
+        path = folder / "vae-sd" / names[i][0]
+        np.save(path, change(np.load(path)))
+    moments, _, _ = open_dataset(folder, workers=8).gather(range(COUNT))
+    np.testing.assert_allclose(moments.numpy(), np.stack([moments_of(i) for i in range(COUNT)]), rtol=2**-11)
+
+
 def test_the_set_itself_can_be_named(folder):
     assert open_dataset(folder / "vae-sd").info == open_dataset(folder).info
 
