@@ -6,6 +6,7 @@ Letters: N batch, C latent channels, H = W latent size, p patch size, T = (H/p)�
 k branches, P width of the acceleration MLP, Z width of the alignment encoder's features.
 """
 
+import collections
 import dataclasses
 import itertools
 
@@ -273,9 +274,9 @@ class DeepFlow(nn.Module):
 
     def velocity(self, x, t, y):
         """Final velocity only, x (N, C, H, W), t (N,), y (N,) → (N, C, H, W); no intermediate layer is run."""
-        for branch in self.run_branches(x, self.branch_times(t), y):
-            pass  # only the last is needed, and the others' memory goes as they do
-        return self.to_image(self.velocity_layer(branch.v_star, branch.condition))
+        branches = self.run_branches(x, self.branch_times(t), y)
+        (final,) = collections.deque(branches, maxlen=1)  # the others' memory goes as they do
+        return self.to_image(self.velocity_layer(final.v_star, final.condition))
 
     def to_image(self, tokens):
         """Token vectors (N, T, p·p·C) → (N, C, H, W)."""
