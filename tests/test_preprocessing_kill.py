@@ -122,7 +122,8 @@ def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
     def job(dest):
         convert(source, dest, (16, 16), "center-crop-dhariwal")
 
-    assert kill_everywhere(job, tmp_path / "runs", name) > 30
+    # Enough moments were tried; their number differs between Python versions, which remove folders in other calls.
+    assert kill_everywhere(job, tmp_path / "runs", name) > 20
 
 
 def test_pack_killed_at_every_write(tmp_path, monkeypatch):
