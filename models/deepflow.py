@@ -113,7 +113,7 @@ class CrossSpaceAttention(nn.Module):
 
 
 class VeRA(nn.Module):
-    """Velocity Refiner with Acceleration, between two branches (section 3.3 of the paper)."""
+    """Velocity Refiner with Acceleration, between two branches (section 3 of the paper)."""
 
     def __init__(self, hidden_size, num_heads, projector_dim, legacy_scaling=False):
         super().__init__()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+from loss import WEIGHTINGS
 from models.errors import InputError
 from models.paths import PATHS
 from models.presets import PRESETS
@@ -65,7 +66,7 @@ class TrainConfig:
 
     path_type: str = flag("linear", "probability path", choices=list(PATHS))
     prediction: str = flag("v", "what the network predicts; v is the only choice", choices=["v"])
-    weighting: str = flag("uniform", "distribution of t", choices=["uniform", "lognormal"])
+    weighting: str = flag("uniform", "distribution of t", choices=list(WEIGHTINGS))
     tg_upper_bound: float = flag(0.01, "upper bound of the time gap between branches (alpha)")
     scale_weight: float = flag(
         None, "weight of each branch's velocity loss (beta); None is 0.2 ... 0.2 1.0", float, nargs="+"
