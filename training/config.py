@@ -87,6 +87,7 @@ class TrainConfig:
     batch_size: int = flag(256, "global batch size: samples per optimizer step over all processes and accumulation")
     gradient_accumulation_steps: int = flag(1, "micro-batches per step and process")
     gradient_checkpointing: bool = flag(False, "recompute block activations in the backward pass to save memory")
+    compile: bool = flag(False, "torch.compile the network; the first step takes minutes")
     max_train_steps: int = flag(400_000, "optimizer steps")
     epochs: int = flag(1400, "passes over the data; training ends at whichever of the two comes first")
     learning_rate: float = flag(1e-4, "constant learning rate of AdamW")

@@ -54,6 +54,8 @@ class Trainer:
             fused=accelerator.device.type in ("cuda", "cpu"),
         )
         self.network, self.optimizer = accelerator.prepare(self.model, optimizer)
+        if config.compile:  # in place: no name in a checkpoint changes
+            self.model.compile(fullgraph=True)
         self.skipped = self.skipped_in_a_row = 0
 
     def resume(self):

@@ -1,0 +1,59 @@
+"""What the benchmarks share: interleaved timing, the machine's matrix-product rate, its description, tables."""
+
+import platform
+import statistics
+import time
+
+import torch
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run, device):
+    """Wall time of one call, seconds, the device's queue included."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved_medians(runs, repeats, device):
+    """{name: median seconds} of {name: callable}, called in turns so that a busy moment of the machine hits all alike.
+
+    Each is called twice before, which compiles and fills caches.
+    """
+    for run in runs.values():
+        run()
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds_of(run, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_rate(device, dtype, size=None, repeats=5):
+    """FLOP/s of a square matrix product on this machine, the best of some: what a model's rate is compared with."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    for _ in range(2):
+        torch.mm(a, b, out=out)
+    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b, out=out), device) for _ in range(repeats))
+
+
+def describe_machine(device):
+    """One line: device, threads, versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    return f"{name}, {threads}torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def print_table(header, rows):
+    """Print a markdown table."""
+    for cells in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
