@@ -12,7 +12,7 @@ A set of moments is either a folder layout (one .npy per image and `dataset.json
 Letters: N images, B rows of a batch, C latent channels, h = w latent size, R image side.
 """
 
-import collections
+import collections.abc
 import dataclasses
 import io
 import json
@@ -34,6 +34,7 @@ except ImportError:  # Windows
 import numpy as np
 import torch
 
+from listing import NO_LABEL, NameTable, read_labels, walk
 from models.codec import LatentCodec, LatentSpec, resolve_vae, vae_family
 from models.errors import InputError, note
 
@@ -45,6 +46,7 @@ FORMAT = "deepflow-data"
 VERSION = 1
 MOMENTS, MIRROR, IMAGES = "vae-sd", "vae-sd-mirror", "images"
 PREPARE = "prepare it with preprocessing/dataset_tools.py"
+NOT_PAIRS = "'labels' is not a list of [file name, integer]"
 CHECK = "python preprocessing/dataset_tools.py verify lists what is wrong"
 
 
@@ -118,32 +120,39 @@ def read_label_list(folder):
     path = Path(folder) / LABELS_JSON
     if not path.is_file():
         raise InputError(f"{path} is missing: labels are read from it; {PREPARE}")
-    content = read_json(path)
-    if not isinstance(content, dict) or "labels" not in content:
-        raise InputError(f"{path} has no 'labels'; {PREPARE}")
-    if content["labels"] is None:
-        return None, None
     try:
-        pairs = sorted((str(name), label) for name, label in content["labels"])
+        with open(path, "rb") as file:
+            pairs = read_labels(file)
+            if pairs is None:
+                return None, None
+            table = NameTable((_name_and_label(path, pair) for pair in pairs), columns=1)
+    except InputError:  # a ValueError too
+        raise
+    except KeyError:
+        raise InputError(f"{path} has no 'labels'; {PREPARE}") from None
+    except TypeError:
+        raise InputError(f"{path}: {NOT_PAIRS}; {PREPARE}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or make the set again") from None
+    return table, table.column(0)
+
+
+def _name_and_label(path, pair):
+    try:
+        name, label = pair
     except (TypeError, ValueError):
-        raise InputError(f"{path}: 'labels' is not a list of [file name, integer]; {PREPARE}") from None
-    for name, label in pairs:
-        if type(label) is not int:
-            raise InputError(f"{path}: the label of {name} is {label!r}, not an integer; {PREPARE}")
-    return [name for name, _ in pairs], np.array([label for _, label in pairs], dtype=np.int64)
+        raise InputError(f"{path}: {NOT_PAIRS}; {PREPARE}") from None
+    if type(label) is not int or not NO_LABEL < label < -NO_LABEL:
+        raise InputError(f"{path}: the label of {name} is {label!r}, not an integer; {PREPARE}")
+    return str(name), label
 
 
 def walk_files(folder, suffixes):
     """Sorted relative names (with `/`) of the files under `folder` whose lower-cased suffix is in `suffixes`."""
-    names = []
-    for root, _, files in os.walk(folder, followlinks=True):
-        base = os.path.relpath(root, folder).replace(os.sep, "/")
-        prefix = "" if base == "." else base + "/"
-        names += [prefix + name for name in files if os.path.splitext(name)[1].lower() in suffixes]
-    return sorted(names)
+    return NameTable((name,) for name, _ in walk(folder) if os.path.splitext(name)[1].lower() in suffixes)
 
 
-class Names:
+class Names(collections.abc.Sequence):
     """`names.txt`, memory-mapped: names[i] is the source name of row i."""
 
     def __init__(self, path, count):
@@ -156,20 +165,33 @@ class Names:
         self.width = self._map.find(b"\n") + 1 if count else 1
         if len(self._map) != count * self.width:
             raise InputError(f"{path} does not hold {count} lines of one width; {CHECK}")
+        self._count = count
+
+    def __len__(self):
+        return self._count
 
     def __getitem__(self, index):
+        if not 0 <= index < self._count:
+            raise IndexError(index)
         line = self._map[index * self.width : (index + 1) * self.width]
         return line.rstrip(b" \n").decode("utf-8", "surrogateescape")
 
 
 def pack_names(names):
-    """Bytes of `names.txt`: one name per line, padded with spaces to the longest. Raises InputError on a line break."""
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-    broken = next((name for name in encoded if b"\n" in name), None)
-    if broken is not None:
-        raise InputError(f"the file name {broken!r} contains a line break; rename the file")
-    width = max(map(len, encoded), default=0)
-    return b"".join(name.ljust(width) + b"\n" for name in encoded)
+    """Lines of `names.txt` as bytes: each name padded with spaces to the longest; `names` is gone through twice.
+
+    Raises InputError on a line break.
+    """
+    width = 0
+    for name in map(_to_bytes, names):
+        if b"\n" in name:
+            raise InputError(f"the file name {name!r} contains a line break; rename the file")
+        width = max(width, len(name))
+    yield from (name.ljust(width) + b"\n" for name in map(_to_bytes, names))
+
+
+def _to_bytes(name):
+    return name.encode("utf-8", "surrogateescape")
 
 
 # ------------------------------------------------------------------------------------------------------------ rows

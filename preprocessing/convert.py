@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,13 +13,16 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from dataset import LABELS_JSON, MANIFEST, NAMES, pack_names
+from listing import NO_LABEL, Kept, NameTable, label_json, walk
 from models.errors import InputError, note
-from preprocessing.jobs import Job, split, versions
+from preprocessing.jobs import Batches, Job, versions
 from preprocessing.sources import BadImageError, ImageSource
 from preprocessing.transforms import make_transform
+from preprocessing.zips import ZipReader, create_zip
 
 CHUNK = 64  # images that one worker finishes before they are noted as done
 FORMATS = {  # measured on 256² photographs: level 1 halves level 0 and writes as fast, higher ones gain 5 %
@@ -67,7 +71,7 @@ def convert(
         return note(f"{dest} is complete: nothing to do")
     if job.begin():
         task = Task(images, job, make_transform(transform, resolution), image_format, skip_bad)
-        _run(task, split(len(images), CHUNK), workers)
+        _run(task, Batches(len(images), CHUNK), workers)
         _finish(task, transform)
     elif not to_zip:
         return note(f"{dest} is complete: nothing to do")
@@ -102,7 +106,7 @@ class Task:
             side = self._check_side(index, result, side)
             buffer = io.BytesIO()
             result.save(buffer, **FORMATS[self.image_format][1])
-            self.job.put(image_name(index, self.image_format), buffer.getvalue())
+            self.job.put(image_name(index, self.image_format), [buffer.getbuffer()])
         return {"side": side, "left_out": left_out}
 
     def _check_side(self, index, image, side):
@@ -117,10 +121,10 @@ class Task:
 
 def _run(task, chunks, workers):
     """Convert all chunks that the journal lacks, in this process or in forked ones, with a progress bar."""
-    done = task.job.finished()
-    todo = [(number, chunk) for number, chunk in enumerate(chunks) if number not in done]
-    total = sum(map(len, chunks))
-    with tqdm(total=total, initial=total - sum(len(c) for _, c in todo), unit="img", desc="convert") as bar:
+    done = task.job.finished(len(chunks))
+    todo = ((number, chunk) for number, chunk in enumerate(chunks) if not done[number])
+    initial = sum(len(chunks[number]) for number in np.flatnonzero(done))
+    with tqdm(total=len(task.images), initial=initial, unit="img", desc="convert") as bar:
         for number, facts in _results(task, todo, workers):
             task.job.record(number, **facts)
             bar.update(len(chunks[number]))
@@ -131,7 +135,7 @@ def _results(task, todo, workers):
     if workers <= 1:
         yield from ((number, task.run(chunk)) for number, chunk in todo)
         return
-    context = multiprocessing.get_context("fork")  # a fork shares the list of names
+    context = multiprocessing.get_context("fork")  # a fork shares the table of names
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (task, os.getpid())) as pool:
         pending, rest = collections.deque(), iter(todo)
         try:
@@ -170,20 +174,17 @@ def _run_chunk(chunk):
 
 
 def _finish(task, transform):
-    records = task.job.finished()
-    images, left_out = task.images, {}
-    sides = {record["side"] for record in records.values()} - {None}
+    images, left_out = task.images, task.job.left_out()
+    sides = {record["side"] for record in task.job.records()} - {None}
     if len(sides) > 1:
         raise InputError(f"{images.path} gives images of different sizes {sorted(sides)}; give --resolution")
-    for record in records.values():
-        left_out.update({int(index): reason for index, reason in record["left_out"].items()})
-    kept = [index for index in range(len(images)) if index not in left_out]
-    if images.names and not kept:
+    kept = Kept(len(images), left_out)
+    if len(images) and not len(kept):
         raise InputError(f"{images.path}: not one image could be used; the first: {next(iter(left_out.values()))}")
-    for index in sorted(left_out):
-        note(f"left out: {images.names[index]} ({left_out[index]})")
-    labels = [images.labels[index] for index in kept]
-    names = [image_name(index, task.image_format) for index in kept]
+    for index, reason in left_out.items():
+        note(f"left out: {images.names[index]} ({reason})")
+    names = kept.of(lambda index: image_name(index, task.image_format))
+    labels = kept.of(images.labels.__getitem__)
     manifest = {
         "kind": "images",
         "layout": "folder",
@@ -193,26 +194,20 @@ def _finish(task, transform):
         "image_format": task.image_format,
         "num_classes": images.num_classes,
         "class_names": images.class_names,
-        "left_out": [[images.names[index], left_out[index]] for index in sorted(left_out)],
+        "left_out": [[images.names[index], reason] for index, reason in left_out.items()],
         "versions": versions(),
     }
-    files = {NAMES: pack_names([images.names[index] for index in kept]), LABELS_JSON: label_json(names, labels)}
+    files = {NAMES: pack_names(kept.of(images.names.__getitem__)), LABELS_JSON: label_json(names, labels)}
     task.job.finish(files, manifest)
     note(f"{task.job.dest}: {len(kept)} images, {_say_classes(labels, images)}")
 
 
-def label_json(names, labels):
-    """Bytes of dataset.json as published: null as soon as one image lacks a label."""
-    complete = all(label is not None for label in labels)
-    return json.dumps({"labels": list(zip(names, labels, strict=True)) if complete else None}).encode()
-
-
 def _say_classes(labels, images):
-    if all(label is not None for label in labels):
+    if all(label != NO_LABEL for label in labels):
         return f"{images.num_classes} classes"
     if images.num_classes == 1:
         return f"one class ({images.class_names[0]}), so no labels (null), as published"
-    unlabelled = next(n for n, label in zip(images.names, images.labels, strict=True) if label is None)
+    unlabelled = images.names[int(np.argmax(images.labels == NO_LABEL))]
     return f"WITHOUT LABELS: {unlabelled} is in no class folder and in no {LABELS_JSON}; training needs labels"
 
 
@@ -220,9 +215,8 @@ def _zip_is_complete(dest, ticket):
     if not dest.is_file():
         return False
     try:
-        with zipfile.ZipFile(dest) as archive:
-            found = json.loads(archive.read(MANIFEST))["job"]
-    except (zipfile.BadZipFile, KeyError, ValueError):
+        found = json.loads(ZipReader(dest).read_by_name(MANIFEST))["job"]
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
         found = None
     if found != ticket:
         raise InputError(f"--dest {dest} exists and holds something else; remove it, or name another")
@@ -231,12 +225,12 @@ def _zip_is_complete(dest, ticket):
 
 def _write_zip(folder, dest):
     """Pack a finished folder into a stored zip, images in order, and rename it into place."""
-    names = json.loads((folder / MANIFEST).read_bytes())
-    temporary = Path(f"{dest}.tmp")
-    suffix = FORMATS[names["image_format"]][0]
-    images = sorted(str(path.relative_to(folder)) for path in folder.glob(f"*/*{suffix}"))
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for name in tqdm([*images, LABELS_JSON, NAMES, MANIFEST], unit="file", desc="zip"):
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    temporary, suffix = Path(f"{dest}.tmp"), FORMATS[manifest["image_format"]][0]
+    images = NameTable((name,) for name, _ in walk(folder) if name.endswith(suffix))
+    last = (LABELS_JSON, NAMES, MANIFEST)
+    with create_zip(temporary) as archive:
+        for name in tqdm(itertools.chain(images, last), total=len(images) + len(last), unit="file", desc="zip"):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))  # a fixed date: the same images give the same zip
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, (folder / name).read_bytes())

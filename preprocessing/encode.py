@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import importlib
 import io
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from dataset import LABELS_JSON, NAMES, pack_names
+from listing import Kept, label_json
 from models.codec import DEFAULT_VAE, LatentCodec
 from models.errors import InputError, note
-from preprocessing.convert import label_json
-from preprocessing.jobs import Job, split, versions
+from preprocessing.jobs import Batches, Job, versions
 from preprocessing.packed import SHARD_SIZE, ShardWriter
 from preprocessing.sources import BadImageError, ImageSource
 
@@ -81,11 +82,11 @@ class FolderWriter:
                 raise InputError(f"{name} gives latents that are not finite; try --dtype fp32")
             buffer = io.BytesIO()
             np.save(buffer, np.ascontiguousarray(row, dtype=np.float32))
-            self.job.put(latent_name(position), buffer.getvalue())
+            self.job.put(latent_name(position), [buffer.getbuffer()])
 
     def finish(self, count, kept, names, labels, manifest):
-        """Write names, dataset.json and the manifest; kept: sorted positions that hold a row."""
-        files = {NAMES: pack_names(names), LABELS_JSON: label_json([latent_name(i) for i in kept], labels)}
+        """Write names, dataset.json and the manifest; the arguments are those of ShardWriter.finish."""
+        files = {NAMES: pack_names(names), LABELS_JSON: label_json(kept.of(latent_name), labels)}
         self.job.finish(files, {**manifest, "layout": "folder", "count": len(kept), "dtype": "<f4"})
 
 
@@ -169,12 +170,13 @@ class Run:
             self._complete(job, writer, manifest)
 
     def _encode_share(self, job, writer, group):
-        batches, done = split(len(self.images), self.batch_size), job.finished()
-        mine = [number for number in range(group.rank, len(batches), group.world) if number not in done]
-        initial = sum(len(batches[number]) for number in done)
+        batches = Batches(len(self.images), self.batch_size)
+        done = job.finished(len(batches))
+        mine = (number for number in range(group.rank, len(batches), group.world) if not done[number])
+        initial = sum(len(batches[number]) for number in np.flatnonzero(done))
         bar = tqdm(total=len(self.images), initial=initial, unit="img", desc="encode", disable=group.rank > 0)
         with bar, ThreadPoolExecutor(self.workers) as pool:
-            for number, tensor, names, left_out in self._read_ahead([(n, batches[n]) for n in mine], pool):
+            for number, tensor, names, left_out in self._read_ahead(((n, batches[n]) for n in mine), pool):
                 if len(tensor):  # a row keeps the place of its image until the end
                     positions = [index for index in batches[number] if index not in left_out]
                     writer.write(positions, self.function(tensor).float().cpu().numpy(), names)
@@ -184,7 +186,7 @@ class Run:
     def _read_ahead(self, todo, pool):
         """(number, images uint8 (B', 3, R, R), names, {index: reason}) per batch; the next one is read meanwhile."""
         waiting = None
-        for number, batch in [*todo, (None, ())]:
+        for number, batch in itertools.chain(todo, [(None, ())]):
             futures = (number, [(index, pool.submit(self._read, index)) for index in batch])
             if waiting is not None:
                 yield self._collect(*waiting)
@@ -214,25 +216,23 @@ class Run:
         return pixels.transpose(2, 0, 1)[:, :, :: -1 if self.flip else 1]
 
     def _complete(self, job, writer, manifest):
-        images, left_out = self.images, {}
-        for record in job.finished().values():
-            left_out.update({int(index): reason for index, reason in record["left_out"].items()})
-        kept = [index for index in range(len(images)) if index not in left_out]
-        if not kept:
+        images, left_out = self.images, job.left_out()
+        kept = Kept(len(images), left_out)
+        if not len(kept):
             raise InputError(f"{images.path}: not one image could be read")
-        for index in sorted(left_out):
-            note(f"left out: {images.names[index]} ({left_out[index]})")
-        labels = [images.labels[index] for index in kept]
+        for index, reason in left_out.items():
+            note(f"left out: {images.names[index]} ({reason})")
+        names, labels = kept.of(images.names.__getitem__), kept.of(images.labels.__getitem__)
         source = images.manifest or {}
         facts = {
             "num_classes": images.num_classes,
             "class_names": images.class_names,
             "resolution": self.side,
             "transform": source.get("transform"),
-            "left_out": [[images.names[index], left_out[index]] for index in sorted(left_out)],
+            "left_out": [[images.names[index], reason] for index, reason in left_out.items()],
             "versions": versions("torch", "diffusers"),
         }
-        writer.finish(len(images), kept, [images.names[index] for index in kept], labels, {**manifest, **facts})
+        writer.finish(len(images), kept, names, labels, {**manifest, **facts})
         note(f"{job.dest}: {len(kept)} images encoded")
 
 

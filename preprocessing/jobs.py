@@ -5,6 +5,7 @@ files that are not whole yet. Batches are fixed by index: one that the journal l
 written last, so a folder with a manifest is complete, and running the command again does nothing.
 """
 
+import collections.abc
 import hashlib
 import importlib.metadata
 import json
@@ -13,6 +14,8 @@ import platform
 import shutil
 import uuid
 from pathlib import Path
+
+import numpy as np
 
 from dataset import FORMAT, MANIFEST, VERSION, read_json, read_manifest
 from models.errors import InputError
@@ -33,20 +36,30 @@ def versions(*packages):
     return {"python": platform.python_version(), **named}
 
 
-def sha256_of_file(path, progress=None):
-    """Hex sha256 of a file, read in pieces."""
+def sha256_of_files(*paths, progress=None):
+    """Hex sha256 of files, one after the other, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            if progress is not None:
-                progress.update(len(block))
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                if progress is not None:
+                    progress.update(len(block))
     return digest.hexdigest()
 
 
-def split(count, size):
-    """Batches of fixed index: list of ranges."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+class Batches(collections.abc.Sequence):
+    """Batches of fixed index: the ranges that split `count` positions into `size` each; the last may have fewer."""
+
+    def __init__(self, count, size):
+        self._count, self._starts = count, range(0, count, size)
+
+    def __len__(self):
+        return len(self._starts)
+
+    def __getitem__(self, number):
+        start = self._starts[number]
+        return range(start, min(start + self._starts.step, self._count))
 
 
 class Job:
@@ -75,7 +88,7 @@ class Job:
         if self.dest.is_dir() and any(entry.name != PARTIAL for entry in self.dest.iterdir()):
             raise InputError(f"--dest folder must be empty: {self.dest} is not; empty it or name another")
         self.partial.mkdir(parents=True, exist_ok=True)
-        self.put(f"{PARTIAL}/{TICKET}", to_json(self.ticket), flush=True)
+        self.put(f"{PARTIAL}/{TICKET}", [to_json(self.ticket)], flush=True)
         return True
 
     def is_complete(self):
@@ -91,11 +104,12 @@ class Job:
                 "empty it, or name another folder"
             )
 
-    def put(self, name, data, flush=False):
-        """Write bytes to DEST/name at once: under a temporary name, then renamed; flush: to disk before."""
+    def put(self, name, pieces, flush=False):
+        """Write pieces of bytes to DEST/name at once: under a temporary name, then renamed; flush: to disk before."""
         target, temporary = self.dest / name, self.partial / f"{os.getpid()}-{uuid.uuid4().hex}"
         with open(temporary, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
@@ -108,21 +122,30 @@ class Job:
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
         self._journal.write((json.dumps({"batch": batch, **facts}) + "\n").encode())
 
-    def finished(self):
-        """{batch: facts} of every finished batch, of all processes and earlier runs."""
-        records = {}
-        for path in sorted(self.partial.glob("done-*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:  # a line that was cut off has no end
-                fact = json.loads(line)
-                records[fact["batch"]] = fact
-        return records
+    def records(self):
+        """Facts about every finished batch, one by one, of all processes and earlier runs."""
+        for path in self.partial.glob("done-*.jsonl"):
+            with open(path, "rb") as file:
+                yield from (json.loads(line) for line in file if line.endswith(b"\n"))  # others were cut off
+
+    def finished(self, count):
+        """bool (count,): which of `count` batches are finished."""
+        done = np.zeros(count, bool)
+        for record in self.records():
+            done[record["batch"]] = True
+        return done
+
+    def left_out(self):
+        """{position: reason} of the images that were left out, in order; the one thing that grows, with bad images."""
+        reasons = (record["left_out"].items() for record in self.records())
+        return dict(sorted((int(index), reason) for items in reasons for index, reason in items))
 
     def finish(self, files, manifest):
-        """Write the last files {name: bytes}, then the manifest, then clear away what was partial."""
-        for name, data in files.items():
-            self.put(name, data, flush=True)
+        """Write the last files {name: pieces of bytes}, then the manifest, then clear away what was partial."""
+        for name, pieces in files.items():
+            self.put(name, pieces, flush=True)
         content = {"format": FORMAT, "version": VERSION, **manifest, "job": self.ticket}
-        self.put(MANIFEST, to_json(content), flush=True)
+        self.put(MANIFEST, [to_json(content)], flush=True)
         if self._journal is not None:
             self._journal.close()
         shutil.rmtree(self.partial, ignore_errors=True)

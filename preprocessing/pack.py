@@ -1,7 +1,6 @@
 """pack: moments of either layout → packed shards with checksums."""
 
 import dataclasses
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from dataset import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, open_dataset, open_set, walk_files
 from models.errors import InputError, note
 from preprocessing.encode import STORED
-from preprocessing.jobs import Job, split, versions
+from preprocessing.jobs import Batches, Job, sha256_of_files, versions
 from preprocessing.packed import SHARD_SIZE, ShardWriter
 
 BATCH = 512  # rows that are noted as done together
@@ -45,7 +44,7 @@ def pack_set(source, dest, stored, shard_size, vae, num_classes, workers):
     info = data.info
     manifest, rows, labels, names = open_set(source)
     manifest = manifest or {}
-    names = list(_source_names(source, rows, names))
+    names = _source_names(source, rows, names)
     facts = {
         "kind": "moments",
         "latents": dataclasses.asdict(info.spec),
@@ -53,7 +52,8 @@ def pack_set(source, dest, stored, shard_size, vae, num_classes, workers):
         "arithmetic": manifest.get("arithmetic"),
         "moments_shape": list(info.moments_shape),
     }
-    ticket = {"command": "pack", "source": _fingerprint(source), "stored": stored, "shard_size": shard_size, **facts}
+    fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
+    ticket = {"command": "pack", "source": fingerprint, "stored": stored, "shard_size": shard_size, **facts}
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
     if not job.begin():
         return note(f"{dest} is complete: nothing to do")
@@ -67,22 +67,22 @@ def pack_set(source, dest, stored, shard_size, vae, num_classes, workers):
         "left_out": manifest.get("left_out", []),
         "versions": {**manifest.get("versions", {}), "packed_with": versions()},
     }
-    writer.finish(len(rows), range(len(rows)), names, labels.tolist(), facts)
+    writer.finish(len(rows), range(len(rows)), names, labels, facts)
     return note(f"{dest}: {len(rows)} images packed")
 
 
 def _copy(rows, names, writer, workers):
     """Copy all batches that the journal lacks."""
-    done = writer.job.finished()
-    batches = split(len(rows), BATCH)
+    batches = Batches(len(rows), BATCH)
+    done = writer.job.finished(len(batches))
     buffer = np.empty((BATCH, *rows.shape), rows.dtype)
-    initial = sum(len(batches[number]) for number in done)
+    initial = sum(len(batches[number]) for number in np.flatnonzero(done))
     with tqdm(total=len(rows), initial=initial, unit="img", desc="pack") as bar, ThreadPoolExecutor(workers) as pool:
         for number, batch in enumerate(batches):
-            if number in done:
+            if done[number]:
                 continue
             list(pool.map(rows.read, batch, buffer))  # reading small files waits for the disk: several at once
-            writer.write(batch, buffer[: len(batch)], names[batch.start : batch.stop])
+            writer.write(batch, buffer[: len(batch)], [names[index] for index in batch])
             writer.job.record(number)
             bar.update(len(batch))
 
@@ -90,7 +90,7 @@ def _copy(rows, names, writer, workers):
 def _source_names(source, rows, names):
     """Names of the images: as recorded, else by published order from the images beside the set, else the latents'."""
     if names is not None:
-        return (names[i] for i in range(len(rows)))
+        return names
     images = source.parent / IMAGES
     if not images.is_dir():
         return rows.names
@@ -99,12 +99,3 @@ def _source_names(source, rows, names):
     if len(found) != len(rows):
         raise InputError(f"{images} holds {len(found)} images for {len(rows)} latents; remove the stray files")
     return found
-
-
-def _fingerprint(source):
-    """sha256 of what names the rows and labels of a set."""
-    digest = hashlib.sha256()
-    for name in (MANIFEST, LABELS_JSON):
-        if (source / name).is_file():
-            digest.update((source / name).read_bytes())
-    return digest.hexdigest()

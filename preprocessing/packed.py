@@ -1,7 +1,7 @@
 """Writing packed sets: rows go to fixed places of raw shards, by any process and in any order. Format: dataset.py."""
 
-import hashlib
 import io
+import itertools
 import math
 import os
 
@@ -9,8 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import LABELS, NAMES, pack_names
+from listing import NO_LABEL
 from models.errors import InputError
-from preprocessing.jobs import sha256_of_file
+from preprocessing.jobs import Batches, sha256_of_files
 
 SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
 
@@ -21,10 +22,21 @@ def shard_name(number):
 
 
 def packed_labels(labels, num_classes):
-    """int64 (N,), or None where labels are missing; a single class, without labels as published, is class 0."""
-    if all(label is not None for label in labels):
-        return np.array(labels, dtype=np.int64)
-    return np.zeros(len(labels), np.int64) if num_classes == 1 else None
+    """Pieces of labels.npy, int64 (N,), or None where labels are missing.
+
+    A single class, without labels as published, is class 0.
+    """
+    known = all(label != NO_LABEL for label in labels)
+    if not known and num_classes != 1:
+        return None
+    return _npy(labels if known else itertools.repeat(0, len(labels)), len(labels))
+
+
+def _npy(numbers, count):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
+    yield header.getvalue()
+    yield from (int(number).to_bytes(8, "little", signed=True) for number in numbers)
 
 
 class ShardWriter:
@@ -76,7 +88,7 @@ class ShardWriter:
     def finish(self, count, kept, names, labels, manifest):
         """Put the shards in place, then labels, names and manifest; kept: sorted positions that hold a row.
 
-        names, labels: of the kept rows, in order; a label may be None.
+        names, labels: of the kept rows, in order; a label may be NO_LABEL. All three can be gone through repeatedly.
         """
         self.close()
         prefix = ""
@@ -87,18 +99,20 @@ class ShardWriter:
         files = {NAMES: pack_names(names)}
         labels = packed_labels(labels, manifest["num_classes"])
         if labels is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, labels)
-            files[LABELS] = buffer.getvalue()
+            files[LABELS] = labels
+        for name, pieces in files.items():
+            self.job.put(name, pieces, flush=True)
+        checksums = {name: sha256_of_files(self.job.dest / name) for name in files}
         content = {"layout": "packed", "count": len(kept), "shape": list(self.shape), "dtype": self.dtype.str}
         content |= {"shard_size": self.shard_size, "shards": shards}
-        self.job.finish(files, {**manifest, **content, "files": _checksums(files)})
+        self.job.finish({}, {**manifest, **content, "files": checksums})
 
     def _compact(self, kept):
         """Copy the kept rows to shards of their own: rows that were left out leave no gap."""
-        for number, start in enumerate(range(0, len(kept), self.shard_size)):
+        positions = iter(kept)
+        for number, rows in enumerate(Batches(len(kept), self.shard_size)):
             with open(self.job.partial / f"kept-{shard_name(number)}", "wb") as out:
-                for position in kept[start : start + self.shard_size]:
+                for position in itertools.islice(positions, len(rows)):
                     shard, row = divmod(position, self.shard_size)
                     out.write(os.pread(self._open(shard), self._row_bytes, row * self._row_bytes))
         self.close()
@@ -107,17 +121,13 @@ class ShardWriter:
         """Checksum every shard and rename it into place; one that an earlier run has placed stays."""
         shards = []
         with tqdm(total=count * self._row_bytes, unit="B", unit_scale=True, desc="checksums") as bar:
-            for number, start in enumerate(range(0, count, self.shard_size)):
-                name, rows = shard_name(number), min(self.shard_size, count - start)
+            for number, rows in enumerate(map(len, Batches(count, self.shard_size))):
+                name = shard_name(number)
                 source, target = self.job.partial / f"{prefix}{name}", self.job.dest / name
                 path = source if source.is_file() else target
                 if not path.is_file() or path.stat().st_size != rows * self._row_bytes:
                     raise InputError(f"{path} was changed while the command ran; empty {self.job.dest} and start again")
-                shards.append({"file": name, "count": rows, "sha256": sha256_of_file(path, bar)})
+                shards.append({"file": name, "count": rows, "sha256": sha256_of_files(path, progress=bar)})
                 if path is source:
                     os.replace(source, target)
         return shards
-
-
-def _checksums(files):
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

@@ -8,7 +8,6 @@ ignored, as published. Zero bytes, unknown content, a truncated file and 32-bit 
 import hashlib
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -16,7 +15,9 @@ import numpy as np
 from PIL import Image
 
 from dataset import LABELS_JSON, MANIFEST, read_manifest
+from listing import NO_LABEL, NameTable, integers_on_disk, read_labels, walk
 from models.errors import InputError
+from preprocessing.zips import ZipReader
 
 
 class BadImageError(Exception):
@@ -62,130 +63,147 @@ def class_of(name):
     return name.split("/", 1)[0] if "/" in name else ""
 
 
-def label_images(names, listed=None, published=False, where="the source"):
-    """(labels, class names or None) of sorted names: labels is a list of int, or None where it has no label.
-
-    listed: {name: label} of the source's dataset.json. Otherwise classes are the sorted top-level folders; a single
-    one gives no labels. published: a file in the root is a class '' that sorts first and shifts all others; without it
-    such a file beside class folders raises InputError.
-    """
-    if listed:
-        return [listed.get(name) for name in names], None
-    groups = sorted({class_of(name) for name in names})
-    if "" in groups and len(groups) > 1 and not published:
-        stray = next(name for name in names if class_of(name) == "")
-        raise InputError(
-            f"{where}/{stray} lies beside the class folders and would be a class of its own; move it away, "
-            "or pass --published-labels for the labels of the published tool"
-        )
-    if len(groups) <= 1:
-        return [None] * len(names), groups if groups != [""] else None
-    index = {group: i for i, group in enumerate(groups)}
-    return [index[class_of(name)] for name in names], groups
-
-
 class ImageSource:
-    """Images of a folder or a zip: `names` (sorted), `labels`, `class_names`, `num_classes`, `manifest` or None."""
+    """Images of a folder or a zip: `names` (sorted), `labels`, `class_names`, `num_classes`, `manifest` or None.
+
+    labels: int64 (N,), NO_LABEL where an image has none. Names and labels are on disk: memory does not grow with N.
+    """
 
     def __init__(self, path, published_labels=False, max_images=None):
         self.path = Path(path)
-        self._zip = None
-        entries = self._list()
+        self._zip, self._root_files = None, {}
+        self.names = self._list()
         self.manifest = self._read_manifest()
-        names = sorted(entries)
-        if not names and not published_labels:
+        if not self.names and not published_labels:
             raise InputError(f"--source {path} holds no images (files with an extension that Pillow knows)")
-        labels, groups = self._label(names, published_labels)
+        self.labels = integers_on_disk(len(self.names))
+        groups = self._label(published_labels)
         self.class_names = groups or (self.manifest or {}).get("class_names")
-        self.num_classes = self._count_classes(labels, groups)
-        self.names, self.labels = names[:max_images], labels[:max_images]
-        self._sizes = [entries[name] for name in self.names]
+        self.num_classes = self._count_classes(groups)
+        self.names.cut(max_images)
+        self.labels = self.labels[:max_images]
 
     def __len__(self):
         return len(self.names)
 
     def read(self, index):
         """Image `index` as PIL RGB. Raises BadImageError with the reason."""
-        return decode(self._read(self.names[index]))
+        return decode(self._read(index))
 
     def reopen(self):
         """Own file handle for a forked process: a shared one shares its position."""
         if self._zip is not None:
-            self._zip.fp = open(self.path, "rb")
+            self._zip.reopen()
 
     def fingerprint(self):
         """sha256 of names, sizes and labels: tells whether this is still the same source."""
         digest = hashlib.sha256()
-        for name, size, label in zip(self.names, self._sizes, self.labels, strict=True):
-            digest.update(f"{name}\0{size}\0{label}\n".encode("utf-8", "surrogateescape"))
+        for name, size, label in zip(self.names, self.names.column(0), self.labels, strict=True):
+            text = None if label == NO_LABEL else label
+            digest.update(f"{name}\0{size}\0{text}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def _list(self):
-        """{relative name: bytes} of every image."""
+        """Table of relative names with their bytes; of a zip also where its directory has them."""
         if self.path.is_dir():
-            return {name: size for name, size in walk(self.path) if is_image_name(name)}
+            return NameTable(((name, size) for name, size in walk(self.path) if is_image_name(name)), columns=1)
         if self.path.suffix.lower() == ".zip" and self.path.is_file():
             try:
-                self._zip = zipfile.ZipFile(self.path)
+                self._zip = ZipReader(self.path)
+                return NameTable(self._list_zip(), columns=2, unique=True)
             except zipfile.BadZipFile as error:
                 raise InputError(f"--source {self.path} is no readable zip ({error}); download it again") from None
-            members = (info for info in self._zip.infolist() if not info.is_dir())
-            return {info.filename: info.file_size for info in members if is_image_name(info.filename)}
         raise InputError(f"--source {self.path} is neither a folder nor a .zip file; give one that exists")
 
-    def _read(self, name):
+    def _list_zip(self):
+        for name, size, position in self._zip.entries():
+            if name in (MANIFEST, LABELS_JSON):
+                self._root_files[name] = position
+            elif is_image_name(name):
+                yield name, size, position
+
+    def _read(self, index):
         if self._zip is None:
-            return (self.path / name).read_bytes()
+            return (self.path / self.names[index]).read_bytes()
         try:
-            return self._zip.read(name)
+            return self._zip.read(self.names.column(1)[index])
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
             raise BadImageError(f"damaged in the zip: {error}") from None
 
-    def _read_text(self, name):
-        """Bytes of a file in the root, or None."""
+    def _open(self, name):
+        """Binary file in the root, or None."""
         if self._zip is not None:
-            return self._zip.read(name) if name in self._zip.namelist() else None
+            return self._zip.open(self._root_files[name]) if name in self._root_files else None
         path = self.path / name
-        return path.read_bytes() if path.is_file() else None
+        return open(path, "rb") if path.is_file() else None
 
     def _read_manifest(self):
         if self._zip is None:
             return read_manifest(self.path)
-        text = self._read_text(MANIFEST)
-        return json.loads(text) if text else None
+        file = self._open(MANIFEST)
+        return json.load(file) if file else None
 
-    def _label(self, names, published):
-        text = self._read_text(LABELS_JSON)
-        if text is None:
-            return label_images(names, None, published, self.path)
-        try:
-            pairs = json.loads(text)["labels"]
-            listed = dict(pairs or [])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self.path}/{LABELS_JSON} does not hold 'labels': [[name, integer], …]") from None
-        if not listed and not published:  # null is what a converted set of one class says: no classes from 00000/ …
-            return [None] * len(names), None
-        return label_images(names, listed, published, self.path)
+    def _label(self, published):
+        """Fill `labels`; returns the class names, or None where they are not known."""
+        file = self._open(LABELS_JSON)
+        if file is None:
+            return self._label_by_folder(published)
+        with file:
+            try:
+                pairs = read_labels(file)
+                listed = NameTable(map(_listed_label, pairs or ()), columns=1, unique=True)
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.path}/{LABELS_JSON} does not hold 'labels': [[name, integer], …]") from None
+        if listed:
+            return self._label_by_list(listed)
+        if published:
+            return self._label_by_folder(published)
+        self.labels[:] = NO_LABEL  # null is what a converted set of one class says: no classes from 00000/ …
+        return None
 
-    def _count_classes(self, labels, groups):
+    def _label_by_list(self, listed):
+        """Labels of the source's dataset.json, where it has the image."""
+        numbers = listed.column(0)
+        for k, name in enumerate(self.names):
+            found = listed.find(name)
+            self.labels[k] = NO_LABEL if found is None else numbers[found]
+
+    def _label_by_folder(self, published):
+        """Classes are the sorted top-level folders; a single one gives no labels.
+
+        published: a file in the root is a class '' that sorts first and shifts all others; without it such a file
+        beside class folders raises InputError.
+        """
+        groups = sorted(set(map(class_of, self.names)))
+        if "" in groups and len(groups) > 1 and not published:
+            stray = next(name for name in self.names if class_of(name) == "")
+            raise InputError(
+                f"{self.path}/{stray} lies beside the class folders and would be a class of its own; move it away, "
+                "or pass --published-labels for the labels of the published tool"
+            )
+        if len(groups) <= 1:
+            self.labels[:] = NO_LABEL
+            return groups if groups != [""] else None
+        index = {group: i for i, group in enumerate(groups)}
+        for k, name in enumerate(self.names):
+            self.labels[k] = index[class_of(name)]
+        return groups
+
+    def _count_classes(self, groups):
         if groups:
             return len(groups)
         recorded = (self.manifest or {}).get("num_classes")
-        numbers = [label for label in labels if label is not None]
-        if any(type(label) is not int or label < 0 for label in numbers):
+        known = self.labels[self.labels != NO_LABEL]
+        if (known < 0).any():
             raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0")
-        return recorded or (max(numbers) + 1 if numbers else None)
+        return recorded or (int(known.max()) + 1 if len(known) else None)
 
 
-def walk(folder, ancestors=()):
-    """(relative name with `/`, bytes) of every file, following links; a link back to a parent is not followed."""
-    here = os.path.realpath(folder)
-    if here in ancestors:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                for name, size in walk(entry.path, (*ancestors, here)):
-                    yield f"{entry.name}/{name}", size
-            elif entry.is_file():
-                yield entry.name, entry.stat().st_size
+def _listed_label(pair):
+    """(name, label) of an entry of dataset.json; null is no label, and what cannot be a label becomes -1."""
+    name, label = pair
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} is no file name")
+    if label is None:
+        return name, NO_LABEL
+    return name, label if type(label) is int and 0 <= label < -NO_LABEL else -1

@@ -23,10 +23,11 @@ from dataset import (
     read_manifest,
     spec_from_manifest,
 )
+from listing import NameTable, walk
 from models.codec import LatentCodec, vae_family
 from models.errors import InputError
-from preprocessing.jobs import PARTIAL, sha256_of_file, split
-from preprocessing.sources import class_of, is_image_name, walk
+from preprocessing.jobs import PARTIAL, Batches, sha256_of_files
+from preprocessing.sources import class_of, is_image_name
 
 BATCH = 256
 WIDE = (0.25, 4.0)  # std of scaled latents beyond this means another scale or VAE; it is 1 by construction
@@ -98,12 +99,12 @@ def verify_set(folder, report, decode=False):
     if is_packed(manifest):
         _check_checksums(folder, manifest, report)
         expected = {MANIFEST, *manifest["files"], *(shard["file"] for shard in manifest["shards"])}
-        _check_stray(folder, expected, lambda name: True, report)
+        _check_stray(folder, expected, _table(folder), report)
     else:
         names, _ = read_label_list(folder)
-        files = {name for name, _ in walk(folder)}
-        _check_listed(folder, names, files, report)
-        _check_stray(folder, names or files, lambda name: name.endswith(".npy") or is_image_name(name), report)
+        _check_listed(folder, names, _table(folder), report)
+        files = _table(folder, lambda name: name.endswith(".npy") or is_image_name(name))
+        _check_stray(folder, names or files, files, report)
     manifest, rows, labels, sources = open_set(folder)
     _check_labels(folder, manifest, labels, sources, report)
     return _check_rows(folder, manifest, rows, report)
@@ -141,8 +142,13 @@ def _check_checksums(folder, manifest, report):
 def _check_sum(path, expected, report):
     if not path.is_file():
         report.add("missing", f"{path} is missing, though {MANIFEST} lists it")
-    elif sha256_of_file(path) != expected:
+    elif sha256_of_files(path) != expected:
         report.add("checksum", f"{path} differs from the checksum in {MANIFEST}")
+
+
+def _table(folder, counts=lambda name: True):
+    """Sorted names of the files that count."""
+    return NameTable((name,) for name, _ in walk(folder) if counts(name))
 
 
 def _check_listed(folder, names, files, report):
@@ -151,11 +157,10 @@ def _check_listed(folder, names, files, report):
             report.add("missing", f"{folder / name} is missing, though {LABELS_JSON} lists it")
 
 
-def _check_stray(folder, expected, counts, report):
+def _check_stray(folder, expected, files, report):
     """Files that published readers would take for data, or that a packed set does not have."""
-    expected = set(expected)
-    for name, _ in walk(folder):
-        if name not in expected and counts(name):
+    for name in files:
+        if name not in expected:
             report.add("stray file", f"{folder / name} belongs to no entry; readers that pair by order shift by it")
 
 
@@ -180,7 +185,7 @@ def _check_rows(folder, manifest, rows, report):
     buffer = np.empty((BATCH, *rows.shape), rows.dtype)
     moments = (manifest or {}).get("kind", "moments") == "moments"
     channels = rows.shape[0] // 2
-    for batch in tqdm(split(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
+    for batch in tqdm(Batches(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
         for k, index in enumerate(batch):
             buffer[k] = 0
             with report.catch("unreadable row"):
@@ -219,10 +224,9 @@ def _check_statistics(folder, spec, mean, square, report):
 def _verify_images(folder, manifest, report, decode):
     """Image files: listed ones exist with the right size, no others; labels agree with the class folders."""
     names, labels = read_label_list(folder)
-    files = {name for name, _ in walk(folder)}
-    _check_listed(folder, names, files, report)
-    present = sorted(name for name in files if is_image_name(name))
-    _check_stray(folder, names if names is not None else present, is_image_name, report)
+    _check_listed(folder, names, _table(folder), report)
+    present = _table(folder, is_image_name)
+    _check_stray(folder, names if names is not None else present, present, report)
     count = len(names if names is not None else present)
     if manifest is not None and manifest["count"] != count:
         report.add("count", f"{folder} holds {count} images, {MANIFEST} says {manifest['count']}")
@@ -246,7 +250,7 @@ def _verify_images(folder, manifest, report, decode):
 def _check_class_folders(folder, class_names, labels, sources, report):
     """A source name's top folder, where it is a class, says its label."""
     index = {name: i for i, name in enumerate(class_names or ())}
-    for k, label in enumerate(labels.tolist()):
+    for k, label in enumerate(labels):
         expected = index.get(class_of(sources[k]), label)
         if expected != label:
             report.add("label", f"{folder}: {sources[k]} has label {label}, its folder is class {expected}")
@@ -260,18 +264,18 @@ def _check_pairs(data_dir, report):
     manifest, rows, labels, sources = open_set(latents)
     names, image_labels = read_label_list(images) if (images / LABELS_JSON).is_file() else (None, None)
     if names is None:
-        names = sorted(name for name, _ in walk(images) if is_image_name(name))
+        names = _table(images, is_image_name)
     if len(names) != len(rows):
         left_out = len((manifest or {}).get("left_out", []))
         if sources is None or len(names) != len(rows) + left_out:
             report.add("count", f"{images} holds {len(names)} images, {latents} {len(rows)} latents")
-    known = dict(zip(names, [None] * len(names) if image_labels is None else image_labels.tolist(), strict=True))
     for k in range(len(rows)):
         name = sources[k] if sources is not None else (names[k] if k < len(names) else None)
-        if name not in known:
+        found = None if name is None else names.find(name)
+        if found is None:
             report.add("pairs", f"{latents}: row {k} is of {name}, which {images} does not have")
-        elif labels is not None and known[name] is not None and known[name] != labels[k]:
-            report.add("labels differ", f"{name} has label {known[name]} in {images}, {labels[k]} in {latents}")
+        elif labels is not None and image_labels is not None and image_labels[found] != labels[k]:
+            report.add("labels differ", f"{name} has label {image_labels[found]} in {images}, {labels[k]} in {latents}")
 
 
 def _check_vae(data_dir, folders, vae, sample, report):
@@ -294,7 +298,7 @@ def _encode_again(folder, codec, sample, report):
     images = folder.parent / IMAGES
     if not images.is_dir():
         return
-    names = sources or sorted(name for name, _ in walk(images) if is_image_name(name))
+    names = sources or _table(images, is_image_name)
     flip = -1 if (manifest or {}).get("flipped", folder.name == MIRROR) else 1
     row = np.empty(rows.shape, rows.dtype)
     for index in np.unique(np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(int)).tolist():

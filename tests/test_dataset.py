@@ -37,7 +37,7 @@ def write_manifest(data, **changes):
     manifest |= {"latents": SPEC, "num_classes": 3, "class_names": ["a", "b", "c"], **changes}
     (data / "vae-sd/manifest.json").write_text(json.dumps(manifest))
     names = [f"00000/img{i:08d}.png" for i in range(COUNT)]
-    (data / "vae-sd/names.txt").write_bytes(pack_names(names))
+    (data / "vae-sd/names.txt").write_bytes(b"".join(pack_names(names)))
     return names
 
 

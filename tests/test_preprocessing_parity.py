@@ -73,7 +73,7 @@ def test_parity_labels(number, tmp_path):
     convert(source, tmp_path / "dest", (8, 8), "center-crop-dhariwal", count, published_labels=True)
     assert (tmp_path / "dest/dataset.json").read_text() == json.dumps({"labels": case["labels"]})
     if "order" in case:
-        assert ImageSource(source).names == case["order"]
+        assert list(ImageSource(source).names) == case["order"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES["label_cases"])))

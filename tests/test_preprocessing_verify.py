@@ -14,7 +14,7 @@ from data_helpers import photo, tiny_vae, write_class_folders, write_folder_layo
 from models.errors import InputError
 from preprocessing.convert import convert
 from preprocessing.encode import encode
-from preprocessing.jobs import sha256_of_file
+from preprocessing.jobs import sha256_of_files
 from preprocessing.pack import pack
 from preprocessing.verify import verify
 
@@ -159,7 +159,7 @@ def put_nan(folder):
     content = np.frombuffer(path.read_bytes(), np.float16).copy()
     content[130] = np.nan
     path.write_bytes(content.tobytes())
-    change_json(folder / "manifest.json", lambda manifest: manifest["shards"][1].update(sha256=sha256_of_file(path)))
+    change_json(folder / "manifest.json", lambda manifest: manifest["shards"][1].update(sha256=sha256_of_files(path)))
 
 
 def truncate(path):

@@ -47,7 +47,7 @@ def data_folder(folder, count=12, spec=SPEC, labels=None, shape=None, mean=None,
     if manifest:
         content = {"format": FORMAT, "version": VERSION, "kind": "moments", "layout": "folder", "count": count}
         content.update(num_classes=CLASSES, latents=dataclasses.asdict(spec), shape=list(shape), files=[])
-        (vae_sd / NAMES).write_bytes(pack_names([f"img{i}.png" for i in range(count)]))
+        (vae_sd / NAMES).write_bytes(b"".join(pack_names([f"img{i}.png" for i in range(count)])))
         (vae_sd / MANIFEST).write_text(json.dumps(content))
     return Path(folder)
 
