@@ -76,7 +76,9 @@ def last_of_each(entries):
 def integers_on_disk(count):
     """int64 (count,) of zeros in a temporary file."""
     with tempfile.TemporaryFile() as file:
-        file.truncate(8 * max(count, 1))
+        for _ in range(count // BLOCK + 1):
+            file.write(bytes(8 * BLOCK))  # written, so that a full disk is an error here and not in the map
+        file.flush()
         return np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64)[:count]
 
 

@@ -179,7 +179,7 @@ def _finish(task, transform):
     if len(sides) > 1:
         raise InputError(f"{images.path} gives images of different sizes {sorted(sides)}; give --resolution")
     kept = Kept(len(images), left_out)
-    if len(images) and not len(kept):
+    if images.names and not kept:
         raise InputError(f"{images.path}: not one image could be used; the first: {next(iter(left_out.values()))}")
     for index, reason in left_out.items():
         note(f"left out: {images.names[index]} ({reason})")

@@ -8,9 +8,11 @@ Every command can be killed and run again: it goes on where it was, and does not
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
+import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -228,6 +230,11 @@ def main(arguments=None):
         options.run(options)
     except PermissionError as error:
         raise InputError(f"{error.filename}: {error.strerror}; choose a place you may write to") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        waiting = f"{tempfile.gettempdir()}, where lists of names wait (TMPDIR names another place)"
+        raise InputError(f"the disk is full; free space at --dest or in {waiting}, and run again") from None
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ class Run:
     def _complete(self, job, writer, manifest):
         images, left_out = self.images, job.left_out()
         kept = Kept(len(images), left_out)
-        if not len(kept):
+        if not kept:
             raise InputError(f"{images.path}: not one image could be read")
         for index, reason in left_out.items():
             note(f"left out: {images.names[index]} ({reason})")

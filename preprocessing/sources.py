@@ -5,6 +5,7 @@ alpha is dropped; of animated files the first frame counts; 16-bit samples keep 
 ignored, as published. Zero bytes, unknown content, a truncated file and 32-bit samples are unreadable.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,6 +19,8 @@ from dataset import LABELS_JSON, MANIFEST, read_manifest
 from listing import NO_LABEL, NameTable, integers_on_disk, read_labels, walk
 from models.errors import InputError
 from preprocessing.zips import ZipReader
+
+WRONG = -1  # in place of a label that is no integer from 0
 
 
 class BadImageError(Exception):
@@ -141,7 +144,8 @@ class ImageSource:
         if self._zip is None:
             return read_manifest(self.path)
         file = self._open(MANIFEST)
-        return json.load(file) if file else None
+        with file or contextlib.nullcontext():
+            return json.load(file) if file else None
 
     def _label(self, published):
         """Fill `labels`; returns the class names, or None where they are not known."""
@@ -193,17 +197,17 @@ class ImageSource:
         if groups:
             return len(groups)
         recorded = (self.manifest or {}).get("num_classes")
-        known = self.labels[self.labels != NO_LABEL]
-        if (known < 0).any():
+        if (self.labels == WRONG).any():
             raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0")
-        return recorded or (int(known.max()) + 1 if len(known) else None)
+        largest = int(self.labels.max(initial=NO_LABEL))
+        return recorded or (None if largest == NO_LABEL else largest + 1)
 
 
 def _listed_label(pair):
-    """(name, label) of an entry of dataset.json; null is no label, and what cannot be a label becomes -1."""
+    """(name, label) of an entry of dataset.json; null is NO_LABEL, and what cannot be a label is WRONG."""
     name, label = pair
     if not isinstance(name, str):
         raise TypeError(f"{name!r} is no file name")
     if label is None:
         return name, NO_LABEL
-    return name, label if type(label) is int and 0 <= label < -NO_LABEL else -1
+    return name, label if type(label) is int and 0 <= label < -NO_LABEL else WRONG

@@ -15,5 +15,6 @@ def test_benchmark_reports_every_row(tmp_path):
     result = subprocess.run([sys.executable, SCRIPT, *small], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = ["2 workers", "batches of 16", "| packed |", "| folder |", "DataLoader, 2 workers", "1,281,167 entries"]
+    rows += ["1,281,167 images listed"]
     assert all(row in result.stdout for row in rows)
     assert not list(tmp_path.iterdir())
