@@ -44,7 +44,7 @@ LABELS = "labels.npy"  # packed layout: int64 (N,)
 NAMES = "names.txt"  # source name of every row, lines padded to one width, so that row i is found without reading
 FORMAT = "deepflow-data"
 VERSION = 1
-MOMENTS, MIRROR, IMAGES = "vae-sd", "vae-sd-mirror", "images"
+MOMENTS, MIRROR, IMAGES, FEATURES = "vae-sd", "vae-sd-mirror", "images", "features-"
 PREPARE = "prepare it with preprocessing/dataset_tools.py"
 NOT_PAIRS = "'labels' is not a list of [file name, integer]"
 CHECK = "python preprocessing/dataset_tools.py verify lists what is wrong"
@@ -66,6 +66,8 @@ class DataInfo:
 class Batch:
     """This rank's rows of one global batch: moments (B, 2C, h, w), labels int64 (B,), images uint8 or None.
 
+    features: one tensor (B, T, Z) per encoder whose features were opened.
+
     Moments keep the precision they are stored in (packed: fp16), so that half the bytes travel; sampled with float32
     noise they become float32.
     """
@@ -74,6 +76,12 @@ class Batch:
     moments: torch.Tensor
     labels: torch.Tensor
     images: torch.Tensor | None
+    features: tuple = ()
+
+    def part(self, rows):
+        """The given slice of the rows."""
+        images = None if self.images is None else self.images[rows]
+        return Batch(self.step, self.moments[rows], self.labels[rows], images, tuple(f[rows] for f in self.features))
 
 
 # ------------------------------------------------------------------------------------------------- files of a set
@@ -175,6 +183,10 @@ class Names(collections.abc.Sequence):
             raise IndexError(index)
         line = self._map[index * self.width : (index + 1) * self.width]
         return line.rstrip(b" \n").decode("utf-8", "surrogateescape")
+
+    def same(self, other):
+        """True where the other holds the same names in the same order."""
+        return self._map[:] == other._map[:]
 
 
 def pack_names(names):
@@ -353,12 +365,35 @@ class Buffers:
         return torch.from_numpy(view)
 
 
-class LatentDataset:
-    """Moments with labels, and images where asked for; made by open_dataset. workers: threads that read files."""
+class StoredRows:
+    """Rows of a set, and of its mirrored twin where there is one, gathered in the stored precision."""
 
-    def __init__(self, info, rows, labels, images=None, mirror=None, workers=4):
+    def __init__(self, rows, mirror=None):
+        self.rows, self.mirror, self._buffers = rows, mirror, Buffers()
+
+    def gather(self, indices, flip, pool, pin):
+        """Tensor of the rows `indices`, int64 (B,), those where `flip` is true of the twin; pin: page-locked memory."""
+        shape, dtype = (len(indices), *self.rows.shape), self.rows.dtype
+        if pin:  # torch keeps page-locked memory for the next batch by itself
+            out = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        else:
+            out = self._buffers.take(shape, dtype)
+        for rows, chosen in ((self.rows, ~flip), (self.mirror, flip)):
+            if chosen.any():
+                rows.gather(indices[chosen].tolist(), out.numpy(), np.flatnonzero(chosen).tolist(), pool)
+        return out
+
+
+class LatentDataset:
+    """Moments with labels, and images and features where asked for; made by open_dataset.
+
+    features: {encoder: StoredRows}; workers: threads that read files.
+    """
+
+    def __init__(self, info, rows, labels, images=None, mirror=None, features=None, workers=4):
         self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
-        self._rows, self._buffers = rows, Buffers()
+        self.features = features or {}
+        self._moments = StoredRows(rows, mirror)
         self._pool = ThreadPoolExecutor(max(1, workers))
 
     def __len__(self):
@@ -369,26 +404,23 @@ class LatentDataset:
 
         flip: optional bool (B,), true where the mirrored set is meant.
         """
-        moments, labels, images = self.gather_stored(indices, flip)
+        moments, labels, images, *_ = self.gather_stored(indices, flip)
         return moments.float(), labels, images
 
     def gather_stored(self, indices, flip=None, pin=False):
-        """As gather, with moments in the precision in which they are stored; pin: into page-locked memory."""
+        """As gather, then the features (B, T, Z) of each encoder, in the precision in which they are stored.
+
+        pin: into page-locked memory.
+        """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"row index out of range 0..{len(self) - 1}")
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
-        shape, dtype = (len(indices), *self.info.moments_shape), self._rows.dtype
-        if pin:  # torch keeps page-locked memory for the next batch by itself
-            moments = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
-        else:
-            moments = self._buffers.take(shape, dtype)
-        for rows, chosen in ((self._rows, ~flip), (self.mirror, flip)):
-            if chosen.any():
-                rows.gather(indices[chosen].tolist(), moments.numpy(), np.flatnonzero(chosen).tolist(), self._pool)
+        moments = self._moments.gather(indices, flip, self._pool, pin)
+        features = [stored.gather(indices, flip, self._pool, pin) for stored in self.features.values()]
         labels = torch.from_numpy(self._labels_of(indices))
         images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist(), self._pool)
-        return moments, labels, images
+        return moments, labels, images, *features
 
     def _labels_of(self, indices):
         labels = self.labels[indices]
@@ -406,12 +438,12 @@ def check_labels(labels, num_classes, where):
         )
 
 
-def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data_vae=None, workers=4):
+def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_classes=None, data_vae=None, workers=4):
     """Open a data folder of either layout, recognised by its files.
 
-    images: also read `images`; mirror: also read `vae-sd-mirror`; num_classes, data_vae (name or folder of the VAE):
-    what a folder without a manifest does not say; workers: threads that read files. Raises InputError with one line
-    for everything that does not fit.
+    images: also read `images`; mirror: also read `vae-sd-mirror`; features: names of the encoders whose `features-NAME`
+    to read; num_classes, data_vae (name or folder of the VAE): what a folder without a manifest does not say; workers:
+    threads that read files. Raises InputError with one line for everything that does not fit.
     """
     folder = find_set(data_dir, MOMENTS)
     manifest, rows, labels, names = open_set(folder)
@@ -438,7 +470,9 @@ def open_dataset(data_dir, *, images=False, mirror=False, num_classes=None, data
     )
     image_files = _open_images(data_dir, folder, names, info) if images else None
     mirrored = _open_mirror(data_dir, info) if mirror else None
-    return LatentDataset(info, rows, labels, image_files, mirrored, workers)
+    pairing = Pairing(folder, image_set(manifest), names, len(rows))
+    stored = {name: _open_features(find_features(data_dir, name), name, pairing, mirror) for name in features}
+    return LatentDataset(info, rows, labels, image_files, mirrored, stored, workers)
 
 
 def open_set(folder):
@@ -557,8 +591,7 @@ def _open_images(data_dir, folder, names, info):
     root = next((f for f in (Path(data_dir) / IMAGES, folder.parent / IMAGES) if f.is_dir()), None)
     if root is None:
         raise InputError(f"{Path(data_dir) / IMAGES} is missing and images are needed; link the converted images there")
-    if names is not None and names[0].endswith(".npy"):
-        raise InputError(f"{folder} was packed without the images beside it, so pairs are unknown; pack again")
+    check_pairs_are_known(folder, names)
     if names is None:  # published pairing: the i-th image file belongs to the i-th latent
         from PIL import Image
 
@@ -570,6 +603,74 @@ def _open_images(data_dir, folder, names, info):
                 f"by order; remove the stray files; {CHECK}"
             )
     return ImageFiles(root, names.__getitem__, info.resolution)
+
+
+def check_pairs_are_known(folder, names):
+    """Raise InputError where a set of moments names latents instead of the images that they were made from."""
+    if names is not None and names[0].endswith(".npy"):
+        raise InputError(f"{folder} was packed without the images beside it, so pairs are unknown; pack again")
+
+
+# -------------------------------------------------------------------------------------------------------- features
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """What the features must share with the moments in `folder`: the image set, names (or None: by order), count."""
+
+    folder: Path
+    images: str | None
+    names: Names | None
+    count: int
+
+
+def image_set(manifest):
+    """Fingerprint of the images that a set was made from, or None where its manifest does not say."""
+    manifest = manifest or {}
+    job = manifest.get("job") or {}
+    return manifest.get("images") or (job.get("source") if job.get("command") == "encode" else None)
+
+
+def find_features(data_dir, name):
+    """Folder of the features of an encoder, `features-NAME` beside the moments; None where there is none."""
+    place = find_set(data_dir, MOMENTS).parent / f"{FEATURES}{name}"
+    return place if place.is_dir() else None
+
+
+def _open_features(place, name, pairing, mirror):
+    """StoredRows of the features of encoder `name`, and of the mirrored images' where `mirror`."""
+    rows = _open_feature_set(place, name, pairing, flipped=False)
+    twin = place.with_name(place.name + "-mirror")
+    if mirror and not twin.is_dir():
+        raise InputError(
+            f"--mirror: {twin} is missing; write it with preprocessing/dataset_tools.py features --mirror, or move "
+            f"{place} away to compute features while training"
+        )
+    return StoredRows(rows, _open_feature_set(twin, name, pairing, flipped=True) if mirror else None)
+
+
+def _open_feature_set(place, name, pairing, flipped):
+    manifest, rows, _, names = open_set(find_set(place, "."))
+    manifest = manifest or {}
+    encoder = manifest.get("encoder")
+    facts = {
+        "encoder": (encoder.get("name") if isinstance(encoder, dict) else encoder, name),
+        "flipped images": (manifest.get("flipped"), flipped),
+        "number of images": (len(rows), pairing.count),
+    }
+    for what, (found, expected) in facts.items():
+        if found != expected:
+            raise InputError(
+                f"{place}: its {what} is {found}, not {expected}; write the features again, or move it away"
+            )
+    check_pairs_are_known(pairing.folder, pairing.names)
+    other = image_set(manifest)
+    if pairing.images not in (None, other) or (pairing.names is not None and not pairing.names.same(names)):
+        raise InputError(
+            f"{place} holds features of other images than {pairing.folder} was made from; write the features again, "
+            "or move it away"
+        )
+    return rows
 
 
 # --------------------------------------------------------------------------------------------- sampler and loader
@@ -671,7 +772,8 @@ class LatentLoader:
             for tensor in tensors:
                 if tensor is not None:
                     tensor.record_stream(here)
-        return Batch(step, *(t if t is None or copied is not None else t.to(self.device) for t in tensors))
+        tensors = [t if t is None or copied is not None else t.to(self.device) for t in tensors]
+        return Batch(step, *tensors[:3], tuple(tensors[3:]))
 
 
 def _put(ready, item, stop):

@@ -5,6 +5,7 @@ networks' outputs are cast here.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -82,13 +83,11 @@ def extrapolate(x, v, a, t):
 
 
 def alignment_loss(projections, features):
-    """Minus the cosine similarity of matching tokens, averaged over tokens, batch, projections and encoders (REPA).
+    """Minus the cosine similarity of matching tokens, averaged over tokens and batch (REPA): (m·E,), one per pair.
 
-    projections: (N, T, Z) tensors, one per VeRA block; features: (N, T, Z) tensors, one per encoder. Returns a scalar.
+    projections: m·E tensors (N, T, Z), of m places of the network, encoder by encoder; features: E tensors (N, T, Z).
     """
-    losses = [
-        -F.cosine_similarity(projection.float(), feature.float(), dim=-1).mean()
-        for feature in features
-        for projection in projections
-    ]
-    return torch.stack(losses).mean()
+    if not features or len(projections) % len(features):
+        raise ValueError(f"{len(projections)} projections do not fit {len(features)} encoders")
+    pairs = zip(projections, itertools.cycle(features), strict=False)
+    return torch.stack([-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in pairs])

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 
 from dataset import DataInfo, SeekableSampler, open_dataset
-from loss import deepflow_loss
+from loss import alignment_loss, deepflow_loss
 from models import create_model, model_config
 from models.codec import LatentCodec, LatentSpec
+from models.encoders import ENCODERS, check_grid
 from models.errors import InputError, exit_on_input_error
 from models.flops import count_flops
 from models.paths import PATHS
 from models.presets import IMAGENET
+from training.alignment import feature_sources, find_caches, make_targets
 from training.checkpoint import find_resume_step
 from training.config import TrainConfig, parse_flags
 from training.distributed import rows_of_rank, start_accelerator
@@ -35,7 +37,8 @@ def model_options(config, info):
             f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, which holds latents of "
             f"{info.resolution}x{info.resolution} images"
         )
-    return model_config(
+    encoders = config.encoders()
+    options = model_config(
         config.model,
         depth=config.trans_depth,
         df_idxs=config.df_idxs,
@@ -44,18 +47,30 @@ def model_options(config, info):
         num_classes=info.num_classes,
         in_channels=info.spec.channels,
         input_size=info.moments_shape[1],
+        ssl_align=bool(encoders),
+        z_dims=[ENCODERS[name].width for name in encoders] or None,
+        encoder_depth=config.encoder_depth,
     )
+    if config.encoder_depth is not None and options["df_idxs"]:
+        raise InputError("--encoder-depth is for models of one branch; this one is aligned after its VeRA blocks")
+    for name in encoders:
+        check_grid(name, info.resolution, options["input_size"] // options["patch_size"])
+    return options
 
 
-def objective(network, moments, labels, draws, *, config, info, weights):
+def objective(network, batch, draws, *, config, info, weights, targets=None):
     """DeepFlow's loss on one micro-batch → (scalar, parts for the log). Labels are dropped here, not in the network."""
     path = PATHS[config.path_type]
-    x0 = info.spec.sample(moments.float(), draws.posterior)
-    y = torch.where(draws.drop, info.num_classes, labels)
+    x0 = info.spec.sample(batch.moments.float(), draws.posterior)
+    y = torch.where(draws.drop, info.num_classes, batch.labels)
     x = path.interpolate(x0, draws.noise, draws.times[0])
     out = network(x, list(draws.times), y)
     loss = deepflow_loss(out, x0, draws.noise, draws.times, path, weights, config.acc_coeff)
-    return loss.total.mean(), {**loss.parts(), "latent_std": x0.std()}
+    total, parts = loss.total.mean(), {**loss.parts(), "latent_std": x0.std()}
+    if targets is not None:
+        aligned = alignment_loss(out.projections, targets(batch))
+        total, parts = total + config.proj_coeff * aligned.mean(), {**parts, **targets.parts(aligned)}
+    return total, parts
 
 
 def open_data(config):
@@ -66,8 +81,11 @@ def open_data(config):
         resolution = config.resolution or IMAGENET["resolution"]
         side = resolution // spec.factor
         return DataInfo(IMAGENET["count"], classes, spec, (2 * spec.channels, side, side), resolution), None
+    caches = find_caches(config)
     dataset = open_dataset(
         config.data_dir,
+        images=len(caches) < len(config.encoders()),
+        features=tuple(caches),
         mirror=config.mirror,
         num_classes=config.num_classes,
         data_vae=config.data_vae,
@@ -95,6 +113,7 @@ def describe(config, options, info, accelerator):
         f"{steps / sampler.steps_per_epoch:.1f} epochs, {accelerator.num_processes} processes, "
         f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",
     ]
+    lines += [f"alignment, weight {config.proj_coeff}: {source}" for source in feature_sources(config)]
     if steps * (1 - config.ema_decay) < 5:
         lines.append(f"warning: --ema-decay {config.ema_decay} averages over more than the run's {steps} steps")
     if steps < config.max_train_steps:
@@ -126,6 +145,7 @@ def train(config):
     if config.sampling_steps and accelerator.is_main_process:
         codec = LatentCodec.load(config.vae or info.spec.vae, device=accelerator.device)
         grids = GridSampler(codec, info, run_dir, config.seed)
+    targets = make_targets(config, dataset, options, accelerator)
     torch.manual_seed(config.seed)
     model = create_model(config.model, **options)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -136,7 +156,7 @@ def train(config):
         run_dir,
         model,
         dataset,
-        objective=functools.partial(objective, config=config, info=info, weights=weights),
+        objective=functools.partial(objective, config=config, info=info, weights=weights, targets=targets),
         draw=functools.partial(draw_step, config=config, num_branches=model.num_branches, latent_shape=latent_shape),
         saved={"config": {**dataclasses.asdict(config), "model_options": options}, "data": describe_data(dataset)},
         on_sample=grids,

@@ -15,7 +15,7 @@ import torch
 from models.deepflow import DeepFlow
 from models.errors import InputError, note
 from models.layers import TimestepEmbedder
-from models.presets import PRESETS, parse_df_idxs, spaced_key_layers
+from models.presets import PRESETS, Preset, parse_df_idxs, spaced_key_layers
 
 
 def read_file(path):
@@ -83,12 +83,15 @@ def load_model(path, weights="ema", **overrides):
 
 def published_note(path, options):
     """What was assumed of a published file because no weight tells it."""
-    told = f"{path}: taken as a published file of {options['num_heads']} heads, key layers {list(options['df_idxs'])}"
-    if not options["df_idxs"]:
-        told = f"{path}: taken as a published SiT of {options['num_heads']} heads (without projector: time reversed)"
-    if options.get("ssl_align") and not options.get("legacy_scaling"):
-        told += "; the SSL-aligned release used --legacy-scaling, which is not given"
-    return told + " (others: --df-idxs)"
+    told = f"{path}: taken as a published file of {options['num_heads']} heads, "
+    if options["df_idxs"]:
+        told += f"key layers {list(options['df_idxs'])} (others: --df-idxs)"
+        if options.get("ssl_align") and not options.get("legacy_scaling"):
+            told += "; the SSL-aligned release used --legacy-scaling, which is not given"
+        return told
+    if options.get("ssl_align"):
+        return told + f"SiT of REPA, aligned after block {options['encoder_depth']}"
+    return told + "SiT (without projector: time reversed)"
 
 
 def model_options(content):
@@ -172,9 +175,17 @@ def config_from_state(state, path, df_idxs=None):
     }
     if num_branches > 1:
         config["projector_dim"] = state["df_blocks.0.acc_mlp.0.weight"].shape[0]
-    if "projectors.0.4.weight" in state and num_branches > 1:
-        config.update(ssl_align=True, z_dims=(state["projectors.0.4.weight"].shape[0],))
+    if "projectors.0.4.weight" in state:
+        config.update(alignment_from_state(state, max(num_branches - 1, 1)))
+        config["encoder_depth"] = min(row.encoder_depth if row else Preset.encoder_depth, depth)
     return config
+
+
+def alignment_from_state(state, num_blocks):
+    """Constructor arguments that the projectors tell; num_blocks: how many places of the network are projected."""
+    count = len({name.split(".")[1] for name in state if name.startswith("projectors.")})
+    z_dims = tuple(state[f"projectors.{j}.4.weight"].shape[0] for j in range(count // num_blocks))
+    return {"ssl_align": True, "z_dims": z_dims, "projector_dim": state["projectors.0.0.weight"].shape[0]}
 
 
 def heads_from_state(state, hidden_size):
@@ -193,12 +204,10 @@ def closest_preset(hidden_size, depth, num_branches):
 def convert(state, config):
     """Bring other families' published weights to this project's conventions; DeepFlow's pass unchanged.
 
-    REPA's SiT (t = 0 is data already) only loses its projector; the SiT release is turned round in time.
+    So does REPA's SiT, known by its projector (t = 0 is data already); the SiT release is turned round in time.
     """
-    if config["df_idxs"]:
+    if config["df_idxs"] or config.get("ssl_align"):
         return state, config
-    if any(name.startswith("projectors.") for name in state):
-        return {name: tensor for name, tensor in state.items() if not name.startswith("projectors.")}, config
     return reverse_time(drop_sigma(state, config["in_channels"])), config
 
 
@@ -236,10 +245,10 @@ def reverse_time(state):
 def check_overrides(config, overrides, path, is_ours):
     """Merge given constructor arguments; where the file already answers, a contradiction is an InputError.
 
-    Of a published file only heads, key layers and the legacy clamp cannot be told from the weights.
+    Of a published file only heads, key layers, the legacy clamp and the aligned block cannot be told from the weights.
     """
     config = dict(config)
-    free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling")
+    free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling", "encoder_depth")
     for key, value in overrides.items():
         if value is None:
             continue

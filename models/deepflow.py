@@ -3,7 +3,7 @@
 With k = 1 branch it is exactly SiT. Time: t = 0 is data, t = 1 is noise; velocity = dx/dt.
 
 Letters: N batch, C latent channels, H = W latent size, p patch size, T = (H/p)² tokens, D hidden size,
-k branches, P width of the acceleration MLP, Z width of the alignment encoder's features.
+k branches, P width of the acceleration MLP, E alignment encoders, Z width of an encoder's features.
 """
 
 import collections
@@ -41,17 +41,18 @@ class DeepFlowOutput:
 
     velocities: list  # k × (N, C, H, W)
     accelerations: list  # (k − 1) × (N, C, H, W)
-    projections: list  # (k − 1) × (N, T, Z), empty without SSL alignment
+    projections: list  # max(k − 1, 1) · E × (N, T, Z), encoder by encoder; empty without SSL alignment
 
 
 @dataclasses.dataclass
 class Branch:
-    """What one branch leaves behind; the last two are None for the final branch, which no VeRA block follows."""
+    """What one branch leaves behind; a* is None for the final branch, which no VeRA block follows."""
 
     v_star: torch.Tensor  # (N, T, D) tokens after its last block, v*
     condition: torch.Tensor  # (N, D), c_i
     a_star: torch.Tensor | None = None  # (N, T, D) acceleration feature, a*
-    refined: torch.Tensor | None = None  # (N, T, D) output of VeRA, on which the next branch starts
+    aligned: torch.Tensor | None = None  # (N, T, D) what is projected: VeRA's output, on which the next branch starts,
+    # or of a model without VeRA the tokens after block `encoder_depth`
 
 
 class TimeGapAdaLN(nn.Module):
@@ -147,7 +148,11 @@ def check_key_layers(df_idxs, depth):
 
 
 class DeepFlow(nn.Module):
-    """The network. df_idxs: 1-based blocks after which a branch ends, the last block excluded; k = len(df_idxs) + 1."""
+    """The network. df_idxs: 1-based blocks after which a branch ends, the last block excluded; k = len(df_idxs) + 1.
+
+    ssl_align: projectors to the widths z_dims, one per encoder, after each VeRA block; with one branch (SiT, as REPA)
+    after block encoder_depth, counted from 1. Projector i·E + j belongs to VeRA block i and encoder j.
+    """
 
     def __init__(
         self,
@@ -164,18 +169,15 @@ class DeepFlow(nn.Module):
         z_dims=(768,),
         legacy_scaling=False,
         qk_norm=False,
+        encoder_depth=8,
     ):
         super().__init__()
         check_key_layers(df_idxs, depth)
         check_sizes(input_size, patch_size, hidden_size, num_heads)
-        if ssl_align and not df_idxs:
-            raise InputError(
-                "--ssl-align: a model of one branch has no VeRA block to align; name key layers (--df-idxs)"
-            )
-        if len(z_dims) != 1:
-            raise InputError(f"z_dims {tuple(z_dims)}: one alignment encoder's width is expected")
+        if ssl_align and not df_idxs and not 1 <= encoder_depth <= depth:
+            raise InputError(f"--encoder-depth {encoder_depth} is out of range; blocks count from 1 to {depth}")
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
-        self.df_idxs = tuple(df_idxs)
+        self.df_idxs, self.encoder_depth = tuple(df_idxs), encoder_depth
         self.gradient_checkpointing = False  # recompute the blocks in the backward pass
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -195,7 +197,11 @@ class DeepFlow(nn.Module):
                 VeRA(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in self.df_idxs
             )
         if ssl_align:
-            self.projectors = nn.ModuleList(projector(hidden_size, projector_dim, z_dims[0]) for _ in self.df_idxs)
+            self.projectors = nn.ModuleList(
+                projector(hidden_size, projector_dim, z_dim)
+                for _ in self.df_idxs or (encoder_depth,)
+                for z_dim in z_dims
+            )
         self.initialize_weights()
 
     @property
@@ -240,13 +246,16 @@ class DeepFlow(nn.Module):
         ends = (0, *self.df_idxs, len(self.blocks))
         for i in range(self.num_branches):
             c = self.t_embedder(times[i]) + label
-            for block in self.blocks[ends[i] : ends[i + 1]]:
+            aligned = None
+            for number, block in enumerate(self.blocks[ends[i] : ends[i + 1]], ends[i] + 1):
                 tokens = self.run_block(block, tokens, c)
-            branch = Branch(v_star=tokens, condition=c)
+                if number == self.encoder_depth and self.num_branches == 1:
+                    aligned = tokens
+            branch = Branch(v_star=tokens, condition=c, aligned=aligned)
             if i < self.num_branches - 1:
                 gap = self.dt_embedder(times[i + 1] - times[i])
-                branch.a_star, branch.refined = self.df_blocks[i](patches, tokens, gap)
-                tokens = branch.refined
+                branch.a_star, branch.aligned = self.df_blocks[i](patches, tokens, gap)
+                tokens = branch.aligned
             yield branch
 
     def run_block(self, block, tokens, c):
@@ -263,13 +272,15 @@ class DeepFlow(nn.Module):
         """
         *intermediate, final = self.run_branches(x, self.branch_times(t), y)
         out = DeepFlowOutput([], [], [])
-        for i, branch in enumerate(intermediate):
+        for branch in intermediate:
             shared_layer = self.final_layer[0]
             out.velocities.append(self.to_image(shared_layer(branch.v_star, branch.condition)))
             out.accelerations.append(self.to_image(self.final_acc_layer(branch.a_star, branch.condition)))
-            if hasattr(self, "projectors"):
-                out.projections.append(self.projectors[i](branch.refined))
         out.velocities.append(self.to_image(self.velocity_layer(final.v_star, final.condition)))
+        if hasattr(self, "projectors"):
+            aligned = [branch.aligned for branch in intermediate or [final]]
+            per_block = len(self.projectors) // len(aligned)
+            out.projections = [project(aligned[i // per_block]) for i, project in enumerate(self.projectors)]
         return out
 
     def velocity(self, x, t, y):

@@ -19,6 +19,7 @@ class Preset:
     df_idxs: tuple
     parameters: int
     projector_dim: int = 2048
+    encoder_depth: int = 8  # of the SiT baselines: the block whose tokens are aligned, as in REPA
 
 
 IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
@@ -31,13 +32,13 @@ PRESETS = {
     "DeepFlow-B/2": Preset(12, 768, 12, 2, (6,), 166_201_392),
     "DeepFlow-L/2": Preset(18, 1024, 16, 2, (6, 12), 433_438_768),
     "DeepFlow-XL/2": Preset(24, 1152, 16, 2, (8, 16), 681_559_344),
-    "SiT-Ti/2": Preset(4, 128, 4, 2, (), 1_434_896),
+    "SiT-Ti/2": Preset(4, 128, 4, 2, (), 1_434_896, projector_dim=256, encoder_depth=2),
     "SiT-S/2": Preset(12, 384, 6, 2, (), 32_957_200),
     "SiT-S/4": Preset(12, 384, 6, 4, (), 32_920_384),
     "SiT-S/8": Preset(12, 384, 6, 8, (), 33_049_600),
-    "SiT-B/2": Preset(12, 768, 12, 2, (), 130_500_112),
-    "SiT-B/4": Preset(12, 768, 12, 4, (), 130_426_432),
-    "SiT-B/8": Preset(12, 768, 12, 8, (), 130_684_672),
+    "SiT-B/2": Preset(12, 768, 12, 2, (), 130_500_112, encoder_depth=4),
+    "SiT-B/4": Preset(12, 768, 12, 4, (), 130_426_432, encoder_depth=4),
+    "SiT-B/8": Preset(12, 768, 12, 8, (), 130_684_672, encoder_depth=4),
     "SiT-L/2": Preset(24, 1024, 16, 2, (), 458_086_416),
     "SiT-L/4": Preset(24, 1024, 16, 4, (), 457_988_160),
     "SiT-L/8": Preset(24, 1024, 16, 8, (), 458_332_416),

@@ -17,6 +17,7 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from models.codec import DEFAULT_VAE
+from models.encoders import ENCODERS
 from models.errors import InputError, exit_on_input_error
 from preprocessing.convert import FORMATS, convert
 from preprocessing.encode import DTYPES, STORED, encode, write_features
@@ -131,12 +132,11 @@ def add_features(commands):
     parser = commands.add_parser("features", help=text, description=text)
     add_source(parser, "what convert made (DATA/images)")
     parser.add_argument("--dest", required=True, metavar="DIR", help="empty or new folder (DATA/features-NAME)")
+    parser.add_argument("--enc-type", required=True, metavar="NAME", help="one of " + ", ".join(ENCODERS))
     parser.add_argument(
-        "--encoder",
-        required=True,
-        metavar="MODULE:FUNCTION",
-        help="function(device) returns a callable: uint8 images (B, 3, R, R) → features (B, T, D)",
+        "--enc-ckpt", metavar="FILE", help="its weights, the authors' file or timm's (default: the hub's)"
     )
+    parser.add_argument("--mirror", action="store_true", help="of the flipped images (DATA/features-NAME-mirror)")
     parser.add_argument("--batch-size", type=positive, default=16, help="images at once per process (default 16)")
     add_stored(parser)
     parser.add_argument("--workers", type=positive, default=4, help="threads that read images (default 4)")
@@ -145,9 +145,11 @@ def add_features(commands):
         run=lambda a: write_features(
             a.source,
             a.dest,
-            a.encoder,
+            a.enc_type,
+            a.enc_ckpt,
             batch_size=a.batch_size,
             stored=a.stored_dtype,
+            flip=a.mirror,
             shard_size=a.shard_size,
             max_images=a.max_images,
             workers=a.workers,

@@ -7,7 +7,6 @@ written does not depend on their number.
 import contextlib
 import dataclasses
 import datetime
-import importlib
 import io
 import itertools
 import os
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from dataset import LABELS_JSON, NAMES, pack_names
 from listing import Kept, label_json
 from models.codec import DEFAULT_VAE, LatentCodec
+from models.encoders import ENCODERS, STRIDE, Encoder, parse_enc_ckpt, parse_enc_type, weights_id
 from models.errors import InputError, note
 from preprocessing.jobs import Batches, Job, versions
 from preprocessing.packed import SHARD_SIZE, ShardWriter
@@ -146,11 +146,12 @@ def image_side(images):
 class Run:
     """All batches of one source through one function: uint8 (B, 3, R, R) → float rows (B, …)."""
 
-    def __init__(self, images, side, function, batch_size, workers, skip_bad, flip=False):
+    def __init__(self, images, side, function, batch_size, workers, skip_bad, flip=False, package="diffusers"):
         if batch_size < 1:
             raise InputError(f"--batch-size {batch_size}: at least 1")
         self.images, self.side, self.function = images, side, function
         self.batch_size, self.workers, self.skip_bad, self.flip = batch_size, workers, skip_bad, flip
+        self.package = package  # whose version the manifest names
 
     def ticket(self, command, what):
         """What identifies this work, so that a later run goes on with nothing else."""
@@ -225,12 +226,13 @@ class Run:
         names, labels = kept.of(images.names.__getitem__), kept.of(images.labels.__getitem__)
         source = images.manifest or {}
         facts = {
+            "images": job.ticket["source"],
             "num_classes": images.num_classes,
             "class_names": images.class_names,
             "resolution": self.side,
             "transform": source.get("transform"),
             "left_out": [[images.names[index], reason] for index, reason in left_out.items()],
-            "versions": versions("torch", "diffusers"),
+            "versions": versions("torch", self.package),
         }
         writer.finish(len(images), kept, names, labels, {**manifest, **facts})
         note(f"{job.dest}: {len(kept)} images encoded")
@@ -239,10 +241,12 @@ class Run:
 def write_features(
     source,
     dest,
-    encoder,
+    enc_type,
+    enc_ckpt=None,
     *,
     batch_size=16,
     stored="fp16",
+    flip=False,
     shard_size=SHARD_SIZE,
     max_images=None,
     workers=4,
@@ -250,32 +254,22 @@ def write_features(
     published_labels=False,
     device=None,
 ):
-    """Write patch features of an alignment encoder as a packed set: one row (T, D) per image.
+    """Write patch features of an alignment encoder as a packed set: one row (T, Z) per image.
 
-    encoder: "module:function"; function(device) returns a callable, uint8 images (B, 3, R, R) → features (B, T, D).
+    enc_type, enc_ckpt: as train.py takes them, of one encoder; flip: mirror the images first.
     """
-    make = load_function(encoder)
+    names = parse_enc_type(enc_type)
+    if len(names) != 1:
+        raise InputError(f"--enc-type {enc_type}: a set holds the features of one encoder; run the command for each")
+    (name,), (checkpoint,) = names, parse_enc_ckpt(enc_ckpt, names)
     images = ImageSource(source, published_labels, max_images)
     with processes(device) as group:
         side = image_side(images)
-        function = make(group.device)
-
-        def features(batch):
-            with torch.no_grad():
-                return function(batch.to(group.device))
-
-        shape = tuple(features(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1:])
-        what = {"kind": "features", "encoder": encoder, "stored": stored, "shard_size": shard_size}
-        run = Run(images, side, features, batch_size, workers, skip_bad)
-        job = Job(dest, run.ticket("features", what))
-        writer = ShardWriter(job, shape, STORED[stored], shard_size)
-        run.into(job, writer, group, {"kind": "features", "encoder": encoder})
-
-
-def load_function(name):
-    """The function that "module:function" names. Raises InputError where there is none."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"--encoder {name}: {error}; give module:function, importable from the root") from None
+        encoder = Encoder(name, side, checkpoint, group.device)
+        what = {"kind": "features", "encoder": {"name": name, "weights": weights_id(name, checkpoint)}, "flipped": flip}
+        run = Run(
+            images, side, lambda x: encoder(x.to(group.device)), batch_size, workers, skip_bad, flip, package="timm"
+        )
+        job = Job(dest, run.ticket("features", {**what, "stored": stored, "shard_size": shard_size}))
+        shape = ((side // STRIDE) ** 2, ENCODERS[name].width)
+        run.into(job, ShardWriter(job, shape, STORED[stored], shard_size), group, what)

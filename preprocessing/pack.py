@@ -8,7 +8,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, open_dataset, open_set, walk_files
+from dataset import (
+    IMAGES,
+    LABELS_JSON,
+    MANIFEST,
+    MIRROR,
+    MOMENTS,
+    PREPARE,
+    image_set,
+    open_dataset,
+    open_set,
+    walk_files,
+)
 from models.errors import InputError, note
 from preprocessing.encode import STORED
 from preprocessing.jobs import Batches, Job, sha256_of_files, versions
@@ -60,6 +71,7 @@ def pack_set(source, dest, stored, shard_size, vae, num_classes, workers):
     writer = ShardWriter(job, rows.shape, STORED[stored], shard_size)
     _copy(rows, names, writer, workers)
     facts |= {
+        "images": image_set(manifest),
         "num_classes": info.num_classes,
         "class_names": list(info.class_names) if info.class_names else None,
         "resolution": info.resolution,

@@ -142,11 +142,20 @@ def test_a_published_file_of_one_branch_is_turned_round_in_time(tmp_path):
         torch.testing.assert_close(model.velocity(x, t, y), -theirs.velocity(x, 1 - t, y), rtol=1e-4, atol=1e-5)
 
 
-def test_repas_one_branch_file_keeps_its_direction_of_time_and_loses_its_projector(tmp_path):
-    theirs = tiny(df_idxs=())
-    projectors = {f"projectors.0.{i}.weight": torch.ones(2, 2) for i in (0, 2, 4)}
-    model, _ = load_model(save(tmp_path / "a.pt", {**theirs.state_dict(), **projectors}))
-    assert same_weights(model, theirs)
+@pytest.mark.parametrize("z_dims", [(10,), (10, 6)])
+def test_repas_one_branch_file_keeps_its_direction_of_time_and_its_projectors(tmp_path, z_dims):
+    theirs = tiny(df_idxs=(), ssl_align=True, z_dims=z_dims, encoder_depth=4)
+    path = save(tmp_path / "a.pt", {"ema": theirs.state_dict()})
+    model, options = load_model(path)
+    assert same_weights(model, theirs) and torch.equal(velocity(model), velocity(theirs))
+    assert (options["ssl_align"], options["z_dims"], options["encoder_depth"]) == (True, z_dims, 4)
+    assert load_model(path, encoder_depth=2)[1]["encoder_depth"] == 2
+
+
+def test_a_file_aligned_with_two_encoders_tells_their_widths(tmp_path):
+    expected = tiny(df_idxs=(1, 2), depth=3, ssl_align=True, z_dims=(10, 6))
+    model, options = load_model(save(tmp_path / "a.pt", expected.state_dict()), df_idxs="1 2")
+    assert same_weights(model, expected) and options["z_dims"] == (10, 6)
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path):

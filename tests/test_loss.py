@@ -35,7 +35,7 @@ def test_parity_loss(case, draw):
     assert parity.relative_error(loss.acceleration.sum(0), values["acceleration_loss"]) < TOLERANCE
     torch.testing.assert_close(loss.total, loss.deep + loss.acceleration.sum(0))
     if "encoder_features" in values:
-        aligned = alignment_loss(out.projections, [values["encoder_features"]])
+        aligned = alignment_loss(out.projections, [values["encoder_features"]]).mean()
         assert abs(aligned.item() - values["projection_loss"].item()) < 1e-7
 
 
@@ -135,5 +135,13 @@ def test_losses_are_fp32_under_autocast():
 
 def test_alignment_of_equal_and_opposite_features():
     f = torch.randn(2, 3, 5)
-    assert alignment_loss([f, 2 * f], [f]).item() == pytest.approx(-1, abs=1e-6)
-    assert alignment_loss([f, -f], [f]).item() == pytest.approx(0, abs=1e-6)
+    assert alignment_loss([f, 2 * f], [f]).tolist() == pytest.approx([-1, -1], abs=1e-6)
+    assert alignment_loss([f, -f], [f]).tolist() == pytest.approx([-1, 1], abs=1e-6)
+
+
+def test_alignment_pairs_projections_with_encoders_block_by_block():
+    """Two blocks, two encoders of other widths: the projections of a block follow each other."""
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 7)
+    assert alignment_loss([a, b, -a, b], [a, b]).tolist() == pytest.approx([-1, -1, 1, -1], abs=1e-6)
+    with pytest.raises(ValueError, match="3 projections do not fit 2 encoders"):
+        alignment_loss([a, b, a], [a, b])

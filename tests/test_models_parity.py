@@ -53,7 +53,26 @@ def test_parity_sit_release_turned_round_in_time(case):
     assert parity.relative_error(velocity, values["project_velocity"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["deepflow", "sit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", parity.cases("repa"), ids=ids)
+def test_parity_repa_velocity_and_projection(case, dtype):
+    """Sizes come from the state dict; heads and the aligned block, which no weight tells, from the case."""
+    state = parity.parameters("repa", case)
+    config = config_from_state(state, case["id"])
+    config.update({key: case["config"][key] for key in ("num_heads", "encoder_depth")})
+    state, config = convert(state, config)
+    model = DeepFlow(**config).to(dtype).eval()
+    values = parity.arrays("repa", case["id"])
+    torch.testing.assert_close(model.pos_embed.float(), values["pos_embed"])
+    load_strictly(model, state, case["id"])
+    with torch.no_grad():
+        out = model(values["x"].to(dtype), values["t"].to(dtype), values["y"])
+    (projection,) = out.projections
+    assert parity.relative_error(out.velocities[-1], values["velocity"]) < TOLERANCE
+    assert parity.relative_error(projection, values["projection"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["deepflow", "sit", "repa"])
 def test_parity_manifests_load_strictly(family):
     manifests = parity.family(family)[0]["manifests"]
     assert manifests or parity.FIXTURES != parity.OWN_FIXTURES
@@ -63,5 +82,6 @@ def test_parity_manifests_load_strictly(family):
         with torch.device("meta"):
             model = DeepFlow(**config)
         load_strictly(model, state, name)
-        assert (model.num_branches == 1) == (family == "sit")
+        assert (model.num_branches == 1) == (family in ("sit", "repa"))
+        assert family != "repa" or (len(model.projectors), config["z_dims"], config["encoder_depth"]) == (1, (768,), 8)
         assert config["num_heads"] == {384: 6, 768: 12, 1024: 16, 1152: 16}[config["hidden_size"]]

@@ -17,6 +17,7 @@ import train
 from dataset import FORMAT, LABELS_JSON, MANIFEST, NAMES, VERSION, pack_names
 from models import create_model, model_config
 from models.codec import LatentSpec
+from models.encoders import ENCODERS
 from training.config import TrainConfig, parse_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +198,13 @@ def checkpoint(path, vae, name="DeepFlow-Ti/2", steps=3, std=0.05, **overrides):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model, "ema": ema, "steps": steps, "data": data, "config": config}, path)
     return Path(path)
+
+
+def shrink_encoder(monkeypatch, name, width=24, depth=2, heads=2):
+    """Make the network of an alignment encoder small; its files, input and output keep their form."""
+    family = ENCODERS[name]
+    options = {**family.options, "embed_dim": width, "depth": depth, "num_heads": heads}
+    monkeypatch.setitem(ENCODERS, name, dataclasses.replace(family, width=width, options=options))
 
 
 def load(path):

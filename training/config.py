@@ -6,6 +6,7 @@ import json
 import math
 
 from loss import WEIGHTINGS
+from models.encoders import ENCODERS, parse_enc_ckpt, parse_enc_type
 from models.errors import InputError
 from models.paths import PATHS
 from models.presets import PRESETS
@@ -73,8 +74,12 @@ class TrainConfig:
     )
     acc_coeff: float = flag(1.0, "weight of the acceleration loss (lambda)")
     cfg_prob: float = flag(0.1, "probability that a label is dropped")
-    ssl_align: bool = flag(False, "align VeRA's output with a self-supervised encoder")
-    enc_type: str = flag("dinov2-vit-b", "alignment encoder, None for none")
+    ssl_align: bool = flag(False, "align VeRA's output (of a SiT: a block's) with a self-supervised encoder")
+    enc_type: str = flag("dinov2-vit-b", "alignment encoders, None or comma-separated of " + ", ".join(ENCODERS))
+    enc_ckpt: str = flag(None, "the encoders' weight files, comma-separated; default: the hub's", str)
+    encoder_depth: int = flag(
+        None, "block of a SiT (from 1) that is aligned; default: the preset's, 8, or 4 for B", int
+    )
     proj_coeff: float = flag(0.5, "weight of the alignment loss")
 
     resolution: int = flag(None, "image size; checked against the data", int)
@@ -144,11 +149,13 @@ class TrainConfig:
                 raise InputError(f"{shown(name)} {getattr(self, name)} must not be negative or infinite")
         if self.prediction != "v":
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
-        if self.ssl_align:
-            raise InputError(
-                f"--ssl-align: the encoders of --enc-type {self.enc_type} (--proj-coeff {self.proj_coeff}) are not "
-                "part of this version; train without --ssl-align"
-            )
+        if not self.encoders() and (self.enc_ckpt or self.encoder_depth is not None):
+            raise InputError("--enc-ckpt and --encoder-depth need --ssl-align and an --enc-type")
+
+    def encoders(self):
+        """{name: weights file, or None for the hub's} of the alignment encoders; empty without alignment."""
+        names = parse_enc_type(self.enc_type) if self.ssl_align else ()
+        return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True)) if names else {}
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=1)

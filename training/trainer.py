@@ -30,7 +30,7 @@ ROLLING_KEPT = 2  # one from before a spike, one from after
 class Trainer:
     """Owns model, EMA, optimizer, data order and log of a run.
 
-    objective(network, moments, labels, draws) → (loss, {name: 0-d tensor}); draw(step) → the draws of a whole batch;
+    objective(network, batch, draws) → (loss, {name: 0-d tensor}); draw(step) → the draws of a whole batch;
     saved: entries for the checkpoint and config.json (`config`, `data`).
     """
 
@@ -110,7 +110,7 @@ class Trainer:
         for part in torch.arange(len(self.rows)).chunk(accumulation):
             rows = slice(int(part[0]), int(part[-1]) + 1)
             with self.accelerator.accumulate(self.network):
-                loss, parts = self.objective(self.network, batch.moments[rows], batch.labels[rows], draws.part(rows))
+                loss, parts = self.objective(self.network, batch.part(rows), draws.part(rows))
                 self.accelerator.backward(loss)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 values[name] = values.get(name, 0) + value / accumulation

@@ -1,0 +1,308 @@
+"""Self-supervised encoders of SSL alignment (REPA): raw images → patch features. The networks are timm's.
+
+    encode = Encoder("dinov2-vit-b", resolution=256)
+    features = encode(images)  # uint8 (N, 3, 256, 256) → (N, 256, 768)
+
+Letters: N images, R their side, g = R/16 patch tokens per side, T = g² of them, Z width.
+"""
+
+import dataclasses
+import hashlib
+import mmap
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from models.checkpoints import load_strictly, read_file, strip_prefix
+from models.errors import InputError
+from models.layers import sincos_1d
+
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel
+CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+STRIDE = 16  # pixels of the image per token, whatever the patch: patch-14 networks see it at 14/16 of its side
+
+
+# ------------------------------------------------------------------------ state dicts of the authors → timm's names
+
+
+def unchanged(state):
+    """DINO's and timm's own names."""
+    return state
+
+
+def from_dinov2(state):
+    """DINOv2: fused SwiGLU of the giant; with registers, timm keeps the class token's position in the token itself."""
+    state = {name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): t for name, t in state.items()}
+    state.pop("mask_token", None)
+    if "register_tokens" in state:
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state
+
+
+MISNAMED = {  # in some files
+    "blocks.13.norm13.": "blocks.13.norm1.",
+    "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
+    "blocks.14.norm14.": "blocks.14.norm2.",
+    "blocks.14.mlp.fc14.": "blocks.14.mlp.fc2.",
+}
+
+
+def from_mocov3(state):
+    """MoCo v3: the base encoder's weights, four misnamed keys put right, and the position embedding of 256 pixels."""
+    base = {name.removeprefix("base_encoder."): t for name, t in state.items() if name.startswith("base_encoder.")}
+    for wrong, right in MISNAMED.items():
+        base = {name.replace(wrong, right): tensor for name, tensor in base.items()}
+    if "cls_token" in base:
+        base["pos_embed"] = mocov3_positions(base["cls_token"].shape[-1], 256 // STRIDE)
+    return base
+
+
+def mocov3_positions(width, grid):
+    """MoCo v3's fixed embedding (1, 1 + T, Z): the slow axis in the first half of the channels, class token 0."""
+    index = torch.arange(grid * grid)
+    halves = [sincos_1d(width // 2, axis.double()) for axis in (index // grid, index % grid)]
+    return torch.cat([torch.zeros(1, width), torch.cat(halves, dim=1).float()]).unsqueeze(0)
+
+
+def from_mae(state):
+    """MAE: without the decoder that some files hold."""
+    return {name: t for name, t in state.items() if not name.startswith("decoder_") and name != "mask_token"}
+
+
+CLIP_NAMES = {
+    "conv1.": "patch_embed.proj.",
+    "class_embedding": "cls_token",
+    "positional_embedding": "pos_embed",
+    "ln_pre.": "norm_pre.",
+    "ln_post.": "norm.",
+    "transformer.resblocks.": "blocks.",
+    ".ln_": ".norm",
+    ".in_proj_": ".qkv.",
+    ".out_proj.": ".proj.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
+
+
+def from_clip(state):
+    """CLIP: the image tower without its projection, in fp32; a file in timm's names passes."""
+    tower = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("visual.") if name.startswith("visual.") else ""
+        for theirs, ours in CLIP_NAMES.items():
+            name = name.replace(theirs, ours)
+        tower[name] = tensor[None, None] if name == "cls_token" else tensor[None] if name == "pos_embed" else tensor
+    return {name: tensor for name, tensor in tower.items() if name not in ("", "proj")} or state
+
+
+# --------------------------------------------------------------------------------------------------- the families
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one --enc-type is built, loaded, fed and read. A timm name without a tag has no weights on the hub."""
+
+    timm_name: str
+    width: int
+    patch: int = 16
+    final_norm: bool = True
+    statistics: tuple = IMAGENET_STATISTICS
+    resize_first: bool = False  # before the normalisation
+    entry: str = ""  # of the authors' file, in which the weights are
+    convert: Callable = unchanged  # the authors' names to timm's
+    options: dict = dataclasses.field(default_factory=dict)  # of timm.create_model
+
+
+def dinov2(size, width, registers=""):
+    """A row of the DINOv2 family."""
+    return Family(f"vit_{size}_patch14{registers}_dinov2.lvd142m", width, patch=14, convert=from_dinov2)
+
+
+def mocov3(size, width, **options):
+    """A row of the MoCo v3 family; its position embedding is built at 256 pixels."""
+    options = {"img_size": 256, **options}
+    return Family(f"vit_{size}_patch16_224", width, entry="state_dict", convert=from_mocov3, options=options)
+
+
+ENCODERS = {
+    "dinov2-vit-s": dinov2("small", 384),
+    "dinov2-vit-b": dinov2("base", 768),
+    "dinov2-vit-l": dinov2("large", 1024),
+    "dinov2-vit-g": dinov2("giant", 1536),
+    "dinov2reg-vit-s": dinov2("small", 384, "_reg4"),
+    "dinov2reg-vit-b": dinov2("base", 768, "_reg4"),
+    "dinov2reg-vit-l": dinov2("large", 1024, "_reg4"),
+    "dinov2reg-vit-g": dinov2("giant", 1536, "_reg4"),
+    "dinov1-vit-b": Family("vit_base_patch16_224.dino", 768),
+    "mocov3-vit-s": mocov3("small", 384, num_heads=12),
+    "mocov3-vit-b": mocov3("base", 768),
+    "mocov3-vit-l": mocov3("large", 1024),
+    "mae-vit-l": Family("vit_large_patch16_224.mae", 1024, final_norm=False, entry="model", convert=from_mae),
+    "clip-vit-l": Family(
+        "vit_large_patch14_clip_quickgelu_224.openai",
+        1024,
+        patch=14,
+        final_norm=False,
+        statistics=CLIP_STATISTICS,
+        resize_first=True,
+        convert=from_clip,
+    ),
+    "jepa-vit-h": Family("vit_huge_patch14_gap_224.in22k_ijepa", 1280, patch=14, entry="encoder"),
+}
+
+
+def parse_enc_type(text):
+    """--enc-type as a tuple of ENCODERS' names: `None` is (), commas separate several. Raises InputError."""
+    names = tuple(name.strip().lower() for name in text.split(","))
+    if names == ("none",):
+        return ()
+    for name in names:
+        if name not in ENCODERS:
+            raise InputError(f"--enc-type {name!r} is unknown; choose from {', '.join(ENCODERS)}, or None")
+    if len(set(names)) < len(names):
+        raise InputError(f"--enc-type {text} names an encoder twice")
+    return names
+
+
+def parse_enc_ckpt(text, names):
+    """--enc-ckpt as one path per encoder, None for the hub's weights; an empty place between commas is the hub's."""
+    if text is None:
+        return (None,) * len(names)
+    paths = tuple(path.strip() or None for path in text.split(","))
+    if len(paths) != len(names):
+        raise InputError(
+            f"--enc-ckpt names {len(paths)} files for {len(names)} encoders ({', '.join(names)}); give one for each, "
+            "separated by commas (an empty place is the hub's)"
+        )
+    return paths
+
+
+def check_grid(name, resolution, grid):
+    """Raise InputError unless images of this resolution give grid × grid patch tokens, as the model has."""
+    own = resolution / STRIDE
+    if own != grid:
+        raise InputError(
+            f"--enc-type {name} has a grid of {own:g}x{own:g} patch tokens for {resolution}x{resolution} images, "
+            f"--model one of {grid}x{grid}; choose a --model with tokens of {STRIDE} pixels"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+
+
+def weights_id(name, checkpoint=None):
+    """What tells the weights of an encoder from others: their name on the hub, or the sha256 of the file."""
+    if checkpoint is None:
+        return ENCODERS[name].timm_name
+    check_is_file(checkpoint)
+    with open(checkpoint, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def load_network(name, checkpoint=None):
+    """timm's network of an encoder with pretrained weights: the hub's, or those of a file. Raises InputError."""
+    import timm  # takes seconds, and only alignment needs it
+
+    family = ENCODERS[name]
+    if checkpoint is not None:
+        network = timm.create_model(family.timm_name, num_classes=0, **family.options)
+        load_strictly(network, read_weights(checkpoint, family), f"--enc-ckpt {checkpoint} (--enc-type {name})")
+        return network
+    if "." not in family.timm_name:
+        raise InputError(f"--enc-type {name}: its weights are on no hub; give the authors' file with --enc-ckpt FILE")
+    try:
+        return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
+    except Exception as error:  # the hub's client, the network and the file system raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(
+            f"--enc-type {name}: the weights {family.timm_name} cannot be fetched ({reason}); give the file of timm or "
+            "of the authors with --enc-ckpt FILE"
+        ) from None
+
+
+def read_weights(path, family):
+    """State dict in timm's names of a file: the authors', or timm's own (also safetensors). Raises InputError."""
+    content = read_content(path)
+    content = content.get(family.entry, content) if isinstance(content, dict) else {}
+    state = {strip_prefix(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    state = {name: tensor.float() for name, tensor in family.convert(state).items() if not name.startswith("head.")}
+    if not state:
+        raise InputError(f"--enc-ckpt {path} holds no weights of {family.timm_name}; give the authors' or timm's file")
+    return state
+
+
+def check_is_file(path):
+    """Raise InputError unless there is such a file."""
+    if not Path(path).is_file():
+        raise InputError(f"--enc-ckpt {path} does not exist or is a folder; give the encoder's weights file")
+
+
+def read_content(path):
+    """Content of a weights file: safetensors, a TorchScript archive (CLIP), or what torch.save wrote."""
+    check_is_file(path)
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        if is_torchscript(path):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--enc-ckpt {path} is unreadable or truncated ({reason}); copy it again") from None
+    return read_file(path)
+
+
+def is_torchscript(path):
+    """True for an archive that torch.jit.save wrote."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+# --------------------------------------------------------------------------------------------------------- encoding
+
+
+class Encoder:
+    """A frozen encoder for images of one resolution, its position embedding resampled to their grid."""
+
+    def __init__(self, name, resolution, checkpoint=None, device="cpu"):
+        self.family = ENCODERS[name]
+        if resolution % STRIDE:
+            raise InputError(
+                f"--enc-type {name}: {resolution}x{resolution} images do not divide into {STRIDE}x{STRIDE} patches"
+            )
+        self.side = resolution // STRIDE * self.family.patch
+        network = load_network(name, checkpoint)
+        network.set_input_size(img_size=(self.side, self.side))  # timm's resample_abs_pos_embed with its defaults
+        if not self.family.final_norm:
+            network.norm = nn.Identity()
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.statistics = torch.tensor(self.family.statistics, device=device).view(2, 3, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """uint8 images (N, 3, R, R) → patch features (N, T, Z); class and register tokens are dropped."""
+        tokens = self.network.forward_features(self.preprocess(images))
+        return tokens[:, self.network.num_prefix_tokens :]
+
+    def preprocess(self, images):
+        """uint8 (N, 3, R, R) → what the network sees, float32 (N, 3, side, side)."""
+        mean, std = self.statistics
+        x = images.float() / 255
+        if self.family.resize_first:
+            return (self.resize(x) - mean) / std
+        return self.resize((x - mean) / std)
+
+    def resize(self, x):
+        """Bicubic without antialiasing, as published; an image of the right size stays as it is."""
+        if x.shape[-1] == self.side:
+            return x
+        return F.interpolate(x, size=(self.side, self.side), mode="bicubic", antialias=False)
