@@ -9,6 +9,7 @@ Letters: N images, R their side, g = R/16 patch tokens per side, T = g² of them
 import dataclasses
 import hashlib
 import mmap
+import textwrap
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -221,7 +222,7 @@ def load_network(name, checkpoint=None):
     try:
         return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
     except Exception as error:  # the hub's client, the network and the file system raise what they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = textwrap.shorten(str(error), 160) or type(error).__name__
         raise InputError(
             f"--enc-type {name}: the weights {family.timm_name} cannot be fetched ({reason}); give the file of timm or "
             "of the authors with --enc-ckpt FILE"

@@ -16,7 +16,7 @@ from dataset import open_dataset, open_set
 from models.codec import LatentCodec
 from models.errors import InputError
 from preprocessing.convert import convert
-from preprocessing.encode import encode, write_features
+from preprocessing.encode import encode
 from preprocessing.info import describe, write_grid
 from preprocessing.pack import pack
 
@@ -173,30 +173,6 @@ def test_one_class_trains(tmp_path):
         encode(tmp_path / "data/images", tmp_path / "data" / folder, tiny_vae(), packed=packed)
         dataset = open_dataset(tmp_path / "data" / folder)
         assert dataset.info.num_classes == 1 and dataset.labels.tolist() == [0] * 4
-
-
-def grey_patches(device):
-    """An encoder of the simplest kind: the mean of each 8×8 patch and its square, (B, T, 2)."""
-
-    def encoder(images):
-        mean = torch.nn.functional.avg_pool2d(images.float().mean(1, keepdim=True), 8).flatten(1)
-        return torch.stack([mean, mean.square() / 256], dim=2)
-
-    return encoder
-
-
-def test_features_of_any_encoder(data):
-    write_features(data / "images", data / "features-grey", "test_preprocessing_encode:grey_patches", batch_size=5)
-    manifest, rows, _, names = open_set(data / "features-grey")
-    assert (manifest["kind"], rows.shape, rows.dtype, len(rows)) == ("features", (4, 2), np.float16, COUNT)
-    row, image = np.empty((4, 2), np.float16), Image.open(data / "images" / names[13])
-    rows.read(13, row)
-    expected = np.asarray(image, dtype=np.float64)[:8, 8:].mean()
-    np.testing.assert_allclose(row[1], [expected, expected**2 / 256], rtol=2e-3)
-    with pytest.raises(InputError, match="features data, not VAE moments"):
-        open_dataset(data / "features-grey")
-    with pytest.raises(InputError, match="--encoder nothing:here"):
-        write_features(data / "images", data / "x", "nothing:here")
 
 
 def test_info_says_ten_lines_and_draws(data, tmp_path):

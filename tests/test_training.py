@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train
-from dataset import SeekableSampler, open_dataset
+from dataset import Batch, SeekableSampler, open_dataset
 from models import create_model
 from models.errors import InputError
 from training.checkpoint import existing_steps, write_atomically
@@ -179,7 +179,7 @@ def test_network_gets_the_null_label_exactly_where_drop_says(data):
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     moments, labels, _ = open_dataset(data).gather(range(12))
-    train.objective(model, moments, labels, draws, config=config, info=info, weights=[0.2, 1.0])
+    train.objective(model, Batch(0, moments, labels, None), draws, config=config, info=info, weights=[0.2, 1.0])
     ((x, times, y),) = seen
     assert 0 < draws.drop.sum() < 12
     assert y.tolist() == [tiny.CLASSES if drop else i % tiny.CLASSES for i, drop in enumerate(draws.drop)]
@@ -319,9 +319,8 @@ def test_losses_are_float32_under_bf16_autocast(data):
         network = accelerator.prepare(tiny.fill_(model))
         moments, labels, _ = dataset.gather(range(12))
         draws = draw_step(0, config, 2, LATENT)
-        loss, parts = train.objective(
-            network, moments, labels, draws, config=config, info=dataset.info, weights=[0.2, 1.0]
-        )
+        batch = Batch(0, moments, labels, None)
+        loss, parts = train.objective(network, batch, draws, config=config, info=dataset.info, weights=[0.2, 1.0])
     assert inside == [torch.bfloat16]
     assert {value.dtype for value in (loss, *parts.values())} == {torch.float32}
 
