@@ -23,7 +23,9 @@ def describe(data_dir):
     sharding = f", {len(shards)} shard{'s' * (len(shards) > 1)} of up to {m['shard_size']} rows" if shards else ""
     left_out = f", {len(m['left_out'])} left out" if m["left_out"] else ""
     classes = f"{m['num_classes']} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
-    vae = f"{latents['vae']}, scale {latents['scale']}, shift {latents['shift']}" if latents else m.get("encoder", "-")
+    vae = f"{latents['vae']}, scale {latents['scale']}, shift {latents['shift']}" if latents else "-"
+    if encoder := m.get("encoder"):
+        vae = f"{encoder['name']}, weights {encoder['weights']}"
     return [
         f"folder      {folder}",
         f"holds       {m['kind']}{', of flipped images' if m.get('flipped') else ''}",
