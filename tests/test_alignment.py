@@ -197,6 +197,18 @@ def test_the_projection_is_of_the_tokens_after_that_block():
             assert torch.equal(projection, project(after[0]))
 
 
+def test_projections_are_block_by_block_and_encoder_by_encoder():
+    sizes = {"depth": 3, "df_idxs": (1, 2), "input_size": 4, "z_dims": (6, 8)}
+    model = tiny.fill_(create_model("DeepFlow-Ti/2", ssl_align=True, **sizes), std=0.1)
+    refined = []
+    for vera in model.df_blocks:
+        vera.register_forward_hook(lambda *args: refined.append(args[-1][1]))
+    with torch.no_grad():
+        out = model(torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 1]))
+        for i, (projection, project) in enumerate(zip(out.projections, model.projectors, strict=True)):
+            assert projection.shape == (2, 4, (6, 8)[i % 2]) and torch.equal(projection, project(refined[i // 2]))
+
+
 # ------------------------------------------------------------------------------------------------ stored features
 
 
@@ -229,14 +241,17 @@ def test_packed_moments_keep_their_tie_to_the_features(data, dino, tmp_path, mon
         run(tmp_path / "packed", tmp_path / "c")
 
 
-def test_one_encoder_stored_and_one_computed(data, dino, tmp_path):
+def test_one_of_two_encoders_stored_then_both(data, dino, tmp_path):
     mae = weights_file(MAE, tmp_path)
     flags = {"enc_type": f"{DINO},{MAE}", "max_train_steps": 2}
     computed = run(data, tmp_path / "a", f"{dino},{mae}", **flags)
     store(data, mae, MAE)
     mixed = run(data, tmp_path / "b", f"{dino},{mae}", **flags)
     assert losses(mixed, f"loss_proj1_{DINO}")[0] == losses(computed, f"loss_proj1_{DINO}")[0]
-    assert losses(mixed, f"loss_proj1_{MAE}") == pytest.approx(losses(computed, f"loss_proj1_{MAE}"), abs=1e-4)
+    store(data, dino)
+    for run_dir in (mixed, run(data, tmp_path / "c", **flags)):
+        for key in (f"loss_proj1_{MAE}", f"loss_proj1_{DINO}"):
+            assert losses(run_dir, key) == pytest.approx(losses(computed, key), abs=1e-4)
 
 
 def test_mirrored_images_have_their_own_features(data, dino, tmp_path):

@@ -26,14 +26,20 @@ def loss_and_gradients(model, seed=0):
     path = PATHS["linear"]
     out = model(path.interpolate(x0, noise, times[0]), list(times), torch.tensor([0, 1, 2, 3]))
     loss = deepflow_loss(out, x0, noise, times, path, [1.0] * model.num_branches, 1.0).total.mean()
+    loss = loss + sum(projection.square().mean() for projection in out.projections)
     return loss.detach(), torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{"df_idxs": ()}, {"df_idxs": (1,)}, {"df_idxs": (1, 2), "legacy_scaling": True}, {"qk_norm": True}],
-    ids=["sit", "two", "three-legacy", "qk-norm"],
+    [
+        {"df_idxs": (), "ssl_align": True, "encoder_depth": 2},
+        {"df_idxs": (1,)},
+        {"df_idxs": (1, 2), "legacy_scaling": True, "ssl_align": True, "z_dims": (6, 8)},
+        {"qk_norm": True},
+    ],
+    ids=["sit-aligned", "two", "three-legacy-aligned", "qk-norm"],
 )
 def test_the_forward_pass_is_one_graph_that_is_compiled_once(options, checkpointing):
     model = tiny.fill_(create_model("DeepFlow-Ti/2", input_size=8, num_classes=3, **options))
