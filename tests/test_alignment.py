@@ -50,7 +50,7 @@ def data(tmp_path):
     rng = np.random.default_rng(3)
     for name in names:
         Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / name)
-    (folder / "vae-sd" / NAMES).write_bytes(pack_names(names))
+    (folder / "vae-sd" / NAMES).write_bytes(b"".join(pack_names(names)))
     change_manifest(folder / "vae-sd", images=ImageSource(folder / "images").fingerprint())
     return folder
 
