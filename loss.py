@@ -66,8 +66,7 @@ def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff):
     velocity = torch.stack([mean_square(v - target) for v in velocities])  # equation 5
     if len(branch_weights) != len(velocity):
         raise ValueError(f"{len(branch_weights)} branch weights for {len(velocity)} branches")
-    weights = torch.tensor(branch_weights, device=velocity.device)
-    deep = (weights[:, None] * velocity).sum(dim=0)
+    deep = sum(weight * row for weight, row in zip(branch_weights, velocity, strict=True))
     refinements = [
         mean_square(extrapolate(path.interpolate(x0, noise, t), v.detach(), a.float(), t) - x0)
         for v, a, t in zip(velocities[:-1], out.accelerations, times[:-1], strict=True)

@@ -8,6 +8,7 @@ Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samp
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from models.flops import count_flops
 from models.paths import PATHS
 from models.presets import IMAGENET
 from training.alignment import feature_sources, find_caches, make_targets
-from training.checkpoint import find_resume_step
+from training.checkpoint import find_resume
 from training.config import TrainConfig, parse_flags
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import draw_step
 from training.grids import GridSampler
+from training.stop import EXIT_CODES, EXIT_STOPPED
 from training.trainer import Trainer, describe_data
 
 
@@ -140,7 +142,7 @@ def train(config):
     accelerator.print(describe(config, options, info, accelerator))
     if config.dry_run:
         return
-    find_resume_step(run_dir, config.resume_step)  # a run that may not start says so before anything is loaded
+    find_resume(run_dir, config.resume)  # a run that may not start says so before anything is loaded
     grids = None
     if config.sampling_steps and accelerator.is_main_process:
         codec = LatentCodec.load(config.vae or info.spec.vae, device=accelerator.device)
@@ -160,12 +162,15 @@ def train(config):
         draw=functools.partial(draw_step, config=config, num_branches=model.num_branches, latent_shape=latent_shape),
         saved={"config": {**dataclasses.asdict(config), "model_options": options}, "data": describe_data(dataset)},
         on_sample=grids,
+        flops_per_image=3 * 2 * count_flops(model).total_macs,  # the backward pass takes two of the forward's
     )
     start_trackers(accelerator, config)
-    trainer.fit()
+    finished = trainer.fit()
     accelerator.end_training()
+    if not finished:
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        train(parse_flags(TrainConfig, description=__doc__.splitlines()[0]))
+        train(parse_flags(TrainConfig, description=__doc__.splitlines()[0], epilog=EXIT_CODES))

@@ -24,10 +24,11 @@ from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 from evaluations.frechet import frechet_distance, statistics
-from evaluations.pictures import save_class_grid, save_loss_curve
+from evaluations.pictures import save_class_grid
 from models.errors import InputError, exit_on_input_error
 from preprocessing.digits import CLASSES, RESOLUTION, load_digits_split, upsample
 from training.checkpoint import write_json
+from training.plot import save_curves
 
 MAX_COUNT = 400  # images a side of the Fréchet distance: as many as there are held-out digits
 MIN_ACCURACY = 0.95  # of the classifier on held-out digits; a worse one is no judge
@@ -174,7 +175,8 @@ def main(argv=None):
     if args.grid:
         save_class_grid(images, labels, args.grid)
     if args.curve:
-        save_loss_curve(*args.curve)
+        log, picture = args.curve
+        save_curves([log], picture)
 
 
 if __name__ == "__main__":

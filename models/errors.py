@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 
 
 class InputError(ValueError):
@@ -11,10 +12,15 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_input_error():
-    """End the command with one line on stderr and exit code 2 on an InputError; anything else keeps its traceback."""
+    """End the command with one line on stderr and exit code 2 on an InputError; anything else keeps its traceback.
+
+    Of several processes the first speaks at once. Where it does, the launcher ends the others before they repeat it.
+    """
     try:
         yield
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -12,6 +12,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+# Dense bf16 and fp16 tensor-core FLOP/s of the vendor's data sheets, by a part of the name; the first that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+}
+
 CROSS_ATTENTION = "cross_attention"  # the part of VeRA that Table 8 leaves out
 
 
@@ -31,6 +42,16 @@ def count_flops(model):
         torch.func.functional_call(model, weights, (x, t, y))
     paper_macs = sum(count for name, count in macs.items() if CROSS_ATTENTION not in name.split("."))
     return Flops(paper_macs, counter.get_total_flops() // 2)
+
+
+def peak_flops(device, precision):
+    """FLOP/s that the GPU's data sheet promises for bf16 and fp16; None for others and for GPUs not in the table."""
+    if device.type != "cuda" or precision not in ("bf16", "fp16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "V100" in name and precision == "bf16":
+        return None  # no bf16 units
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def meta_inputs(model):

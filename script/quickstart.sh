@@ -48,11 +48,11 @@ python preprocessing/dataset_tools.py encode --source "$WORK/data/images" --dest
 step "4/6 train DeepFlow-Ti/2, $STEPS steps: $WORK/exps/digits"
 accelerate launch "${processes[@]}" --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process 1 train.py \
-    --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume-step latest \
+    --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
     --model DeepFlow-Ti/2 --df-idxs "[2]" --scale-weight 0.2 1.0 \
     --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
     --batch-size 64 --learning-rate 4e-3 --adam-beta2 0.99 --ema-decay 0.998 \
-    --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --logging-steps 50
+    --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --log-every 50
 
 step "5/6 sample 400 digits: $WORK/samples"
 torchrun --standalone --nproc-per-node "$PROCESSES" generate.py \

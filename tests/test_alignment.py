@@ -154,7 +154,7 @@ def test_features_are_computed_under_the_autocast_and_compared_in_float32(data, 
 
     monkeypatch.setattr(encoders, "load_network", hooked)
     run_dir = run(data, tmp_path, dino, mixed_precision="bf16", max_train_steps=1)
-    assert seen == [torch.bfloat16] and not tiny.log_lines(run_dir)[0]["skipped_steps"]
+    assert seen == [torch.bfloat16] and not tiny.log_lines(run_dir)[0]["bad_steps"]
     for dtype in (torch.bfloat16, torch.float16):
         assert train.alignment_loss([torch.ones(1, 2, 3, dtype=dtype)], [torch.ones(1, 2, 3)]).dtype == torch.float32
 
@@ -178,7 +178,7 @@ def test_sit_is_aligned_after_a_block(data, dino, tmp_path):
     model, _ = load_model(checkpoint_path(folders[1], 1))
     assert (model.encoder_depth, len(model.projectors)) == (1, 1)
     with pytest.raises(InputError, match="its encoder_depth is 1, the flags say 2"):
-        run(data, tmp_path / "1", dino, encoder_depth=2, **{**sit, "max_train_steps": 2}, resume_step=1)
+        run(data, tmp_path / "1", dino, encoder_depth=2, **{**sit, "max_train_steps": 2}, resume=1)
 
 
 @pytest.mark.parametrize(("name", "depth"), [("SiT-B/2", 4), ("SiT-L/2", 8), ("SiT-XL/2", 8), ("SiT-S/2", 8)])
@@ -333,7 +333,7 @@ def test_an_aligned_run_resumes_to_the_bit(data, dino, tmp_path, stored):
     flags = {"gradient_accumulation_steps": 2}
     whole = run(data, tmp_path / "whole", dino, **flags)
     parts = run(data, tmp_path / "parts", dino, max_train_steps=2, **flags)
-    run(data, tmp_path / "parts", dino, resume_step="latest", **flags)
+    run(data, tmp_path / "parts", dino, resume="auto", **flags)
     one, other = (tiny.load(checkpoint_path(folder, 4)) for folder in (whole, parts))
     assert any(name.startswith("projectors.") for name in one["model"])
     for entry in ("model", "ema", "opt", "steps", "train_state"):

@@ -80,7 +80,7 @@ def test_two_processes_compile_and_resume(tmp_path):
     for name, compiled in (("eager", False), ("compiled", True)):
         for last in (2, 4):
             line = tiny.train_flags(
-                data, tmp_path, exp_name=name, compile=compiled, max_train_steps=last, resume_step="latest"
+                data, tmp_path, exp_name=name, compile=compiled, max_train_steps=last, resume="auto"
             )
             result = tiny.run_torchrun(2, "train.py", *line)
             assert result.returncode == 0, result.stderr

@@ -272,27 +272,3 @@ def test_class_grid_has_a_class_a_row():
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] + np.zeros((6, 4, 4, 3), np.uint8)
     grid = pictures.class_grid(images, labels, classes=3, columns=2)
     assert grid[:, 0, 0, 0].tolist() == [1, 2, 3, 255, 0, 4]
-
-
-def test_curves_are_every_key_that_begins_with_loss(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 5, "loss": 1.5, "loss_a1": 2, "grad_norm": 3}\n{"step": 10, "loss": 1.0}\n')
-    assert pictures.read_curves(log) == {"loss": ([5, 10], [1.5, 1.0]), "loss_a1": ([5], [2.0])}
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"step": 1, "loss": 2}\n{"step": 2, "lo', "line 2"),
-        ('{"loss": 2}\n', "line 1"),
-        ("[1]\n", "line 1"),
-        ('{"step": 1, "lr": 2}\n', "no line has a key"),
-        (None, "cannot read"),
-    ],
-)
-def test_bad_logs_are_refused_by_name(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(InputError, match=rf"log\.jsonl: .*{message}"):
-        pictures.save_loss_curve(tmp_path / "log.jsonl", tmp_path / "curve.png")
-    assert not (tmp_path / "curve.png").exists()

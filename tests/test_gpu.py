@@ -13,6 +13,7 @@ import torch
 from models import create_model
 from models.paths import PATHS
 from samplers import GuidedVelocity, sample_noise, sample_sde
+from training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -20,12 +21,29 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_training_learns_in_every_precision(tmp_path, precision):
     data = tiny.data_folder(tmp_path / "data")
-    run_dir = tiny.run_train(data, tmp_path, mixed_precision=precision, max_train_steps=60, logging_steps=20)
+    run_dir = tiny.run_train(data, tmp_path, mixed_precision=precision, max_train_steps=60, log_every=20)
     losses = [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     checkpoint = tiny.load(run_dir / "checkpoints" / "0000060.pt")
     assert all(tensor.dtype == torch.float32 for tensor in checkpoint["model"].values())
     assert (checkpoint["scaler"] is not None) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_no_step_waits_for_the_device_between_logs(tmp_path, monkeypatch, precision):
+    """From the third step on: the first make the optimizer's state and find the kernels."""
+    data = tiny.data_folder(tmp_path / "data")
+
+    def train_step(self, batch, draws, original=Trainer.train_step):
+        torch.cuda.set_sync_debug_mode("error" if batch.step >= 2 else "default")
+        try:
+            return original(self, batch, draws)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    run_dir = tiny.run_train(data, tmp_path, mixed_precision=precision, max_train_steps=8, log_every=4)
+    assert [line["step"] for line in tiny.log_lines(run_dir)] == [4, 8]
 
 
 def test_sampler_on_the_device_agrees_with_the_cpu():

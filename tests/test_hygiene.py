@@ -87,7 +87,7 @@ PUBLISHED_GENERATE = """--global-seed 0 --tf32 --ckpt 0400000.pt --sample-dir sa
 def test_published_train_command_is_understood():
     config = parse_flags(TrainConfig, PUBLISHED_TRAIN.split())
     expected = {"exp_name": "b2", "allow_tf32": True, "qk_norm": False, "scale_weight": [0.2, 1.0], "ssl_align": True}
-    expected.update(legacy_scaling=True, trans_depth=12, mixed_precision="fp16", resume_step="0", learning_rate=1e-4)
+    expected.update(legacy_scaling=True, trans_depth=12, mixed_precision="fp16", resume="0", learning_rate=1e-4)
     assert expected.items() <= dataclasses.asdict(config).items()
     assert parse_flags(TrainConfig, ["--exp-name", "x", "--enc-type", "None"]).enc_type == "None"
 
@@ -101,7 +101,7 @@ def test_published_generate_command_is_understood():
 
 def test_defaults_are_the_published_ones():
     config = parse_flags(TrainConfig, ["--exp-name", "x"])
-    expected = {"output_dir": "exps", "logging_dir": "logs", "sampling_steps": 10_000, "resume_step": "0", "seed": 0}
+    expected = {"output_dir": "exps", "logging_dir": "logs", "sampling_steps": 10_000, "resume": "0", "seed": 0}
     expected.update(batch_size=256, epochs=1400, max_train_steps=400_000, checkpointing_steps=200_000, num_workers=4)
     expected.update(
         gradient_accumulation_steps=1, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999, ema_decay=0.9999

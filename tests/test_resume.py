@@ -1,13 +1,7 @@
 """A resumed run equals one that was never stopped, to the bit."""
 
-import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -18,8 +12,9 @@ from dataset import SeekableSampler
 from models import create_model
 from models.errors import InputError
 from training.checkpoint import checkpoint_path, existing_steps
+from training.config import TrainConfig, parse_flags
 
-RUN_LENGTH = ("resume_step", "max_train_steps", "output_dir", "checkpointing_steps", "rolling_steps")
+RUN_LENGTH = ("resume", "max_train_steps", "output_dir", "checkpointing_steps", "rolling_steps")
 
 
 def state_of(run_dir, step):
@@ -31,13 +26,13 @@ def state_of(run_dir, step):
 
 # 20 images are five steps an epoch: all four steps in one epoch; 12: the second part crosses a border; 8: starts on one
 @pytest.mark.parametrize("count", [20, 12, 8])
-@pytest.mark.parametrize("resume_step", ["2", "latest"])
-def test_two_steps_and_two_more_equal_four(tmp_path, count, resume_step):
+@pytest.mark.parametrize("resume", ["2", "latest"])
+def test_two_steps_and_two_more_equal_four(tmp_path, count, resume):
     data = tiny.data_folder(tmp_path / "data", count=count)
     whole = tiny.run_train(data, tmp_path / "whole", max_train_steps=4)
     parts = tiny.run_train(data, tmp_path / "parts", max_train_steps=2)
     halfway = state_of(parts, 2)
-    tiny.run_train(data, tmp_path / "parts", max_train_steps=4, resume_step=resume_step)
+    tiny.run_train(data, tmp_path / "parts", max_train_steps=4, resume=resume)
     assert not tiny.differences(state_of(parts, 4), state_of(whole, 4))
     for entry in ("model", "ema", "opt"):
         assert tiny.differences(halfway[entry], state_of(parts, 4)[entry]), entry
@@ -63,7 +58,7 @@ def test_other_settings_resume_to_the_bit_too(tmp_path, changes):
     whole = tiny.run_train(data, tmp_path / "whole", max_train_steps=4, checkpointing_steps=2, **changes)
     copy = tmp_path / "copy/run"
     shutil.copytree(whole, copy)
-    tiny.run_train(data, tmp_path / "copy", max_train_steps=4, resume_step=2, **changes)
+    tiny.run_train(data, tmp_path / "copy", max_train_steps=4, resume=2, **changes)
     assert not tiny.differences(state_of(copy, 4), state_of(whole, 4))
     assert os.stat(checkpoint_path(copy, 4)).st_mtime_ns != os.stat(checkpoint_path(whole, 4)).st_mtime_ns
 
@@ -76,9 +71,9 @@ def test_data_order_is_that_of_the_undisturbed_run(tmp_path):
     for index in range(12):
         if index not in sampler.batch(2):
             np.save(tiny.moments_file(data, index), np.full((8, 8, 8), np.nan, np.float32))
-    run_dir = tiny.run_train(data, tmp_path, max_train_steps=3, resume_step="latest")
-    tiny.run_train(data, tmp_path, max_train_steps=4, resume_step="latest")
-    skipped = {line["step"]: line["skipped_steps"] for line in tiny.log_lines(run_dir)}
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=3, resume="auto")
+    tiny.run_train(data, tmp_path, max_train_steps=4, resume="auto")
+    skipped = {line["step"]: line["bad_steps"] for line in tiny.log_lines(run_dir)}
     assert skipped == {1: 0, 2: 0, 3: 0, 4: 1}  # step 4 is of the next epoch and reads other files
 
 
@@ -86,7 +81,7 @@ def test_optimizer_settings_are_those_of_the_flags(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
     before = tiny.load(checkpoint_path(run_dir, 2))
-    tiny.run_train(data, tmp_path, max_train_steps=3, resume_step=2, learning_rate=1e-7, adam_beta1=0.5)
+    tiny.run_train(data, tmp_path, max_train_steps=3, resume=2, learning_rate=1e-7, adam_beta1=0.5)
     after = tiny.load(checkpoint_path(run_dir, 3))
     assert 0 < tiny.largest_difference(before["model"], after["model"]) < 1e-6
     (group,) = after["opt"]["param_groups"]
@@ -100,31 +95,71 @@ def test_log_has_each_step_once(tmp_path):
     checkpoint_path(run_dir, 4).unlink()  # as if the run had been killed after the log line of step 4 …
     with open(run_dir / "log.jsonl", "a") as file:
         file.write('{"step": 5, "los')  # … and in the middle of the next
-    tiny.run_train(data, tmp_path, max_train_steps=5, resume_step="latest")
+    tiny.run_train(data, tmp_path, max_train_steps=5, resume="auto")
     lines = tiny.log_lines(run_dir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["loss"] for line in lines[:4]] == [line["loss"] for line in first]
 
 
-def test_skipped_steps_stay_counted(tmp_path):
+def test_bad_steps_stay_counted(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
     np.save(tiny.moments_file(data, SeekableSampler(12, 4, seed=0).batch(0)[0]), np.full((8, 8, 8), np.inf, np.float32))
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=1)
-    tiny.run_train(data, tmp_path, max_train_steps=3, resume_step="latest")
-    assert [line["skipped_steps"] for line in tiny.log_lines(run_dir)] == [1, 1, 1]
+    tiny.run_train(data, tmp_path, max_train_steps=3, resume="auto")
+    assert [line["bad_steps"] for line in tiny.log_lines(run_dir)] == [1, 1, 1]
 
 
-def test_latest_is_a_fresh_start_where_there_is_none(tmp_path):
+def test_auto_is_a_fresh_start_where_there_is_none(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
-    fresh = tiny.run_train(data, tmp_path / "a", resume_step="latest")
+    fresh = tiny.run_train(data, tmp_path / "a", resume="auto")
     assert not tiny.differences(state_of(fresh, 4), state_of(tiny.run_train(data, tmp_path / "b"), 4))
+
+
+def test_latest_wants_a_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"--resume latest: .*run holds no checkpoint; --resume auto starts"):
+        tiny.run_train(tiny.data_folder(tmp_path / "data"), tmp_path, resume="latest")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--resume-step"])
+def test_both_names_of_the_flag_are_one(flag):
+    assert parse_flags(TrainConfig, ["--exp-name", "x", flag, "7"]).resume == "7"
+
+
+def test_a_run_starts_from_the_state_of_another(tmp_path):
+    """The same step, the same data order and draws: the same bits."""
+    data = tiny.data_folder(tmp_path / "data")
+    other = tiny.run_train(data, tmp_path / "other", checkpointing_steps=2)
+    before = checkpoint_path(other, 2).read_bytes()
+    run_dir = tiny.run_train(data, tmp_path, resume=checkpoint_path(other, 2))
+    assert not tiny.differences(state_of(run_dir, 4), state_of(other, 4))
+    assert existing_steps(run_dir) == [4]
+    assert [line["step"] for line in tiny.log_lines(run_dir)] == [3, 4]
+    assert checkpoint_path(other, 2).read_bytes() == before
+    with pytest.raises(InputError, match=rf"{run_dir} already holds checkpoints up to step 4; pass --resume auto"):
+        tiny.run_train(data, tmp_path, resume=checkpoint_path(other, 2))
+
+
+def test_a_file_of_the_run_itself_is_a_step_of_it(tmp_path):
+    data = tiny.data_folder(tmp_path / "data")
+    run_dir = tiny.run_train(data, tmp_path, checkpointing_steps=2)
+    whole = state_of(run_dir, 4)
+    tiny.run_train(data, tmp_path, checkpointing_steps=2, resume=checkpoint_path(run_dir, 2))
+    assert not tiny.differences(state_of(run_dir, 4), whole)
+    assert (run_dir / "checkpoints/0000004.pt.abandoned").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    data = tiny.data_folder(tmp_path / "data")
+    with pytest.raises(InputError, match=r"--resume last: last does not exist; the run has steps \[\]"):
+        tiny.run_train(data, tmp_path, resume="last")
 
 
 def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=1)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=rf"{run_dir} already holds checkpoints up to step 1; pass --resume-step"):
+    with pytest.raises(InputError, match=rf"{run_dir} already holds checkpoints up to step 1; pass --resume auto"):
         tiny.run_train(data, tmp_path)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
@@ -133,7 +168,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     data = tiny.data_folder(tmp_path / "data")
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    tiny.run_train(data, tmp_path, max_train_steps=2, resume_step="latest")
+    tiny.run_train(data, tmp_path, max_train_steps=2, resume="auto")
     assert "is complete at step 2; raise --max-train-steps" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
@@ -166,41 +201,8 @@ def test_two_processes_resume_to_the_bit(tmp_path):
         return tmp_path / output_dir / "run"
 
     whole, parts = train("whole"), train("parts", max_train_steps=2)
-    train("parts", resume_step="latest")
+    train("parts", resume="auto")
     assert not tiny.differences(state_of(parts, 4), state_of(whole, 4))
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments_leave_no_half_file_and_change_nothing(tmp_path):
-    """A checkpoint at every step, so that most kills hit a write; 40 steps with ten kills at least."""
-    data = tiny.data_folder(tmp_path / "data")
-    flags = {"max_train_steps": 40, "checkpointing_steps": 1}
-    whole = tiny.run_train(data, tmp_path / "whole", max_train_steps=40)
-    run_dir = tmp_path / "killed/run"
-    command = [sys.executable, tiny.ROOT / "train.py"]
-    command += tiny.train_flags(data, tmp_path / "killed", resume_step="latest", **flags)
-    delays, kills, hidden = random.Random(0), 0, 0
-    while 40 not in existing_steps(run_dir):
-        seen = existing_steps(run_dir)
-        process = subprocess.Popen(
-            command, cwd=tiny.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-        )
-        while process.poll() is None and existing_steps(run_dir) == seen:
-            time.sleep(0.002)
-        if kills < 10:
-            time.sleep(delays.uniform(0, 0.1))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-            hidden += len(list(run_dir.glob("checkpoints/.*.tmp")))
-            for step in existing_steps(run_dir):
-                assert tiny.load(checkpoint_path(run_dir, step))["steps"] == step
-            json.loads((run_dir / "config.json").read_text())
-        assert process.wait() in (0, -signal.SIGKILL)
-    assert kills == 10
-    assert hidden > 0  # at least one kill was in the middle of a write
-    assert not list(run_dir.glob("checkpoints/.*"))  # and what it left is gone
-    assert not tiny.differences(state_of(run_dir, 40), state_of(whole, 40))
-    assert [line["step"] for line in tiny.log_lines(run_dir)] == list(range(1, 41))
 
 
 def test_initial_weights_follow_the_seed_alone(tmp_path):
@@ -220,11 +222,11 @@ def test_after_a_rollback_latest_follows_the_new_branch(tmp_path):
     intervals = {"checkpointing_steps": 100, "rolling_steps": 1}
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=8, **intervals)
     assert existing_steps(run_dir) == [6, 7, 8]
-    tiny.run_train(data, tmp_path, max_train_steps=7, resume_step=6, learning_rate=1e-5, **intervals)
+    tiny.run_train(data, tmp_path, max_train_steps=7, resume=6, learning_rate=1e-5, **intervals)
     assert existing_steps(run_dir) == [6, 7]
     assert (run_dir / "checkpoints/0000008.pt.abandoned").exists()
     assert tiny.load(checkpoint_path(run_dir, 7))["config"]["learning_rate"] == 1e-5
-    tiny.run_train(data, tmp_path, max_train_steps=10, resume_step="latest", learning_rate=1e-5, **intervals)
+    tiny.run_train(data, tmp_path, max_train_steps=10, resume="auto", learning_rate=1e-5, **intervals)
     assert existing_steps(run_dir)[-3:] == [8, 9, 10]
     assert [line["step"] for line in tiny.log_lines(run_dir)] == list(range(1, 11))
     straight = tiny.run_train(data, tmp_path / "straight", max_train_steps=10, **intervals)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train
-from dataset import Batch, SeekableSampler, open_dataset
+from dataset import Batch, open_dataset
 from models import create_model
 from models.errors import InputError
 from training.checkpoint import existing_steps, write_atomically
@@ -87,79 +87,99 @@ def test_rows_and_parts_of_draws_are_those_of_the_whole_batch():
 # ---------------------------------------------------------------------- one step on one or many processes
 
 
+ROUNDING = (2**-23, 2**-20)  # of the largest weight (1), of the largest gradient
+LAST = 11  # ten steps from the weights at step 1
+TEN_STEPS = {"batch_size": 8, "max_train_steps": LAST, "resume": 1}
+TEN_STEPS.update(adam_epsilon=1e-3, adam_beta1=0)  # 1e-8 would blow rounding up to whole steps
+
+
 def trained_from_filled_weights(data, output_dir, **changes):
-    """Final weights after two steps from weights that are nowhere zero, so that every parameter has a gradient."""
-    common = {"batch_size": 8, "adam_epsilon": 1e-3, **changes}  # 1e-8 would blow rounding up to whole steps
+    """(first weights, last weights, last gradients) of ten steps from weights that are nowhere zero.
+
+    So every parameter has a gradient; with β₁ = 0 the optimizer's first moment is the (clipped) gradient of the step.
+    """
     run_dir = tiny.scrambled_run(data, output_dir, batch_size=8)
     start = weights(run_dir, 1)
-    tiny.run_train(data, output_dir, max_train_steps=3, resume_step=1, **common)
-    return start, weights(run_dir, 3)
+    tiny.run_train(data, output_dir, **{**TEN_STEPS, **changes})
+    return start, *outcome(run_dir)
+
+
+def outcome(run_dir):
+    """Last weights and gradients of such a run."""
+    states = weights(run_dir, LAST, "opt")["state"]
+    return weights(run_dir, LAST), {name: state["exp_avg"] for name, state in states.items()}
+
+
+def assert_equal_but_for_rounding(found, expected):
+    """Weights and gradients of ten steps: the sums over the batch were taken in another order, so some bits differ."""
+    for a, b, allowed in zip(found, expected, ROUNDING, strict=True):
+        largest = max(tensor.abs().max().item() for tensor in b.values())
+        assert 0 < tiny.largest_difference(a, b) < allowed * largest
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """(data folder, start, weights) of two steps in one process without accumulation."""
+    """(data folder, (first weights, last weights, last gradients)) of one process without accumulation."""
     folder = tmp_path_factory.mktemp("reference")
     data = tiny.data_folder(folder / "data", count=24)
-    return data, *trained_from_filled_weights(data, folder)
+    return data, trained_from_filled_weights(data, folder)
 
 
 def test_every_parameter_moves_in_the_reference_run(reference):
-    _, start, end = reference
+    _, (start, end, gradients) = reference
     still = [name for name in start if torch.equal(start[name], end[name])]
     assert still == ["pos_embed"]
-    assert tiny.largest_difference(start, end) > 1e-4
+    assert tiny.largest_difference(start, end) > 1e-3
+    assert all(gradient.any() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_does_not_change_the_step(reference, tmp_path, accumulation):
-    data, _, expected = reference
-    _, found = trained_from_filled_weights(data, tmp_path, gradient_accumulation_steps=accumulation)
-    assert 0 < tiny.largest_difference(found, expected) < 2e-7
+def test_accumulation_does_not_change_the_steps(reference, tmp_path, accumulation):
+    data, (_, *expected) = reference
+    _, *found = trained_from_filled_weights(data, tmp_path, gradient_accumulation_steps=accumulation)
+    assert_equal_but_for_rounding(found, expected)
 
 
 def test_an_accelerate_configuration_changes_neither_accumulation_nor_precision(reference, tmp_path, monkeypatch):
-    data, _, expected = reference
+    data, expected = reference
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert not tiny.differences(trained_from_filled_weights(data, tmp_path)[1], expected)
+    assert not tiny.differences(trained_from_filled_weights(data, tmp_path), expected)
 
 
-def test_gradient_checkpointing_does_not_change_the_step(reference, tmp_path):
-    data, _, expected = reference
-    found = trained_from_filled_weights(data, tmp_path, gradient_checkpointing=True)[1]
-    assert tiny.largest_difference(found, expected) < 2e-7
+def test_gradient_checkpointing_does_not_change_the_steps(reference, tmp_path):
+    data, expected = reference
+    assert not tiny.differences(trained_from_filled_weights(data, tmp_path, gradient_checkpointing=True), expected)
 
 
 def launched(launcher, data, output_dir, **changes):
-    """The same two steps under a launcher; returns the final weights."""
+    """The same ten steps under a launcher; returns the last weights and gradients."""
     run_dir = tiny.scrambled_run(data, output_dir, batch_size=8)
-    changes = {"batch_size": 8, "adam_epsilon": 1e-3, "max_train_steps": 3, "resume_step": 1, **changes}
-    done = launcher(tiny.ROOT / "train.py", *tiny.train_flags(data, output_dir, **changes))
+    done = launcher(tiny.ROOT / "train.py", *tiny.train_flags(data, output_dir, **{**TEN_STEPS, **changes}))
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
-    assert [line["step"] for line in tiny.log_lines(run_dir)] == [1, 2, 3]
-    return weights(run_dir, 3)
+    assert [line["step"] for line in tiny.log_lines(run_dir)] == list(range(1, LAST + 1))
+    return outcome(run_dir)
 
 
 @pytest.mark.slow
-def test_two_torchrun_processes_make_the_same_step(reference, tmp_path):
-    data, _, expected = reference
+def test_two_torchrun_processes_make_the_same_steps(reference, tmp_path):
+    data, (_, *expected) = reference
     # A grid in the middle: only the main process draws it, and no process may wait for it alone.
-    grids = {"sampling_steps": 2, "vae": tiny.vae_folder(tmp_path / "tiny-vae")}
+    grids = {"sampling_steps": 6, "vae": tiny.vae_folder(tmp_path / "tiny-vae")}
     found = launched(functools.partial(tiny.run_torchrun, 2), data, tmp_path, **grids)
-    assert (tmp_path / "run/samples/0000002.png").exists()
-    assert 0 < tiny.largest_difference(found, expected) < 2e-7
+    assert (tmp_path / "run/samples/0000006.png").exists()
+    assert_equal_but_for_rounding(found, expected)
 
 
 @pytest.mark.slow
-def test_two_accelerate_processes_with_accumulation_make_the_same_step(reference, tmp_path):
-    data, _, expected = reference
+def test_two_accelerate_processes_with_accumulation_make_the_same_steps(reference, tmp_path):
+    data, (_, *expected) = reference
     launcher = functools.partial(
         tiny.run_python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2
     )
     found = launched(launcher, data, tmp_path, gradient_accumulation_steps=2)
-    assert 0 < tiny.largest_difference(found, expected) < 2e-7
+    assert_equal_but_for_rounding(found, expected)
 
 
 # --------------------------------------------------------------------------------------------- label drop
@@ -231,58 +251,6 @@ def test_swapped_ema_is_put_back_even_after_an_error():
         raise KeyError
     assert not tiny.differences(dict(model.state_dict()), own)
     assert not tiny.differences(ema.shadow, averaged)
-
-
-# ------------------------------------------------------------------------------------------- non-finite steps
-
-
-def poison(data, indices):
-    """Put an infinity into the moments of the given images."""
-    for index in indices:
-        path = tiny.moments_file(data, index)
-        moments = np.load(path)
-        moments[0, 0, 0] = np.inf
-        np.save(path, moments)
-
-
-def test_a_step_with_an_infinite_latent_is_skipped_and_counted(data, tmp_path, capsys):
-    poison(data, [SeekableSampler(12, 4, seed=0).batch(1)[2]])
-    run_dir = tiny.run_train(data, tmp_path, checkpointing_steps=1, max_train_steps=3, ema_decay=0.9)
-    first, second, third = (tiny.load(run_dir / f"checkpoints/{step:07d}.pt") for step in (1, 2, 3))
-    for entry in ("model", "ema", "opt"):
-        assert not tiny.differences(first[entry], second[entry]), entry
-        assert tiny.differences(second[entry], third[entry]), entry
-    assert [line["skipped_steps"] for line in tiny.log_lines(run_dir)] == [0, 1, 1]
-    assert third["train_state"]["skipped_steps"] == 1
-    assert "warning: step 2 skipped" in capsys.readouterr().out
-
-
-def test_a_skipped_step_enters_no_mean_of_the_log(data, tmp_path):
-    poison(data, [SeekableSampler(12, 4, seed=0).batch(1)[2]])
-    each = tiny.log_lines(tiny.run_train(data, tmp_path / "each", max_train_steps=3))
-    (line,) = tiny.log_lines(tiny.run_train(data, tmp_path / "all", max_train_steps=3, logging_steps=3))
-    assert [("loss" in record) for record in each] == [True, False, True]
-    assert line["loss"] == pytest.approx((each[0]["loss"] + each[2]["loss"]) / 2, rel=1e-6)
-    assert line["grad_norm"] == pytest.approx((each[0]["grad_norm"] + each[2]["grad_norm"]) / 2, rel=1e-6)
-
-
-def test_an_infinite_micro_batch_skips_the_whole_step(data, tmp_path):
-    poison(data, [SeekableSampler(12, 4, seed=0).batch(1)[0]])
-    flags = {"checkpointing_steps": 1, "max_train_steps": 2, "gradient_accumulation_steps": 4}
-    run_dir = tiny.run_train(data, tmp_path, **flags)
-    assert not tiny.differences(weights(run_dir, 1), weights(run_dir, 2))
-    assert weights(run_dir, 2, "train_state")["skipped_steps"] == 1
-
-
-def test_persistent_infinities_end_the_run_and_keep_its_checkpoints(data, tmp_path):
-    run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
-    before = (run_dir / "checkpoints/0000002.pt").read_bytes()
-    poison(data, range(12))
-    with pytest.raises(InputError, match=r"not finite for 20 steps in a row, up to step 22; .*run are from before"):
-        tiny.run_train(data, tmp_path, max_train_steps=50, resume_step="latest")
-    assert existing_steps(run_dir) == [2]
-    assert (run_dir / "checkpoints/0000002.pt").read_bytes() == before
-    assert tiny.log_lines(run_dir)[-1]["skipped_steps"] == 19
 
 
 # ----------------------------------------------------------------------------------- clipping and precision
@@ -367,10 +335,15 @@ def test_of_rolling_checkpoints_two_are_kept(data, tmp_path):
     assert existing_steps(run_dir) == [4, 6, 7, 8, 9]
 
 
+def test_number_of_rolling_checkpoints(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=7, checkpointing_steps=3, rolling_steps=1, keep_last=1)
+    assert existing_steps(run_dir) == [3, 5, 6, 7]
+
+
 def test_checkpoints_that_were_to_stay_survive_other_intervals(data, tmp_path):
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=3, checkpointing_steps=2, rolling_steps=0)
     assert existing_steps(run_dir) == [2, 3]
-    tiny.run_train(data, tmp_path, max_train_steps=8, checkpointing_steps=100, rolling_steps=1, resume_step="latest")
+    tiny.run_train(data, tmp_path, max_train_steps=8, checkpointing_steps=100, rolling_steps=1, resume="auto")
     assert existing_steps(run_dir) == [2, 3, 6, 7, 8]
 
 
@@ -412,21 +385,51 @@ def test_dry_run_prints_the_run_and_writes_nothing(data, tmp_path, capsys):
 
 def test_log_has_every_part_of_the_loss(data, tmp_path):
     flags = {"model": "DeepFlow-Ti/2", "trans_depth": 3, "df_idxs": "[1,2]", "max_train_steps": 2}
-    first, _ = tiny.log_lines(tiny.run_train(data, tmp_path, acc_coeff=0.5, scale_weight=[0.1, 0.2, 1], **flags))
+    first, second = tiny.log_lines(tiny.run_train(data, tmp_path, acc_coeff=0.5, scale_weight=[0.1, 0.2, 1], **flags))
     parts = {"loss_v1": 0.1, "loss_v2": 0.2, "loss_v3": 1, "loss_a1": 0.5, "loss_a2": 0.5}
     assert first["loss"] == pytest.approx(sum(weight * first[name] for name, weight in parts.items()), rel=1e-5)
     assert first["loss_v1"] == pytest.approx(first["loss_v3"])  # all velocities are 0 at first
     assert first["epoch"] == pytest.approx(1 / 3, abs=1e-4)
+    assert (first["learning_rate"], first["bad_steps"]) == (1e-3, 0)
+    assert second["images_per_s"] == pytest.approx(4 * second["steps_per_s"], rel=1e-3)
+    assert 0.1 < second["memory_gib"] < 50  # of this process, torch included
+    assert "mfu" not in second  # nobody knows the peak of this CPU
+
+
+def test_mfu_is_flops_done_by_flops_promised(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.logs.peak_flops", lambda device, precision: 1e12)
+    with tiny.fresh_accelerate():
+        log = RunLog(start_accelerator(config_of(), tmp_path), tmp_path, config_of(), 0, 1, flops_per_image=1e9)
+        log.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}, torch.tensor(False))
+        log.write(1, epoch=0.1)
+        log.close()
+    (line,) = (json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert line["mfu"] == pytest.approx(line["images_per_s"] * 1e9 / 1e12, abs=1e-4)
+
+
+def test_tensorboard_gets_every_number_of_the_log(data, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_dir = tiny.run_train(data, tmp_path, report_to="tensorboard")
+    (file,) = run_dir.glob("logs/deepflow/events.out.tfevents.*")
+    events = accumulator.EventAccumulator(str(file)).Reload()
+    lines = tiny.log_lines(run_dir)
+    assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step"}
+    for name in ("loss", "loss_v1", "loss_a1", "grad_norm", "learning_rate", "images_per_s", "bad_steps"):
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        assert written == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
 
 
 def test_a_jump_of_the_loss_is_announced(tmp_path, capsys):
     with tiny.fresh_accelerate():
         log = RunLog(start_accelerator(config_of(), tmp_path), tmp_path, config_of(), 0, 20)
         for step in range(1, 13):
-            log.add({"loss": torch.tensor(7.0 if step == 12 else 2.0), "grad_norm": torch.tensor(1.0)})
+            values = {"loss": torch.tensor(7.0 if step == 12 else 2.0), "grad_norm": torch.tensor(1.0)}
+            log.add(values, torch.tensor(False))
             log.write(step, epoch=0.1)
         log.close()
-    assert capsys.readouterr().out.splitlines() == ["warning: at step 12 the loss is 7.0000, its running median 2.0000"]
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "warning: at step 12 the loss is 7.0000, its running median 2.0000"
+    ]
 
 
 def test_epochs_end_a_run_before_the_last_step(data, tmp_path):

@@ -91,7 +91,7 @@ def flags(**values):
 def train_flags(data, output_dir, **changes):
     """Command line of a run of four steps on a model of two blocks and two branches; the run's name is `run`."""
     values = {"exp_name": "run", "data_dir": data, "output_dir": output_dir, **MODEL}
-    values.update(batch_size=4, max_train_steps=4, sampling_steps=0, logging_steps=1, learning_rate=1e-3)
+    values.update(batch_size=4, max_train_steps=4, sampling_steps=0, log_every=1, learning_rate=1e-3)
     return flags(**{**values, **changes})
 
 

@@ -1,5 +1,6 @@
 """Writing and finding the checkpoints of a run: plain tensors and JSON-like data, complete or absent."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -43,25 +44,40 @@ def existing_steps(run_dir):
     return sorted(int(path.stem) for path in files if path.stem.isdigit())
 
 
-def find_resume_step(run_dir, wanted):
-    """Step to resume from, 0 for a fresh start; wanted: a step count or `latest`. Raises InputError.
+def find_resume(run_dir, wanted):
+    """Checkpoint to go on from, None for a fresh start; wanted: the text of --resume. Raises InputError.
 
-    A fresh start never overwrites a run that has checkpoints.
+    Neither a fresh start nor the checkpoint of another run ever overwrites a run that has checkpoints.
     """
     steps = existing_steps(run_dir)
+    if wanted in ("auto", "latest") and steps:
+        return checkpoint_path(run_dir, steps[-1])
     if wanted == "latest":
-        return steps[-1] if steps else 0
-    wanted = int(wanted)
-    if wanted == 0 and steps:
+        raise InputError(f"--resume latest: {run_dir} holds no checkpoint; --resume auto starts where there is none")
+    fresh = wanted == "auto" or (wanted.isdigit() and int(wanted) == 0)
+    path = checkpoint_path(run_dir, int(wanted)) if wanted.isdigit() else Path(wanted)
+    if not fresh and not path.is_file():
+        raise InputError(f"--resume {wanted}: {path} does not exist; the run has steps {steps}")
+    if steps and (fresh or path.resolve().parent != checkpoint_path(run_dir, 0).resolve().parent):
         raise InputError(
-            f"{run_dir} already holds checkpoints up to step {steps[-1]}; pass --resume-step latest to go on, "
+            f"{run_dir} already holds checkpoints up to step {steps[-1]}; pass --resume auto to go on, "
             "or another --exp-name"
         )
-    if wanted and wanted not in steps:
-        raise InputError(
-            f"--resume-step {wanted}: {checkpoint_path(run_dir, wanted)} does not exist; the run has steps {steps}"
-        )
-    return wanted
+    return None if fresh else path
+
+
+def lock_run(run_dir):
+    """Hold the run's folder while the returned file is open, so that no second run writes there. Raises InputError."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    file = open(Path(run_dir) / ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"another process trains in {run_dir}; wait for it, or take another --exp-name") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def roll(run_dir, step, stays, keep):
@@ -100,7 +116,15 @@ def remove_leftovers(run_dir):
 
 
 def save_checkpoint(path, **content):
-    write_atomically(path, lambda file: torch.save(content, file))
+    """Write a checkpoint, whole or not at all. Raises OSError, of a full disk for example."""
+
+    def write(file):
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's writer complains of what it could not write after a failed write
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+    write_atomically(path, write)
 
 
 def restore(path, model, ema, optimizer, scaler, data, config):

@@ -13,38 +13,35 @@ from models.presets import PRESETS
 
 
 def flag(default, help, kind=None, **options):
-    """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type)."""
+    """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type).
+
+    options go to argparse; `also` lists other names of the flag.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "kind": kind or type(default), **options})
 
 
-def parse_flags(cls, argv=None, description=None):
+def parse_flags(cls, argv=None, description=None, epilog=None):
     """Parse the command line into a dataclass made of `flag` fields. Unknown flags end with exit code 2."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False
     )
     for field in dataclasses.fields(cls):
         options = dict(field.metadata)
-        name, kind = "--" + field.name.replace("_", "-"), options.pop("kind")
+        name, kind, also = shown(field.name), options.pop("kind"), options.pop("also", ())
         required = field.default is dataclasses.MISSING
         if kind is bool:
             switch = argparse.BooleanOptionalAction
             parser.add_argument(name, action=switch, default=field.default, help=options["help"])
         else:
             default = {} if required else {"default": field.default}
-            parser.add_argument(name, type=kind, required=required, **default, **options)
+            parser.add_argument(name, *also, dest=field.name, type=kind, required=required, **default, **options)
     return cls(**vars(parser.parse_args(argv)))
 
 
 def required(help, kind=str):
     """A flag without a default."""
     return dataclasses.field(metadata={"help": help, "kind": kind})
-
-
-def step_number(text):
-    """`latest` or a step count, for --resume-step."""
-    if text == "latest" or text.isdigit():
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a step count nor 'latest'")
 
 
 @dataclasses.dataclass
@@ -106,11 +103,19 @@ class TrainConfig:
     allow_tf32: bool = flag(True, "TF32 matrix products on GPUs that have them")
     seed: int = flag(0, "seed of everything random")
 
-    logging_steps: int = flag(100, "interval of log lines, in steps")
+    max_bad_steps: int = flag(20, "steps without finite loss and gradients in a row that end the run")
+
+    log_every: int = flag(100, "interval of log lines, in steps")
     checkpointing_steps: int = flag(200_000, "interval of checkpoints that stay, in steps; the last step is one")
-    rolling_steps: int = flag(5_000, "interval of checkpoints of which the two newest are kept, in steps; 0 is never")
+    rolling_steps: int = flag(5_000, "interval of rolling checkpoints, in steps; 0 is never")
+    keep_last: int = flag(2, "number of rolling checkpoints to keep")
     sampling_steps: int = flag(10_000, "interval of sample grids, in steps; 0 is never")
-    resume_step: str = flag("0", "step to resume from, or latest (a fresh start where there is none)", step_number)
+    resume: str = flag(
+        "0",
+        "checkpoint to go on from: latest, auto (latest, or a fresh start where there is none), a step (0 is a fresh "
+        "start) or a file, also of another run",
+        also=["--resume-step"],
+    )
 
     def branch_weights(self, num_branches):
         """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""
@@ -126,7 +131,8 @@ class TrainConfig:
     def check(self):
         """Raise InputError for a value out of range, naming the flag."""
         positive = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "epochs", "learning_rate")
-        positive += ("max_grad_norm", "adam_epsilon", "logging_steps", "checkpointing_steps")
+        positive += ("max_grad_norm", "adam_epsilon", "log_every", "checkpointing_steps")
+        positive += ("keep_last", "max_bad_steps")
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{shown(name)} {getattr(self, name)} must be greater than 0 and finite")

@@ -3,12 +3,15 @@
 import importlib.util
 import platform
 import sys
+import threading
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
 from models.errors import InputError
+
+PREFLIGHT_SECONDS = 60
 
 
 def set_math(allow_tf32, fused_attn=True):
@@ -44,12 +47,27 @@ def start_accelerator(config, run_dir):
 def preflight(accelerator):
     """Say who takes part, and fail early and readably when the processes cannot talk to each other."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    who = f"rank {rank} of {world} on {platform.node()}, {accelerator.device}"
+    sys.stdout.write(who + "\n")
+    sys.stdout.flush()
     if world == 1:
         return
-    sys.stdout.write(f"rank {rank} of {world} on {platform.node()}, {accelerator.device}\n")
-    total = accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum").item()
-    if total != world:
-        raise RuntimeError(f"preflight: the sum over {world} processes is {total}; check the network between the nodes")
+    answer = [f"nothing within {PREFLIGHT_SECONDS} s"]
+
+    def add_up():
+        try:
+            answer[0] = accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum").item()
+        except RuntimeError as error:
+            answer[0] = str(error).splitlines()[0]
+
+    thread = threading.Thread(target=add_up, daemon=True)  # a collective itself may wait for many minutes
+    thread.start()
+    thread.join(PREFLIGHT_SECONDS)
+    if answer[0] != world:
+        raise InputError(
+            f"preflight: {who} asked for the sum of {world} ones and got: {answer[0]}; check that all processes "
+            "started and that the nodes reach each other (main address and port, firewall, NCCL_SOCKET_IFNAME)"
+        )
 
 
 def rows_of_rank(batch_size, world, accumulation, rank):

@@ -25,10 +25,12 @@ class StepDraws:
     noise: torch.Tensor  # (N, C, h, w) standard normal, ε
 
     def rows(self, rows, device):
-        """The given rows on the given device."""
+        """The given rows on the given device; a GPU's copy runs beside what follows, as it comes from pinned memory."""
+        pinned = torch.device(device).type == "cuda"
 
         def pick(tensor, dim=0):
-            return tensor.index_select(dim, rows).to(device, non_blocking=True)
+            chosen = tensor.index_select(dim, rows)
+            return (chosen.pin_memory() if pinned else chosen).to(device, non_blocking=True)
 
         return StepDraws(pick(self.times, dim=1), pick(self.drop), pick(self.posterior), pick(self.noise))
 

@@ -13,8 +13,13 @@ class EMA:
         self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model):
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in model.parameters()], 1 - self.decay)
+    def update(self, model, skip=None):
+        """One step of the average; where `skip`, a 0-d bool on the device, is true nothing changes, to the bit."""
+        shadow, weights = list(self.shadow.values()), [p.detach() for p in model.parameters()]
+        if skip is None:
+            torch._foreach_lerp_(shadow, weights, 1 - self.decay)
+        else:
+            torch._foreach_lerp_(shadow, weights, [(1 - self.decay) * ~skip] * len(shadow))
 
     @contextlib.contextmanager
     def swapped_into(self, model):

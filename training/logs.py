@@ -3,25 +3,33 @@
 import collections
 import contextlib
 import json
+import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from models.flops import peak_flops
 from training.checkpoint import write_atomically
 
 
 class RunLog:
-    """Collects values on the device, writes their means every `interval` steps on the main process."""
+    """Collects values on the device, writes their means every `--log-every` steps on the main process.
+
+    flops_per_image: of one training step, forward and backward; None leaves MFU out.
+    """
 
     SPIKE = 3.0  # times the running median of the loss
 
-    def __init__(self, accelerator, run_dir, config, start_step, total_steps):
+    def __init__(self, accelerator, run_dir, config, start_step, total_steps, flops_per_image=None):
         self.accelerator, self.config = accelerator, config
         self.path = Path(run_dir) / "log.jsonl"
-        self.sums, self.count, self.steps = collections.defaultdict(float), 0, 0
+        peak = peak_flops(accelerator.device, config.mixed_precision)
+        self.mfu_per_rate = flops_per_image / (peak * accelerator.num_processes) if flops_per_image and peak else None
+        self.names, self.sums, self.count, self.steps = [], 0, 0, 0
         self.recent = collections.deque(maxlen=50)
         self.since = time.perf_counter()
         self.bar = tqdm(
@@ -47,30 +55,46 @@ class RunLog:
                 continue
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
-    def add(self, values):
-        """Values of one step: name → 0-d tensor or number; none for a skipped step, which no mean counts."""
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value
-        self.count += bool(values)
+    def add(self, values, bad):
+        """Values of one step: name → 0-d tensor; those of a bad step (0-d bool) enter no mean. Waits for no device."""
+        self.names = list(values)
+        vector = torch.stack([value.float() for value in values.values()])
+        self.sums = self.sums + torch.where(bad, 0, vector)
+        self.count = self.count + ~bad
         self.steps += 1
         self.bar.update()
 
     def write(self, step, epoch, **extra):
         """Average over the steps and processes since the last line; one line of JSON, the bar, the tracker."""
         means = self._means()
-        now = time.perf_counter()
-        rate = self.steps / (now - self.since)
-        self.since, self.count, self.steps = now, 0, 0
-        self.sums.clear()
-        record = {"step": step, "epoch": round(epoch, 4), **means, **extra}
-        record.update(steps_per_s=round(rate, 4), samples_per_s=round(rate * self.config.batch_size, 2))
+        record = {"step": step, "epoch": round(epoch, 4), **means, **extra, **self._speed()}
+        self.sums, self.count, self.steps = 0, 0, 0
         if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
+            with self.surviving_disk_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             if means:
                 self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
                 self._warn_of_spike(record["loss"], step)
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+
+    def _speed(self):
+        """Steps and images per second since the last line, MFU where the GPU's peak is known, memory (this process)."""
+        now = time.perf_counter()
+        rate = self.steps / (now - self.since)
+        self.since = now
+        images = rate * self.config.batch_size
+        speed = {"steps_per_s": round(rate, 4), "images_per_s": round(images, 2)}
+        if self.mfu_per_rate:
+            speed["mfu"] = round(images * self.mfu_per_rate, 4)
+        return {**speed, "memory_gib": round(peak_memory(self.accelerator.device) / 2**30, 3)}
+
+    @contextlib.contextmanager
+    def surviving_disk_errors(self, path):
+        """A full disk costs what was to be written, not the run: it is reported, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {path} is not written ({error.strerror or error}); free space, training goes on")
 
     @contextlib.contextmanager
     def paused(self):
@@ -80,13 +104,9 @@ class RunLog:
         self.since += time.perf_counter() - start
 
     def _means(self):
-        """{name: mean} over the processes and the steps that were not skipped; empty when all were."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        local = torch.stack([torch.as_tensor(self.sums[n], device=self.accelerator.device).float() for n in names])
-        means = self.accelerator.reduce(local, reduction="mean") / self.count
-        return dict(zip(names, means.tolist(), strict=True))
+        """{name: mean} over the processes and the steps that were not bad; empty when all were."""
+        *means, count = self.accelerator.reduce(torch.cat([self.sums, self.count[None]]), reduction="mean").tolist()
+        return {name: total / count for name, total in zip(self.names, means, strict=True)} if count else {}
 
     def _warn_of_spike(self, loss, step):
         median = statistics.median(self.recent) if len(self.recent) >= 10 else float("inf")
@@ -101,3 +121,11 @@ class RunLog:
 
     def close(self):
         self.bar.close()
+
+
+def peak_memory(device):
+    """Largest memory in bytes so far: allocated on a GPU, resident in this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -22,11 +22,11 @@ BATCH_SIZE=256                            # global
 MAX_TRAIN_STEPS=400000
 CHECKPOINTING_STEPS=100000
 
-launch=(accelerate launch --num_processes "$NUM_GPUS" --num_machines 1 --mixed_precision "$MIXED_PRECISION" --dynamo_backend no)
-[ "$NUM_GPUS" -gt 1 ] && launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}") # 0 is any free port
+# Both signals reach every process, which then saves and stops; see docs/cluster.md.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # shellcheck disable=SC2086  # SCALE_WEIGHT is a list
-"${launch[@]}" train.py \
-    --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume-step latest \
+exec torchrun --standalone --nproc-per-node "$NUM_GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train.py \
+    --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
     --model "$MODEL" --trans-depth "$TRANS_DEPTH" --df-idxs "$DF_IDXS" --scale-weight $SCALE_WEIGHT \
     --tg-upper-bound "$TG_UPPER_BOUND" --weighting "$WEIGHTING" --acc-coeff "$ACC_COEFF" "$LEGACY_SCALING" \
     --path-type linear --cfg-prob 0.1 --batch-size "$BATCH_SIZE" --learning-rate 1e-4 --ema-decay 0.9999 \

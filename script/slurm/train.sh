@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# DeepFlow-XL/2-3T on two nodes of eight GPUs under Slurm, requeued until it is done; docs/cluster.md explains it.
+#   sbatch script/slurm/train.sh [more flags of train.py]
+#SBATCH --job-name=deepflow-xl-3t
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8       # one process per GPU
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300       # 300 s before the end of its time this shell is told
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"
+
+DATA_DIR=${DATA_DIR:-data/imagenet256}   # on a file system that all nodes share, as the repository and OUTPUT_DIR
+OUTPUT_DIR=${OUTPUT_DIR:-exps}
+EXP_NAME=${EXP_NAME:-deepflow-xl-3t}
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# No launcher in between: srun starts every process, hands it the signals that srun gets, and waits as long as it takes.
+srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train.py \
+    --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
+    --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 --mixed-precision bf16 "$@" &
+step=$!
+told=no
+trap 'told=yes; kill -USR1 "$step"' USR1
+trap 'kill -TERM "$step"' TERM
+code=0
+wait "$step" || code=$?
+while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` early
+    code=0
+    wait "$step" || code=$?
+done
+if [ "$told" = yes ] && [ "$code" -ne 0 ]; then
+    echo "stopped at the time limit with code $code; requeued"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

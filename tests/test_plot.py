@@ -1,0 +1,65 @@
+"""Curves of runs as pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from models.errors import InputError
+from training import plot
+
+
+def write_log(folder, *records):
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_curves_are_losses_gradient_norm_and_speed(tmp_path):
+    first = {"step": 5, "loss": 1.5, "loss_a1": 2, "grad_norm": 3, "epoch": 0.1, "images_per_s": 7}
+    log = write_log(tmp_path / "a", first, {"step": 10, "loss": 1.0}) / "log.jsonl"
+    expected = {"loss": ([5, 10], [1.5, 1.0]), "loss_a1": ([5], [2.0])}
+    assert plot.read_curves(log) == {**expected, "grad_norm": ([5], [3.0]), "images_per_s": ([5], [7.0])}
+
+
+def test_one_and_several_runs_make_one_picture(tmp_path, capsys):
+    a = write_log(tmp_path / "a", {"step": 1, "loss": 2}, {"step": 2, "loss": 1})
+    b = write_log(tmp_path / "b", *({"step": s, "loss": 3, "loss_v1": 1, "loss_v2": 1, "grad_norm": 1} for s in (1, 2)))
+    sizes = []
+    for runs in ([a], [a, b / "log.jsonl"]):
+        plot.main([*map(str, runs), "--out", str(tmp_path / "curves.png")])
+        with Image.open(tmp_path / "curves.png") as picture:
+            sizes.append(picture.size)
+            assert len(set(np.asarray(picture).flatten().tolist())) > 10  # something is drawn
+    assert sizes == [(480, 384), (1440, 720)]  # one panel; four panels in rows of three
+    assert "curves of 2 runs" in capsys.readouterr().out
+
+
+def test_command_draws_the_log_of_a_run(tmp_path):
+    run = write_log(tmp_path / "a", {"step": 1, "loss": 2})
+    done = tiny.run_python("-m", "training.plot", run, "--out", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    done = tiny.run_python("-m", "training.plot", tmp_path / "nowhere", "--out", tmp_path / "none.png")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(f"error: {tmp_path}/nowhere: cannot read this log")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"step": 1, "loss": 2}\n{"step": 2, "lo', "line 2"),
+        ('{"loss": 2}\n', "line 1"),
+        ("[1]\n", "line 1"),
+        ('{"step": 1, "lr": 2}\n', "no line has a key"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_logs_are_refused_by_name(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(InputError, match=rf"log\.jsonl: .*{message}"):
+        plot.save_curves([tmp_path / "log.jsonl"], tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()

@@ -1,0 +1,244 @@
+"""Signals, launchers and machines: a told run stops with a checkpoint, and the same command goes on from there."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+import train
+from models.errors import InputError
+from training.checkpoint import existing_steps, lock_run
+from training.stop import EXIT_STOPPED, SIGNALS, StopRequest
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tiny.data_folder(tmp_path / "data")
+
+
+def signalled(number, at_call, objective=train.objective):
+    """train.objective that sends this process a signal in its `at_call`-th call."""
+    calls = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            os.kill(os.getpid(), number)
+        return objective(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_run_goes_on(data, tmp_path, monkeypatch, number, capsys):
+    monkeypatch.setattr(train, "objective", signalled(number, at_call=2))
+    handlers = [signal.getsignal(n) for n in SIGNALS]
+    with pytest.raises(SystemExit) as caught:
+        tiny.run_train(data, tmp_path, log_every=100, checkpointing_steps=100)
+    assert caught.value.code == EXIT_STOPPED == 75
+    assert existing_steps(tmp_path / "run") == [2]
+    assert [line["step"] for line in tiny.log_lines(tmp_path / "run")] == [2]
+    assert "stopped by a signal after step 2; the same command with --resume auto goes on" in capsys.readouterr().out
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    monkeypatch.undo()
+    stopped = tiny.run_train(data, tmp_path, resume="auto")
+    straight = tiny.run_train(data, tmp_path / "straight")
+    for entry in ("model", "ema", "opt", "train_state"):
+        a, b = (tiny.load(run / "checkpoints/0000004.pt")[entry] for run in (stopped, straight))
+        assert not tiny.differences(a, b), entry
+
+
+def test_a_signal_in_the_last_step_is_no_stop(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "objective", signalled(signal.SIGTERM, at_call=4))
+    assert existing_steps(tiny.run_train(data, tmp_path)) == [4]  # and no SystemExit
+
+
+def test_checkpoints_of_stops_are_rolling(data, tmp_path, monkeypatch):
+    for step in range(1, 4):
+        monkeypatch.setattr(train, "objective", signalled(signal.SIGUSR1, at_call=1))
+        with pytest.raises(SystemExit):
+            tiny.run_train(data, tmp_path, resume="auto", max_train_steps=9, keep_last=2)
+        assert existing_steps(tmp_path / "run")[-1] == step
+        monkeypatch.undo()
+    assert existing_steps(tmp_path / "run") == [2, 3]
+
+
+def test_no_answer_is_wanted_from_other_processes_where_there_are_none():
+    with StopRequest(num_processes=1) as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
+    with (
+        lock_run(tmp_path / "run"),
+        pytest.raises(InputError, match=rf"another process trains in {tmp_path}/run; wait"),
+    ):
+        tiny.run_train(data, tmp_path)
+    assert not (tmp_path / "run/checkpoints").exists()
+    tiny.run_train(data, tmp_path, max_train_steps=1)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock_run(tmp_path).close()
+
+
+def test_help_names_the_exit_code():
+    done = tiny.run_python(tiny.ROOT / "train.py", "--help")
+    assert "the exit code is 75" in " ".join(done.stdout.split())
+
+
+# ------------------------------------------------------------------------------------------- real processes
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN += ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+LONG = {"max_train_steps": 4000, "checkpointing_steps": 100_000, "ema_decay": 0.9}
+
+
+def start(command, **environment):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tiny.ROOT), **environment}
+    command = [str(part) for part in command]
+    return subprocess.Popen(
+        command, cwd=tiny.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(run_dir, step, process):
+    """Until the log has a line of that step or a later one."""
+    log = run_dir / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= step):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+def stopped_with(command, number, data, output_dir, **environment):
+    """(exit code, output) of a run that is sent a signal after ten steps."""
+    process = start([*command, *tiny.train_flags(data, output_dir, **LONG)], **environment)
+    try:
+        wait_for_step(output_dir / "run", 10, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def check_stop_and_go_on(run_dir, data, output_dir):
+    """The newest checkpoint is that of the last logged step, and the run goes on from there."""
+    (step,) = existing_steps(run_dir)
+    assert tiny.log_lines(run_dir)[-1]["step"] == step
+    tiny.run_train(data, output_dir, **{**LONG, "max_train_steps": step + 2}, resume="auto")
+    assert [line["step"] for line in tiny.log_lines(run_dir)] == list(range(1, step + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_alone_exits_with_the_documented_code(data, tmp_path, number):
+    code, output = stopped_with([sys.executable, "train.py"], number, data, tmp_path)
+    assert code == EXIT_STOPPED, output
+    check_stop_and_go_on(tmp_path / "run", data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+def test_two_processes_stop_after_the_same_step(data, tmp_path, number):
+    code, output = stopped_with(
+        [sys.executable, *TORCHRUN, "tests/faulty_train.py", "report-exit"], number, data, tmp_path
+    )
+    assert code != 0  # the launcher's own
+    assert output.count(f"exits with {EXIT_STOPPED}") == 2, output
+    check_stop_and_go_on(tmp_path / "run", data, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(data, tmp_path):
+    command = [sys.executable, *TORCHRUN, "tests/faulty_train.py", "report-exit-after-own-signal"]
+    process = start([*command, *tiny.train_flags(data, tmp_path, **LONG)])
+    output, _ = process.communicate(timeout=100)
+    assert output.count(f"exits with {EXIT_STOPPED}") == 2, output
+    check_stop_and_go_on(tmp_path / "run", data, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_is_reported_soon(data, tmp_path):
+    before = time.monotonic()
+    done = tiny.run_torchrun(2, "tests/faulty_train.py", "late-rank", *tiny.train_flags(data, tmp_path))
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: preflight: rank 0 of 2 on ")
+    assert "asked for the sum of 2 ones and got: nothing within 2 s" in line
+    assert time.monotonic() - before < 60
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_every_rank_reports_and_a_common_error_is_printed_once(data, tmp_path):
+    done = tiny.run_torchrun(2, "train.py", *tiny.train_flags(data, tmp_path, batch_size=3))
+    for rank in (0, 1):
+        assert f"rank {rank} of 2 on {os.uname().nodename}, cpu" in done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.startswith("error: --batch-size 3 is not divisible by 2 processes") for line in errors] == [True]
+
+
+# ---------------------------------------------------------------------------------------------------- Slurm
+
+FAKE_SRUN = """#!{python}
+import os, signal, subprocess, sys
+command = [part for part in sys.argv[1:] if not part.startswith("--kill-on-bad-exit")]
+tasks = [
+    subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}) for i in range(2)
+]
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: [task.send_signal(number) for task in tasks])
+sys.exit(max(task.wait() for task in tasks))
+"""
+FAKE_SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo localhost; else echo "scontrol $*"; fi
+"""
+
+
+def slurm(tmp_path, data):
+    """(command, environment) of the batch script with stand-ins for srun and scontrol: two tasks on this machine."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    fakes = {"srun": FAKE_SRUN.format(python=sys.executable), "scontrol": FAKE_SCONTROL}
+    fakes["python"] = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    for name, text in fakes.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    port = str(20_000 + os.getpid() % 20_000)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "MASTER_PORT": port, "SLURM_NTASKS": "2"}
+    environment.update(SLURM_SUBMIT_DIR=str(tiny.ROOT), SLURM_JOB_NODELIST="localhost", SLURM_JOB_ID="17")
+    environment.update(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path), EXP_NAME="run")
+    return ["bash", "script/slurm/train.sh"], environment
+
+
+@pytest.mark.slow
+def test_the_batch_script_requeues_a_run_that_ran_out_of_time_and_no_other(data, tmp_path):
+    command, environment = slurm(tmp_path, data)
+    flags = {**LONG, "mixed_precision": "no"}
+    code, output = stopped_with(command, signal.SIGUSR1, data, tmp_path, **environment)
+    assert code == EXIT_STOPPED, output
+    assert "scontrol requeue 17" in output
+    (step,) = existing_steps(tmp_path / "run")
+    flags["max_train_steps"] = step + 2
+    again = start([*command, *tiny.train_flags(data, tmp_path, **flags)], **environment)
+    output, _ = again.communicate(timeout=100)
+    assert again.returncode == 0, output
+    assert "scontrol requeue" not in output
+    assert [line["step"] for line in tiny.log_lines(tmp_path / "run")] == list(range(1, step + 3))
+    wrong = start([*command, *tiny.train_flags(data, tmp_path, batch_size=3)], **environment)
+    output, _ = wrong.communicate(timeout=100)
+    assert wrong.returncode == 2
+    assert "scontrol requeue" not in output

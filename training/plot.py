@@ -1,0 +1,77 @@
+"""Curves of one or several runs as one PNG: a panel per logged quantity, a line per run.
+
+python -m training.plot exps/b2 exps/sit-b2 --out curves.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from models.errors import InputError, exit_on_input_error
+from training.checkpoint import write_atomically
+
+ALSO = ("grad_norm", "images_per_s")  # beside all that begins with `loss`
+COLUMNS = 3
+
+
+def log_file(path):
+    """The log of a run's folder, or the file itself."""
+    path = Path(path)
+    return path / "log.jsonl" if path.is_dir() else path
+
+
+def read_curves(log):
+    """JSONL log → {name: (steps, values)}: losses, gradient norm, speed. Raises InputError naming the file."""
+    try:
+        lines = Path(log).read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{log}: cannot read this log; pass the folder or the log.jsonl of a run") from None
+    curves = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            for name in (key for key in record if key.startswith("loss") or key in ALSO):
+                steps, values = curves.setdefault(name, ([], []))
+                values.append(float(record[name]))
+                steps.append(int(record["step"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{log}: line {number} is not a JSON object with 'step' and losses") from None
+    if not any(name.startswith("loss") for name in curves):
+        raise InputError(f"{log}: no line has a key that begins with 'loss'; pass the log.jsonl of a run")
+    return curves
+
+
+def save_curves(runs, path):
+    """Write a PNG with the curves of the given run folders or logs. Raises InputError."""
+    from matplotlib.figure import Figure  # a second to import, and only pictures need it
+
+    curves = {str(run): read_curves(log_file(run)) for run in runs}
+    names = list(dict.fromkeys(name for of_run in curves.values() for name in of_run))
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns, 2.8 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        for run, of_run in curves.items():
+            axes.plot(*of_run.get(name, ([], [])), label=run, linewidth=1)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    for axes in panels[len(names) :]:
+        axes.axis("off")
+    if len(curves) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m training.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RESULTS_DIR", help="folder of a run, or its log.jsonl")
+    parser.add_argument("--out", default="curves.png", metavar="PNG", help="picture to write (curves.png)")
+    args = parser.parse_args(argv)
+    save_curves(args.runs, args.out)
+    print(f"curves of {len(args.runs)} runs: {args.out}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,56 @@
+"""Stopping a run by SIGTERM or SIGUSR1: every process ends after the same step, with a checkpoint behind it."""
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished, the same command with --resume auto goes on
+EXIT_CODES = (
+    f"On SIGTERM and SIGUSR1 the step is finished, a checkpoint is written and the exit code is {EXIT_STOPPED}: "
+    "the same command with --resume auto goes on. 0 is the end of the run, 2 a mistake named by a line 'error: ...'."
+)
+
+
+class StopRequest:
+    """Within this context SIGTERM and SIGUSR1 are noted instead of ending the process.
+
+    Several processes exchange what they noted on the CPU while the next step runs, and look at the sum one step later:
+    all of them stop after the same step, and none waits for its device.
+    """
+
+    def __init__(self, num_processes):
+        self.noted = False
+        self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
+        self.exchange = None  # (sum over the processes, handle) of the step before
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def _note(self, number, frame):
+        self.noted = True
+
+    def agreed(self):
+        """Whether to stop now. To be asked once per step; all processes get the same answer."""
+        if self.group is None:
+            return self.noted
+        before = self._finish_exchange()
+        flag = torch.tensor([self.noted], dtype=torch.int64)
+        self.exchange = flag, dist.all_reduce(flag, group=self.group, async_op=True)
+        return before
+
+    def _finish_exchange(self):
+        if self.exchange is None:
+            return False
+        flag, handle = self.exchange
+        self.exchange = None
+        handle.wait()
+        return bool(flag)
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self._finish_exchange()
