@@ -1,0 +1,75 @@
+"""InceptionV3 of 2015-12-05 as ADM's evaluator uses it, through torch-fidelity's extractor, and the Inception Score."""
+
+import os
+
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from models.checkpoints import read_file
+from models.errors import InputError
+
+SPATIAL_CHANNELS = 7  # of the 192 that branch1x1 of the fifth block of size 17 has
+
+
+def load_network(weights=None, features=("2048",)):
+    """torch-fidelity's extractor: uint8 (N, 3, H, W) → tuple of features. weights: its file; None downloads it.
+
+    Raises InputError naming the file, where it comes from and the flag.
+    """
+    name = URL_INCEPTION_V3.rsplit("/", 1)[1]
+    remedy = f"download {name} from {URL_INCEPTION_V3} and pass it with --inception-weights"
+    if weights is not None:
+        check_weights(weights, remedy)
+    try:
+        return FeatureExtractorInceptionV3("inception-v3-compat", list(features), weights)
+    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), a damaged file in torch.hub's cache
+        reason = str(error).splitlines()[0]
+        cache = os.path.join(torch.hub.get_dir(), "checkpoints")
+        raise InputError(f"no InceptionV3 weights: neither in {cache} nor by download ({reason}); {remedy}") from None
+
+
+def check_weights(path, remedy):
+    """Raise InputError unless the file is a state dict of this network: torch-fidelity unpickles what it is given."""
+    state = read_file(path)
+    weight = state.get("fc.weight") if isinstance(state, dict) else None
+    if not isinstance(weight, torch.Tensor) or weight.shape != (1008, 2048) or "Mixed_6d.branch1x1.bn.weight" not in state:
+        raise InputError(f"--inception-weights {path} holds another network; {remedy}")
+
+
+class Inception:
+    """uint8 (N, 3, H, W) → {"pool": (N, 2048), "spatial": (N, 2023)}, float32.
+
+    Spatial features: the ReLU output of Mixed_6d.branch1x1 (TF: mixed_6/conv), its first 7 channels, flattened in the
+    order (row, column, channel). classifier (2048, 1008): weights of the Inception Score's logits, without bias.
+    """
+
+    name = "inception-2015-12-05"
+
+    def __init__(self, weights=None, device="cpu", spatial=True):
+        self.network = load_network(weights).to(device)
+        self.classifier = self.network.fc.weight.T
+        self.spatial = {}
+        if spatial:
+            self.network.Mixed_6d.branch1x1.register_forward_hook(self.keep_spatial)
+
+    def keep_spatial(self, _module, _inputs, output):
+        self.spatial = {"spatial": output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)}
+
+    @torch.no_grad()
+    def __call__(self, images):
+        (pool,) = self.network(images)
+        return {"pool": pool, **self.spatial}
+
+
+def inception_score(features, classifier, split_size=5000, chunk=512):
+    """Mean over consecutive splits of exp(mean KL(p(y|x) ‖ p(y))) (Salimans et al. 2016), as ADM splits: no shuffle.
+
+    features (N, D), classifier (D, K); the last split may be short and counts as much. log_softmax in float64, so that
+    no probability underflows.
+    """
+    scores = []
+    for split in features.split(split_size):
+        log_p = torch.cat([(part.double() @ classifier.double()).log_softmax(dim=1) for part in split.split(chunk)])
+        log_mean = log_p.logsumexp(dim=0) - torch.tensor(float(len(log_p)), dtype=torch.float64).log()
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())
+    return torch.stack(scores).mean().item()
