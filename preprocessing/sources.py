@@ -72,13 +72,13 @@ class ImageSource:
     labels: int64 (N,), NO_LABEL where an image has none. Names and labels are on disk: memory does not grow with N.
     """
 
-    def __init__(self, path, published_labels=False, max_images=None):
-        self.path = Path(path)
+    def __init__(self, path, published_labels=False, max_images=None, flag="--source"):
+        self.path, self.flag = Path(path), flag
         self._zip, self._root_files = None, {}
         self.names = self._list()
         self.manifest = self._read_manifest()
         if not self.names and not published_labels:
-            raise InputError(f"--source {path} holds no images (files with an extension that Pillow knows)")
+            raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
         self.labels = integers_on_disk(len(self.names))
         groups = self._label(published_labels)
         self.class_names = groups or (self.manifest or {}).get("class_names")
@@ -115,8 +115,8 @@ class ImageSource:
                 self._zip = ZipReader(self.path)
                 return NameTable(self._list_zip(), columns=2, unique=True)
             except zipfile.BadZipFile as error:
-                raise InputError(f"--source {self.path} is no readable zip ({error}); download it again") from None
-        raise InputError(f"--source {self.path} is neither a folder nor a .zip file; give one that exists")
+                raise InputError(f"{self.flag} {self.path} is no readable zip ({error}); download it again") from None
+        raise InputError(f"{self.flag} {self.path} is neither a folder nor a .zip file; give one that exists")
 
     def _list_zip(self):
         for name, size, position in self._zip.entries():

@@ -1,0 +1,153 @@
+"""Images to be measured, read in batches with bounded memory: arr_0 of an npz, a folder, or a zip. uint8 throughout."""
+
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from models.errors import InputError
+from preprocessing.sources import BadImageError, ImageSource
+
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError)
+READ_ERRORS += (RuntimeError, SyntaxError)  # what zipfile and numpy's header parser raise on damaged files
+
+
+def open_images(path, flag):
+    """NpzImages or FolderImages. Raises InputError naming flag and file."""
+    return NpzImages(path, flag) if str(path).endswith(".npz") else FolderImages(path, flag)
+
+
+def read_statistics(path, names):
+    """{name: float64 array} of an npz that has all of `names`, None of one that has none. Raises InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file.files]
+            if names[0] in missing:
+                return None
+            found = {name: np.asarray(file[name], np.float64) for name in names if name not in missing}
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from None
+    if missing:
+        raise InputError(f"{path} holds {names[0]} but not {missing[0]}; take a whole reference file")
+    for mean, covariance in zip(names[::2], names[1::2], strict=True):
+        check_moments(found[mean], found[covariance], f"{path}: {mean}, {covariance}")
+    return found
+
+
+def check_moments(mean, covariance, where):
+    """Raise InputError unless they are finite and of shapes (D,) and (D, D)."""
+    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+        raise InputError(f"{where} have shapes {mean.shape} and {covariance.shape}, not (D,) and (D, D)")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise InputError(f"{where} hold values that are not finite; make the statistics again")
+
+
+def unreadable(path, error):
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"{path} cannot be read, is cut short or is no npz ({reason}); copy or make it again")
+
+
+class NpzImages:
+    """Member arr_0, uint8 (N, H, W, 3), streamed from the zip."""
+
+    def __init__(self, path, flag):
+        self.path, self.whole = path, None
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except READ_ERRORS as error:
+            raise unreadable(f"{flag} {path}", error) from None
+        if "arr_0.npy" not in self.archive.namelist():
+            raise InputError(f"{flag} {path}: missing arr_0 in npz file; it holds {self.archive.namelist()}")
+        try:
+            shape, dtype = self.read_header()
+        except READ_ERRORS as error:
+            raise unreadable(f"{flag} {path}", error) from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise InputError(f"{flag} {path}: arr_0 is {dtype} {shape}; images must be uint8 (N, H, W, 3), 0 to 255")
+        self.count, self.shape = shape[0], shape[1:]
+
+    def __len__(self):
+        return self.count
+
+    def read_header(self):
+        """(shape, dtype); sets the position of the first pixel. Arrays that cannot be streamed are loaded whole."""
+        with self.archive.open("arr_0.npy") as member:
+            version = np.lib.format.read_magic(member)
+            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            if version in readers:
+                shape, fortran, dtype = readers[version](member)
+                self.start = member.tell()
+                if not fortran or dtype.hasobject:
+                    return shape, dtype
+        with np.load(self.path, allow_pickle=False) as file:
+            self.whole = file["arr_0"]
+        return self.whole.shape, self.whole.dtype
+
+    def batches(self, batches):
+        """Yield uint8 (B, H, W, 3) for each array of ascending indices. Raises InputError for a damaged file."""
+        if self.whole is not None:
+            yield from (self.whole[indices] for indices in batches)
+            return
+        try:
+            with self.archive.open("arr_0.npy") as member:
+                for indices in batches:
+                    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+                    yield np.concatenate([self.read_run(member, run[0], len(run)) for run in runs])
+        except READ_ERRORS as error:
+            raise unreadable(self.path, error) from None
+
+    def read_run(self, member, first, count):
+        """Images first … first + count − 1 of the open member."""
+        size = int(np.prod(self.shape))
+        member.seek(self.start + int(first) * size)
+        data = member.read(count * size)
+        if len(data) != count * size:
+            raise EOFError(f"the data end in image {first + len(data) // size} of {self.count}")
+        return np.frombuffer(data, np.uint8).reshape(count, *self.shape)
+
+
+class FolderImages:
+    """Images of a folder (with its subfolders) or a zip, sorted by relative name."""
+
+    def __init__(self, path, flag, workers=4):
+        self.path, self.workers = path, workers
+        self.source = ImageSource(path, published_labels=True, flag=flag)
+        if not len(self.source):
+            raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
+        self.shape = self.read(0).shape
+
+    def __len__(self):
+        return len(self.source)
+
+    def read(self, index):
+        """Image `index`, uint8 (H, W, 3). Raises InputError naming the file."""
+        name = f"{self.path}/{self.source.names[index]}"
+        try:
+            pixels = np.asarray(self.source.read(index))
+        except (BadImageError, OSError) as error:
+            raise InputError(f"{name} cannot be read as an image ({error}); replace or remove it") from None
+        if pixels.shape != getattr(self, "shape", pixels.shape):
+            raise InputError(f"{name} is {pixels.shape}, the first image {self.shape}; all must have one size")
+        return pixels
+
+    def batches(self, batches):
+        """Yield uint8 (B, H, W, 3) for each array of indices."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            for indices in batches:
+                yield np.stack(list(pool.map(self.read, indices)))
+
+
+def prefetched(items):
+    """The items of an iterator, the next one being made in a thread while the caller uses this one."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+
+
+def to_tensor(images, device):
+    """uint8 (B, H, W, 3) array → (B, 3, H, W) tensor on the device."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2)

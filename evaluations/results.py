@@ -1,0 +1,44 @@
+"""Results as JSON files: the numbers, how they were computed, and the manifest of the samples they are about."""
+
+import json
+from pathlib import Path
+
+from models.errors import InputError, note
+from preprocessing.jobs import versions
+from training.checkpoint import write_json
+
+
+def sample_manifest(samples):
+    """What generate.py wrote beside an npz or a folder of samples, without its list of labels; None where it is not."""
+    path = Path(samples).with_suffix(".json") if str(samples).endswith(".npz") else Path(f"{samples}".rstrip("/") + ".json")
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise InputError(f"{path} beside the samples is no JSON; move it away or make the samples again") from None
+    return {key: value for key, value in manifest.items() if key != "labels"} if isinstance(manifest, dict) else None
+
+
+def result_path(given, samples):
+    """Path for a --json flag: as given, or results/NAME.json of samples NAME."""
+    return Path(given) if given else Path("results") / (Path(samples).name.removesuffix(".npz") + ".json")
+
+
+def write_result(path, samples, metrics, **settings):
+    """Write the JSON of a measurement; metrics: {name: number}."""
+    packages = versions("torch", "scipy", "torch-fidelity", "timm")
+    content = {"metrics": metrics, "samples": str(samples), **settings, "versions": packages}
+    write_json(path, {**content, "manifest": sample_manifest(samples)})
+    note(f"wrote {path}")
+
+
+def read_result(path):
+    """Content of a result file. Raises InputError naming it."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); pass files that the evaluators wrote") from None
+    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+        raise InputError(f"{path} has no 'metrics'; pass files that the evaluators wrote")
+    return content
