@@ -4,9 +4,11 @@ A multiply-add is one MAC and two FLOP. The training forward is counted, with al
 (and projectors, where the model has them).
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
+import re
 
 import torch
 from torch import nn
@@ -81,3 +83,44 @@ def layer_macs(model):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclasses.dataclass
+class Part:
+    """Parameters of a part of the network (its blocks together), and multiply-adds of one forward pass of one sample."""
+
+    parameters: int = 0
+    layer_macs: int = 0  # Linear and convolution layers
+    attention_macs: int = 0  # products of queries, keys and values
+
+    def __add__(self, other):
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Part(*(a + b for a, b in pairs))
+
+
+def count_parts(model):
+    """{name: Part} in the order of the state dict; `blocks` and `df_blocks` are given by kind of layer."""
+    parts = collections.defaultdict(Part)
+    for name, parameter in model.named_parameters():
+        parts[part_of(name)].parameters += parameter.numel()
+    weights = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, weights, meta_inputs(model))
+    counts = {name.partition(".")[2]: ops for name, ops in counter.get_flop_counts().items()}
+    for name, ops in counts.items():
+        parent, part = name.rpartition(".")[0], part_of(name)
+        if part not in parts or ".".join(words(name)) != part or (parent in counts and part_of(parent) == part):
+            continue  # a layer inside a part, or a block, of which the parts are counted
+        attention = sum(count for op, count in ops.items() if re.search("bmm|scaled_dot_product", str(op))) // 2
+        parts[part] += Part(0, sum(ops.values()) // 2 - attention, attention)
+    return dict(parts)
+
+
+def words(name):
+    """A module's or parameter's name without the numbers of lists."""
+    return [word for word in name.split(".") if not word.isdigit()]
+
+
+def part_of(name):
+    """The part that a parameter or module belongs to: `blocks.3.attn.qkv` → `blocks.attn`, `final_layer.1` → itself."""
+    return ".".join(words(name)[: 2 if name.startswith(("blocks", "df_blocks")) else 1])

@@ -1,0 +1,54 @@
+"""Numbers of the paper (arXiv 2503.14494), for the tables that put measured ones beside them. None was measured here."""
+
+import dataclasses
+
+# Table 8: {(size, branches): {depth: (parameters in millions, GFLOPS as printed)}}; one branch is SiT
+TABLE_8 = {
+    ("B", 1): {12: (130, 24)},
+    ("L", 1): {24: (458, 80)},
+    ("XL", 1): {28: (675, 114)},
+    ("B", 2): {10: (144, 24), 12: (166, 28)},
+    ("L", 2): {20: (431, 72), 22: (469, 78), 24: (507, 84)},
+    ("XL", 2): {22: (588, 97), 24: (636, 106), 26: (683, 114), 28: (731, 122)},
+    ("L", 3): {18: (433, 72), 21: (490, 82), 24: (547, 92)},
+    ("XL", 3): {18: (538, 89), 21: (609, 101), 24: (681, 113), 27: (753, 125)},
+    ("XL", 4): {28: (822, 137)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A row of the paper's tables on ImageNet, SDE with 250 steps."""
+
+    model: str
+    epochs: int
+    fid: float
+    sfid: float | None = None
+    inception_score: float | None = None
+    weighting: str = "lognormal"
+    alignment: str = ""
+    guided: bool = False
+    resolution: int = 256
+
+
+PUBLISHED = [
+    Published("SiT-B/2", 80, 34.4, 6.5, 43.7, "uniform"),
+    Published("SiT-B/2", 80, 29.7, 6.2, 51.0),
+    Published("DeepFlow-B/2", 80, 28.1, 5.8, 49.8, "uniform"),
+    Published("DeepFlow-B/2", 80, 23.1, 5.6, 60.3),
+    Published("DeepFlow-B/2", 80, 21.7, 6.1, 66.0, alignment="DINOv1"),
+    Published("DeepFlow-B/2", 80, 17.2, 6.0, 77.8, alignment="DINOv2"),
+    *(Published("SiT-XL/2", epochs, fid, weighting="") for epochs, fid in ((80, 13.8), (200, 10.2), (800, 9.8))),
+    *(Published("DeepFlow-XL/2", epochs, fid, weighting="") for epochs, fid in ((80, 10.3), (200, 7.8), (400, 7.2))),
+    *(
+        Published("DeepFlow-XL/2", epochs, fid, weighting="", alignment="DINOv2")
+        for epochs, fid in ((80, 6.5), (200, 5.4), (400, 5.0))
+    ),
+    Published("DeepFlow-XL/2", 400, 1.97, 4.39, 264.7, weighting="", guided=True),
+    Published("DeepFlow-XL/2", 600, 1.89, weighting="", guided=True),
+    Published("DeepFlow-XL/2", 400, 1.77, weighting="", alignment="DINOv2", guided=True),
+    Published("DeepFlow-XL/2", 200, 2.59, weighting="", guided=True, resolution=512),
+    Published("DeepFlow-XL/2", 400, 2.22, weighting="", guided=True, resolution=512),
+    Published("DeepFlow-XL/2", 160, 2.03, weighting="", alignment="DINOv2", guided=True, resolution=512),
+    Published("DeepFlow-XL/2", 200, 1.96, weighting="", alignment="DINOv2", guided=True, resolution=512),
+]
