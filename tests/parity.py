@@ -1,6 +1,7 @@
 """Reading the reference values: cases are discovered from FAMILY.json, arrays come from FAMILY.npz."""
 
 import functools
+import importlib.util
 import json
 import os
 import zlib
@@ -53,3 +54,12 @@ def relative_error(a, b):
     """max|a − b| / max|b|."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@functools.cache
+def evaluation_inputs():
+    """The module of the folder in use that makes images and features."""
+    spec = importlib.util.spec_from_file_location("parity_inputs", FIXTURES / "evaluation_inputs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

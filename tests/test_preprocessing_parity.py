@@ -1,13 +1,12 @@
 """Crops and labels of the published preparation: every case of crop.json."""
 
 import base64
-import importlib.util
 import io
 import json
 
 import numpy as np
 import pytest
-from parity import FIXTURES, OWN_FIXTURES
+from parity import FIXTURES, OWN_FIXTURES, evaluation_inputs
 from PIL import Image
 
 from models.errors import InputError
@@ -26,17 +25,9 @@ def load_cases():
 CASES = load_cases()
 
 
-def inputs():
-    """The module that makes the input images, from the folder in use."""
-    spec = importlib.util.spec_from_file_location("parity_inputs", FIXTURES / "evaluation_inputs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("case", CASES["array_cases"]["rows"], ids=lambda c: f"{c['width']}x{c['height']}-{c['size']}")
 def test_parity_crop(case):
-    make = inputs()
+    make = evaluation_inputs()
     pixels = make.image(case["height"], case["width"], case["phase"])
     assert make.sha256(pixels) == case["input_sha256"]
     result = np.asarray(center_crop_dhariwal(Image.fromarray(pixels), case["size"], case["size"]))
@@ -46,7 +37,7 @@ def test_parity_crop(case):
 
 @pytest.mark.skipif(CASES["cmyk_synthetic"] is None, reason="the folder has no crop.json")
 def test_parity_cmyk():
-    case, sha256 = CASES["cmyk_synthetic"], inputs().sha256
+    case, sha256 = CASES["cmyk_synthetic"], evaluation_inputs().sha256
     image = decode(base64.b64decode(case["base64"]))
     assert sha256(np.asarray(image)) == case["decoded_rgb_sha256"]
     assert sha256(np.asarray(center_crop_dhariwal(image, 64, 64))) == case["sha256_64"]
