@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
-from evaluations.frechet import frechet_distance, statistics
+from evaluations.frechet import RunningStatistics, frechet_distance, statistics
+from training.processes import Processes
 
 # Value of the published implementation (scipy's sqrtm) for dense, well conditioned covariances.
 DENSE_MU1, DENSE_MU2 = [-0.827, 0.143, 0.937, 0.018], [0.693, 0.315, 1.504, -2.007]
@@ -98,3 +101,48 @@ def test_bad_statistics_are_refused(arguments, message):
 def test_statistics_need_two_rows(features):
     with pytest.raises(ValueError, match="at least 2"):
         statistics(features)
+
+
+def rows_with_large_mean(count=500, width=7):
+    return torch.from_numpy(np.random.default_rng(2).standard_normal((count, width)) * 1e-2 + 100)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 500])
+def test_running_statistics_do_not_depend_on_the_batch(batch):
+    rows = rows_with_large_mean()
+    running = RunningStatistics(7)
+    for part in rows.split(batch):
+        running.add(part)
+    running.add(rows[:0])
+    mu, sigma = running.finish()
+    # a sum of squares minus N·μμᵀ loses eight digits here
+    np.testing.assert_allclose(sigma, np.cov(rows.numpy(), rowvar=False), rtol=1e-9)
+    np.testing.assert_allclose(mu, rows.numpy().mean(axis=0), rtol=1e-12)
+
+
+def merged(rank, world, folder):
+    """One of the processes of the test below: every third row, and none for the last process."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    running, rows = RunningStatistics(7), rows_with_large_mean()
+    running.add(rows[rank :: world - 1] if rank < world - 1 else rows[:0])
+    running.merge_processes()
+    gathered = Processes(rank, world, torch.device("cpu")).gather_rows(torch.full((rank, 2), float(rank)))
+    torch.save((*map(torch.from_numpy, running.finish()), gathered), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_merged_processes_give_the_statistics_of_one(tmp_path):
+    torch.multiprocessing.spawn(merged, (4, str(tmp_path)), nprocs=4)
+    mu, sigma = statistics(rows_with_large_mean())
+    for rank in range(4):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        np.testing.assert_allclose(found[0], mu, rtol=1e-12)
+        np.testing.assert_allclose(found[1], sigma, rtol=1e-9)
+        assert found[2].tolist() == [[1.0] * 2] + [[2.0] * 2] * 2 + [[3.0] * 2] * 3
+
+
+def test_one_row_has_no_covariance():
+    running = RunningStatistics(2)
+    running.add(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="at least 2 samples, not 1"):
+        running.finish()

@@ -1,0 +1,269 @@
+"""The ADM evaluator end to end: what it prints, which arrays it takes, any batch size and number of processes, faults."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from evaluation_helpers import Broken, Wrong, numbers, pictures, save_npz, script
+
+from evaluations import evaluator, inception
+from evaluations.frechet import frechet_distance, statistics
+from evaluations.precision_recall import precision_recall
+from models.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(reference, samples, TorchScript file)."""
+    reference = save_npz(tmp_path / "ref.npz", pictures(20, 1))
+    samples = save_npz(tmp_path / "samples.npz", pictures(33, 2), {"model": "DeepFlow-Ti/2", "labels": [0] * 33})
+    return reference, samples, script(tmp_path / "corners.pt")
+
+
+def run(capsys, *arguments):
+    """(stdout, stderr) of the evaluator in this process."""
+    evaluator.main([str(argument) for argument in arguments])
+    return capsys.readouterr()
+
+
+def refused(match, *arguments):
+    with pytest.raises(InputError, match=match) as caught:
+        evaluator.main([str(argument) for argument in arguments])
+    assert "\n" not in str(caught.value)
+
+
+def corners(images):
+    """What the TorchScript file computes, in float32 and by hand."""
+    n, size = len(images), images.shape[1] // 2
+    quarters = images.reshape(n, 2, size, 2, size, 3).astype(np.float64).mean(axis=(2, 4)) / 255
+    return torch.from_numpy(quarters.transpose(0, 3, 1, 2).reshape(n, 12)).float()
+
+
+def test_numbers_of_another_extractor_carry_its_name(files, tmp_path, capsys):
+    reference, samples, features = files
+    out, err = run(capsys, reference, samples, "--features", features, "--json", tmp_path / "r/result.json")
+    rows = corners(pictures(20, 1)), corners(pictures(33, 2))
+    expected = {"FD (corners)": frechet_distance(*statistics(rows[1]), *statistics(rows[0]))}
+    expected["Precision (corners)"], expected["Recall (corners)"] = precision_recall(*rows)
+    assert numbers(out) == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["Precision (corners)"] < 1
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert list(result["metrics"]) == ["fd_corners", "precision_corners", "recall_corners"]
+    assert list(result["metrics"].values()) == list(numbers(out).values())
+    assert result["manifest"] == {"model": "DeepFlow-Ti/2"}
+    assert result["count"] == 33 and result["settings"]["precision"] == "float16"
+    assert "samples.npz holds 33 images; published numbers are of 50000" in err
+
+
+class TinyInception(torch.nn.Module):
+    """What the evaluator uses of InceptionV3, in widths that take no time: 12 pool and 7·2·2 spatial features."""
+
+    def __init__(self):
+        super().__init__()
+        self.Mixed_6d = torch.nn.Module()
+        self.Mixed_6d.branch1x1 = torch.nn.Conv2d(3, 9, 1)
+        self.fc = torch.nn.Linear(12, 10)
+        self.requires_grad_(False)
+
+    def forward(self, images):
+        small = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2)
+        self.Mixed_6d.branch1x1(small)
+        return (small.flatten(1),)
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = TinyInception()
+    monkeypatch.setattr(inception, "load_network", lambda *_: network)
+    return network
+
+
+CLOSING = ("Inception Score", "FID", "sFID", "Precision", "Recall")
+
+
+def test_stdout_is_that_of_the_published_evaluator(files, small_inception, capsys):
+    out, err = run(capsys, *files[:2])
+    lines = out.splitlines()
+    assert lines[:5] == [
+        "computing reference batch activations...",
+        "computing/reading reference batch statistics...",
+        "computing sample batch activations...",
+        "computing/reading sample batch statistics...",
+        "Computing evaluations...",
+    ]
+    assert [line.split(": ")[0] for line in lines[5:]] == list(CLOSING)
+    assert all(np.isfinite(float(line.split(": ")[1])) for line in lines[5:])
+    assert "statistics from its arr_0" in err
+
+
+def test_numbers_are_of_the_right_features(files, small_inception, capsys):
+    found = numbers(run(capsys, *files[:2])[0])
+    pool = corners(pictures(20, 1)), corners(pictures(33, 2))
+    weight, bias = (value.flatten() for value in small_inception.Mixed_6d.branch1x1.parameters())
+    spatial = [rows.view(-1, 3, 4).transpose(1, 2) @ weight.view(9, 3)[:7].T + bias[:7] for rows in pool]
+    spatial = [rows.flatten(1) for rows in spatial]
+    expected = {"Inception Score": inception.inception_score(pool[1], small_inception.fc.weight.T)}
+    for name, (reference, sample) in (("FID", pool), ("sFID", spatial)):
+        expected[name] = frechet_distance(*statistics(sample), *statistics(reference))
+    expected["Precision"], expected["Recall"] = precision_recall(*pool)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_stored_statistics_take_the_place_of_computed_ones(files, small_inception, tmp_path, capsys):
+    reference, samples, _ = files
+    plain = numbers(run(capsys, reference, samples)[0])
+    moments = {}
+    for mean, sigma, width in (("mu", "sigma", 12), ("mu_s", "sigma_s", 28)):
+        moments.update({mean: np.full(width, 3.0), sigma: np.eye(width)})
+    stored = save_npz(tmp_path / "stored.npz", pictures(20, 1), **moments)
+    out, err = run(capsys, stored, samples)
+    changed = numbers(out)
+    assert f"reference {stored}: 20 images of 16x16 in arr_0; statistics from mu, sigma, mu_s, sigma_s of the file" in err
+    assert changed["FID"] > 50 and changed["sFID"] > 50
+    for name in ("Inception Score", "Precision", "Recall"):  # between images all the same
+        assert changed[name] == plain[name]
+    stored_sample = save_npz(tmp_path / "stored_sample.npz", pictures(33, 2), **moments)
+    out, err = run(capsys, stored, stored_sample)
+    assert numbers(out)["FID"] == pytest.approx(0, abs=1e-6)
+    assert "warning:" in err and "stored_sample.npz holds statistics: FID and sFID are theirs" in err
+
+
+def test_statistics_of_another_network_are_refused(files, small_inception, tmp_path):
+    moments = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(28), "sigma_s": np.eye(28)}
+    refused("mu, sigma are of 64 features, not 12", save_npz(tmp_path / "other.npz", pictures(9, 1), **moments), files[1])
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batch_size_does_not_show(files, tmp_path, capsys, batch):
+    reference, samples, features = files
+    expected = numbers(run(capsys, reference, samples, "--features", features, "--batch-size", 16)[0])
+    found = numbers(run(capsys, reference, samples, "--features", features, "--batch-size", batch)[0])
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_do_not_show(files, capsys, processes):
+    reference, samples, features = files
+    expected = numbers(run(capsys, reference, samples, "--features", features)[0])
+    flags = (reference, samples, "--features", features, "--batch-size", 5)
+    done = tiny.run_torchrun(processes, tiny.ROOT / "evaluations/evaluator.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert numbers(done.stdout) == pytest.approx(expected, rel=1e-9)
+    assert done.stdout.count("computing sample batch activations...") == 1
+
+
+def test_compressed_and_fortran_files_give_the_same(files, tmp_path, capsys):
+    reference, samples, features = files
+    expected = numbers(run(capsys, reference, samples, "--features", features)[0])
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=pictures(33, 2))
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(pictures(33, 2)))
+    for name in ("compressed", "fortran"):
+        assert numbers(run(capsys, reference, tmp_path / f"{name}.npz", "--features", features)[0]) == expected
+
+
+def test_options_of_the_arithmetic(files, capsys):
+    reference, samples, features = files
+    default = numbers(run(capsys, reference, samples, "--features", features)[0])
+    published = numbers(run(capsys, reference, samples, "--features", features, "--sqrtm")[0])
+    assert published["FD (corners)"] == pytest.approx(default["FD (corners)"], rel=1e-6)
+    more = numbers(run(capsys, reference, samples, "--features", features, "--neighbors", 7)[0])
+    assert more["Precision (corners)"] > default["Precision (corners)"]
+    for precision in ("float32", "float64"):
+        out = run(capsys, reference, samples, "--features", features, "--precision", precision, "--block", 6)[0]
+        rows = corners(pictures(20, 1)), corners(pictures(33, 2))
+        assert numbers(out)["Recall (corners)"] == precision_recall(*rows, precision=precision)[1]
+
+
+def test_other_resolution_is_said(files, tmp_path, capsys):
+    other = save_npz(tmp_path / "large.npz", pictures(20, 1, size=32))
+    _, err = run(capsys, other, files[1], "--features", files[2])
+    assert "warning: samples of 16x16 are compared with a reference of 32x32" in err
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def test_a_file_cut_short_is_named(files, tmp_path):
+    whole = open(files[1], "rb").read()
+    cut = tmp_path / "cut.npz"
+    for size in (len(whole) - 30, len(whole) // 2, 0):
+        cut.write_bytes(whole[:size])
+        refused("cut.npz .*cut short", files[0], cut, "--features", files[2])
+
+
+def test_damage_in_the_pixels_is_noticed(files, tmp_path):
+    data = bytearray(open(files[1], "rb").read())
+    data[5000] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(data)
+    refused("damaged.npz .*CRC", files[0], tmp_path / "damaged.npz", "--features", files[2])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ({"arr_0": np.array([{"a": 1}, None], dtype=object)}, "arr_0 is object"),
+        ({"arr_0": pictures(8, 0) / np.float32(255)}, r"arr_0 is float32 \(8, 16, 16, 3\); images must be uint8"),
+        ({"arr_0": pictures(8, 0)[..., :1]}, r"\(8, 16, 16, 1\)"),
+        ({"arr_0": pictures(8, 0).transpose(0, 3, 1, 2).copy()}, r"\(8, 3, 16, 16\)"),
+        ({"arr_0": pictures(8, 0)[:0]}, r"\(0, 16, 16, 3\)"),
+        ({"images": pictures(8, 0)}, "missing arr_0 in npz file"),
+        ({"arr_0": pictures(3, 0)}, "holds 3 images; --neighbors 3 needs more"),
+        ({"arr_0": pictures(8, 0), "mu": np.zeros(3)}, "holds mu but not sigma"),
+        ({"arr_0": pictures(8, 0), **dict.fromkeys(STATISTICS, np.zeros(3))}, r"not \(D,\) and \(D, D\)"),
+        (
+            {"arr_0": pictures(8, 0), "mu": np.full(3, np.nan), "sigma": np.eye(3), "mu_s": np.zeros(3), "sigma_s": np.eye(3)},
+            "not finite",
+        ),
+    ],
+    ids=["objects", "floats", "grey", "channels first", "empty", "no images", "few", "half", "shapes", "nan"],
+)
+@pytest.mark.parametrize("side", ["reference", "samples"])
+def test_bad_arrays_are_refused(files, tmp_path, arrays, match, side):
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, **arrays)
+    pair = (bad, files[1]) if side == "reference" else (files[0], bad)
+    refused(f"bad.npz.*{match}", *pair, "--features", files[2])
+
+
+def test_missing_files_and_values_are_named(files, tmp_path):
+    reference, samples, features = files
+    refused("REFERENCE .*nowhere.npz", tmp_path / "nowhere.npz", samples)
+    refused("nowhere.pt is no TorchScript file", reference, samples, "--features", tmp_path / "nowhere.pt")
+    refused("--batch-size 0 must be at least 1", reference, samples, "--features", features, "--batch-size", 0)
+    refused("--features wrong returns", reference, samples, "--features", script(tmp_path / "wrong.pt", Wrong()))
+
+
+def test_features_that_are_not_finite_give_no_number(files, tmp_path, capsys):
+    images = pictures(12, 3)
+    images[9, 0, 0] = 0
+    samples, broken = save_npz(tmp_path / "black.npz", images), script(tmp_path / "broken.pt", Broken())
+    refused(r"black.npz: features of images 8 to 11 are not finite", samples, files[1], "--features", broken, "--batch-size", 4)
+    assert "FD" not in capsys.readouterr().out
+
+
+def test_without_weights_the_line_says_which_file_from_where_and_which_flag(files, tmp_path):
+    done = tiny.run_python("evaluations/evaluator.py", *files[:2], TORCH_HOME=str(tmp_path), http_proxy="http://0.0.0.0:9",
+                           https_proxy="http://0.0.0.0:9")  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    for part in ("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/", "--inception-weights", str(tmp_path)):
+        assert part in last
+
+
+def test_weights_of_another_network_are_refused(files, tmp_path):
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
+    refused("other.pth holds another network; download weights-inception", *files[:2], "--inception-weights", tmp_path / "other.pth")
+    refused("none.pth does not exist", *files[:2], "--inception-weights", tmp_path / "none.pth")
+
+
+def test_bare_json_flag_writes_beside_other_results(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluator.main([files[0], files[1], "--features", files[2], "--json"])
+    assert json.loads((tmp_path / "results/samples.json").read_text())["samples"] == files[1]
