@@ -2,9 +2,9 @@
 
     python evaluations/calculate_metrics.py calc --images samples/NAME --ref imgnet256.pkl
     python evaluations/calculate_metrics.py ref --data data/imagenet256/images --dest imagenet256.pkl
-    torchrun --nproc-per-node 8 evaluations/calculate_metrics.py calc --images ... --ref ...
+    torchrun --nproc-per-node 8 evaluations/calculate_metrics.py calc --images ... --ref ... --num-images 50000
 
-References: a pickle {num_images, fid: {mu, sigma}, fd_dinov2: {mu, sigma}}, or ADM's npz, whose mu and sigma serve for FID.
+References: a pickle {num_images, fid: {mu, sigma}, fd_dinov2: {mu, sigma}}, or ADM's npz, whose mu and sigma give FID.
 """
 
 import argparse
@@ -79,7 +79,9 @@ def read_reference(path):
         raise InputError(f"--ref {path} does not exist") from None
     except Exception as error:  # the bytes of a damaged pickle decide what fails
         raise InputError(f"--ref {path} cannot be read as a pickle of statistics ({error}); copy it again") from None
-    metrics = {name: value for name, value in content.items() if name != "num_images"} if isinstance(content, dict) else {}
+    metrics = (
+        {name: value for name, value in content.items() if name != "num_images"} if isinstance(content, dict) else {}
+    )
     for name, value in metrics.items():
         if not isinstance(value, dict) or not {"mu", "sigma"} <= value.keys():
             raise InputError(f"--ref {path}: its {name} has no mu and sigma; make the reference again")
@@ -154,7 +156,9 @@ def calc(args, processes):
     if not metrics:
         raise InputError(f"--ref {args.ref} holds {', '.join(reference)} and none of {', '.join(statistics)}")
     if args.json is not None:
-        settings = {key: getattr(args, key) for key in ("num", "seed", "batch", "sqrtm", "inception_weights", "features")}
+        settings = {
+            key: getattr(args, key) for key in ("num", "seed", "batch", "sqrtm", "inception_weights", "features")
+        }
         path = result_path(args.json, args.images)
         write_result(path, args.images, metrics, reference=args.ref, count=count, settings=settings)
 
@@ -174,7 +178,9 @@ def parse_args(argv=None):
     one = commands.add_parser("calc", help="distances between images and a reference", allow_abbrev=False)
     one.add_argument("--images", required=True, metavar="PATH", help="folder, zip or npz")
     one.add_argument("--ref", required=True, metavar="FILE", help=".pkl, or .npz with mu and sigma")
-    one.add_argument("--num", type=int, default=50_000, help="images to measure, drawn where there are more")
+    # torchrun takes --num for an abbreviation of its own --numa-binding, wherever it stands
+    help_num = "images to measure, drawn where there are more; under torchrun write --num-images"
+    one.add_argument("--num", "--num-images", type=int, default=50_000, help=help_num)
     one.add_argument("--seed", type=int, default=0, help="of that draw")
     one.set_defaults(run=calc)
     other = commands.add_parser("ref", help="make a reference", allow_abbrev=False)

@@ -48,13 +48,17 @@ def add_extractor_flags(parser):
     """Flags that both evaluators have."""
     parser.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's file; default: its download")
     parser.add_argument("--features", metavar="NAME", help="timm model or TorchScript file in place of InceptionV3")
-    parser.add_argument("--sqrtm", action="store_true", help="published arithmetic of the Fréchet distance (scipy's sqrtm)")
-    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the result; default results/NAME.json")
+    parser.add_argument(
+        "--sqrtm", action="store_true", help="published arithmetic of the Fréchet distance (scipy's sqrtm)"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="write the result; default results/NAME.json"
+    )
 
 
 @dataclasses.dataclass
 class Side:
-    """The reference or the samples: their images, statistics that the file holds, and what is computed of the images."""
+    """The reference or the samples: images, statistics that the file holds, and what is computed of the images."""
 
     which: str  # reference or sample
     path: str
@@ -104,14 +108,18 @@ def oddities(reference, sample, args):
     """Lines about what may make the numbers differ from published ones."""
     found = []
     if sample.stored and not args.features:
-        found.append(f"{sample.path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)")
+        found.append(
+            f"{sample.path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)"
+        )
     if args.features and (sample.stored or reference.stored):
         found.append(f"stored statistics are Inception's and go unused with --features {args.features}")
     if len(sample.images) != SAMPLES:
         found.append(f"{sample.path} holds {len(sample.images)} images; published numbers are of {SAMPLES}")
     if sample.images.shape != reference.images.shape:
         sizes = ("x".join(map(str, side.images.shape[:2])) for side in (sample, reference))
-        found.append("samples of {} are compared with a reference of {}; take the reference of that size".format(*sizes))
+        found.append(
+            "samples of {} are compared with a reference of {}; take the reference of that size".format(*sizes)
+        )
     return found
 
 

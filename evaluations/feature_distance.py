@@ -83,7 +83,11 @@ def sample(args, checkpoint, probe, device):
             x = sample_ode(velocity, x, args.num_steps)
         else:
             x = sample_sde(
-                velocity, x, path, lambda step, who=indices: sample_noise(args.seed, who, step + 1, shape), args.num_steps
+                velocity,
+                x,
+                path,
+                lambda step, who=indices: sample_noise(args.seed, who, step + 1, shape),
+                args.num_steps,
             )
         if not x.isfinite().all():
             raise InputError(f"{args.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]})")

@@ -1,7 +1,7 @@
 """Feature extractors beside InceptionV3, and the loop that carries images through them.
 
-An extractor is called with uint8 (N, 3, H, W) on its device and returns {name: (N, D)}; "pool" is the one that distances
-are taken between. Letters: N images, D dimensions.
+An extractor is called with uint8 (N, 3, H, W) on its device and returns {name: (N, D)}; "pool" is what distances are
+taken between. Letters: N images, D dimensions.
 """
 
 import dataclasses
@@ -103,7 +103,9 @@ def load_dinov2(weights=None, device="cpu", name=DINOV2):
     """
     import timm
 
-    overlay = {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights), "hf_hub_id": None, "url": ""}}
+    overlay = (
+        {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights), "hf_hub_id": None, "url": ""}}
+    )
     remedy = f"download {DINOV2_URL} and pass it with --dinov2-weights"
     trained = create_pretrained(name, f"DINOv2 {weights or name}", remedy, **overlay)
     state = trained.state_dict()

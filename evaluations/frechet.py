@@ -92,7 +92,7 @@ def trace_of_root_published(sigma1, sigma2, eps=1e-6):
 def frechet_distance(mu1, sigma1, mu2, sigma2, sqrtm=False):
     """|μ1 − μ2|² + tr Σ1 + tr Σ2 − 2 tr (Σ1 Σ2)^½ (Heusel et al. 2017, Eq. 6); means (D,), covariances (D, D).
 
-    sqrtm: the published arithmetic of the last term. Raises ValueError for unequal shapes or values that are not finite.
+    sqrtm: published arithmetic of the last term. Raises ValueError for unequal shapes or values that are not finite.
     """
     mu1, mu2 = np.atleast_1d(np.asarray(mu1, np.float64)), np.atleast_1d(np.asarray(mu2, np.float64))
     sigma1, sigma2 = np.atleast_2d(np.asarray(sigma1, np.float64)), np.atleast_2d(np.asarray(sigma2, np.float64))

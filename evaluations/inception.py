@@ -32,7 +32,11 @@ def check_weights(path, remedy):
     """Raise InputError unless the file is a state dict of this network: torch-fidelity unpickles what it is given."""
     state = read_file(path)
     weight = state.get("fc.weight") if isinstance(state, dict) else None
-    if not isinstance(weight, torch.Tensor) or weight.shape != (1008, 2048) or "Mixed_6d.branch1x1.bn.weight" not in state:
+    if (
+        not isinstance(weight, torch.Tensor)
+        or weight.shape != (1008, 2048)
+        or "Mixed_6d.branch1x1.bn.weight" not in state
+    ):
         raise InputError(f"--inception-weights {path} holds another network; {remedy}")
 
 

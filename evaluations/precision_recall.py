@@ -1,4 +1,4 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019) as ADM's evaluator computes them: squared distances in blocks.
+"""Improved precision and recall (Kynkäänniemi et al. 2019) as ADM's evaluator computes them: squared, in blocks.
 
 Letters: N rows, D dimensions, k neighbours. A set's manifold is the union of balls round its points, each as large as
 the distance to the point's k-th neighbour.

@@ -1,4 +1,4 @@
-"""Numbers of the paper (arXiv 2503.14494), for the tables that put measured ones beside them. None was measured here."""
+"""Numbers of the paper (arXiv 2503.14494), to put beside measured ones. None was measured here."""
 
 import dataclasses
 

@@ -10,7 +10,11 @@ from training.checkpoint import write_json
 
 def sample_manifest(samples):
     """What generate.py wrote beside an npz or a folder of samples, without its list of labels; None where it is not."""
-    path = Path(samples).with_suffix(".json") if str(samples).endswith(".npz") else Path(f"{samples}".rstrip("/") + ".json")
+    path = (
+        Path(samples).with_suffix(".json")
+        if str(samples).endswith(".npz")
+        else Path(f"{samples}".rstrip("/") + ".json")
+    )
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:

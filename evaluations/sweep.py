@@ -3,9 +3,8 @@
     python evaluations/sweep.py --ckpt CKPT --ref REF.npz --out results/sweep --num-samples 5000 \\
         --cfg-scale 1.0 1.3 1.6 --interval 0,1 0.3,0.7 --num-steps 50 250 -- --mode ode --heun
 
-What follows `--` goes to generate.py. --processes N samples on N processes. A setting that has been measured is not
-measured again: run the same command to go on after an interruption. The metric is FID against --ref; with --features NAME
-the Fréchet distance of those features.
+What follows `--` goes to generate.py. A setting that has been measured is not measured again: run the same command to
+go on after an interruption. The metrics are those of evaluations/evaluator.py; the plot shows the Fréchet distance.
 """
 
 import argparse
@@ -66,7 +65,9 @@ def interval(text):
 
 def run_python(processes, script, flags):
     """Run a script of the repository, under torchrun where there are several processes. Raises InputError."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
     done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], check=False)
     if done.returncode:
         raise InputError(f"{script} ended with {done.returncode}; what it said stands above")
@@ -152,7 +153,9 @@ def check_same(args):
         found = json.loads(record.read_text())
         changed = [key for key in about if found.get(key) != about[key]]
         if changed:
-            raise InputError(f"{args.out} holds a sweep with another {changed[0]} ({found.get(changed[0])}); name another --out")
+            raise InputError(
+                f"{args.out} holds a sweep with another {changed[0]} ({found.get(changed[0])}); name another --out"
+            )
     write_json(record, about)
 
 

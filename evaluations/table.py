@@ -1,6 +1,6 @@
 """Results as a markdown table, each model's followed by what the paper states for it.
 
-    python evaluations/table.py results/*.json
+python evaluations/table.py results/*.json
 """
 
 import argparse
@@ -22,8 +22,15 @@ def sampling(manifest):
     if not manifest:
         return "no manifest"
     scale, low, high = (manifest.get(key) for key in ("cfg_scale", "guidance_low", "guidance_high"))
-    guidance = f"cfg {scale}" + (f" in [{low}, {high}]" if (low, high) != (0.0, 1.0) else "") if is_guided(manifest) else ""
-    words = [manifest.get("mode"), f"{manifest.get('num_steps')} steps", guidance or "no guidance", manifest.get("weights")]
+    guidance = (
+        f"cfg {scale}" + (f" in [{low}, {high}]" if (low, high) != (0.0, 1.0) else "") if is_guided(manifest) else ""
+    )
+    words = [
+        manifest.get("mode"),
+        f"{manifest.get('num_steps')} steps",
+        guidance or "no guidance",
+        manifest.get("weights"),
+    ]
     return ", ".join(str(word) for word in words if word)
 
 
@@ -33,7 +40,10 @@ def is_guided(manifest):
 
 def resolution(manifest):
     """Side of the images; None where the manifest does not say."""
-    size, factor = (manifest.get("model_options") or {}).get("input_size"), (manifest.get("latents") or {}).get("factor")
+    size, factor = (
+        (manifest.get("model_options") or {}).get("input_size"),
+        (manifest.get("latents") or {}).get("factor"),
+    )
     return size * factor if size and factor else None
 
 
@@ -50,7 +60,13 @@ def published_cells(row, metrics):
     values = [getattr(row, name, None) for name in metrics]
     details = [row.weighting and f"{row.weighting} t", row.alignment, "guided" if row.guided else "no guidance"]
     about = ", ".join(["sde, 250 steps", *filter(None, details)])
-    return ["*paper*", row.model, f"{row.epochs} epochs", about, *("" if value is None else f"{value}" for value in values)]
+    return [
+        "*paper*",
+        row.model,
+        f"{row.epochs} epochs",
+        about,
+        *("" if value is None else f"{value}" for value in values),
+    ]
 
 
 def counterparts(result):

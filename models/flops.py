@@ -87,7 +87,7 @@ def layer_macs(model):
 
 @dataclasses.dataclass
 class Part:
-    """Parameters of a part of the network (its blocks together), and multiply-adds of one forward pass of one sample."""
+    """Parameters of a part of the network (all blocks together), multiply-adds of one forward pass of one sample."""
 
     parameters: int = 0
     layer_macs: int = 0  # Linear and convolution layers

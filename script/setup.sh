@@ -32,7 +32,9 @@ install_requirements() {
     [ -e "$stamp" ] && return
     echo "installing $file (PyTorch's default wheels are several GB; TORCH_INDEX_URL takes another index)"
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
-        python -m pip install --disable-pip-version-check -q "$(grep '^torch[>=<]' requirements.txt)" --index-url "$TORCH_INDEX_URL" || fail "installing torch from $TORCH_INDEX_URL failed; see above"
+        # from the same index, because a torchvision built for another torch does not import
+        # shellcheck disable=SC2046  # one word each
+        python -m pip install --disable-pip-version-check -q $(grep -E '^(torch|torchvision)[>=<]' requirements.txt) --index-url "$TORCH_INDEX_URL" || fail "installing torch from $TORCH_INDEX_URL failed; see above"
     fi
     python -m pip install --disable-pip-version-check -q -r "$file" || fail "installing $file failed; see above"
     touch "$stamp" 2>/dev/null || true

@@ -223,7 +223,9 @@ def test_parity_inception(inception_weights, network, size):
 
 @pytest.mark.parametrize("setting", EDM2["subset_of_25"])
 def test_parity_subset(setting):
-    options = {key: None if value == "None" else int(value) for key, value in (p.split("=") for p in setting.split(","))}
+    options = {
+        key: None if value == "None" else int(value) for key, value in (p.split("=") for p in setting.split(","))
+    }
     assert choose_subset(25, options["num"], options["seed"]).tolist() == EDM2["subset_of_25"][setting]
 
 

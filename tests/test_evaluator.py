@@ -1,4 +1,4 @@
-"""The ADM evaluator end to end: what it prints, which arrays it takes, any batch size and number of processes, faults."""
+"""The ADM evaluator end to end: what it prints, which arrays it takes, batch sizes, processes, faults."""
 
 import json
 
@@ -125,7 +125,9 @@ def test_stored_statistics_take_the_place_of_computed_ones(files, small_inceptio
     stored = save_npz(tmp_path / "stored.npz", pictures(20, 1), **moments)
     out, err = run(capsys, stored, samples)
     changed = numbers(out)
-    assert f"reference {stored}: 20 images of 16x16 in arr_0; statistics from mu, sigma, mu_s, sigma_s of the file" in err
+    assert (
+        f"reference {stored}: 20 images of 16x16 in arr_0; statistics from mu, sigma, mu_s, sigma_s of the file" in err
+    )
     assert changed["FID"] > 50 and changed["sFID"] > 50
     for name in ("Inception Score", "Precision", "Recall"):  # between images all the same
         assert changed[name] == plain[name]
@@ -137,7 +139,9 @@ def test_stored_statistics_take_the_place_of_computed_ones(files, small_inceptio
 
 def test_statistics_of_another_network_are_refused(files, small_inception, tmp_path):
     moments = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(28), "sigma_s": np.eye(28)}
-    refused("mu, sigma are of 64 features, not 12", save_npz(tmp_path / "other.npz", pictures(9, 1), **moments), files[1])
+    refused(
+        "mu, sigma are of 64 features, not 12", save_npz(tmp_path / "other.npz", pictures(9, 1), **moments), files[1]
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
@@ -218,7 +222,13 @@ def test_damage_in_the_pixels_is_noticed(files, tmp_path):
         ({"arr_0": pictures(8, 0), "mu": np.zeros(3)}, "holds mu but not sigma"),
         ({"arr_0": pictures(8, 0), **dict.fromkeys(STATISTICS, np.zeros(3))}, r"not \(D,\) and \(D, D\)"),
         (
-            {"arr_0": pictures(8, 0), "mu": np.full(3, np.nan), "sigma": np.eye(3), "mu_s": np.zeros(3), "sigma_s": np.eye(3)},
+            {
+                "arr_0": pictures(8, 0),
+                "mu": np.full(3, np.nan),
+                "sigma": np.eye(3),
+                "mu_s": np.zeros(3),
+                "sigma_s": np.eye(3),
+            },
             "not finite",
         ),
     ],
@@ -244,7 +254,15 @@ def test_features_that_are_not_finite_give_no_number(files, tmp_path, capsys):
     images = pictures(12, 3)
     images[9, 0, 0] = 0
     samples, broken = save_npz(tmp_path / "black.npz", images), script(tmp_path / "broken.pt", Broken())
-    refused(r"black.npz: features of images 8 to 11 are not finite", samples, files[1], "--features", broken, "--batch-size", 4)
+    refused(
+        r"black.npz: features of images 8 to 11 are not finite",
+        samples,
+        files[1],
+        "--features",
+        broken,
+        "--batch-size",
+        4,
+    )
     assert "FD" not in capsys.readouterr().out
 
 
@@ -253,13 +271,23 @@ def test_without_weights_the_line_says_which_file_from_where_and_which_flag(file
                            https_proxy="http://0.0.0.0:9")  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    for part in ("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/", "--inception-weights", str(tmp_path)):
+    for part in (
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/",
+        "--inception-weights",
+        str(tmp_path),
+    ):
         assert part in last
 
 
 def test_weights_of_another_network_are_refused(files, tmp_path):
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
-    refused("other.pth holds another network; download weights-inception", *files[:2], "--inception-weights", tmp_path / "other.pth")
+    refused(
+        "other.pth holds another network; download weights-inception",
+        *files[:2],
+        "--inception-weights",
+        tmp_path / "other.pth",
+    )
     refused("none.pth does not exist", *files[:2], "--inception-weights", tmp_path / "none.pth")
 
 

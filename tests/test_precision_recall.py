@@ -10,7 +10,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.f
 
 
 @DTYPES
-@pytest.mark.parametrize(("k", "expected"), [(1, [1, 1, 4, 16, 64]), (2, [9, 4, 9, 36, 144]), (4, [225, 196, 144, 64, 225])])
+@pytest.mark.parametrize(
+    ("k", "expected"), [(1, [1, 1, 4, 16, 64]), (2, [9, 4, 9, 36, 144]), (4, [225, 196, 144, 64, 225])]
+)
 def test_radius_is_the_squared_distance_to_the_kth_neighbour(dtype, k, expected):
     for block in (2, 3, 10):
         assert radii(LINE, k, dtype, block).tolist() == expected
@@ -19,7 +21,8 @@ def test_radius_is_the_squared_distance_to_the_kth_neighbour(dtype, k, expected)
 @DTYPES
 @pytest.mark.parametrize("block", [1, 2, 100])
 def test_membership_is_within_the_radius_of_any_point(dtype, block):
-    # with k = 1 the line's balls are [-1, 1], [0, 2], [1, 5], [3, 11], [7, 23]; the sample's [3.5, 4.5], [3.5, 4.5], [-24, 32]
+    # k = 1: the line's balls are [-1, 1], [0, 2], [1, 5], [3, 11], [7, 23]
+    # the sample's are [3.5, 4.5], [4, 5], [4.5, 59.5]
     sample = torch.tensor([[4.0], [4.5], [32.0]])
     sample_inside, reference_inside = memberships(LINE, sample, 1, dtype, block)
     assert sample_inside.tolist() == [True, True, False]

@@ -1,0 +1,220 @@
+"""EDM2's metrics end to end: folder, zip and npz, references in either form, any number of processes, faults."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import tiny
+from evaluation_helpers import numbers, pictures, save_npz, script
+from PIL import Image
+
+from evaluations import calculate_metrics
+from evaluations.frechet import frechet_distance, statistics
+from models.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+
+
+def save_folder(folder, images):
+    """PNGs in two subfolders; the order of names is that of the images."""
+    for i, pixels in enumerate(images):
+        path = folder / f"{i // 10:02d}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def save_zip(path, folder):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(reference pickle, folder of 25 samples, TorchScript file)."""
+    features = script(tmp_path / "corners.pt")
+    make_reference(save_npz(tmp_path / "ref.npz", pictures(30, 1)), tmp_path / "ref.pkl", features)
+    return tmp_path / "ref.pkl", save_folder(tmp_path / "samples", pictures(25, 2)), features
+
+
+def run(*arguments):
+    calculate_metrics.main([str(argument) for argument in arguments])
+
+
+def make_reference(data, dest, features, *more):
+    run("ref", "--data", data, "--dest", dest, "--metrics", "", "--features", features, *more)
+
+
+def calc(capsys, images, ref, features, *more):
+    """{metric: printed number} of calc."""
+    capsys.readouterr()
+    run("calc", "--images", images, "--ref", ref, "--metrics", "", "--features", features, *more)
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split(" = ")[0]: float(line.split(" = ")[1]) for line in lines if " = " in line}
+
+
+def refused(match, *arguments):
+    with pytest.raises(InputError, match=match) as caught:
+        run(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def flags(images, ref, features):
+    return ("calc", "--images", images, "--ref", ref, "--metrics", "", "--features", features, "--num", 25)
+
+
+def corners(images):
+    blocks = images.reshape(len(images), 2, 8, 2, 8, 3).mean(axis=(2, 4)) / 255
+    return blocks.transpose(0, 3, 1, 2).reshape(len(images), 12)
+
+
+def test_folder_zip_and_npz_give_the_distance(files, tmp_path, capsys):
+    ref, folder, features = files
+    expected = frechet_distance(*statistics(corners(pictures(25, 2))), *statistics(corners(pictures(30, 1))))
+    npz = save_npz(tmp_path / "samples25.npz", pictures(25, 2), {"model": "m"})
+    for images in (folder, save_zip(tmp_path / "samples.zip", folder), npz):
+        found = calc(capsys, images, ref, features, "--num", 25)
+        assert found == {"fd_corners": pytest.approx(expected, rel=1e-5)}
+
+
+def test_stdout_and_result(files, tmp_path, capsys):
+    ref, folder, features = files
+    folder.with_name("samples.json").write_text(json.dumps({"model": "SiT-B/2", "labels": [1]}))
+    capsys.readouterr()
+    run(*flags(folder, ref, features), "--json", tmp_path / "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert capsys.readouterr().out.splitlines() == [
+        f"Loading feature statistics from {ref} ...",
+        f"Loading images from {folder} ...",
+        f"Setting up {features}...",
+        "Calculating feature statistics...",
+        "Calculating fd_corners...",
+        f"fd_corners = {result['metrics']['fd_corners']:g}",
+    ]
+    assert result["manifest"] == {"model": "SiT-B/2"} and result["count"] == 25
+
+
+def test_a_reference_of_the_same_images_is_at_no_distance(files, capsys):
+    _, folder, features = files
+    make_reference(folder, folder / "own.pkl", features)
+    assert calc(capsys, folder, folder / "own.pkl", features, "--num", 25)["fd_corners"] == pytest.approx(0, abs=1e-9)
+    content = pickle.loads((folder / "own.pkl").read_bytes())
+    assert content["num_images"] == 25
+    assert {key: value.dtype for key, value in content["fd_corners"].items()} == {"mu": np.float64, "sigma": np.float64}
+
+
+def test_npz_references_serve_for_fid(files, tmp_path):
+    _, folder, features = files
+    mu, sigma = statistics(corners(pictures(30, 1)))
+    np.savez(tmp_path / "adm.npz", arr_0=pictures(5, 1), mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
+    assert list(calculate_metrics.read_reference(tmp_path / "adm.npz")) == ["fid"]
+    np.testing.assert_array_equal(calculate_metrics.read_reference(tmp_path / "adm.npz")["fid"]["sigma"], sigma)
+    refused("adm.npz holds fid and none of fd_corners", *flags(folder, tmp_path / "adm.npz", features))
+    np.savez(tmp_path / "images.npz", arr_0=pictures(5, 1))
+    refused("images.npz holds no mu and sigma", *flags(folder, tmp_path / "images.npz", features))
+
+
+@pytest.mark.parametrize("number", [10, 25])
+def test_a_subset_is_drawn_as_published(files, tmp_path, capsys, number):
+    ref, folder, features = files
+    chosen = calculate_metrics.choose_subset(25, number, 1)
+    expected = statistics(corners(pictures(25, 2)[chosen]))
+    value = frechet_distance(*expected, *statistics(corners(pictures(30, 1))))
+    npz = save_npz(tmp_path / "samples25.npz", pictures(25, 2))
+    for images in (folder, npz):
+        found = calc(capsys, images, ref, features, "--num", number, "--seed", 1, "--batch", 4)
+        assert found["fd_corners"] == pytest.approx(value, rel=1e-5)
+
+
+def test_batches_and_processes_do_not_show(files, tmp_path, capsys):
+    ref, folder, features = files
+    expected = calc(capsys, folder, ref, features, "--num", 25)["fd_corners"]
+    for batch in (1, 7):
+        assert calc(capsys, folder, ref, features, "--num", 25, "--batch", batch)["fd_corners"] == expected
+    result = tmp_path / "two.json"
+    command = ("evaluations/calculate_metrics.py", *flags(folder, ref, features)[:-2], "--num-images", 25)
+    done = tiny.run_torchrun(2, *command, "--json", result)
+    assert done.returncode == 0, done.stderr
+    one = frechet_distance(*statistics(corners(pictures(25, 2))), *statistics(corners(pictures(30, 1))))
+    assert json.loads(result.read_text())["metrics"]["fd_corners"] == pytest.approx(one, rel=1e-5)
+    assert done.stdout.splitlines()[-1] == f"fd_corners = {expected:g}"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
+    sigma = np.asfortranarray(np.arange(9.0).reshape(3, 3))
+    content = {"num_images": np.int64(7), "fid": {"mu": np.arange(3.0), "sigma": sigma}}
+    (tmp_path / "ref.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    found = calculate_metrics.read_reference(tmp_path / "ref.pkl")
+    np.testing.assert_array_equal(found["fid"]["sigma"], sigma)
+
+
+def test_pickles_of_numpy_1_are_read(tmp_path):
+    content = pickle.dumps({"fid": {"mu": np.arange(3.0), "sigma": np.eye(3)}}, protocol=3)
+    (tmp_path / "ref.pkl").write_bytes(content.replace(b"numpy._core", b"numpy.core"))
+    assert list(calculate_metrics.read_reference(tmp_path / "ref.pkl")) == ["fid"]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (pickle.dumps({"fid": Evil()}), "holds (posix|nt).system, which is not loaded: it could run code"),
+        (pickle.dumps({"fid": {"mu": np.array([Evil()], dtype=object)}}), "system, which is not loaded"),
+        (pickle.dumps({"num_images": 3}), "holds no statistics"),
+        (pickle.dumps([1, 2]), "holds no statistics"),
+        (pickle.dumps({"fid": {"mu": np.zeros(3)}}), "its fid has no mu and sigma"),
+        (pickle.dumps({"fid": {"mu": np.zeros(3), "sigma": np.eye(4)}}), r"not \(D,\) and \(D, D\)"),
+        (pickle.dumps({"fid": {"mu": np.full(3, np.inf), "sigma": np.eye(3)}}), "not finite"),
+        (pickle.dumps({"fd_corners": {"mu": np.zeros(3), "sigma": np.eye(3)}}), "does not fit fd_corners"),
+        (pickle.dumps({"fid": {"mu": np.zeros(3), "sigma": np.eye(3)}})[:60], "cannot be read as a pickle"),
+        (b"hello", "cannot be read as a pickle"),
+    ],
+    ids=["code", "objects", "nothing", "list", "half", "shapes", "inf", "width", "cut", "text"],
+)
+def test_bad_references_are_refused(files, tmp_path, content, match, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.pkl").write_bytes(content)
+    refused(f"bad.pkl.*{match}", *flags(files[1], tmp_path / "bad.pkl", files[2]))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_bad_images_are_named(files, tmp_path):
+    ref, folder, features = files
+    (folder / "01/015.png").write_bytes((folder / "01/015.png").read_bytes()[:80])
+    refused("samples/01/015.png cannot be read as an image", *flags(folder, ref, features))
+    Image.fromarray(pictures(1, 0, size=32)[0]).save(folder / "01/015.png")
+    refused(r"01/015.png is \(32, 32, 3\), the first image \(16, 16, 3\)", *flags(folder, ref, features))
+    (tmp_path / "empty").mkdir()
+    refused("--images .*empty holds no images", *flags(tmp_path / "empty", ref, features))
+    refused("--images .*nowhere is neither a folder nor a .zip", *flags(tmp_path / "nowhere", ref, features))
+
+
+def test_bad_flags_are_named(files, tmp_path):
+    ref, folder, features = files
+    refused("Found 25 images, but expected at least 26", *flags(folder, ref, features)[:-1], 26)
+    refused('Invalid metric "is"', "calc", "--images", folder, "--ref", ref, "--metrics", "fid,is", "--num", 25)
+    refused("--metrics is empty", *flags(folder, ref, "")[:-2], "--num", 25)
+    refused("--num 1 must be at least 2", *flags(folder, ref, features)[:-1], 1)
+    refused("download the file first", *flags(folder, "https://host/ref.pkl", features))
+    refused("nowhere.pkl does not exist", *flags(folder, tmp_path / "nowhere.pkl", features))
+
+
+def test_dinov2_weights_that_are_missing_end_in_one_line(files, tmp_path):
+    done = tiny.run_python(
+        "evaluations/calculate_metrics.py", "calc", "--images", files[1], "--ref", files[0], "--num", 25,
+        "--metrics", "fd_dinov2", HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "dinov2_vitl14_pretrain.pth" in done.stderr.splitlines()[-1]
+    assert "--dinov2-weights" in done.stderr.splitlines()[-1]
+    assert numbers(done.stdout) == {}

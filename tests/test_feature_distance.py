@@ -1,0 +1,79 @@
+"""Figure 2(d): distances between branches and the final features, on a tiny checkpoint, against sums by hand."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from evaluations import feature_distance
+from models import load_model
+from models.errors import InputError
+from samplers import sample_labels, sample_noise
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ckpt")
+    vae = folder / "tiny-vae"
+    return {name: tiny.checkpoint(folder / f"{name}.pt", vae, f"{name}-Ti/2") for name in ("DeepFlow", "SiT")}
+
+
+def run(folder, ckpt, *more):
+    """Content of the JSON that one run writes."""
+    out = folder / "distance.json"
+    arguments = ["--ckpt", ckpt, "--num-samples", 3, "--batch-size", 2, "--num-steps", 4, "--out", out, *more]
+    feature_distance.main([str(argument) for argument in arguments])
+    return json.loads(out.read_text())
+
+
+def test_first_step_of_both_features_by_hand(checkpoints, tmp_path, capsys):
+    result = run(tmp_path, checkpoints["DeepFlow"], "--plot", tmp_path / "plot.png")
+    model, _ = load_model(checkpoints["DeepFlow"])
+    x, y = sample_noise(0, range(3), 0, (4, tiny.SIZE, tiny.SIZE)), sample_labels(0, range(3), tiny.CLASSES)
+    with torch.no_grad():
+        first, final = model.run_branches(x, [torch.ones(3)] * 2, y)
+    for when, tokens in (("before", first.v_star), ("after", first.refined)):
+        distance = ((tokens - final.v_star) ** 2).sum(-1).sqrt().mean().item()
+        curve = result["curves"][f"branch 1, {when} VeRA"]
+        assert curve[0] == [1.0, pytest.approx(distance, rel=1e-5)]
+        assert [t for t, _ in curve] == pytest.approx([1, 0.68, 0.36, 0.04])
+        mean = sum(value for _, value in curve) / 4
+        assert result["metrics"][f"distance, branch 1, {when} VeRA"] == pytest.approx(mean)
+        assert f"{mean:.3f}" in capsys.readouterr().out.splitlines()[2] if when == "before" else True
+    assert (result["settings"]["model"], result["settings"]["step"]) == ("DeepFlow-Ti/2", 3)
+    assert Image.open(tmp_path / "plot.png").size[0] > 300
+
+
+def test_sit_is_looked_at_after_a_named_block(checkpoints, tmp_path):
+    last = run(tmp_path, checkpoints["SiT"], "--block", 3, "--mode", "ode")["curves"]["block 3"]
+    first = run(tmp_path, checkpoints["SiT"], "--block", 1, "--mode", "ode")["curves"]["block 1"]
+    assert len(first) == len(last) == 4
+    assert all(0 < near[1] < far[1] for near, far in zip(last, first, strict=True))
+
+
+def test_batch_size_does_not_show(checkpoints, tmp_path):
+    one, three = (run(tmp_path, checkpoints["DeepFlow"], "--batch-size", size)["metrics"] for size in (1, 3))
+    assert one == pytest.approx(three, rel=1e-4)
+
+
+def test_probing_does_not_change_the_velocity(checkpoints):
+    model, _ = load_model(checkpoints["DeepFlow"])
+    x, y = sample_noise(0, range(2), 0, (4, tiny.SIZE, tiny.SIZE)), torch.tensor([0, 1])
+    with torch.no_grad():
+        expected = model.velocity(x, torch.full((2,), 0.5), y)
+        torch.testing.assert_close(feature_distance.Probe(model, 1)(x, torch.full((2,), 0.5), y), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "match"),
+    [
+        ("SiT", (), "one branch; name a block with --block .1 to 3."),
+        ("SiT", ("--block", 4), "--block 4 is out of range"),
+        ("DeepFlow", ("--num-steps", 0), "--num-steps 0 must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(checkpoints, tmp_path, name, more, match):
+    with pytest.raises(InputError, match=match):
+        run(tmp_path, checkpoints[name], *more)
