@@ -112,8 +112,8 @@ def measure_distances(args, processes, rows):
     classifier = torch.randn(args.width, 1008, generator=torch.Generator().manual_seed(3)).to(device) * 0.05
     print("| what | seconds | peak memory (GB) |\n|---|---|---|")
     for name, pair in (("FID", (reference, sample)), ("sFID", spatial)):
-        moments = rows.time(f"statistics for {name}, batches of {args.batch_size}",
-                            lambda pair=pair: [running_statistics(f, args.batch_size, device) for f in pair])  # fmt: skip
+        what = f"statistics for {name}, batches of {args.batch_size}"
+        moments = rows.time(what, lambda pair=pair: [running_statistics(f, args.batch_size, device) for f in pair])
         rows.time(name, lambda moments=moments: frechet_distance(*moments[1], *moments[0]))
     rows.time("Inception Score", lambda: inception_score(sample, classifier))
     for precision in args.precision:
