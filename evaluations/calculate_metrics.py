@@ -23,12 +23,12 @@ from evaluations.features import extract, load_dinov2, load_features
 from evaluations.frechet import frechet_distance
 from evaluations.images import check_moments, open_images, read_statistics
 from evaluations.inception import Inception
+from evaluations.processes import ProcessGroup
 from evaluations.results import result_path, write_result
 from models.errors import InputError, exit_on_input_error
 from training.checkpoint import write_atomically
 from training.config import shown
 from training.distributed import set_math
-from training.processes import Processes
 
 METRICS = ("fid", "fd_dinov2")
 FEATURES = "fd_"  # a metric of --features NAME is called fd_NAME
@@ -200,7 +200,7 @@ def main(argv=None):
     for name, least in (("batch", 1), ("num", 2), ("seed", 0)):
         if getattr(args, name) < least:
             raise InputError(f"{shown(name)} {getattr(args, name)} must be at least {least}")
-    processes = Processes.start()
+    processes = ProcessGroup.start()
     set_math(allow_tf32=False)
     args.run(args, processes)
     processes.barrier()

@@ -22,11 +22,11 @@ from evaluations.frechet import frechet_distance
 from evaluations.images import NpzImages, read_statistics
 from evaluations.inception import inception_score
 from evaluations.precision_recall import BLOCK, PRECISIONS, precision_recall
+from evaluations.processes import ProcessGroup
 from evaluations.results import result_path, write_result
 from models.errors import InputError, exit_on_input_error, note
 from training.config import shown
 from training.distributed import set_math
-from training.processes import Processes
 
 SAMPLES = 50_000  # what published numbers are computed on
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -153,7 +153,7 @@ def label(name):
 
 def evaluate(args):
     """Wire files, extractor and distances; every process takes its share of the images, the first does the rest."""
-    processes = Processes.start()
+    processes = ProcessGroup.start()
     set_math(allow_tf32=False)
     sides = reference, sample = Side.open("reference", args.reference, args), Side.open("sample", args.samples, args)
     lines, odd = [side.describe(not args.features) for side in sides], oddities(*sides, args)

@@ -1,4 +1,4 @@
-"""This process among those of torchrun, or alone: what sampling and evaluation need of torch.distributed."""
+"""This process among those of torchrun, or alone, with what evaluation needs of torch.distributed."""
 
 import dataclasses
 import datetime
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 @dataclasses.dataclass
-class Processes:
+class ProcessGroup:
     """Rank and number of the processes, and the device of this one; nccl on GPUs, gloo on CPUs."""
 
     rank: int
@@ -23,8 +23,8 @@ class Processes:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(device)
-        if world > 1:  # a resumed run may leave one process much more to do than another
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+        if world > 1:  # the first computes distances while the others wait
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=6))
         return cls(rank, world, device)
 
     def barrier(self):
