@@ -50,7 +50,7 @@ class Probe:
         *intermediate, final = self.model.run_branches(x, self.model.branch_times(t), y)
         for number, branch in enumerate(intermediate, 1):
             self.record(f"branch {number}, before VeRA", t, branch.v_star, final.v_star)
-            self.record(f"branch {number}, after VeRA", t, branch.refined, final.v_star)
+            self.record(f"branch {number}, after VeRA", t, branch.aligned, final.v_star)
         if self.block is not None:
             self.record(f"block {self.block}", t, self.block_output, final.v_star)
         return self.model.to_image(self.model.velocity_layer(final.v_star, final.condition))

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from evaluations.frechet import RunningStatistics
 from evaluations.images import prefetched, to_tensor
 from evaluations.inception import Inception
+from models.encoders import IMAGENET_STATISTICS
 from models.errors import InputError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 
@@ -29,14 +29,13 @@ class ImageNetwork:
     name: str
     network: torch.nn.Module
     size: tuple
-    mean: tuple = IMAGENET_MEAN
-    std: tuple = IMAGENET_STD
+    statistics: tuple = IMAGENET_STATISTICS  # mean and std of each channel
     mode: str = "bicubic"
 
     @torch.no_grad()
     def __call__(self, images):
         x = F.interpolate(images.float(), self.size, mode=self.mode, antialias=True) / 255
-        mean, std = (x.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (x.new_tensor(values)[:, None, None] for values in self.statistics)
         return {"pool": self.network((x - mean) / std).flatten(1)}
 
 
@@ -72,7 +71,7 @@ def load_features(name, device="cpu"):
     config = timm.data.resolve_model_data_config(network)
     size, mode = config["input_size"][1:], config["interpolation"]
     mode = mode if mode in ("bilinear", "bicubic") else "bicubic"
-    return ImageNetwork(name, network.to(device), size, config["mean"], config["std"], mode)
+    return ImageNetwork(name, network.to(device), size, (config["mean"], config["std"]), mode)
 
 
 def load_script(path, device):

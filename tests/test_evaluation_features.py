@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from evaluations.features import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ImageNetwork,
     load_dinov2,
     load_features,
@@ -40,7 +38,8 @@ def test_dinov2_is_the_class_token_after_the_norm_of_the_resized_image(dinov2):
     assert rows.shape == (2, 384) and extractor.name == "dinov2_vitl14"
     x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)  # neither rounded nor clamped
     assert x.min() < 0 and x.max() > 255
-    x = (x / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    x = (x / 255 - mean) / std
     network = extractor.network
     with torch.no_grad():
         tokens = network.norm_pre(network._pos_embed(network.patch_embed(x)))

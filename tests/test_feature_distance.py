@@ -34,7 +34,7 @@ def test_first_step_of_both_features_by_hand(checkpoints, tmp_path, capsys):
     x, y = sample_noise(0, range(3), 0, (4, tiny.SIZE, tiny.SIZE)), sample_labels(0, range(3), tiny.CLASSES)
     with torch.no_grad():
         first, final = model.run_branches(x, [torch.ones(3)] * 2, y)
-    for when, tokens in (("before", first.v_star), ("after", first.refined)):
+    for when, tokens in (("before", first.v_star), ("after", first.aligned)):
         distance = ((tokens - final.v_star) ** 2).sum(-1).sqrt().mean().item()
         curve = result["curves"][f"branch 1, {when} VeRA"]
         assert curve[0] == [1.0, pytest.approx(distance, rel=1e-5)]
