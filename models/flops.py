@@ -25,6 +25,7 @@ PEAK_FLOPS = {
     "V100": 125e12,
 }
 
+ATTENTION = ("attn", "attention")  # how the names of attention modules end
 CROSS_ATTENTION = "cross_attention"  # the part of VeRA that Table 8 leaves out
 
 
@@ -111,7 +112,9 @@ def count_parts(model):
         parent, part = name.rpartition(".")[0], part_of(name)
         if part not in parts or ".".join(words(name)) != part or (parent in counts and part_of(parent) == part):
             continue  # a layer inside a part, or a block, of which the parts are counted
-        attention = sum(count for op, count in ops.items() if re.search("bmm|scaled_dot_product", str(op))) // 2
+        attention = 0
+        if part.endswith(ATTENTION):  # elsewhere some versions of torch run a Linear as a batch of products
+            attention = sum(count for op, count in ops.items() if re.search("bmm|scaled_dot_product", str(op))) // 2
         parts[part] += Part(0, sum(ops.values()) // 2 - attention, attention)
     return dict(parts)
 
