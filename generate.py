@@ -1,6 +1,7 @@
 """Sample images from a checkpoint, as PNG files and an npz for ADM-style evaluation.
 
     python generate.py --ckpt exps/first/checkpoints/0400000.pt --num-fid-samples 64
+    python generate.py --ckpt CKPT --grid 8x8 --classes 207,360 --seed 0 --out grid.png
     torchrun --nproc-per-node 8 generate.py --ckpt CKPT --num-fid-samples 50000 --mode sde --num-steps 250
 
 Writes SAMPLE_DIR/MODEL-CKPT-size-R-vae-V-cfg-S-seed-N-MODE/000000.png …, and that name + .npz (`arr_0`, uint8 NHWC) and
@@ -10,26 +11,28 @@ Interrupted runs go on where they stopped.
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
+import re
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
 from models import PRESETS, load_checkpoint
+from models.checkpoints import weights_file
 from models.codec import LatentCodec, LatentSpec
 from models.errors import InputError, exit_on_input_error
 from models.paths import PATHS
+from outputs import BackgroundWriter, PartFiles, PngFiles, named_full_disk, pack, prepare_folder
 from samplers import (
     Guidance,
     GuidedVelocity,
+    labels_in_turn,
     ode_times,
     sample_labels,
     sample_noise,
@@ -37,18 +40,43 @@ from samplers import (
     sample_sde,
     sde_times,
 )
-from training.checkpoint import write_atomically, write_json
+from training.checkpoint import write_json
 from training.config import flag, parse_flags, required, shown
-from training.distributed import set_math
+from training.distributed import Processes, set_math
+from training.draws import DrawAhead
+from training.grids import save_grid
 
-DEFAULT_STEPS = {"sde": 250, "ode": 50}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A row of the table of samplers."""
+
+    num_steps: int  # by default
+    times: object  # number of steps → time grid
+    run: object  # (config, path, velocity, start, noise) → state at t = 0; noise(step): noise of a step
+
+
+MODES = {
+    "sde": Mode(
+        num_steps=250,
+        times=sde_times,
+        run=lambda config, path, velocity, start, noise: sample_sde(velocity, start, path, noise, config.num_steps),
+    ),
+    "ode": Mode(
+        num_steps=50,
+        times=ode_times,
+        run=lambda config, path, velocity, start, noise: sample_ode(velocity, start, config.num_steps, config.heun),
+    ),
+}
 
 
 @dataclasses.dataclass
 class GenerateConfig:
     """What generate.py can be told. None means: as the checkpoint says."""
 
-    ckpt: str = required("checkpoint of ours, or a published DeepFlow or SiT file")
+    ckpt: str = required("checkpoint of ours, an exported folder, or a published DeepFlow or SiT file")
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
     model: str = flag(None, "preset name", str, choices=list(PRESETS))
     trans_depth: int = flag(None, "number of blocks", int)
@@ -63,63 +91,66 @@ class GenerateConfig:
     num_classes: int = flag(None, "number of classes", int)
     vae: str = flag(None, "ema, mse, a hub name or a folder; default: the one of the training data", str)
 
-    sample_dir: str = flag("samples", "parent folder of the results")
-    num_fid_samples: int = flag(50_000, "number of images")
-    per_proc_batch_size: int = flag(32, "images per forward pass and process")
-    labels: str = flag("random", "balanced: image i has class i mod classes", choices=["random", "balanced"])
-    global_seed: int = flag(0, "seed; image i depends on it and on i")
-    mode: str = flag("sde", "sampler", choices=["sde", "ode"])
+    mode: str = flag("sde", "sampler", choices=list(MODES))
     num_steps: int = flag(None, "steps; default 250 for sde, 50 for ode", int)
     heun: bool = flag(False, "second-order steps for ode")
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none")
     guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)")
     guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)")
+    global_seed: int = flag(0, "seed; image i depends on it and on i", also=["--seed"])
+    labels: str = flag("random", "random, balanced, or classes to take in turn: 207,360 or a file with one per line")
+    dtype: str = flag("fp32", "arithmetic of the network; the sampler's state is float64", choices=list(DTYPES))
+    vae_dtype: str = flag("fp32", "arithmetic of the decoder", choices=list(DTYPES))
     tf32: bool = flag(True, "TF32 matrix products on GPUs that have them")
+    compile: bool = flag(False, "compile the network: minutes at the start, faster steps")
+    per_proc_batch_size: int = flag(32, "images per forward pass and process")
+    decode_batch_size: int = flag(32, "images that are decoded at once")
+
+    sample_dir: str = flag("samples", "parent folder of the results")
+    num_fid_samples: int = flag(50_000, "number of images")
+    format: str = flag("both", "what is written", choices=["npz", "png", "both"])
+    decode: bool = flag(True, "decode to images; --no-decode writes an npz of latents")
+    resume: bool = flag(True, "go on where an interrupted run stopped; --no-resume refuses a folder with images")
+    grid: str = flag(None, "ROWSxCOLUMNS: write one picture to look at, and nothing else", str)
+    classes: str = flag(None, "classes of the picture, 207,360: as many images of each, one after the other", str)
+    out: str = flag(None, "file of the picture; default grid.png", str)
 
     def check(self):
-        """Raise InputError for values that make no sense; fills num_steps."""
-        self.num_steps = DEFAULT_STEPS[self.mode] if self.num_steps is None else self.num_steps
-        for name in ("num_fid_samples", "per_proc_batch_size", "num_steps"):
+        """Raise InputError for values that make no sense; fills num_steps and what --grid stands for."""
+        self.num_steps = MODES[self.mode].num_steps if self.num_steps is None else self.num_steps
+        if self.grid:
+            self.check_grid()
+        elif self.classes or self.out:
+            raise InputError("--classes and --out belong to --grid; for many images pass --labels and --sample-dir")
+        for name in ("num_fid_samples", "per_proc_batch_size", "decode_batch_size", "num_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{shown(name)} {getattr(self, name)} must be at least 1")
         if self.global_seed < 0:
             raise InputError(f"--global-seed {self.global_seed} must not be negative")
-        if self.heun and self.mode == "sde":
+        if self.heun and self.mode != "ode":
             raise InputError("--heun is a method for the ODE; pass --mode ode")
+        if not self.decode and (self.format == "png" or self.grid):
+            raise InputError("--no-decode keeps latents, in an npz; leave out --format png and --grid")
         if self.projector_embed_dims:
             print("--projector-embed-dims is unused: the checkpoint says what it holds", flush=True)
 
-    def times(self):
-        """The sampler's time grid."""
-        return sde_times(self.num_steps) if self.mode == "sde" else ode_times(self.num_steps)
+    def check_grid(self):
+        """Turn --grid and --classes into a number of images and their labels, or InputError."""
+        rows, columns = self.grid_size()
+        cells = self.num_fid_samples = rows * columns
+        self.out = self.out or "grid.png"
+        if self.classes:
+            classes = self.classes.split(",")
+            if len(classes) > cells:
+                raise InputError(f"--classes names {len(classes)} classes for {cells} images; pass a larger --grid")
+            self.labels = ",".join(classes[i * len(classes) // cells].strip() for i in range(cells))
 
-
-@dataclasses.dataclass
-class Processes:
-    """This process among those of torchrun, or alone."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @classmethod
-    def start(cls):
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            torch.cuda.set_device(device)
-        if world > 1:  # a resumed run may leave one process much more to do than another
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
-        return cls(rank, world, device)
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def stop(self):
-        if self.world > 1:
-            dist.destroy_process_group()
+    def grid_size(self):
+        """--grid as (rows, columns)."""
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.grid)
+        if not match:
+            raise InputError(f"--grid {self.grid!r} is not of the form 8x8 (rows x columns)")
+        return int(match[1]), int(match[2])
 
 
 def open_checkpoint(config):
@@ -163,183 +194,315 @@ def check_model_name(config, checkpoint):
         )
 
 
-def load_codec(config, spec, device):
-    """The decoder, refused when its encoder family, scale or shift are not those of the training data."""
-    codec = LatentCodec.load(config.vae or spec.vae, device=device)
-    spec.check_same(codec.spec, config.ckpt, "--vae")
-    return codec
+def read_labels(text, num_classes):
+    """Classes to take in turn: `207,360`, or a text file with one per line. Raises InputError."""
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        words = text.split(",")
+    else:
+        try:
+            words = Path(text).read_text().split()
+        except (OSError, UnicodeDecodeError):
+            raise InputError(
+                f"--labels {text} is neither random, balanced, a list like 207,360 nor a readable text file"
+            ) from None
+    wrong = [word for word in words if not word.isdecimal() or int(word) >= num_classes]
+    if wrong or not words:
+        raise InputError(
+            f"--labels {text}: {wrong[0] if wrong else 'nothing'!r} is no class of 0 ... {num_classes - 1}"
+        )
+    return [int(word) for word in words]
+
+
+def label_source(config, num_classes):
+    """Function from image indices to int64 labels (N,), as --labels asks. Raises InputError."""
+    if config.labels == "random":
+        return lambda indices: sample_labels(config.global_seed, indices, num_classes)
+    classes = range(num_classes) if config.labels == "balanced" else read_labels(config.labels, num_classes)
+    return lambda indices: labels_in_turn(indices, classes)
 
 
 def run_sampler(config, path, velocity, start, noise):
-    """Carry starting noise to data with the configured sampler; noise(step): the SDE's step noise."""
-    if config.mode == "sde":
-        return sample_sde(velocity, start, path, noise, config.num_steps)
-    return sample_ode(velocity, start, config.num_steps, config.heun)
+    """Carry starting noise to data with the configured sampler; noise(step): a sampler's step noise."""
+    return MODES[config.mode].run(config, path, velocity, start, noise)
 
 
-def sample_batch(config, checkpoint, path, indices, device):
-    """Latents (N, C, h, w) of the images `indices`."""
-    options = checkpoint.options
-    shape = (options["in_channels"], options["input_size"], options["input_size"])
-    seed, num_classes = config.global_seed, options["num_classes"]
-    y = sample_labels(seed, indices, num_classes, config.labels == "balanced").to(device)
+@dataclasses.dataclass
+class Cost:
+    """What one batch costs."""
+
+    calls: int  # forward passes
+    guided: int  # those of 2N rows
+    draws: int  # arrays of noise, the starting noise included
+
+    @property
+    def evaluations(self):
+        """Model evaluations of an image."""
+        return self.calls + self.guided
+
+
+def count_cost(config, path):
+    """Cost of a batch: the sampler is run on one number to see. Raises InputError where guidance makes no sense."""
     guidance = Guidance(config.cfg_scale, config.guidance_low, config.guidance_high)
-    velocity = GuidedVelocity(checkpoint.model.velocity, y, torch.full_like(y, num_classes), guidance)
-    start = sample_noise(seed, indices, 0, shape).to(device)
-    latents = run_sampler(config, path, velocity, start, lambda step: sample_noise(seed, indices, step + 1, shape))
-    if not torch.isfinite(latents).all():
-        raise InputError(f"{config.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]})")
-    return latents
+    guidance.check(MODES[config.mode].times(config.num_steps))
+    y, asked = torch.zeros(1, dtype=torch.long), []
+
+    def noise(step):
+        asked.append(step)
+        return torch.zeros(1, 1, 1, 1)
+
+    velocity = GuidedVelocity(lambda x, t, y: torch.zeros_like(x), y, y, guidance)
+    run_sampler(config, path, velocity, torch.zeros(1, 1, 1, 1), noise)
+    return Cost(velocity.calls, velocity.guided_calls, draws=1 + len(asked))
 
 
-def result_name(config, checkpoint, resolution, vae):
-    """MODEL-CKPT-size-R-vae-V-cfg-S-seed-N-MODE, as published."""
-    model = config.model or checkpoint.run.get("model") or "model"
-    short = vae.removeprefix("stabilityai/sd-vae-ft-").rstrip("/").split("/")[-1]
+class BatchNoise:
+    """Noise of consecutive batches; while the network works, the next draw is made in a thread."""
+
+    def __init__(self, seed, batches, draws, shape, device):
+        self.seed, self.batches, self.draws, self.shape, self.device = seed, batches, draws, shape, device
+        self.ahead = DrawAhead(self.draw)
+
+    def draw(self, number):
+        """Noise number `number` in the order of use, float32 on the CPU; None after the last."""
+        batch, draw = divmod(number, self.draws)
+        if batch >= len(self.batches):
+            return None
+        noise = sample_noise(self.seed, self.batches[batch], draw, self.shape)
+        return noise.pin_memory() if self.device.type == "cuda" else noise
+
+    def of(self, batch):
+        """Function draw → noise (N, C, h, w) of batch number `batch`, on the device."""
+        return lambda draw: self.ahead(batch * self.draws + draw).to(self.device, non_blocking=True)
+
+    def close(self):
+        self.ahead.close()
+
+
+class ImageSampler:
+    """A checkpoint made ready to sample as configured: network, decoder, labels. Raises InputError."""
+
+    def __init__(self, config, device):
+        config.check()
+        set_math(config.tf32, config.fused_attn)
+        self.config, self.device = config, device
+        self.checkpoint, self.path, self.spec = open_checkpoint(config)
+        options = self.checkpoint.options
+        self.num_classes = options["num_classes"]
+        self.shape = (options["in_channels"], options["input_size"], options["input_size"])
+        self.labels = label_source(config, self.num_classes)
+        self.cost = count_cost(config, self.path)
+        self.codec = None
+        if config.decode:
+            self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
+            self.spec.check_same(self.codec.spec, config.ckpt, "--vae")
+            self.spec = self.codec.spec
+        model = self.checkpoint.model.to(device, DTYPES[config.dtype])
+        # each batch shape its own graph: N and 2N rows, and the last batch's
+        self.network = torch.compile(model.velocity, dynamic=False) if config.compile else model.velocity
+
+    @property
+    def resolution(self):
+        return self.shape[1] * self.spec.factor
+
+    def latents(self, indices, noise):
+        """Latents (N, C, h, w), float32, of the images `indices`; noise(draw): their noise on the device."""
+        config = self.config
+        y = self.labels(indices).to(self.device)
+        guidance = Guidance(config.cfg_scale, config.guidance_low, config.guidance_high)
+        y_null = torch.full_like(y, self.num_classes)
+        velocity = GuidedVelocity(self.network, y, y_null, guidance, DTYPES[config.dtype])
+        latents = run_sampler(config, self.path, velocity, noise(0), lambda step: noise(step + 1))
+        if not torch.isfinite(latents).all():
+            remedy = "the weights are damaged or diverged" if config.dtype == "fp32" else "try --dtype fp32"
+            raise InputError(
+                f"{config.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]}); {remedy}"
+            )
+        return latents.float()
+
+    def batches(self, batches):
+        """Yield (indices, rows) for every batch: uint8 images (N, R, R, 3), or float32 latents with --no-decode."""
+        noise = BatchNoise(self.config.global_seed, batches, self.cost.draws, self.shape, self.device)
+        try:
+            for number, indices in enumerate(batches):
+                rows = self.latents(indices, noise.of(number))
+                if self.codec is not None:
+                    rows = self.codec.decode(rows, self.config.decode_batch_size)
+                yield indices, rows.cpu().numpy()
+        finally:
+            noise.close()
+
+
+def split(count, size):
+    """Batches of image indices. They hold the same images on any number of processes, so pixels do not depend on it."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def result_name(sampler):
+    """MODEL-CKPT-size-R-vae-V-cfg-S-seed-N-MODE, as published; latents have a name of their own."""
+    config = sampler.config
+    model = config.model or sampler.checkpoint.run.get("model") or "model"
+    vae = sampler.spec.vae.removeprefix("stabilityai/sd-vae-ft-").rstrip("/").split("/")[-1]
     return (
-        f"{model.replace('/', '-')}-{Path(config.ckpt).stem}-size-{resolution}-vae-{short}-cfg-{config.cfg_scale}"
-        f"-seed-{config.global_seed}-{config.mode}"
+        f"{model.replace('/', '-')}-{Path(config.ckpt).stem}-size-{sampler.resolution}-vae-{vae}-cfg-{config.cfg_scale}"
+        f"-seed-{config.global_seed}-{config.mode}" + ("" if config.decode else "-latents")
     )
 
 
-def build_manifest(config, checkpoint, path, codec):
+# What changes no image, or only its rounding.
+FREE = ("versions", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
+
+
+def build_manifest(sampler):
     """What the images are made of, JSON-like; the same command gives the same manifest."""
-    settings = {**dataclasses.asdict(config), "path_type": path.name, "vae": codec.spec.vae}
-    for unused in ("sample_dir", "projector_embed_dims"):
+    config, checkpoint, cost = sampler.config, sampler.checkpoint, sampler.cost
+    settings = {**dataclasses.asdict(config), "path_type": sampler.path.name, "vae": sampler.spec.vae}
+    for unused in ("sample_dir", "projector_embed_dims", "resume", "grid", "classes", "out"):
         settings.pop(unused)
-    stat = os.stat(config.ckpt)
+    stat = os.stat(weights_file(config.ckpt))
+    is_file = config.labels not in ("random", "balanced") and Path(config.labels).is_file()
     return {
-        "ckpt_bytes": stat.st_size,
-        "ckpt_modified": stat.st_mtime,
-        "run": checkpoint.run.get("exp_name"),
-        "step": checkpoint.steps,
         **settings,
+        "label_mode": config.labels,
+        "labels": sampler.labels(range(config.num_fid_samples)).tolist(),
+        "labels_sha256": hashlib.sha256(Path(config.labels).read_bytes()).hexdigest() if is_file else None,
         "model": checkpoint.run.get("model") or config.model,
         "model_options": checkpoint.options,
-        "latents": dataclasses.asdict(codec.spec),
+        "latents": dataclasses.asdict(sampler.spec),
+        "run": checkpoint.run.get("exp_name"),
+        "step": checkpoint.steps,
+        "ckpt_bytes": stat.st_size,
+        "ckpt_modified": stat.st_mtime,
+        "model_evaluations": cost.evaluations,
+        "forward_passes": cost.calls,
+        "guided_passes": cost.guided,
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
 
 
-def image_path(folder, index):
-    return folder / f"{index:06d}.png"
+def image_settings(manifest, store):
+    """The part of a manifest that decides the images and how unfinished work is kept; flags first."""
+    settings = {key: value for key, value in manifest.items() if key not in FREE and key != "label_mode"}
+    return {**settings, "labels": manifest["label_mode"], "kept_as": store.kind}
 
 
-def save_image(pixels, path):
-    """One uint8 (R, R, 3) image as PNG; complete or absent, so that an interrupted run can trust what it finds."""
-    write_atomically(path, lambda file: Image.fromarray(pixels).save(file, "PNG", compress_level=1), durable=False)
+def open_store(config, folder):
+    """Where finished images are kept."""
+    if config.decode and config.format != "npz":
+        return PngFiles(folder)
+    return PartFiles(folder, "arr_0" if config.decode else "latents")
 
 
-def prepare_folder(folder, manifest):
-    """Make the folder of PNGs, or make sure that the images in it are of the same settings. Raises InputError."""
-    record = folder / "settings.json"
-    ignored = ("versions", "num_fid_samples", "per_proc_batch_size")
-    settings = json.loads(json.dumps({key: value for key, value in manifest.items() if key not in ignored}))
-    if not record.exists() and any(folder.glob("*.png")):
-        raise InputError(f"{folder} holds images of unknown settings (no {record.name}); pass another --sample-dir")
-    if record.exists():
-        found = json.loads(record.read_text())
-        changed = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
-        if changed:
-            changed.sort(key=lambda key: not hasattr(GenerateConfig, key))  # a flag says more than what follows from it
-            raise InputError(
-                f"{folder} holds images made with another {changed[0]} ({found.get(changed[0])}, now "
-                f"{settings.get(changed[0])}); delete the folder or pass another --sample-dir"
-            )
-    write_json(record, settings)
+def is_packed(store, target, manifest):
+    """True where an npz is finished whose parts are gone: nothing is left to do."""
+    record = target.with_suffix(".json")
+    if store.kind != "parts" or not (target.exists() and record.exists()):
+        return False
+    return json.loads(record.read_text())["num_fid_samples"] == manifest["num_fid_samples"]
 
 
-def remove_surplus(folder, count):
-    """Delete images beyond the first `count`, of an earlier run that made more: the folder may be measured too."""
-    surplus = [path for path in folder.glob("*.png") if path.stem.isdigit() and int(path.stem) >= count]
-    for path in surplus:
-        path.unlink()
-    if surplus:
-        print(f"deleted {len(surplus)} images beyond --num-fid-samples {count} in {folder}", flush=True)
-
-
-def write_npz(path, folder, count):
-    """Collect the PNGs 0 … count − 1 into `arr_0`, uint8 (N, R, R, 3), without holding them all in memory."""
-    missing = [index for index in range(count) if not image_path(folder, index).exists()]
-    if missing:
-        raise InputError(f"{image_path(folder, missing[0])} is missing ({len(missing)} of {count}); run the same again")
-
-    def read(index):
-        return np.asarray(Image.open(image_path(folder, index)))
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *read(0).shape)}
-            np.lib.format.write_array_header_1_0(member, header)
-            with ThreadPoolExecutor() as pool:
-                for start in range(0, count, 256):
-                    for pixels in pool.map(read, range(start, min(start + 256, count))):
-                        member.write(pixels.tobytes())
-
-    write_atomically(path, write)
-
-
-def count_evaluations(config, path):
-    """(forward passes per batch, those of them with guidance): the sampler is run on one number to see."""
-    guidance = Guidance(config.cfg_scale, config.guidance_low, config.guidance_high)
-    guidance.check(config.times())
-    y = torch.zeros(1, dtype=torch.long)
-    velocity = GuidedVelocity(lambda x, t, y: torch.zeros_like(x), y, y, guidance)
-    run_sampler(config, path, velocity, torch.zeros(1, 1, 1, 1), lambda step: torch.zeros(1, 1, 1, 1))
-    return velocity.calls, velocity.guided_calls
+def plan(config, store, target, manifest):
+    """Prepare the folder; returns the indices of the images to make. Raises InputError."""
+    prepare_folder(store.folder, image_settings(manifest, store), config.resume)
+    return [] if is_packed(store, target, manifest) else store.missing(config.num_fid_samples)
 
 
 def generate(config):
-    """Wire checkpoint, sampler and decoder; every process makes its share of the batches, the first collects them."""
-    config.check()
+    """Make a picture, or many images: every process makes its share of the batches, the first one collects them."""
     processes = Processes.start()
-    set_math(config.tf32, config.fused_attn)
-    checkpoint, path, spec = open_checkpoint(config)
-    calls, guided = count_evaluations(config, path)
-    codec = load_codec(config, spec, processes.device)
-    checkpoint.model.to(processes.device)
-    manifest = build_manifest(config, checkpoint, path, codec)
-    manifest.update(model_evaluations=calls + guided, forward_passes=calls, guided_passes=guided)
-    resolution = checkpoint.options["input_size"] * codec.spec.factor
-    folder = Path(config.sample_dir) / result_name(config, checkpoint, resolution, codec.spec.vae)
+    start = time.perf_counter()
+    sampler = ImageSampler(config, processes.device)
+    if config.grid:
+        return save_picture(sampler, processes)
+    target = Path(config.sample_dir) / (result_name(sampler) + ".npz")
+    manifest = build_manifest(sampler)
+    store = open_store(config, target.with_suffix(""))
+    missing = processes.share("missing", plan(config, store, target, manifest) if processes.rank == 0 else None)
     if processes.rank == 0:
-        prepare_folder(folder, manifest)
-        print(
-            f"{config.ckpt} ({config.weights} weights, step {checkpoint.steps}): {config.num_fid_samples} images, "
-            f"{config.mode}, {calls} forward passes per batch, {guided} of them guided -> {folder}",
-            flush=True,
-        )
-    processes.barrier()
-    sample_share(config, checkpoint, path, codec, folder, processes)
-    processes.barrier()
+        say_plan(sampler, store.folder, len(missing))
+    sample_share(sampler, store, missing, processes)
     if processes.rank == 0:
-        remove_surplus(folder, config.num_fid_samples)
-        write_npz(folder.with_name(folder.name + ".npz"), folder, config.num_fid_samples)
-        indices = range(config.num_fid_samples)
-        labels = sample_labels(
-            config.global_seed, indices, checkpoint.options["num_classes"], config.labels == "balanced"
-        )
-        manifest.update(label_mode=config.labels, labels=labels.tolist())
-        write_json(folder.with_name(folder.name + ".json"), manifest)
-        print(f"{folder}.npz", flush=True)
-    processes.stop()
+        if missing or store.kind == "png":
+            collect(config, store, target, manifest)
+        say_result(sampler, store, target, len(missing), time.perf_counter() - start)
 
 
-def sample_share(config, checkpoint, path, codec, folder, processes):
-    """Make the batches of this process whose images are not there yet.
+def sample_share(sampler, store, missing, processes):
+    """Make the batches of this process that hold a missing image; returns on the first process when all are made.
 
-    Batch b holds the same images on any number of processes, so pixels do not depend on that number.
+    A batch is always sampled whole, so that its pixels are those of an undisturbed run; what exists is not rewritten.
     """
-    size, count = config.per_proc_batch_size, config.num_fid_samples
-    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    mine = batches[processes.rank :: processes.world]
-    with ThreadPoolExecutor(4) as pool:
-        for indices in tqdm(mine, unit="batch", disable=processes.rank > 0, mininterval=1):
-            if all(image_path(folder, index).exists() for index in indices):
-                continue
-            latents = sample_batch(config, checkpoint, path, indices, processes.device)
-            images = codec.decode(latents.float()).cpu().numpy()
-            list(pool.map(save_image, images, [image_path(folder, index) for index in indices]))
+    config, wanted = sampler.config, set(missing)
+    batches = split(config.num_fid_samples, config.per_proc_batch_size)
+    mine = [batch for batch in batches if not wanted.isdisjoint(batch)][processes.rank :: processes.world]
+    before = config.num_fid_samples - len(missing)
+    bar = tqdm(
+        initial=before,
+        total=config.num_fid_samples,
+        unit="image",
+        disable=processes.rank > 0 or not missing,
+        mininterval=1,
+        smoothing=0.05,
+    )
+    with bar, BackgroundWriter(store.write) as writer:
+        for indices, rows in sampler.batches(mine):
+            writer.submit(indices, rows)
+            show_progress(bar, before + processes.count("images", len(wanted.intersection(indices))))
+        writer.drain()
+        processes.count("finished processes", 1)
+        while processes.rank == 0 and processes.count("finished processes") < processes.world:
+            time.sleep(0.2)
+            show_progress(bar, before + processes.count("images"))
+        show_progress(bar, before + processes.count("images"))
+
+
+def show_progress(bar, made):
+    """Move the bar to `made` images, of all processes."""
+    bar.update(made - bar.n)
+
+
+def collect(config, store, target, manifest):
+    """Write npz and manifest on the first process, exactly --num-fid-samples images, checked. Raises InputError."""
+    # an npz of another number of images is not left beside a folder that it contradicts
+    with_npz = config.format != "png" or target.exists()
+    pack(store, target if with_npz else None, config.num_fid_samples)
+    write_json(target.with_suffix(".json"), manifest)
+    store.clear()
+
+
+def say_plan(sampler, folder, missing):
+    """One line: what is going to be made of what."""
+    config, cost = sampler.config, sampler.cost
+    print(
+        f"{config.ckpt} ({config.weights} weights, step {sampler.checkpoint.steps}): {config.num_fid_samples} images, "
+        f"{missing} of them missing, {config.mode}, {cost.calls} forward passes per batch, {cost.guided} of them guided"
+        f" -> {folder}",
+        flush=True,
+    )
+
+
+def say_result(sampler, store, target, made, seconds):
+    """One line: how many, how dear, how long, where."""
+    places = [f"{store.folder}/*.png"] if store.kind == "png" else []
+    places += [str(path) for path in (target, target.with_suffix(".json")) if path.exists()]
+    print(
+        f"{made} images in {datetime.timedelta(seconds=round(seconds))}, {sampler.cost.evaluations} model evaluations "
+        f"each ({made * sampler.cost.evaluations} in all); {', '.join(places)}",
+        flush=True,
+    )
+
+
+def save_picture(sampler, processes):
+    """--grid: one picture and its manifest, in one process. Raises InputError."""
+    config = sampler.config
+    if processes.world > 1:
+        raise InputError("--grid is made by one process; start generate.py with plain python")
+    batches = split(config.num_fid_samples, config.per_proc_batch_size)
+    images = [rows for _, rows in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
+    _, columns = config.grid_size()
+    with named_full_disk(config.out):
+        save_grid(np.concatenate(images), columns, config.out)
+        write_json(Path(config.out).with_suffix(".json"), build_manifest(sampler))
+    print(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each", flush=True)
 
 
 if __name__ == "__main__":

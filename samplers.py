@@ -1,7 +1,7 @@
 """Samplers: one loop over a time grid, one step function per method, guidance as a wrapper round the network.
 
 Time runs from 1 (noise) to 0 (data). State, times, guidance and update are float64 (float32 on devices without it);
-x and t are cast to the network's dtype for the call and its output back.
+x is cast to the network's dtype for the call and its output back; t to that dtype too, but never below float32.
 """
 
 import dataclasses
@@ -59,12 +59,13 @@ class Guidance:
 class GuidedVelocity:
     """The callable that the steps see: (x, t) → velocity in the state's dtype, with guidance and a count.
 
-    network(x, t, y): velocity of a batch, called with t (N,) in the network's dtype; y (N,): the condition;
-    y_null (N,): the null condition. A guided call is one forward pass of 2N rows.
+    network(x, t, y): velocity of a batch, called with x in `dtype`; t (N,) is never coarser than float32, because
+    rounding to bfloat16 moves a time by up to half a step of 250. y (N,): the condition; y_null (N,): the null condition. A guided
+    call is one forward pass of 2N rows.
     """
 
     def __init__(self, network, y, y_null, guidance=None, dtype=torch.float32):
-        self.network, self.y, self.y_null = network, y, y_null
+        self.network, self.y, self.both = network, y, torch.cat([y, y_null])
         self.guidance, self.dtype = guidance or Guidance(), dtype
         self.calls = 0  # forward passes
         self.guided_calls = 0  # those of 2N rows
@@ -72,16 +73,16 @@ class GuidedVelocity:
     @torch.no_grad()
     def __call__(self, x, t):
         self.calls += 1
+        state, x = x.dtype, x.to(self.dtype)
         if not self.guidance.active(t):
-            return self.evaluate(x, t, self.y)
+            return self.evaluate(x, t, self.y).to(state)
         self.guided_calls += 1
-        both = self.evaluate(torch.cat([x, x]), t, torch.cat([self.y, self.y_null]))
-        conditional, unconditional = both.chunk(2)
+        conditional, unconditional = self.evaluate(torch.cat([x, x]), t, self.both).to(state).chunk(2)
         return unconditional + self.guidance.scale * (conditional - unconditional)
 
     def evaluate(self, x, t, y):
-        times = torch.full((len(x),), float(t), dtype=self.dtype, device=x.device)
-        return self.network(x.to(self.dtype), times, y).to(x.dtype)
+        times = torch.full((len(x),), float(t), dtype=torch.promote_types(self.dtype, torch.float32), device=x.device)
+        return self.network(x, times, y)
 
 
 def euler_step(velocity, x, t, t_next, _index):
@@ -144,8 +145,11 @@ def sample_noise(seed, indices, draw, shape):
     return torch.from_numpy(np.stack(rows))
 
 
-def sample_labels(seed, indices, num_classes, balanced=False):
-    """int64 labels (N,): drawn by (seed, index) alone, or index mod num_classes when balanced."""
-    if balanced:
-        return torch.tensor([index % num_classes for index in indices])
+def sample_labels(seed, indices, num_classes):
+    """int64 labels (N,), drawn by (seed, index) alone."""
     return torch.tensor([int(np.random.default_rng([seed, index, 0, 1]).integers(num_classes)) for index in indices])
+
+
+def labels_in_turn(indices, classes):
+    """int64 labels (N,): image i has classes[i mod length]; range(num_classes) is balanced."""
+    return torch.tensor([classes[index % len(classes)] for index in indices])

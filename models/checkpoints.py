@@ -1,25 +1,69 @@
 """Reading model files: ours, and the published DeepFlow and SiT ones, recognised by their keys.
 
-A file of ours carries its configuration. Of a published one, sizes follow from the shapes, heads and key layers
-from the preset of the same width; flags override. Loading is always strict.
+A file of ours carries its configuration, and so does a folder that models/export.py wrote. Of a published one, sizes
+follow from the shapes, heads and key layers from the preset of the same width; flags override. Loading is strict.
 """
 
 import argparse
 import dataclasses
+import inspect
+import json
 import math
 import re
 import zipfile
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from models.deepflow import DeepFlow
 from models.errors import InputError, note
 from models.layers import TimestepEmbedder
 from models.presets import PRESETS, Preset, parse_df_idxs, spaced_key_layers
 
+ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
+
+
+def weights_file(path):
+    """The file with the weights of a checkpoint: `path` itself, or model.safetensors in the folder `path`."""
+    return Path(path) / WEIGHTS_FILE if Path(path).is_dir() else Path(path)
+
+
+def read_folder(folder):
+    """A folder with model.safetensors and config.json → the content that a checkpoint of ours has, or InputError."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (Path(folder) / name).is_file():
+            raise InputError(f"checkpoint {folder} is a folder without {name}; name a .pt file, or an exported folder")
+    try:
+        config = json.loads((Path(folder) / CONFIG_FILE).read_text())
+        arguments = inspect.signature(DeepFlow).parameters
+        options = {name: config[name] for name in arguments if name in config}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}/{CONFIG_FILE} is unreadable ({error}); export the model again") from None
+    run = {**config.get("run", {}), "model_options": {**{n: p.default for n, p in arguments.items()}, **options}}
+    key = ENTRIES[config.get("weights", "ema")]
+    state = read_safetensors(weights_file(folder))
+    return {key: state, "config": run, "data": config.get("data", {}), "steps": config.get("steps")}
+
+
+def read_safetensors(path):
+    """State dict in a .safetensors file. Raises InputError naming the file."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"checkpoint {path} is unreadable or truncated ({error}); copy it again") from None
+
 
 def read_file(path):
-    """Read a checkpoint with `weights_only=True`. Raises InputError naming the file."""
+    """Read a checkpoint with `weights_only=True`, or an exported folder. Raises InputError naming the file."""
+    if Path(path).is_dir():
+        return read_folder(path)
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         # Published files hold their argparse.Namespace beside the weights: harmless, and allowed by name only.
         # Mapped, so that eight processes share one copy of the file in memory; old files are no zips and cannot be.
@@ -27,8 +71,6 @@ def read_file(path):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist") from None
-    except IsADirectoryError:
-        raise InputError(f"checkpoint {path} is a folder; name the .pt file in it") from None
     except MemoryError:
         raise
     except Exception as error:  # the bytes of a damaged file decide what the unpickler stumbles over
@@ -104,7 +146,7 @@ def pick_weights(content, weights, path):
     """The state dict `weights` ("ema" or "raw") of a file's content, wrapper prefixes stripped."""
     if not isinstance(content, dict):
         raise InputError(f"--ckpt {path} holds a {type(content).__name__}, not a state dict")
-    key = {"ema": "ema", "raw": "model"}[weights]
+    key = ENTRIES[weights]
     if "x_embedder.proj.weight" in map(strip_prefix, content):
         state = content
     elif key in content:

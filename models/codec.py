@@ -117,6 +117,16 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, latents, chunk=32):
-        """Network latents (N, C, h, w) → uint8 images (N, R, R, 3), `chunk` at a time to bound memory."""
-        z = latents.to(self.device, self.vae.dtype) / self.spec.scale + self.spec.shift
-        return torch.cat([to_uint8(self.vae.decode(part).sample) for part in z.split(chunk)])
+        """Network latents (N, C, h, w) → uint8 images (N, R, R, 3), `chunk` at a time to bound memory.
+
+        Raises InputError where the decoder's precision does not hold its values.
+        """
+        z = latents.to(self.device) / self.spec.scale + self.spec.shift
+        return torch.cat([self.decode_chunk(part.to(self.vae.dtype)) for part in z.split(chunk)])
+
+    def decode_chunk(self, z):
+        """VAE latents (N, C, h, w) → uint8 images (N, R, R, 3)."""
+        images = self.vae.decode(z).sample
+        if not images.isfinite().all():
+            raise InputError(f"the VAE {self.spec.vae} gives pixels that are not finite in {self.vae.dtype}; use fp32")
+        return to_uint8(images)

@@ -12,6 +12,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -147,11 +148,12 @@ def check_key_layers(df_idxs, depth):
             raise InputError(f"{shown}: {a} stands before {b}; list the key layers in increasing order")
 
 
-class DeepFlow(nn.Module):
+class DeepFlow(nn.Module, PyTorchModelHubMixin):
     """The network. df_idxs: 1-based blocks after which a branch ends, the last block excluded; k = len(df_idxs) + 1.
 
     ssl_align: projectors to the widths z_dims, one per encoder, after each VeRA block; with one branch (SiT, as REPA)
     after block encoder_depth, counted from 1. Projector i·E + j belongs to VeRA block i and encoder j.
+    `from_pretrained(DIR)` reads a folder that models/export.py wrote.
     """
 
     def __init__(
@@ -204,6 +206,11 @@ class DeepFlow(nn.Module):
             )
         self.initialize_weights()
 
+    @classmethod
+    def _from_pretrained(cls, *, strict=True, **kwargs):
+        """The mixin's, strict unless told otherwise."""
+        return super()._from_pretrained(strict=strict, **kwargs)
+
     @property
     def num_branches(self):
         """k."""
@@ -239,13 +246,24 @@ class DeepFlow(nn.Module):
             raise ValueError(f"got {len(times)} times for {self.num_branches} branches")
         return times
 
+    def embed_times(self, times, label):
+        """Conditions c_i, k × (N, D), and embedded gaps t_{i+1} − t_i, (k − 1) × (N, 2D).
+
+        label (N, D). Times that are one tensor, as in sampling, are embedded once, and so is their gap of 0.
+        """
+        k = self.num_branches
+        distinct = times[:1] if all(t is times[0] for t in times) else times
+        conditions = [self.t_embedder(t) + label for t in distinct]
+        if len(distinct) == k:
+            return conditions, [self.dt_embedder(b - a) for a, b in itertools.pairwise(times)]
+        return conditions * k, [self.dt_embedder(torch.zeros_like(times[0]))] * (k - 1)
+
     def run_branches(self, x, times, y):
         """Run the trunk and yield a Branch after each branch; x (N, C, H, W), times k × (N,), y (N,)."""
         patches = tokens = self.x_embedder(x) + self.pos_embed
-        label = self.y_embedder(y)
+        conditions, gaps = self.embed_times(times, self.y_embedder(y))
         ends = (0, *self.df_idxs, len(self.blocks))
-        for i in range(self.num_branches):
-            c = self.t_embedder(times[i]) + label
+        for i, c in enumerate(conditions):
             aligned = None
             for number, block in enumerate(self.blocks[ends[i] : ends[i + 1]], ends[i] + 1):
                 tokens = self.run_block(block, tokens, c)
@@ -253,8 +271,7 @@ class DeepFlow(nn.Module):
                     aligned = tokens
             branch = Branch(v_star=tokens, condition=c, aligned=aligned)
             if i < self.num_branches - 1:
-                gap = self.dt_embedder(times[i + 1] - times[i])
-                branch.a_star, branch.aligned = self.df_blocks[i](patches, tokens, gap)
+                branch.a_star, branch.aligned = self.df_blocks[i](patches, tokens, gaps[i])
                 tokens = branch.aligned
             yield branch
 

@@ -12,6 +12,7 @@ from PIL import Image
 from models import model_config
 from models.deepflow import DeepFlow
 from models.errors import InputError
+from outputs import PngFiles, pack
 from samplers import sample_labels, sample_noise
 
 
@@ -356,7 +357,7 @@ def test_weights_that_are_not_finite_give_no_image(nan_ckpt, tmp_path):
 def test_weights_that_are_not_finite_end_in_one_line(nan_ckpt, tmp_path):
     done = tiny.run_python(tiny.ROOT / "generate.py", *tiny.generate_flags(nan_ckpt, tmp_path / "samples"))
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.strip() and "batch/s" not in line]
+    (line,) = [line for line in done.stderr.splitlines() if line.strip() and "?image/s" not in line]
     assert line.startswith(f"error: {nan_ckpt} gives samples that are not finite")
 
 
@@ -374,11 +375,9 @@ def test_missing_truncated_and_foreign_files_are_named(ckpt, tmp_path):
 
 
 def test_a_missing_image_is_not_left_out_of_the_npz(reference, tmp_path):
-    from generate import write_npz
-
     folder, _, _ = reference
-    with pytest.raises(InputError, match=rf"{folder}/000005.png is missing \(1 of 6\)"):
-        write_npz(tmp_path / "a.npz", folder, 6)
+    with pytest.raises(InputError, match=rf"{folder}: 1 of 6 images are missing, the first is 5"):
+        pack(PngFiles(folder), tmp_path / "a.npz", 6)
     assert not list(tmp_path.iterdir())
 
 

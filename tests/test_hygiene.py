@@ -162,7 +162,7 @@ BESIDE = {"evaluations", "preprocessing"}
 SCRIPTS = {path.stem for path in SOURCES if path.parent == ROOT} - MIDDLE
 ALLOWED = {"models": {"models"}, **{name: {"models"} for name in MIDDLE}, "training": {"models", "training"} | MIDDLE}
 ALLOWED["dataset"] = {"models", "listing"}
-ALLOWED.update(dict.fromkeys(SCRIPTS, ALLOWED["training"]))
+ALLOWED.update(dict.fromkeys(SCRIPTS, ALLOWED["training"] | {"outputs"}))
 ALLOWED.update(dict.fromkeys(BESIDE, ALLOWED["training"] | BESIDE))
 
 

@@ -16,6 +16,7 @@ from samplers import (
     euler_step,
     heun_step,
     integrate,
+    labels_in_turn,
     ode_times,
     sample_labels,
     sample_noise,
@@ -325,7 +326,15 @@ def test_step_noise_has_the_size_of_the_diffusion():
 def test_state_is_float64_and_the_network_sees_its_own_dtype(sampler, dtype):
     result, network, _ = run(sampler, Guidance(1.5), dtype=dtype)
     assert result.dtype == torch.float64
-    assert network.dtypes == {dtype}
+    assert network.dtypes == {dtype, torch.promote_types(dtype, torch.float32)}  # x, t
+
+
+def test_a_bfloat16_network_is_told_the_right_times():
+    _, network, _ = run("sde", num_steps=250, dtype=torch.bfloat16)
+    times = sde_times(250)[:-1]
+    torch.testing.assert_close(torch.tensor(network.times).double(), times, rtol=0, atol=1e-7)
+    step = (times[0] - times[1]).item()
+    assert (times.bfloat16().double() - times).abs().max() > 0.45 * step  # what casting t would do
 
 
 def test_sampling_builds_no_graph():
@@ -401,4 +410,4 @@ def test_labels_are_a_function_of_seed_and_index():
     assert not torch.equal(labels, sample_labels(4, range(1000), 10))
     counts = labels.bincount(minlength=10)
     assert len(counts) == 10 and (counts - 100).abs().max() < 4 * math.sqrt(1000 * 0.1 * 0.9)
-    assert sample_labels(3, [0, 9, 10, 23], 10, balanced=True).tolist() == [0, 9, 0, 3]
+    assert labels_in_turn([0, 9, 10, 23], range(10)).tolist() == [0, 9, 0, 3]

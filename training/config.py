@@ -32,7 +32,7 @@ def parse_flags(cls, argv=None, description=None, epilog=None):
         required = field.default is dataclasses.MISSING
         if kind is bool:
             switch = argparse.BooleanOptionalAction
-            parser.add_argument(name, action=switch, default=field.default, help=options["help"])
+            parser.add_argument(name, *also, action=switch, default=field.default, help=options["help"])
         else:
             default = {} if required else {"default": field.default}
             parser.add_argument(name, *also, dest=field.name, type=kind, required=required, **default, **options)
