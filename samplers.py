@@ -60,8 +60,8 @@ class GuidedVelocity:
     """The callable that the steps see: (x, t) → velocity in the state's dtype, with guidance and a count.
 
     network(x, t, y): velocity of a batch, called with x in `dtype`; t (N,) is never coarser than float32, because
-    rounding to bfloat16 moves a time by up to half a step of 250. y (N,): the condition; y_null (N,): the null condition. A guided
-    call is one forward pass of 2N rows.
+    rounding to bfloat16 moves a time by up to half a step of 250. y (N,): the condition; y_null (N,): the null one.
+    A guided call is one forward pass of 2N rows.
     """
 
     def __init__(self, network, y, y_null, guidance=None, dtype=torch.float32):
@@ -141,8 +141,10 @@ def sample_noise(seed, indices, draw, shape):
     draw 0 is the starting noise, draw i + 1 that of step i; so a sample depends neither on its batch nor its process.
     """
     # numpy's streams are the same on every machine; a sample's label uses [seed, index, 0, 1]
-    rows = [np.random.default_rng([seed, index, draw]).standard_normal(shape, dtype=np.float32) for index in indices]
-    return torch.from_numpy(np.stack(rows))
+    noise = np.empty((len(indices), *shape), np.float32)
+    for row, index in zip(noise, indices, strict=True):
+        np.random.default_rng([seed, index, draw]).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(noise)
 
 
 def sample_labels(seed, indices, num_classes):

@@ -38,14 +38,13 @@ def read_folder(folder):
             raise InputError(f"checkpoint {folder} is a folder without {name}; name a .pt file, or an exported folder")
     try:
         config = json.loads((Path(folder) / CONFIG_FILE).read_text())
-        arguments = inspect.signature(DeepFlow).parameters
-        options = {name: config[name] for name in arguments if name in config}
-    except (OSError, ValueError, TypeError) as error:
+        arguments = inspect.signature(DeepFlow).parameters.items()
+        options = {name: config.get(name, argument.default) for name, argument in arguments}
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}/{CONFIG_FILE} is unreadable ({error}); export the model again") from None
-    run = {**config.get("run", {}), "model_options": {**{n: p.default for n, p in arguments.items()}, **options}}
-    key = ENTRIES[config.get("weights", "ema")]
-    state = read_safetensors(weights_file(folder))
-    return {key: state, "config": run, "data": config.get("data", {}), "steps": config.get("steps")}
+    content = {ENTRIES[config.get("weights", "ema")]: read_safetensors(weights_file(folder))}
+    run = {**config.get("run", {}), "model_options": options}
+    return {**content, "config": run, "data": config.get("data", {}), "steps": config.get("steps")}
 
 
 def read_safetensors(path):

@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
@@ -43,6 +44,8 @@ def export(path, folder, weights="ema", **overrides):
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         (partial / CONFIG_FILE).write_text(json.dumps(folder_config(checkpoint, weights), indent=1) + "\n")
         os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: {getattr(error, 'strerror', None) or error}; nothing was written") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

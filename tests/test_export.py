@@ -1,0 +1,144 @@
+"""Exported folders: what models/export.py writes is what the hub's mixin, load_model and generate.py read."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import load_checkpoint, load_model
+from models.deepflow import DeepFlow
+from models.errors import InputError
+from models.export import export, main
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return tiny.vae_folder(tmp_path_factory.mktemp("vae") / "tiny-vae")
+
+
+@pytest.fixture(scope="module")
+def ckpt(vae, tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("ckpt") / "0000003.pt", vae, legacy_scaling=True, qk_norm=True)
+
+
+@pytest.fixture
+def folder(ckpt, tmp_path):
+    export(ckpt, tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def same_weights(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_folder_has_the_two_files_of_the_hub(folder):
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["hidden_size"], config["df_idxs"], config["legacy_scaling"]) == (128, [2], True)
+    assert config["run"] == {"model": "DeepFlow-Ti/2", "exp_name": "tiny", "path_type": "linear"}
+    assert (config["steps"], config["weights"], config["data"]["family"]) == (3, "ema", "tiny-vae")
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_from_pretrained_and_load_model_give_the_model(ckpt, tmp_path, weights):
+    export(ckpt, tmp_path / "exported", weights)
+    expected = load_checkpoint(ckpt, weights)
+    mixin = DeepFlow.from_pretrained(tmp_path / "exported")
+    checkpoint = load_checkpoint(tmp_path / "exported", weights)
+    for model in (mixin, checkpoint.model, load_model(tmp_path / "exported", weights)[0]):
+        assert same_weights(model, expected.model) and not model.training
+        assert model.df_blocks[0].acc_norm.legacy_scaling
+    assert json.dumps(checkpoint.options) == json.dumps(expected.options)
+    assert (checkpoint.data, checkpoint.steps) == (expected.data, expected.steps)
+
+
+def test_generate_needs_no_more_than_the_folder(ckpt, folder, tmp_path):
+    _, expected, _ = tiny.run_generate(ckpt, tmp_path / "a")
+    _, array, manifest = tiny.run_generate(folder, tmp_path / "b")
+    assert np.array_equal(array, expected)
+    assert (manifest["model"], manifest["step"], manifest["path_type"]) == ("DeepFlow-Ti/2", 3, "linear")
+
+
+def test_a_folder_that_the_mixin_saved_is_read(tmp_path):
+    model = tiny.fill_(DeepFlow(input_size=4, hidden_size=64, depth=3, num_heads=1, df_idxs=(1,), projector_dim=16))
+    model._save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model._hub_mixin_config))
+    loaded, options = load_model(tmp_path)
+    assert same_weights(loaded, model) and options["df_idxs"] == (1,)
+
+
+@pytest.mark.parametrize("change", ["lacks", "has"])
+def test_from_pretrained_is_strict(folder, change):
+    state = load_file(folder / "model.safetensors")
+    if change == "lacks":
+        del state["blocks.1.attn.proj.bias"]
+    else:
+        state["another.weight"] = torch.zeros(1)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.attn\.proj\.bias|another\.weight"):
+        DeepFlow.from_pretrained(folder)
+    with pytest.raises(InputError, match=f"{folder} is of another model: it {change}"):
+        load_model(folder)
+
+
+def test_the_other_weights_are_not_in_the_folder(folder):
+    with pytest.raises(InputError, match=f"{folder} has no entry 'model'"):
+        load_model(folder, "raw")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "without model.safetensors"),
+        ("config.json", None, "without config.json"),
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", "unreadable or truncated"),
+        ("config.json", b"{", "config.json is unreadable"),
+        ("config.json", b"[]", "config.json is unreadable"),
+    ],
+)
+def test_damaged_folders_are_named(folder, name, content, message):
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{folder}.*{message}") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_existing_folder_is_not_overwritten(ckpt, folder):
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(InputError, match=f"{folder} exists already"):
+        export(ckpt, folder, "raw")
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_failing_export_leaves_nothing(ckpt, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("models.export.save_file", fail)
+    with pytest.raises(InputError, match=f"{tmp_path / 'exported'}: No space left on device"):
+        export(ckpt, tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_safetensors_file_is_read_as_a_published_one(ckpt, tmp_path):
+    expected = load_checkpoint(ckpt).model
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")
+    model, _ = load_model(tmp_path / "model.safetensors", legacy_scaling=True)
+    assert same_weights(model, expected)
+
+
+def test_command_line_with_the_key_layers_of_a_published_file(ckpt, tmp_path, capsys):
+    torch.save(load_checkpoint(ckpt).model.state_dict(), tmp_path / "published.pt")
+    main([str(tmp_path / "published.pt"), str(tmp_path / "out"), "--df-idxs", "[3]", "--legacy-scaling"])
+    assert capsys.readouterr().out.strip().endswith(f"-> {tmp_path / 'out'}")
+    model, options = load_model(tmp_path / "out")
+    assert options["df_idxs"] == (3,) and model.df_idxs == (3,) and options["legacy_scaling"] is True
+
+
+def test_importing_models_imports_no_export_tool():
+    done = tiny.run_python("-c", "import sys, models; sys.exit('models.export' in sys.modules)")
+    assert done.returncode == 0, done.stderr

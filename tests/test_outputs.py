@@ -1,0 +1,251 @@
+"""Stores and the npz: what is kept, what is missing, and what happens on full disks and with damaged files."""
+
+import errno
+import threading
+import time
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import training.checkpoint
+from models.errors import InputError
+from outputs import BackgroundWriter, PartFiles, PngFiles, pack, prepare_folder, write_npz
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(params=["png", "parts"])
+def store(request, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    return PngFiles(folder) if request.param == "png" else PartFiles(folder, "arr_0")
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_come_back_in_order_whatever_order_and_batches_they_were_written_in(store):
+    assert store.missing(7) == list(range(7))
+    for batch in (range(5, 7), range(0, 3), range(2, 6)):
+        store.write(batch, IMAGES[batch.start : batch.stop])
+    assert store.missing(7) == [] and store.missing(9) == [7, 8]
+    assert np.array_equal(np.stack(list(store.rows(7))), IMAGES)
+    assert np.array_equal(np.stack(list(store.rows(4))), IMAGES[:4])
+
+
+def test_npz_holds_exactly_the_first_rows(store, tmp_path):
+    store.write(range(7), IMAGES)
+    pack(store, tmp_path / "a.npz", 5)
+    array = np.load(tmp_path / "a.npz")
+    assert array.files == ["arr_0"]
+    assert array["arr_0"].dtype == np.uint8 and np.array_equal(array["arr_0"], IMAGES[:5])
+
+
+def test_the_same_rows_give_the_same_bytes(store, tmp_path, monkeypatch):
+    store.write(range(7), IMAGES)
+    pack(store, tmp_path / "a.npz", 7)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    pack(store, tmp_path / "b.npz", 7)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert zipfile.ZipFile(tmp_path / "a.npz").testzip() is None
+
+
+def test_pngs_that_are_there_are_not_written_again(tmp_path):
+    store = PngFiles(tmp_path)
+    store.write(range(3), IMAGES[:3])
+    before = files(tmp_path)
+    store.write(range(1, 5), 255 - IMAGES[1:5])
+    assert {name: files(tmp_path)[name] for name in before} == before
+    assert np.array_equal(store.read(4), 255 - IMAGES[4])
+
+
+@pytest.mark.parametrize("keep", [0, 11, 40, -1])
+def test_a_truncated_png_is_missing(tmp_path, keep):
+    store = PngFiles(tmp_path)
+    store.write(range(3), IMAGES[:3])
+    whole = store.path(1).read_bytes()
+    store.path(1).write_bytes(whole[:keep])
+    assert store.missing(3) == [1]
+    store.write(range(3), IMAGES[:3])
+    assert store.missing(3) == [] and store.path(1).read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["middle", "size", "mode"])
+def test_a_damaged_image_is_named_and_no_npz_is_written(tmp_path, damage):
+    store = PngFiles(tmp_path / "images")
+    store.write(range(7), IMAGES)
+    path = store.path(4)
+    if damage == "middle":
+        content = bytearray(path.read_bytes())
+        content[50:60] = bytes(10)
+        path.write_bytes(content)
+    else:
+        Image.fromarray(IMAGES[4]).resize((9, 9) if damage == "size" else (8, 8)).convert(
+            "RGB" if damage == "size" else "L"
+        ).save(path)
+    with pytest.raises(InputError, match=r"000004\.png is damaged|image 4 is"):
+        pack(store, tmp_path / "a.npz", 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    store = PartFiles(tmp_path / "rows", "arr_0")
+    store.write(range(7), IMAGES)
+    (path,) = store.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=f"{path} is damaged"):
+        pack(store, tmp_path / "a.npz", 7)
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_rows_that_are_missing_are_named(store, tmp_path):
+    store.write(range(4), IMAGES[:4])
+    with pytest.raises(InputError, match="3 of 7 images are missing, the first is 4; run the same again"):
+        pack(store, tmp_path / "a.npz", 7)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_an_npz_of_another_number_of_rows_is_not_written(tmp_path, count):
+    with pytest.raises(InputError, match=f"7 images instead of {count}"):
+        write_npz(tmp_path / "a.npz", "arr_0", IMAGES, count)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------- full disk, kill
+
+
+class FullDisk:
+    """A file that takes so many bytes and then has no space left."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise FULL
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Function that leaves so many bytes of room in every file that is written from then on."""
+
+    def leave(room):
+        monkeypatch.setattr(
+            training.checkpoint, "open", lambda path, mode: FullDisk(open(path, mode), room), raising=False
+        )
+
+    return leave
+
+
+def test_a_full_disk_while_images_are_written_is_one_line_and_keeps_what_is_finished(store, full_disk):
+    store.write(range(3), IMAGES[:3])
+    before = files(store.folder)
+    full_disk(20)
+    with pytest.raises(InputError, match="No space left on device; free some space and run the same again") as caught:
+        store.write(range(3, 7), IMAGES[3:])
+    assert "\n" not in str(caught.value)
+    assert files(store.folder) == before
+
+
+@pytest.mark.parametrize("room", [0, 300, 1300])
+def test_a_full_disk_while_packing_leaves_the_images_and_no_npz(store, tmp_path, full_disk, room):
+    store.write(range(7), IMAGES)
+    before = files(store.folder)
+    full_disk(room)
+    with pytest.raises(InputError, match=r"a\.npz: No space left on device"):
+        pack(store, tmp_path / "a.npz", 7)
+    assert files(store.folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_full_disk_in_a_background_thread_reaches_the_caller(tmp_path, full_disk):
+    full_disk(0)
+    with pytest.raises(InputError, match="No space left"), BackgroundWriter(PngFiles(tmp_path).write) as writer:
+        writer.submit(range(3), IMAGES[:3])
+        writer.drain()
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    folder = tmp_path / "a"
+    prepare_folder(folder, {"mode": "sde"})
+    for path in (folder / ".000001.png.77.tmp", tmp_path / ".a.npz.77.tmp", tmp_path / ".b.npz.77.tmp"):
+        path.write_bytes(b"half")
+    prepare_folder(folder, {"mode": "sde"})
+    assert {path.name for path in tmp_path.rglob("*")} == {"a", "settings.json", ".b.npz.77.tmp"}
+
+
+# ---------------------------------------------------------------------------------------- background, memory
+
+
+def test_background_writer_bounds_what_waits_and_writes_everything():
+    gate, written = threading.Event(), []
+
+    def write(item):
+        gate.wait()
+        written.append(item)
+
+    with BackgroundWriter(write, threads=2, ahead=3) as writer:
+        for item in range(3):
+            writer.submit(item)
+        fourth = threading.Thread(target=writer.submit, args=(3,))
+        fourth.start()
+        fourth.join(0.2)
+        waited = fourth.is_alive()
+        gate.set()  # before any assertion: the block waits for its threads
+        fourth.join()
+        writer.drain()
+    assert waited and sorted(written) == [0, 1, 2, 3]
+
+
+def test_background_writer_finishes_what_was_queued_when_the_caller_fails():
+    written = []
+
+    def write(item):
+        time.sleep(0.01)
+        written.append(item)
+
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(write) as writer:
+        for item in range(3):
+            writer.submit(item)
+        raise KeyboardInterrupt
+    assert sorted(written) == [0, 1, 2]
+
+
+def test_an_error_in_the_background_ends_a_later_submit():
+    def write(item):
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 0"), BackgroundWriter(write) as writer:
+        for item in range(100):
+            writer.submit(item)
+            time.sleep(0.01)
+
+
+def test_packing_needs_the_memory_of_a_few_images(tmp_path):
+    """200 MB go through; a few images of 0.2 MB are held."""
+    row = np.zeros((256, 256, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        write_npz(tmp_path / "a.npz", "arr_0", (row.copy() for _ in range(1000)), 1000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "a.npz").stat().st_size > 1000 * row.nbytes
+    assert peak < 10 * row.nbytes
