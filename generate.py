@@ -401,9 +401,9 @@ def is_packed(store, target, manifest):
 
 
 def plan(config, store, target, manifest):
-    """Prepare the folder; returns the indices of the images to make. Raises InputError."""
+    """Prepare the folder; returns the indices of the images to make, None where all is done. Raises InputError."""
     prepare_folder(store.folder, image_settings(manifest, store), config.resume)
-    return [] if is_packed(store, target, manifest) else store.missing(config.num_fid_samples)
+    return None if is_packed(store, target, manifest) else store.missing(config.num_fid_samples)
 
 
 def generate(config):
@@ -418,12 +418,12 @@ def generate(config):
     store = open_store(config, target.with_suffix(""))
     missing = processes.share("missing", plan(config, store, target, manifest) if processes.rank == 0 else None)
     if processes.rank == 0:
-        say_plan(sampler, store.folder, len(missing))
-    sample_share(sampler, store, missing, processes)
+        say_plan(sampler, store.folder, len(missing or []))
+    sample_share(sampler, store, missing or [], processes)
     if processes.rank == 0:
-        if missing or store.kind == "png":
+        if missing is not None:
             collect(config, store, target, manifest)
-        say_result(sampler, store, target, len(missing), time.perf_counter() - start)
+        say_result(sampler, store, target, len(missing or []), time.perf_counter() - start)
 
 
 def sample_share(sampler, store, missing, processes):

@@ -1,7 +1,12 @@
 """Sampling end to end: exactly N images, the same on any number of processes, resumable, with their manifest."""
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ import torch
 from PIL import Image
 
 from models import model_config
+from models.codec import LatentCodec
 from models.deepflow import DeepFlow
 from models.errors import InputError
 from outputs import PngFiles, pack
@@ -194,6 +200,239 @@ def test_images_of_unknown_settings_are_not_taken_over(reference, ckpt, tmp_path
     (folder / "000000.png").write_bytes((reference[0] / "000000.png").read_bytes())
     with pytest.raises(InputError, match=rf"{folder} holds images of unknown settings"):
         tiny.run_generate(ckpt, tmp_path)
+
+
+def test_a_half_finished_batch_is_completed_with_the_same_files(reference, ckpt, tmp_path):
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path)
+    kept = os.stat(folder / "000002.png").st_mtime_ns
+    (folder / "000003.png").unlink()
+    _, again, _ = tiny.run_generate(ckpt, tmp_path)
+    assert os.stat(folder / "000002.png").st_mtime_ns == kept
+    assert file_bytes(folder) == file_bytes(reference[0])
+    assert np.array_equal(again, array)
+
+
+def file_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+class Stop(BaseException):
+    """What a test raises in the middle of things."""
+
+
+@pytest.mark.parametrize("format", ["both", "npz"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_interrupted_sampling_goes_on_where_it_stopped(reference, ckpt, tmp_path, monkeypatch, format, after):
+    decode = LatentCodec.decode
+
+    def stop(self, latents, chunk):
+        decoded.append(len(latents))
+        if len(decoded) > after:
+            raise Stop
+        return decode(self, latents, chunk)
+
+    decoded = []
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(LatentCodec, "decode", stop)
+        tiny.run_generate(ckpt, tmp_path, format=format)
+    assert not list(tmp_path.glob("*.npz"))
+    rows = count_calls(monkeypatch)
+    folder, array, manifest = tiny.run_generate(ckpt, tmp_path, format=format)
+    assert sum(rows) == 4 * (5 - 2 * after)  # four steps of what was missing
+    assert np.array_equal(array, reference[1])
+    assert manifest == {**reference[2], "format": format}
+    assert file_bytes(folder) == (file_bytes(reference[0]) if format == "both" else {})
+
+
+@pytest.mark.parametrize("format", ["both", "npz"])
+def test_interrupted_packing_goes_on_without_sampling(reference, ckpt, tmp_path, monkeypatch, format):
+    def stop(*args):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(np.lib.format, "write_array_header_1_0", stop)
+        tiny.run_generate(ckpt, tmp_path, format=format)
+    assert not list(tmp_path.glob("*.npz"))
+    rows = count_calls(monkeypatch)
+    assert np.array_equal(tiny.run_generate(ckpt, tmp_path, format=format)[1], reference[1])
+    assert rows == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["both", "npz"])
+def test_killed_runs_of_two_processes_end_with_the_same_files(vae, ckpt, tmp_path, format):
+    """SIGKILL as soon as a first file is there, and again while it packs; the third run is left alone."""
+    line = tiny.generate_flags(ckpt, tmp_path / "a", num_fid_samples=300, per_proc_batch_size=4, format=format)
+    for pattern in ("*/*.npy" if format == "npz" else "*/*.png", ".*.npz.*.tmp"):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        process = subprocess.Popen(
+            [*launcher, tiny.ROOT / "generate.py", *line], env=environment, start_new_session=True, cwd=tiny.ROOT
+        )
+        while process.poll() is None and not any((tmp_path / "a").glob(pattern)):
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = tiny.run_python(tiny.ROOT / "generate.py", *line)
+    assert done.returncode == 0, done.stderr
+    folder, array, _ = tiny.results(tmp_path / "a")
+    expected, undisturbed, _ = tiny.run_generate(
+        ckpt, tmp_path / "b", num_fid_samples=300, per_proc_batch_size=4, format=format
+    )
+    assert np.array_equal(array, undisturbed)
+    assert file_bytes(folder) == file_bytes(expected)
+    assert not list((tmp_path / "a").rglob("*.tmp"))
+
+
+def test_no_resume_refuses_a_folder_with_images(ckpt, tmp_path):
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path, resume=False)
+    with pytest.raises(InputError, match=f"{folder} holds finished images; go on with --resume"):
+        tiny.run_generate(ckpt, tmp_path, resume=False)
+    assert np.array_equal(tiny.run_generate(ckpt, tmp_path, resume=True)[1], array)
+
+
+def test_an_image_that_was_truncated_is_made_again_before_packing(reference, ckpt, tmp_path):
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path)
+    path = folder / "000001.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert np.array_equal(tiny.run_generate(ckpt, tmp_path)[1], array)
+    assert file_bytes(folder) == file_bytes(reference[0])
+
+
+@pytest.mark.slow
+def test_fifty_thousand_images_need_little_memory(vae, tmp_path):
+    """The whole way with a toy model: exactly N images, peak memory under 1 GB above that of 64 images."""
+    ckpt = tiny.checkpoint(tmp_path / "toy.pt", vae, name="SiT-Ti/2", depth=1, input_size=2)
+    code = (
+        "import sys, resource, generate; from training.config import parse_flags\n"
+        "for count in ('64', '50000'):\n"
+        "    flags = [*sys.argv[1:], '--num-fid-samples', count]\n"
+        "    generate.generate(parse_flags(generate.GenerateConfig, flags))\n"
+        "    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    line = tiny.flags(ckpt=ckpt, sample_dir=tmp_path / "s", per_proc_batch_size=500, num_steps=2, decode_batch_size=500)
+    done = tiny.run_python("-c", code, *line)
+    assert done.returncode == 0, done.stderr
+    few, many = (int(text.split()[1]) for text in done.stdout.splitlines() if text.startswith("peak"))
+    assert many - few < 1 << 20  # kB
+    folder, array, manifest = tiny.results(tmp_path / "s")
+    assert array.shape == (50_000, 4, 4, 3) and len(manifest["labels"]) == len(list(folder.glob("*.png"))) == 50_000
+
+
+# ----------------------------------------------------------------------------------- formats, labels, pictures
+
+
+def test_png_alone_writes_no_npz(reference, ckpt, tmp_path):
+    tiny.run_generate_only(ckpt, tmp_path, format="png")
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert file_bytes(folder) == file_bytes(reference[0])
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, folder.name + ".json"}
+
+
+def test_npz_alone_leaves_no_images_and_is_not_made_twice(reference, ckpt, tmp_path, monkeypatch):
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path, format="npz")
+    assert np.array_equal(array, reference[1])
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+    rows = count_calls(monkeypatch)
+    assert np.array_equal(tiny.run_generate(ckpt, tmp_path, format="npz")[1], array)
+    assert rows == []
+    assert tiny.run_generate(ckpt, tmp_path, format="npz", num_fid_samples=3)[1].shape[0] == 3
+
+
+def test_latents_are_those_that_are_decoded(reference, ckpt, vae, tmp_path):
+    tiny.run_generate_only(ckpt, tmp_path, decode=False)
+    (npz,) = tmp_path.glob("*-latents.npz")
+    content = np.load(npz)
+    assert content.files == ["latents"]
+    latents = content["latents"]
+    assert (latents.shape, latents.dtype) == ((5, 4, 8, 8), np.float32)
+    images = LatentCodec.load(vae).decode(torch.from_numpy(latents)).numpy()
+    assert np.abs(images.astype(int) - reference[1]).max() <= 1  # decoded in another batch
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_decoding_in_chunks_changes_no_pixel_by_more_than_rounding(reference, ckpt, tmp_path, size):
+    _, array, _ = tiny.run_generate(ckpt, tmp_path, decode_batch_size=size)
+    assert np.abs(array.astype(int) - reference[1]).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_networks_and_decoders_give_nearly_the_same_images(reference, ckpt, tmp_path, dtype):
+    _, array, manifest = tiny.run_generate(ckpt, tmp_path / "a", dtype=dtype)
+    assert manifest["dtype"] == dtype and not np.array_equal(array, reference[1])
+    assert np.abs(array.astype(int) - reference[1]).mean() < 1
+    _, array, _ = tiny.run_generate(ckpt, tmp_path / "b", vae_dtype=dtype)
+    assert np.abs(array.astype(int) - reference[1]).mean() < 1
+
+
+def test_a_network_that_overflows_in_half_precision_is_told_from_a_broken_one(vae, tmp_path):
+    path = tiny.checkpoint(tmp_path / "large.pt", vae, std=2.0)
+    with pytest.raises(InputError, match=r"samples that are not finite .*; try --dtype fp32"):
+        tiny.run_generate(path, tmp_path / "samples", dtype="fp16")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_images(reference, ckpt, tmp_path):
+    _, array, _ = tiny.run_generate(ckpt, tmp_path, compile=True)
+    assert np.abs(array.astype(int) - reference[1]).max() <= 1
+
+
+def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
+    (tmp_path / "labels.txt").write_text("2\n0\n0\n1\n2\n")
+    for text, expected in (("2,0", [2, 0, 2, 0, 2]), (tmp_path / "labels.txt", [2, 0, 0, 1, 2])):
+        _, _, manifest = tiny.run_generate(ckpt, tmp_path / f"{len(expected)}{expected[2]}", labels=text)
+        assert manifest["labels"] == expected
+    (tmp_path / "labels.txt").write_text("2\n1\n")
+    with pytest.raises(InputError, match="made with another labels_sha256"):
+        tiny.run_generate(ckpt, tmp_path / "50", labels=tmp_path / "labels.txt")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("0,3", "'3' is no class of 0 ... 2"), ("nowhere.txt", "nor a readable text file"), ("", "nor a readable")],
+)
+def test_labels_that_are_none_are_refused(ckpt, tmp_path, labels, message):
+    with pytest.raises(InputError, match=f"--labels {labels}.*{message}"):
+        tiny.run_generate(ckpt, tmp_path, labels=labels)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "1 x", "-1"])
+def test_label_files_that_hold_something_else_are_refused(ckpt, tmp_path, text):
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(InputError, match=r"labels\.txt: .* is no class of 0 ... 2"):
+        tiny.run_generate(ckpt, tmp_path / "s", labels=tmp_path / "labels.txt")
+
+
+def test_a_picture_of_chosen_classes(ckpt, tmp_path):
+    out = tmp_path / "pictures/a.png"
+    tiny.run_generate_only(ckpt, tmp_path / "none", grid="2x3", classes="2,0", seed=5, out=out)
+    manifest = json.loads(out.with_suffix(".json").read_text())
+    assert (manifest["labels"], manifest["global_seed"]) == ([2, 2, 2, 0, 0, 0], 5)
+    assert not (tmp_path / "none").exists()
+    _, array, _ = tiny.run_generate(ckpt, tmp_path / "many", labels="2,2,2,0,0,0", num_fid_samples=6, global_seed=5)
+    picture = np.asarray(Image.open(out))
+    assert np.array_equal(picture[16:, 32:], array[5]) and picture.shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"grid": "8"}, "--grid '8' is not of the form 8x8"),
+        ({"grid": "0x8"}, "--grid '0x8'"),
+        ({"grid": "1x2", "classes": "0,1,2"}, "--classes names 3 classes for 2 images"),
+        ({"grid": "1x2", "classes": "0,x"}, "--labels 0,x"),
+        ({"classes": "0"}, "--classes and --out belong to --grid"),
+        ({"out": "a.png"}, "--classes and --out belong to --grid"),
+        ({"decode": False, "format": "png"}, "--no-decode keeps latents"),
+        ({"decode": False, "grid": "1x2"}, "--no-decode keeps latents"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(ckpt, tmp_path, changes, culprit):
+    with pytest.raises(InputError, match=culprit):
+        tiny.run_generate_only(ckpt, tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------- samplers and guidance

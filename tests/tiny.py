@@ -142,10 +142,15 @@ def reset_accelerate():
 
 def run_generate(ckpt, sample_dir, **changes):
     """Sample in this process; returns (folder of PNGs, arr_0, manifest)."""
+    run_generate_only(ckpt, sample_dir, **changes)
+    return results(sample_dir)
+
+
+def run_generate_only(ckpt, sample_dir, **changes):
+    """Sample in this process."""
     config = parse_flags(generate.GenerateConfig, generate_flags(ckpt, sample_dir, **changes))
     with one_thread():
         generate.generate(config)
-    return results(sample_dir)
 
 
 def generate_flags(ckpt, sample_dir, **changes):
