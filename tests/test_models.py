@@ -1,5 +1,6 @@
 """Sizes, key layers, initialisation, gradients and forward passes of the networks."""
 
+import collections
 import math
 
 import pytest
@@ -400,6 +401,21 @@ def test_forward_draws_nothing_random(train):
     torch.manual_seed(2)
     second = outputs(model(x, times, y))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_times_that_branches_share_are_embedded_once_with_the_same_bits(branches):
+    model = filled(tiny(branches)).eval()
+    x, (t,), y = inputs()
+    calls = collections.Counter()
+    for name in ("t_embedder", "dt_embedder") if branches > 1 else ("t_embedder",):
+        getattr(model, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+    shared = model.velocity(x, t, y)
+    assert calls == {"t_embedder": 1, "dt_embedder": 1} if branches > 1 else {"t_embedder": 1}
+    calls.clear()
+    apart = model.velocity(x, [t.clone() for _ in range(branches)], y)
+    assert calls["t_embedder"] == branches and calls["dt_embedder"] == branches - 1
+    assert torch.equal(shared, apart)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 3])

@@ -1,0 +1,16 @@
+"""benchmarks/sampling.py runs from beginning to end and reports every row."""
+
+import pytest
+import tiny
+
+
+@pytest.mark.slow
+def test_benchmark_reports_every_row():
+    small = ["--latent-size", "4", "--batch-size", "2", "--steps", "4", "--repeats", "1", "--no-compile"]
+    done = tiny.run_python("benchmarks/sampling.py", *small)
+    assert done.returncode == 0, done.stderr
+    for model in ("SiT-S/2", "DeepFlow-S/2", "diffusers DiT-S/2"):
+        for guidance in ("none", "all steps", "[0.3, 0.7]"):
+            assert f"| {model} | eager | {guidance} | " in done.stdout
+    for target in ("2.1 unguided", "at most 1.45", "overhead under 2 %", "diffusers'"):
+        assert f"{target}" in done.stdout
