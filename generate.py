@@ -341,9 +341,10 @@ def result_name(sampler):
     """MODEL-CKPT-size-R-vae-V-cfg-S-seed-N-MODE, as published; latents have a name of their own."""
     config = sampler.config
     model = config.model or sampler.checkpoint.run.get("model") or "model"
+    ckpt = Path(config.ckpt).name if Path(config.ckpt).is_dir() else Path(config.ckpt).stem
     vae = sampler.spec.vae.removeprefix("stabilityai/sd-vae-ft-").rstrip("/").split("/")[-1]
     return (
-        f"{model.replace('/', '-')}-{Path(config.ckpt).stem}-size-{sampler.resolution}-vae-{vae}-cfg-{config.cfg_scale}"
+        f"{model.replace('/', '-')}-{ckpt}-size-{sampler.resolution}-vae-{vae}-cfg-{config.cfg_scale}"
         f"-seed-{config.global_seed}-{config.mode}" + ("" if config.decode else "-latents")
     )
 
@@ -401,9 +402,16 @@ def is_packed(store, target, manifest):
 
 
 def plan(config, store, target, manifest):
-    """Prepare the folder; returns the indices of the images to make, None where all is done. Raises InputError."""
+    """Prepare the folder; returns [[batch number, images that it lacks], …], None where all is done.
+
+    Raises InputError where the folder holds other images.
+    """
     prepare_folder(store.folder, image_settings(manifest, store), config.resume)
-    return None if is_packed(store, target, manifest) else store.missing(config.num_fid_samples)
+    if is_packed(store, target, manifest):
+        return None
+    missing = set(store.missing(config.num_fid_samples))
+    batches = split(config.num_fid_samples, config.per_proc_batch_size)
+    return [[n, len(missing.intersection(batch))] for n, batch in enumerate(batches) if not missing.isdisjoint(batch)]
 
 
 def generate(config):
@@ -415,26 +423,28 @@ def generate(config):
         return save_picture(sampler, processes)
     target = Path(config.sample_dir) / (result_name(sampler) + ".npz")
     manifest = build_manifest(sampler)
-    store = open_store(config, target.with_suffix(""))
-    missing = processes.share("missing", plan(config, store, target, manifest) if processes.rank == 0 else None)
+    store = open_store(config, target.with_name(target.name.removesuffix(".npz")))
+    todo = processes.share("todo", plan(config, store, target, manifest) if processes.rank == 0 else None)
+    missing = sum(count for _, count in todo or [])
     if processes.rank == 0:
-        say_plan(sampler, store.folder, len(missing or []))
-    sample_share(sampler, store, missing or [], processes)
+        say_plan(sampler, store.folder, missing)
+    sample_share(sampler, store, todo or [], processes)
     if processes.rank == 0:
-        if missing is not None:
+        if todo is not None:
             collect(config, store, target, manifest)
-        say_result(sampler, store, target, len(missing or []), time.perf_counter() - start)
+        store.clear()
+        say_result(sampler, store, target, missing, time.perf_counter() - start)
 
 
-def sample_share(sampler, store, missing, processes):
-    """Make the batches of this process that hold a missing image; returns on the first process when all are made.
+def sample_share(sampler, store, todo, processes):
+    """Make this process's share of the batches `todo`; the first process returns when all are made.
 
     A batch is always sampled whole, so that its pixels are those of an undisturbed run; what exists is not rewritten.
     """
-    config, wanted = sampler.config, set(missing)
+    config, missing = sampler.config, sum(count for _, count in todo)
     batches = split(config.num_fid_samples, config.per_proc_batch_size)
-    mine = [batch for batch in batches if not wanted.isdisjoint(batch)][processes.rank :: processes.world]
-    before = config.num_fid_samples - len(missing)
+    mine = todo[processes.rank :: processes.world]
+    before = config.num_fid_samples - missing
     bar = tqdm(
         initial=before,
         total=config.num_fid_samples,
@@ -444,9 +454,10 @@ def sample_share(sampler, store, missing, processes):
         smoothing=0.05,
     )
     with bar, BackgroundWriter(store.write) as writer:
-        for indices, rows in sampler.batches(mine):
+        made = sampler.batches([batches[number] for number, _ in mine])
+        for (indices, rows), (_, count) in zip(made, mine, strict=True):
             writer.submit(indices, rows)
-            show_progress(bar, before + processes.count("images", len(wanted.intersection(indices))))
+            show_progress(bar, before + processes.count("images", count))
         writer.drain()
         processes.count("finished processes", 1)
         while processes.rank == 0 and processes.count("finished processes") < processes.world:
@@ -465,8 +476,8 @@ def collect(config, store, target, manifest):
     # an npz of another number of images is not left beside a folder that it contradicts
     with_npz = config.format != "png" or target.exists()
     pack(store, target if with_npz else None, config.num_fid_samples)
-    write_json(target.with_suffix(".json"), manifest)
-    store.clear()
+    with named_full_disk(target):
+        write_json(target.with_suffix(".json"), manifest)
 
 
 def say_plan(sampler, folder, missing):

@@ -137,6 +137,20 @@ def test_two_processes_make_the_same_pixels(reference, ckpt, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [7, 64])
+def test_seventy_images_at_other_batch_sizes_on_one_and_two_processes(ckpt, tmp_path, batch):
+    """Identical files for one batch size; labels the same and pixels within rounding for another."""
+    size = {"num_fid_samples": 70, "per_proc_batch_size": batch}
+    folder, array, manifest = tiny.run_generate(ckpt, tmp_path / "one", **size)
+    done = tiny.run_torchrun(2, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path / "two", **size))
+    assert done.returncode == 0, done.stderr
+    assert file_bytes(tiny.results(tmp_path / "two")[0]) == file_bytes(folder)
+    _, other, other_manifest = tiny.run_generate(ckpt, tmp_path / "b", num_fid_samples=70, per_proc_batch_size=10)
+    assert other_manifest["labels"] == manifest["labels"]
+    assert np.abs(array.astype(int) - other).max() <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3, 4])
 def test_any_number_of_processes_makes_the_same_pixels(reference, ckpt, tmp_path, processes):
     """Four processes for three batches: one of them has nothing to do."""

@@ -46,6 +46,15 @@ def test_no_step_waits_for_the_device_between_logs(tmp_path, monkeypatch, precis
     assert [line["step"] for line in tiny.log_lines(run_dir)] == [4, 8]
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "bf16", "vae_dtype": "bf16"}, {"dtype": "fp16"}, {"compile": True}])
+def test_images_of_the_device_are_those_of_the_cpu(tmp_path, monkeypatch, changes):
+    ckpt = tiny.checkpoint(tmp_path / "c.pt", tiny.vae_folder(tmp_path / "tiny-vae"))
+    _, array, _ = tiny.run_generate(ckpt, tmp_path / "gpu", cfg_scale=1.5, guidance_high=0.5, **changes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, expected, _ = tiny.run_generate(ckpt, tmp_path / "cpu", cfg_scale=1.5, guidance_high=0.5)
+    assert np.abs(array.astype(int) - expected).mean() < 1
+
+
 def test_sampler_on_the_device_agrees_with_the_cpu():
     model = create_model("DeepFlow-Ti/2", input_size=8, num_classes=3)
     for p in model.parameters():
