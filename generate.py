@@ -298,7 +298,9 @@ class ImageSampler:
             self.spec = self.codec.spec
         model = self.checkpoint.model.to(device, DTYPES[config.dtype])
         # each batch shape its own graph: N and 2N rows, and the last batch's
-        self.network = torch.compile(model.velocity, dynamic=False) if config.compile else model.velocity
+        self.network = (
+            torch.compile(model.velocity, dynamic=False, fullgraph=True) if config.compile else model.velocity
+        )
 
     @property
     def resolution(self):

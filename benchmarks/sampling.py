@@ -9,21 +9,18 @@ not part of it. "Overhead" is what that run costs beyond as many calls of the ba
 
 import argparse
 import dataclasses
-import platform
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diffusers import DiTTransformer2DModel
-
+from benchmarks.timing import describe_machine, interleaved_medians, print_table
+from benchmarks.train_step import diffusers_model
 from generate import DTYPES, BatchNoise
-from models import PRESETS, create_model
-from models.errors import InputError, exit_on_input_error
+from models import create_model, model_config
+from models.errors import exit_on_input_error
 from models.paths import PATHS
 from samplers import Guidance, GuidedVelocity, sample_sde
 from training.distributed import set_math
@@ -48,29 +45,19 @@ class Case:
         return self.model, self.how, self.guidance
 
 
-def diffusers_dit(preset, size):
-    """(x, t, y) → velocity by diffusers' DiT of a preset's depth, width, heads and patch size, and the model itself."""
-    model = DiTTransformer2DModel(
-        num_attention_heads=preset.num_heads,
-        attention_head_dim=preset.hidden_size // preset.num_heads,
-        in_channels=4,
-        num_layers=preset.depth,
-        sample_size=size,
-        patch_size=preset.patch_size,
-        num_embeds_ada_norm=CLASSES,
-    )
-    return model, lambda x, t, y: model(x, timestep=1000 * t, class_labels=y).sample
-
-
 def build_networks(size, args, device):
     """{name: (x, t, y) → velocity} of SiT, DeepFlow and diffusers' DiT, the last of SiT's depth and width."""
-    if f"SiT-{size}/2" not in PRESETS:
-        raise InputError(f"--sizes {size} is not one of S, B, L, XL")
-    ours = {n: create_model(n, input_size=args.latent_size) for n in (f"SiT-{size}/2", f"DeepFlow-{size}/2")}
-    dit, call = diffusers_dit(PRESETS[f"SiT-{size}/2"], args.latent_size)
-    for model in (*ours.values(), dit):
+    names = (f"SiT-{size}/2", f"DeepFlow-{size}/2")
+    models = [create_model(name, input_size=args.latent_size) for name in names]
+    models.append(diffusers_model(model_config(names[0], input_size=args.latent_size)))
+    for model in models:
         model.to(device, DTYPES[args.dtype]).eval().requires_grad_(False)
-    return {**{name: model.velocity for name, model in ours.items()}, f"diffusers DiT-{size}/2": call}
+    sit, deepflow, dit = models
+    return {
+        names[0]: sit.velocity,
+        names[1]: deepflow.velocity,
+        f"diffusers DiT-{size}/2": lambda x, t, y: dit(x, timestep=1000 * t, class_labels=y).sample,
+    }
 
 
 def build_cases(size, args, device):
@@ -101,19 +88,8 @@ def call_bare(network, args, device):
         network(x, t, y)
 
 
-def seconds(run, device):
-    """Wall time of a call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(cases, networks, args, device):
-    """{key: seconds of every repeat} of every row, of the bare networks, and of "free": a network without cost."""
+    """{key: median seconds} of every row, of the bare networks, and of "free": a network that costs nothing."""
     x = torch.zeros(args.batch_size, 4, args.latent_size, args.latent_size, device=device, dtype=DTYPES[args.dtype])
     runs = {"free": lambda: sample(lambda *_: x, GUIDANCES["none"], args, device)}
     for key, network in networks.items():
@@ -121,73 +97,59 @@ def measure(cases, networks, args, device):
         for case in cases:
             if case.key[:2] == key:
                 runs[case.key] = lambda c=case: sample(c.network, GUIDANCES[c.guidance], args, device)
-    times = {key: [] for key in runs}
-    for repeat in range(args.repeats + 1):  # the first is for compilation and caches
-        for key, run in runs.items():
-            elapsed = seconds(run, device)
-            if repeat:
-                times[key].append(elapsed)
-    return times
+    return interleaved_medians(runs, args.repeats, device)
 
 
-def ratio(times, a, b):
-    """Median of the ratios of two rows in the same repeat."""
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+def images_per_second(median, args):
+    """At 250 steps."""
+    return args.batch_size / median * args.steps / PAPER_STEPS
 
 
-def images_per_second(times, key, args):
-    """At 250 steps, from the median."""
-    return args.batch_size / statistics.median(times[key]) * args.steps / PAPER_STEPS
+def row(case, medians, dit, args):
+    """Cells of a case; dit: the name of diffusers' model."""
+    median = medians[case.key]
+    to_none = median / medians[case.model, case.how, "none"]
+    to_dit = median / medians[dit, case.how, case.guidance]
+    speed = f"{median / args.batch_size:.4f}", f"{images_per_second(median, args):.2f}"
+    return *case.key, *speed, f"{to_none:.2f}", f"{to_dit:.2f}"
 
 
-def print_rows(size, cases, times, args):
-    print("| network | | guidance | s/image | images/s at 250 steps | to none | to diffusers |")
-    print("|---|---|---|---|---|---|---|")
-    for model, how, guidance in (case.key for case in cases):
-        key = model, how, guidance
-        cells = [f"{statistics.median(times[key]) / args.batch_size:.4f}", f"{images_per_second(times, key, args):.2f}"]
-        cells += [f"{ratio(times, key, (model, how, 'none')):.2f}"]
-        cells += [f"{ratio(times, key, (f'diffusers DiT-{size}/2', how, guidance)):.2f}"]
-        print(f"| {' | '.join([*key, *cells])} |")
-
-
-def targets(size, cases, times, args, device):
-    """[(what, measured, reached)] for the networks of this project."""
-    rows = []
-    for model, how in {case.key[:2]: None for case in cases if not case.model.startswith("diffusers")}:
-        name, none = f"{model}, {how}", (model, how, "none")
-        guided = ratio(times, (model, how, "all steps"), none)
-        interval = ratio(times, (model, how, "[0.3, 0.7]"), none)
-        overhead = 100 * (ratio(times, none, ("bare", (model, how))) - 1)
-        rows.append((f"{name}: guided run at most 2.1 unguided ones", f"{guided:.2f}", guided <= 2.1))
-        rows.append((f"{name}: with interval [0.3, 0.7] at most 1.45", f"{interval:.2f}", interval <= 1.45))
-        rows.append((f"{name}: overhead under 2 %", f"{overhead:.2f} %", overhead < 2))
+def targets(size, networks, medians, args, device):
+    """Yield (what, measured, reached) for the networks of this project."""
+    dit = f"diffusers DiT-{size}/2"
+    for model, how in (key for key in networks if key[0] != dit):
+        name, none = f"{model}, {how}", medians[model, how, "none"]
+        guided, interval = (medians[model, how, g] / none for g in ("all steps", "[0.3, 0.7]"))
+        overhead = 100 * (none / medians["bare", (model, how)] - 1)
+        yield f"{name}: guided run at most 2.1 unguided ones", f"{guided:.2f}", guided <= 2.1
+        yield f"{name}: with interval [0.3, 0.7] at most 1.45", f"{interval:.2f}", interval <= 1.45
+        yield f"{name}: overhead under 2 %", f"{overhead:.2f} %", overhead < 2
         if model.startswith("SiT"):  # DeepFlow of the same name has VeRA beside as many blocks
-            to_dit = ratio(times, none, (f"diffusers DiT-{size}/2", how, "none"))
-            rows.append((f"{name}: time per image at most diffusers'", f"{to_dit:.2f}", to_dit <= 1))
+            to_dit = none / medians[dit, how, "none"]
+            yield f"{name}: time per image at most diffusers'", f"{to_dit:.2f}", to_dit <= 1
         elif device.type == "cuda" and how == "compiled" and size in IMAGES_PER_S:
-            rate, least = images_per_second(times, none, args), IMAGES_PER_S[size]
-            rows.append((f"{name}: at least {least} images/s", f"{rate:.2f}", rate >= least))
-    return rows
+            rate, least = images_per_second(none, args), IMAGES_PER_S[size]
+            yield f"{name}: at least {least} images/s at 250 steps", f"{rate:.2f}", rate >= least
 
 
 def benchmark(size, args, device):
     """Measure one size and print its two tables."""
+    torch.compiler.reset()  # a function is compiled for a few shapes and models at most
     cases, networks = build_cases(size, args, device)
-    times = measure(cases, networks, args, device)
+    medians = measure(cases, networks, args, device)
     print(f"\n## {size}/2, batch {args.batch_size}, {args.dtype}, {args.steps} steps, {args.repeats} repeats\n")
-    print_rows(size, cases, times, args)
-    free = statistics.median(times["free"]) / args.steps * 1e3
+    header = ["network", "", "guidance", "s/image", "images/s at 250 steps", "to none", "to diffusers"]
+    print_table(header, [row(case, medians, f"diffusers DiT-{size}/2", args) for case in cases])
+    free = medians["free"] / args.steps * 1e3
     print(f"\nSampler loop round a network that costs nothing: {free:.3f} ms per step.\n")
-    print("| target | measured | reached |\n|---|---|---|")
-    for what, measured, reached in targets(size, cases, times, args, device):
-        print(f"| {what} | {measured} | {'yes' if reached else 'no'} |")
+    rows = targets(size, networks, medians, args, device)
+    print_table(["target", "measured", "reached"], [(*cells, "yes" if reached else "no") for *cells, reached in rows])
 
 
 def parse_args(device):
     on_gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["XL", "B"] if on_gpu else ["S"], help="S, B, L, XL")
+    parser.add_argument("--sizes", nargs="+", default=["XL", "B"] if on_gpu else ["S"], choices=["S", "B", "L", "XL"])
     parser.add_argument("--batch-size", type=int, default=64 if on_gpu else 4)
     parser.add_argument("--steps", type=int, default=25 if on_gpu else 10, help="SDE steps of a run")
     parser.add_argument("--repeats", type=int, default=5)
@@ -200,8 +162,7 @@ def parse_args(device):
 def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args = parse_args(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(describe_machine(device))
     set_math(allow_tf32=True)
     for size in args.sizes:
         benchmark(size, args, device)
