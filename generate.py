@@ -417,7 +417,10 @@ def plan(config, store, target, manifest):
 
 
 def generate(config):
-    """Make a picture, or many images: every process makes its share of the batches, the first one collects them."""
+    """Make a picture, or many images; returns the path of the picture or the npz. Raises InputError.
+
+    Every process makes its share of the batches, the first one collects them.
+    """
     processes = Processes.start()
     start = time.perf_counter()
     sampler = ImageSampler(config, processes.device)
@@ -436,6 +439,7 @@ def generate(config):
             collect(config, store, target, manifest)
         store.clear()
         say_result(sampler, store, target, missing, time.perf_counter() - start)
+    return target
 
 
 def sample_share(sampler, store, todo, processes):
@@ -505,7 +509,7 @@ def say_result(sampler, store, target, made, seconds):
 
 
 def save_picture(sampler, processes):
-    """--grid: one picture and its manifest, in one process. Raises InputError."""
+    """--grid: one picture and its manifest, in one process; returns its path. Raises InputError."""
     config = sampler.config
     if processes.world > 1:
         raise InputError("--grid is made by one process; start generate.py with plain python")
@@ -516,6 +520,7 @@ def save_picture(sampler, processes):
         save_grid(np.concatenate(images), columns, config.out)
         write_json(Path(config.out).with_suffix(".json"), build_manifest(sampler))
     print(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each", flush=True)
+    return Path(config.out)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ class PngFiles:
 
     def missing(self, count):
         """Indices below `count` without a whole image; one that was cut off, as by a power cut, does not count."""
-        return [index for index in range(count) if not ends_as_png(self.path(index))]
+        # listed first: asking a network file system for what is not there yet may be answered from its cache later
+        there = {path.name for path in self.folder.iterdir()}
+        paths = map(self.path, range(count))
+        return [index for index, path in enumerate(paths) if path.name not in there or not ends_as_png(path)]
 
     def write(self, indices, images):
         """Save the images that are not there yet; each is complete or absent. Raises InputError on a full disk."""

@@ -1,9 +1,8 @@
 """Sampling end to end: exactly N images, the same on any number of processes, resumable, with their manifest."""
 
-import contextlib
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +11,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
+from generate import BatchNoise
 from models import model_config
 from models.codec import LatentCodec
 from models.deepflow import DeepFlow
@@ -110,6 +111,18 @@ def test_draws_of_a_sample_do_not_depend_on_its_batch():
     assert torch.equal(labels, sample_labels(3, indices, 1000))
     rank_1_of_2 = sample_noise(3, [2, 3, 6], 2, shape)
     assert torch.equal(rank_1_of_2, sample_noise(3, indices, 2, shape)[[2, 3, 6]])
+
+
+def test_noise_is_drawn_ahead_and_is_that_of_each_image():
+    shape, batches = (4, 2, 2), [range(0, 3), range(3, 6), range(9, 10)]
+    noise = BatchNoise(7, batches, 4, shape, torch.device("cpu"))
+    for number, indices in enumerate(batches):
+        for draw in range(4):
+            assert torch.equal(noise.of(number)(draw), sample_noise(7, indices, draw, shape))
+            (ahead,) = noise.ahead.ahead.items()
+            assert ahead[0] == 4 * number + draw + 1
+            assert (ahead[1].result() is None) == (ahead[0] == 12)  # nothing after the last
+    noise.close()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5, 32])
@@ -273,28 +286,34 @@ def test_interrupted_packing_goes_on_without_sampling(reference, ckpt, tmp_path,
     assert rows == []
 
 
+def start_two_processes(line):
+    """Two processes of generate.py as another launcher than torchrun starts them, so that both can be killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, tiny.ROOT / "generate.py", *line]
+    return [subprocess.Popen(command, env={**shared, "RANK": rank}, cwd=tiny.ROOT) for rank in "01"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["both", "npz"])
-def test_killed_runs_of_two_processes_end_with_the_same_files(vae, ckpt, tmp_path, format):
+def test_killed_runs_of_two_processes_end_with_the_same_files(ckpt, tmp_path, format):
     """SIGKILL as soon as a first file is there, and again while it packs; the third run is left alone."""
-    line = tiny.generate_flags(ckpt, tmp_path / "a", num_fid_samples=300, per_proc_batch_size=4, format=format)
-    for pattern in ("*/*.npy" if format == "npz" else "*/*.png", ".*.npz.*.tmp"):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        process = subprocess.Popen(
-            [*launcher, tiny.ROOT / "generate.py", *line], env=environment, start_new_session=True, cwd=tiny.ROOT
-        )
-        while process.poll() is None and not any((tmp_path / "a").glob(pattern)):
-            time.sleep(0.001)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = tiny.run_python(tiny.ROOT / "generate.py", *line)
-    assert done.returncode == 0, done.stderr
+    size = {"num_fid_samples": 300, "per_proc_batch_size": 4, "format": format}
+    line = tiny.generate_flags(ckpt, tmp_path / "a", **size)
+    for pattern in ("*/rows-*.npy" if format == "npz" else "*/*.png", ".*.npz.*.tmp", None):
+        pair = start_two_processes(line)
+        try:
+            while any(p.poll() is None for p in pair) and not (pattern and any((tmp_path / "a").glob(pattern))):
+                time.sleep(0.001)
+        finally:
+            for process in pair:
+                process.kill()
+            codes = [process.wait() for process in pair]
+        assert pattern or codes == [0, 0]
     folder, array, _ = tiny.results(tmp_path / "a")
-    expected, undisturbed, _ = tiny.run_generate(
-        ckpt, tmp_path / "b", num_fid_samples=300, per_proc_batch_size=4, format=format
-    )
+    expected, undisturbed, _ = tiny.run_generate(ckpt, tmp_path / "b", **size)
     assert np.array_equal(array, undisturbed)
     assert file_bytes(folder) == file_bytes(expected)
     assert not list((tmp_path / "a").rglob("*.tmp"))
@@ -385,6 +404,16 @@ def test_a_network_that_overflows_in_half_precision_is_told_from_a_broken_one(va
     path = tiny.checkpoint(tmp_path / "large.pt", vae, std=2.0)
     with pytest.raises(InputError, match=r"samples that are not finite .*; try --dtype fp32"):
         tiny.run_generate(path, tmp_path / "samples", dtype="fp16")
+
+
+def test_a_decoder_that_overflows_in_half_precision_gives_no_black_images(vae, ckpt, tmp_path):
+    large = AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        large.decoder.conv_out.weight.mul_(1e7)
+    large.save_pretrained(tmp_path / "tiny-vae")
+    with pytest.raises(InputError, match=r"tiny-vae gives pixels that are not finite in torch\.float16; use fp32"):
+        tiny.run_generate(ckpt, tmp_path / "samples", vae=tmp_path / "tiny-vae", vae_dtype="fp16")
+    assert not list((tmp_path / "samples").rglob("*.png"))
 
 
 @pytest.mark.slow
