@@ -39,10 +39,9 @@ class Flops:
 
 def count_flops(model):
     """Flops of a DeepFlow on any device; its weights are neither read nor copied."""
-    x, t, y = meta_inputs(model)
     weights = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     with torch.no_grad(), layer_macs(model) as macs, FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, weights, (x, t, y))
+        torch.func.functional_call(model, weights, meta_inputs(model))
     paper_macs = sum(count for name, count in macs.items() if CROSS_ATTENTION not in name.split("."))
     return Flops(paper_macs, counter.get_total_flops() // 2)
 
@@ -58,12 +57,12 @@ def peak_flops(device, precision):
 
 
 def meta_inputs(model):
-    """One sample of the model's size without memory: x (1, C, H, W), t (1,), y (1,)."""
+    """One training sample of the model's size without memory: x (1, C, H, W), a time (1,) for each branch, y (1,)."""
     size = math.isqrt(model.pos_embed.shape[1]) * model.patch_size
     dtype = model.pos_embed.dtype
     return (
         torch.empty(1, model.in_channels, size, size, dtype=dtype, device="meta"),
-        torch.empty(1, dtype=dtype, device="meta"),
+        [torch.empty(1, dtype=dtype, device="meta") for _ in range(model.num_branches)],
         torch.empty(1, dtype=torch.long, device="meta"),
     )
 
