@@ -16,11 +16,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import attention
 from models.errors import InputError
 from models.layers import (
     LN_EPS,
     Block,
     LabelEmbedder,
+    LayerNorm,
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
@@ -95,7 +97,7 @@ class MultiheadCrossAttention(nn.Module):
         q = F.linear(query, weight_q, bias_q)
         k, v = F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
         q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))
-        return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        return self.out_proj(merge_heads(attention(q, k, v)))
 
 
 class CrossSpaceAttention(nn.Module):
@@ -106,7 +108,7 @@ class CrossSpaceAttention(nn.Module):
 
     def __init__(self, hidden_size, num_heads):
         super().__init__()
-        self.layer_norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.layer_norm = LayerNorm(hidden_size, eps=1e-5)
         self.multihead_attn = MultiheadCrossAttention(hidden_size, num_heads)
 
     def forward(self, patches, feature):
@@ -263,9 +265,10 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         patches = tokens = self.x_embedder(x) + self.pos_embed
         conditions, gaps = self.embed_times(times, self.y_embedder(y))
         ends = (0, *self.df_idxs, len(self.blocks))
-        for i, c in enumerate(conditions):
+        for i in range(self.num_branches):
             aligned = None
             for number, block in enumerate(self.blocks[ends[i] : ends[i + 1]], ends[i] + 1):
+                c = self.block_condition(conditions, i, number)
                 tokens = self.run_block(block, tokens, c)
                 if number == self.encoder_depth and self.num_branches == 1:
                     aligned = tokens
@@ -274,6 +277,10 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
                 branch.a_star, branch.aligned = self.df_blocks[i](patches, tokens, gaps[i])
                 tokens = branch.aligned
             yield branch
+
+    def block_condition(self, conditions, branch, number):
+        """Condition (N, D) of block `number`, counted from 1, in a branch, counted from 0."""
+        return conditions[branch]
 
     def run_block(self, block, tokens, c):
         """One block, (N, T, D) → (N, T, D); its activations are recomputed later where memory is to be saved."""
@@ -290,9 +297,7 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         *intermediate, final = self.run_branches(x, self.branch_times(t), y)
         out = DeepFlowOutput([], [], [])
         for branch in intermediate:
-            shared_layer = self.final_layer[0]
-            out.velocities.append(self.to_image(shared_layer(branch.v_star, branch.condition)))
-            out.accelerations.append(self.to_image(self.final_acc_layer(branch.a_star, branch.condition)))
+            self.add_supervised(out, branch)
         out.velocities.append(self.to_image(self.velocity_layer(final.v_star, final.condition)))
         if hasattr(self, "projectors"):
             aligned = [branch.aligned for branch in intermediate or [final]]
@@ -300,9 +305,19 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
             out.projections = [project(aligned[i // per_block]) for i, project in enumerate(self.projectors)]
         return out
 
+    def add_supervised(self, out, branch):
+        """Append the velocity and the acceleration of an intermediate branch to `out`."""
+        shared_layer = self.final_layer[0]
+        out.velocities.append(self.to_image(shared_layer(branch.v_star, branch.condition)))
+        out.accelerations.append(self.to_image(self.final_acc_layer(branch.a_star, branch.condition)))
+
     def velocity(self, x, t, y):
         """Final velocity only, x (N, C, H, W), t (N,), y (N,) → (N, C, H, W); no intermediate layer is run."""
-        branches = self.run_branches(x, self.branch_times(t), y)
+        return self.final_velocity(x, self.branch_times(t), y)
+
+    def final_velocity(self, x, times, y):
+        """The last branch's velocity at the times that `run_branches` takes."""
+        branches = self.run_branches(x, times, y)
         (final,) = collections.deque(branches, maxlen=1)  # the others' memory goes as they do
         return self.to_image(self.velocity_layer(final.v_star, final.condition))
 

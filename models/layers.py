@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.attention import attention, differentiating
+
 LN_EPS = 1e-6
 
 
@@ -53,6 +55,13 @@ def unpatchify(tokens, patch_size, channels):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, grid * patch_size, grid * patch_size)
 
 
+def sinusoid(t, count):
+    """[cos(t·f), sin(t·f)] at `count` frequencies f: (N,) → (N, 2·count), at least in float32."""
+    index = torch.arange(count, device=t.device, dtype=torch.float32)
+    angles = t[:, None] * torch.exp(-math.log(10000.0) * index / count)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid [cos(t·f), sin(t·f)] of 256 entries, then Linear, SiLU, Linear: (N,) → (N, D).
 
@@ -67,15 +76,8 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(2 * self.NUM_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def sinusoid(self, t):
-        """(N,) → (N, 256), at least in float32."""
-        index = torch.arange(self.NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
-        frequencies = torch.exp(-math.log(10000.0) * index / self.NUM_FREQUENCIES)
-        angles = t[:, None] * frequencies
-        return torch.cat([angles.cos(), angles.sin()], dim=1)
-
     def forward(self, t):
-        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, self.NUM_FREQUENCIES).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -89,8 +91,37 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with affine; a derivative pass scales and shifts outside the kernel, or it would not compile."""
+
+    def forward(self, h):
+        if not differentiating():
+            return super().forward(h)
+        return F.layer_norm(h, self.normalized_shape, eps=self.eps) * self.weight + self.bias
+
+
+class RMSNorm(nn.Module):
+    """h / rms(h) with a learned scale, at least in float32; the published flow maps' QK norm."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, h):
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps) * self.scale).to(h.dtype)
+
+
+def qk_norm_layer(kind, head_dim):
+    """Norm of each head's q or k: False none, True LayerNorm (DeepFlow's), "rms" RMSNorm (Decoupled MeanFlow's)."""
+    if not kind:
+        return nn.Identity()
+    return RMSNorm(head_dim) if kind == "rms" else LayerNorm(head_dim, eps=1e-5)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with qkv bias; optional LayerNorm of each head's q and k."""
+    """Multi-head self-attention with qkv bias; qk_norm as `qk_norm_layer` takes it."""
 
     def __init__(self, hidden_size, num_heads, qk_norm=False):
         super().__init__()
@@ -98,13 +129,11 @@ class Attention(nn.Module):
         head_dim = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        self.q_norm = nn.LayerNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, eps=1e-5) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = qk_norm_layer(qk_norm, head_dim), qk_norm_layer(qk_norm, head_dim)
 
     def forward(self, h):
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(h).chunk(3, dim=-1))
-        h = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(merge_heads(h))
+        return self.proj(merge_heads(attention(self.q_norm(q), self.k_norm(k), v)))
 
 
 def split_heads(h, num_heads):

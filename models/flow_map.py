@@ -1,0 +1,123 @@
+"""Decoupled MeanFlow: a flow model's network that predicts average velocities u(x_t, t, r, y) (Lee, Yu, Shin).
+
+x_r = x_t + (r − t)·u, and with r = t u is the flow's velocity. The first blocks see t, the later ones and the velocity
+layer r; of a DeepFlow the branches up to a key layer see t, the later ones r, and VeRA the gap r − t between them.
+
+Letters: N batch, C latent channels, H = W latent size, T tokens, D hidden size, k branches.
+"""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from models.attention import forward_mode
+from models.deepflow import DeepFlow
+from models.errors import InputError
+from models.layers import sinusoid
+
+LOGVAR_FREQUENCIES = 64
+
+
+@dataclasses.dataclass
+class FlowMapOutput:
+    """What one training forward pass returns."""
+
+    velocities: list  # k × (N, C, H, W); the last is u, the others are empty without deep supervision
+    accelerations: list  # (k − 1) × (N, C, H, W), empty without deep supervision
+    log_variance: torch.Tensor | None  # (N,) float32
+
+
+def check_dmf_depth(dmf_depth, depth, df_idxs):
+    """Raise InputError unless blocks remain for r, and of a DeepFlow whole branches."""
+    if not 1 <= dmf_depth < depth:
+        raise InputError(
+            f"--dmf-depth {dmf_depth} is out of range: of {depth} blocks the first 1 to {depth - 1} may see t"
+        )
+    if df_idxs and dmf_depth not in df_idxs:
+        raise InputError(f"--dmf-depth {dmf_depth} is not a key layer of this DeepFlow; choose one of {list(df_idxs)}")
+
+
+class FlowMap(DeepFlow):
+    """The network. dmf_depth: number of blocks that see t; use_logvar: the head that training needs, sampling not."""
+
+    def __init__(self, *args, dmf_depth=20, use_logvar=True, **options):
+        super().__init__(*args, **options)
+        check_dmf_depth(dmf_depth, len(self.blocks), self.df_idxs)
+        self.dmf_depth = dmf_depth
+        self.deep_supervision = self.num_branches > 1  # whether `forward` runs the intermediate layers
+        if use_logvar:
+            self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1)
+            nn.init.xavier_uniform_(self.logvar_linear.weight)
+            nn.init.zeros_(self.logvar_linear.bias)
+
+    def map_times(self, t, r):
+        """The times of `run_branches`: one for each branch, or t and r where there is one branch."""
+        ends = (*self.df_idxs, len(self.blocks))
+        return [t, r] if self.num_branches == 1 else [t if end <= self.dmf_depth else r for end in ends]
+
+    def run_branch(self, i, tokens, times, label):
+        """The blocks of branch i; the only branch of a SiT changes from t to r on its way."""
+        if self.num_branches > 1:
+            return super().run_branch(i, tokens, times, label)
+        t, r = times
+        tokens, _ = self.run_blocks(0, self.dmf_depth, tokens, t, label)
+        return self.run_blocks(self.dmf_depth, len(self.blocks), tokens, r, label)
+
+    def forward(self, x, t, y, r=None):
+        """What training needs in one pass; x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,). r None is t: the flow."""
+        r = t if r is None else r
+        *intermediate, final = self.run_branches(x, self.map_times(t, r), y)
+        out = FlowMapOutput([], [], self.log_variance(t, r) if hasattr(self, "logvar_linear") else None)
+        for branch in intermediate if self.deep_supervision else ():
+            self.add_supervised(out, branch)
+        out.velocities.append(self.to_image(self.velocity_layer(final.v_star, final.condition)))
+        return out
+
+    def average_velocity(self, x, t, r, y):
+        """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,)."""
+        return self.final_velocity(x, self.map_times(t, r), y)
+
+    def velocity(self, x, t, y):
+        """The flow's velocity, which is the average velocity over no time."""
+        return self.average_velocity(x, t, t, y)
+
+    def log_variance(self, t, r):
+        """Log-variance s of the loss at t, r (N,) → (N,), float32 under autocast too."""
+        features = torch.cat([sinusoid(t, LOGVAR_FREQUENCIES), sinusoid(r, LOGVAR_FREQUENCIES)], dim=1)
+        return (features * self.logvar_linear.weight).sum(dim=1) + self.logvar_linear.bias
+
+    def derivative(self, x, t, r, y, tangent):
+        """u and its Jacobian-vector product along (tangent, 1, 0) in (x, t, r), without gradient, (N, C, H, W) each."""
+        with torch.no_grad(), forward_mode():
+            return self.jvp(x, t, r, y, tangent)
+
+    def jvp(self, x, t, r, y, tangent):
+        """`derivative` without its context, so that it can be compiled in one graph."""
+        return torch.func.jvp(
+            lambda x, t: self.average_velocity(x, t, r, y), (x, t), (tangent.to(x.dtype), torch.ones_like(t))
+        )
+
+    def compile_derivative(self):
+        """Compile the derivative pass; nn.Module.compile does so for `forward` alone."""
+        self.jvp = torch.compile(self.jvp, fullgraph=True)
+
+    def supervise_branches(self, wanted):
+        """Run and train the intermediate branches' velocity and acceleration layers, or neither."""
+        self.deep_supervision = wanted and self.num_branches > 1
+        if self.num_branches > 1:
+            for layer in (self.final_layer[0], self.final_acc_layer):
+                layer.requires_grad_(self.deep_supervision)
+
+
+def to_flow_map(flow_options, state, dmf_depth):
+    """A FlowMap with the weights `state` of a flow model of constructor arguments `flow_options`, and its arguments.
+
+    Projectors of an alignment are dropped; the log-variance head is new. Raises InputError for a wrong dmf_depth.
+    """
+    options = {**flow_options, "ssl_align": False, "dmf_depth": dmf_depth, "use_logvar": True}
+    model = FlowMap(**options)
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("projectors.")}
+    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("logvar_linear.")}
+    model.load_state_dict({**head, **kept})
+    return model, options
