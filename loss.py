@@ -1,4 +1,4 @@
-"""The training objective: deep supervision, time gaps, acceleration (equations 5, 7 and 10) and SSL alignment.
+"""The training objectives: deep supervision, time gaps, acceleration (equations 5, 7 and 10), SSL alignment, flow maps.
 
 Letters: N batch, C latent channels, H = W latent size, k branches. Losses are fp32 whatever the autocast: the
 networks' outputs are cast here.
@@ -56,12 +56,13 @@ class DeepFlowLoss:
         return {name: row.detach().mean() for name, row in named.items()}
 
 
-def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff):
+def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff, target=None):
     """Deep supervision with acceleration.
 
-    out: DeepFlowOutput at x_{t1}; x0, noise (N, C, H, W) fp32; times (k, N); branch_weights β: k floats; acc_coeff λ.
+    out: DeepFlowOutput at x_{t1}; x0, noise (N, C, H, W) fp32; times (k, N); branch_weights β: k floats; acc_coeff λ;
+    target: another velocity (N, C, H, W) than the path's.
     """
-    target = path.velocity(x0, noise, times[0])
+    target = path.velocity(x0, noise, times[0]) if target is None else target
     velocities = [v.float() for v in out.velocities]
     velocity = torch.stack([mean_square(v - target) for v in velocities])  # equation 5
     if len(branch_weights) != len(velocity):
@@ -90,3 +91,121 @@ def alignment_loss(projections, features):
         raise ValueError(f"{len(projections)} projections do not fit {len(features)} encoders")
     pairs = zip(projections, itertools.cycle(features), strict=False)
     return torch.stack([-F.cosine_similarity(p.float(), f.float(), dim=-1).mean() for p, f in pairs])
+
+
+def flow_map_times(normals, means, stds):
+    """Times of a flow map's two parts, float32 (3, N) in [0, 1]: t of the flow part, then t ≥ r of the mean-flow part.
+
+    Each is the logistic of a normal: normals (3, N) standard normal numbers for t_fm, t, r; means, stds: 3 floats each.
+    """
+    means, stds = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (means, stds))
+    t_fm, t, r = torch.sigmoid(means + stds * normals)
+    return torch.stack([t_fm, torch.maximum(t, r), torch.minimum(t, r)])
+
+
+GUIDED_VELOCITIES = ("default", "mg", "distill")
+
+
+@dataclasses.dataclass
+class GuidedTarget:
+    """The velocity v* that a flow map learns (`--g-type`), guided with weight ω where low ≤ t ≤ high.
+
+    velocity(x, t, y): of the flow map itself (mg) or of a frozen flow model (distill); null_class: label of no class.
+    """
+
+    kind: str = "default"
+    omega: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
+    velocity: object = None
+    null_class: int | None = None
+
+    @torch.no_grad()
+    def __call__(self, v, x, t, y, dropped):
+        """v* (N, C, H, W) and which samples are guided, (N,) bool.
+
+        v: ε − x_0; dropped (N,): labels that were dropped. One pass of 2N rows, none of them where none is guided.
+        """
+        if self.kind == "default":
+            return v, torch.zeros_like(dropped)
+        guided = (self.low <= t) & (t <= self.high)
+        if self.kind == "mg":
+            guided = guided & ~dropped
+            return (self.add_guidance(v, x, t, y, guided) if guided.any() else v), guided
+        return (self.teach(x, t, y, guided) if guided.any() else self.velocity(x, t, y).float()), guided
+
+    def add_guidance(self, v, x, t, y, guided):
+        """Model guidance: v + ω·(u(y) − u(null))."""
+        conditional, unconditional = self.both(x, t, y)
+        return torch.where(guided[:, None, None, None], v + self.omega * (conditional - unconditional), v)
+
+    def teach(self, x, t, y, guided):
+        """The teacher's u(null) + ω·(u(y) − u(null)), outside the interval its conditional velocity."""
+        conditional, unconditional = self.both(x, t, y)
+        mixed = unconditional + self.omega * (conditional - unconditional)
+        return torch.where(guided[:, None, None, None], mixed, conditional)
+
+    def both(self, x, t, y):
+        """Conditional and unconditional velocity in one pass, float32."""
+        labels = torch.cat([y, torch.full_like(y, self.null_class)])
+        return self.velocity(torch.cat([x, x]), torch.cat([t, t]), labels).float().chunk(2)
+
+
+@dataclasses.dataclass
+class FlowMapTargets:
+    """Inputs and targets of one training pass: N rows of the flow part, then N of the mean-flow part."""
+
+    x: torch.Tensor  # (2N, C, H, W)
+    t: torch.Tensor  # (2N,)
+    r: torch.Tensor  # (2N,), t in the flow part
+    y: torch.Tensor  # (2N,)
+    target: torch.Tensor  # (2N, C, H, W) float32
+    derivative: torch.Tensor  # (N, C, H, W) float32, d/dt u in the mean-flow part
+    guided: torch.Tensor  # (2N,) bool
+
+
+@torch.no_grad()
+def flow_map_targets(model, guide, x0, y, dropped, draws, path):
+    """FlowMapTargets of a batch, without gradient: v* for the flow part, v* + (r − t)·d/dt u for the mean-flow part.
+
+    model: the bare FlowMap; guide: GuidedTarget; x0 (N, C, H, W); y (N,) labels after the drop, dropped (N,) bool;
+    draws: `times` (3, N), `noise` and `map_noise` (N, C, H, W).
+    """
+    t_fm, t, r = draws.times
+    x_fm, x = path.interpolate(x0, draws.noise, t_fm), path.interpolate(x0, draws.map_noise, t)
+    v_fm, guided_fm = guide(path.velocity(x0, draws.noise, t_fm), x_fm, t_fm, y, dropped)
+    v, guided = guide(path.velocity(x0, draws.map_noise, t), x, t, y, dropped)
+    derivative = model.derivative(x, t, r, y, v)[1].float()
+    target = v + (r - t)[:, None, None, None] * derivative
+    cat = torch.cat
+    return FlowMapTargets(
+        cat([x_fm, x]),
+        cat([t_fm, t]),
+        cat([t_fm, r]),
+        cat([y, y]),
+        cat([v_fm, target]),
+        derivative,
+        cat([guided_fm, guided]),
+    )
+
+
+def adaptive_loss(error, log_variance):
+    """log(e·exp(−s) + 0.01) + s of mean squared errors e and log-variances s, (N,) each: bounded for large errors."""
+    return torch.log(error * torch.exp(-log_variance) + 0.01) + log_variance
+
+
+@dataclasses.dataclass
+class FlowMapLoss:
+    """Per sample: the two parts' summed squared errors, their adaptive losses, and half the sum of these."""
+
+    error: torch.Tensor  # (2, N), Σ over C, H, W of (u − target)²
+    adaptive: torch.Tensor  # (2, N)
+    total: torch.Tensor  # (N,)
+
+
+def flow_map_loss(u, log_variance, target):
+    """FlowMapLoss of u and target (2N, C, H, W), log_variance (2N,): flow part first."""
+    u = u.float()
+    adaptive = adaptive_loss(mean_square(u - target), log_variance.float()).unflatten(0, (2, -1))
+    error = (u - target).square().flatten(1).sum(dim=1).unflatten(0, (2, -1))
+    return FlowMapLoss(error, adaptive, 0.5 * adaptive.sum(dim=0))

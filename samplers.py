@@ -29,6 +29,12 @@ def ode_times(num_steps):
     return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
 
+def map_times(num_steps, shift=1.0):
+    """A flow map's times: linspace(1, 0, num_steps + 1), then t ← s·t / (1 + (s − 1)·t). float64 (num_steps + 1,)."""
+    t = ode_times(num_steps)
+    return shift * t / (1 + (shift - 1) * t)
+
+
 @dataclasses.dataclass
 class Guidance:
     """Classifier-free guidance u + scale·(c − u) on all channels, while low ≤ t ≤ high; scale 1 is off."""
@@ -61,7 +67,8 @@ class GuidedVelocity:
 
     network(x, t, y): velocity of a batch, called with x in `dtype`; t (N,) is never coarser than float32, because
     rounding to bfloat16 moves a time by up to half a step of 250. y (N,): the condition; y_null (N,): the null one.
-    A guided call is one forward pass of 2N rows.
+    A guided call is one forward pass of 2N rows. Over a flow map's average_velocity(x, t, r, y) this is
+    (x, t, r) → average velocity, and the guidance interval is tested on t.
     """
 
     def __init__(self, network, y, y_null, guidance=None, dtype=torch.float32):
@@ -71,18 +78,19 @@ class GuidedVelocity:
         self.guided_calls = 0  # those of 2N rows
 
     @torch.no_grad()
-    def __call__(self, x, t):
+    def __call__(self, x, *times):
         self.calls += 1
         state, x = x.dtype, x.to(self.dtype)
-        if not self.guidance.active(t):
-            return self.evaluate(x, t, self.y).to(state)
+        if not self.guidance.active(times[0]):
+            return self.evaluate(x, times, self.y).to(state)
         self.guided_calls += 1
-        conditional, unconditional = self.evaluate(torch.cat([x, x]), t, self.both).to(state).chunk(2)
+        conditional, unconditional = self.evaluate(torch.cat([x, x]), times, self.both).to(state).chunk(2)
         return unconditional + self.guidance.scale * (conditional - unconditional)
 
-    def evaluate(self, x, t, y):
-        times = torch.full((len(x),), float(t), dtype=torch.promote_types(self.dtype, torch.float32), device=x.device)
-        return self.network(x, times, y)
+    def evaluate(self, x, times, y):
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        rows = [torch.full((len(x),), float(t), dtype=dtype, device=x.device) for t in times]
+        return self.network(x, *rows, y)
 
 
 def euler_step(velocity, x, t, t_next, _index):
@@ -116,6 +124,26 @@ class EulerMaruyamaStep:
         return x if t_next == 0 else x + (w * dt.abs()).sqrt() * self.noise(index).to(x)
 
 
+def map_step(average_velocity, x, t, t_next, _index):
+    """x + Δt·u(x, t, t_next) along a flow map."""
+    return x + (t_next - t) * average_velocity(x, t, t_next)
+
+
+@dataclasses.dataclass
+class RestartStep:
+    """Jump to the data along a flow map, then back to the next time with fresh noise; none after the last jump.
+
+    noise(i): standard normal noise of step i, shaped like x.
+    """
+
+    path: object
+    noise: object
+
+    def __call__(self, average_velocity, x, t, t_next, index):
+        x0 = x - t * average_velocity(x, t, 0.0)
+        return x0 if t_next == 0 else self.path.interpolate(x0, self.noise(index).to(x), t_next)
+
+
 def integrate(step, velocity, x, times):
     """Carry x from times[0] to times[-1]; x (N, C, H, W), times descending. Returns x in the state's dtype."""
     x = x.to(state_dtype(x.device))
@@ -133,6 +161,11 @@ def sample_sde(velocity, x, path, noise, num_steps=250):
 def sample_ode(velocity, x, num_steps=50, heun=False):
     """Probability-flow ODE from noise x at t = 1 with Euler or Heun steps."""
     return integrate(heun_step if heun else euler_step, velocity, x, ode_times(num_steps))
+
+
+def sample_map(average_velocity, x, num_steps=1, shift=1.0, restart=None):
+    """Flow map from noise x at t = 1 to data; restart: a RestartStep instead of Euler steps."""
+    return integrate(restart or map_step, average_velocity, x, map_times(num_steps, shift))
 
 
 def sample_noise(seed, indices, draw, shape):

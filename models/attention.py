@@ -47,9 +47,9 @@ _state = {"kernel": fused, "differentiating": False}
 
 
 def set_attention(name):
-    """Choose the process's kernel, one of ATTENTION; auto is torch's fused one. Raises InputError for a missing package.
+    """Choose the process's kernel, one of ATTENTION; auto is torch's fused one. `forward_mode` overrules it.
 
-    The derivative pass takes none of them: see `forward_mode`.
+    Raises InputError for a missing package.
     """
     if name in FLASH_PACKAGES:
         module, remedy = FLASH_PACKAGES[name]
@@ -74,9 +74,9 @@ def differentiating():
 
 @contextlib.contextmanager
 def forward_mode():
-    """Within the context attention and norms are written out: fused kernels have no rule for forward-mode derivatives,
+    """Within the context attention and norms are written out.
 
-    and the compiler drops custom rules without a word.
+    Fused kernels have no rule for forward-mode derivatives, and the compiler drops custom rules without a word.
     """
     before, _state["differentiating"] = _state["differentiating"], True
     try:

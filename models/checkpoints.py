@@ -1,4 +1,4 @@
-"""Reading model files: ours, and the published DeepFlow and SiT ones, recognised by their keys.
+"""Reading model files: ours, and the published DeepFlow, SiT, REPA and DMF ones, recognised by their keys.
 
 A file of ours carries its configuration, and so does a folder that models/export.py wrote. Of a published one, sizes
 follow from the shapes, heads and key layers from the preset of the same width; flags override. Loading is strict.
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from models.deepflow import DeepFlow
 from models.errors import InputError, note
 from models.layers import TimestepEmbedder
-from models.presets import PRESETS, Preset, parse_df_idxs, spaced_key_layers
+from models.presets import PRESETS, Preset, build, parse_df_idxs, spaced_key_layers
 
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
@@ -105,12 +105,12 @@ def load_checkpoint(path, weights="ema", **overrides):
     options = model_options(content)
     is_ours = options is not None
     if not is_ours:
-        state, options = from_published(state, path, overrides.get("df_idxs"))
+        state, options = from_published(state, path, overrides.get("df_idxs"), overrides.get("dmf_depth"))
     options = check_overrides(options, overrides, path, is_ours)
     if not is_ours:
         note(published_note(path, options))
     with torch.device("meta"):  # no time is spent on initial weights
-        model = DeepFlow(**options)
+        model = build(options)
     load_strictly(model, state, path)
     run, data = (content["config"], content.get("data", {})) if is_ours else ({}, {})
     return Checkpoint(model.float().eval(), options, run, data, content.get("steps"))
@@ -125,6 +125,8 @@ def load_model(path, weights="ema", **overrides):
 def published_note(path, options):
     """What was assumed of a published file because no weight tells it."""
     told = f"{path}: taken as a published file of {options['num_heads']} heads, "
+    if "dmf_depth" in options:
+        return told + f"a flow map of which {options['dmf_depth']} blocks see t (others: --dmf-depth)"
     if options["df_idxs"]:
         told += f"key layers {list(options['df_idxs'])} (others: --df-idxs)"
         if options.get("ssl_align") and not options.get("legacy_scaling"):
@@ -177,25 +179,24 @@ def load_strictly(model, state, path):
     model.load_state_dict(state, assign=model.pos_embed.is_meta)  # nothing can be copied into a meta tensor
 
 
-def from_published(state, path, df_idxs=None):
+def from_published(state, path, df_idxs=None, dmf_depth=None):
     """State dict in this project's conventions and constructor arguments of a published state dict, or InputError."""
     try:
-        return convert(state, config_from_state(state, path, df_idxs))
+        return convert(state, config_from_state(state, path, df_idxs, dmf_depth))
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, RuntimeError) as error:  # an expected name or shape is not there
-        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT): {error}") from None
+        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF): {error}") from None
 
 
-def config_from_state(state, path, df_idxs=None):
+def config_from_state(state, path, df_idxs=None, dmf_depth=None):
     """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError.
 
-    df_idxs: the key layers, where they are known; else the preset's, else evenly spaced.
+    df_idxs: the key layers, where they are known; else the preset's, else evenly spaced. dmf_depth: says that the file
+    is a flow map, as a log-variance head does; else the preset's, else two thirds of the blocks.
     """
     if "x_embedder.proj.weight" not in state or "pos_embed" not in state:
-        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT): x_embedder or pos_embed is missing")
-    if any(name.startswith("logvar_linear") for name in state):
-        raise InputError(f"--ckpt {path} is a Decoupled MeanFlow file, which cannot be read here yet")
+        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF): x_embedder or pos_embed is missing")
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     num_branches = 1 + len({name.split(".")[1] for name in state if name.startswith("df_blocks.")})
@@ -212,8 +213,11 @@ def config_from_state(state, path, df_idxs=None):
         "num_heads": row.num_heads if row else heads_from_state(state, hidden_size),
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "df_idxs": parse_df_idxs(df_idxs),
-        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "qk_norm": "rms" if RMS_NORM in state else "blocks.0.attn.q_norm.weight" in state,
     }
+    has_head = "logvar_linear.weight" in state
+    if has_head or dmf_depth is not None:
+        config.update(dmf_depth=dmf_depth or default_dmf_depth(depth, config["df_idxs"]), use_logvar=has_head)
     if num_branches > 1:
         config["projector_dim"] = state["df_blocks.0.acc_mlp.0.weight"].shape[0]
     if "projectors.0.4.weight" in state:
@@ -229,9 +233,15 @@ def alignment_from_state(state, num_blocks):
     return {"ssl_align": True, "z_dims": z_dims, "projector_dim": state["projectors.0.0.weight"].shape[0]}
 
 
+def default_dmf_depth(depth, df_idxs):
+    """The preset's number of blocks that see t for this depth and these key layers, else about two thirds."""
+    rows = [row for row in PRESETS.values() if row.dmf_depth and (row.depth, row.df_idxs) == (depth, df_idxs)]
+    return rows[0].dmf_depth if rows else (df_idxs[-1] if df_idxs else max(1, round(depth * 2 / 3)))
+
+
 def heads_from_state(state, hidden_size):
     """Number of heads of an unknown width: QK norm tells it, else heads of 64."""
-    norm = state.get("blocks.0.attn.q_norm.weight")
+    norm = state.get("blocks.0.attn.q_norm.weight", state.get(RMS_NORM))
     return max(1, hidden_size // (64 if norm is None else norm.shape[0]))
 
 
@@ -245,9 +255,10 @@ def closest_preset(hidden_size, depth, num_branches):
 def convert(state, config):
     """Bring other families' published weights to this project's conventions; DeepFlow's pass unchanged.
 
-    So does REPA's SiT, known by its projector (t = 0 is data already); the SiT release is turned round in time.
+    So do REPA's SiT, known by its projector, and Decoupled MeanFlow's files (t = 0 is data already); the SiT release is
+    turned round in time.
     """
-    if config["df_idxs"] or config.get("ssl_align"):
+    if config["df_idxs"] or config.get("ssl_align") or "dmf_depth" in config or RMS_NORM in state:
         return state, config
     return reverse_time(drop_sigma(state, config["in_channels"])), config
 
@@ -286,10 +297,10 @@ def reverse_time(state):
 def check_overrides(config, overrides, path, is_ours):
     """Merge given constructor arguments; where the file already answers, a contradiction is an InputError.
 
-    Of a published file only heads, key layers, the legacy clamp and the aligned block cannot be told from the weights.
+    Of a published file only heads, key layers, the legacy clamp, the aligned block and a flow map's depth cannot be told from the weights.
     """
     config = dict(config)
-    free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling", "encoder_depth")
+    free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling", "encoder_depth", "dmf_depth")
     for key, value in overrides.items():
         if value is None:
             continue
@@ -303,4 +314,5 @@ def check_overrides(config, overrides, path, is_ours):
     return config
 
 
+RMS_NORM = "blocks.0.attn.q_norm.scale"  # Decoupled MeanFlow's QK norm, in its flow models too
 FLAGS = {"depth": "trans-depth"}  # flags that are not named as the constructor's argument

@@ -6,6 +6,7 @@ import re
 
 from models.deepflow import DeepFlow
 from models.errors import InputError
+from models.flow_map import FlowMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Preset:
     parameters: int
     projector_dim: int = 2048
     encoder_depth: int = 8  # of the SiT baselines: the block whose tokens are aligned, as in REPA
+    dmf_depth: int | None = None  # of flow maps: blocks that see t
 
 
 IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
@@ -45,6 +47,16 @@ PRESETS = {
     "SiT-XL/2": Preset(28, 1152, 16, 2, (), 675_111_184),
     "SiT-XL/4": Preset(28, 1152, 16, 4, (), 675_000_640),
     "SiT-XL/8": Preset(28, 1152, 16, 8, (), 675_387_904),
+    "DMFT-Ti/2": Preset(4, 128, 4, 2, (), 1_435_153, dmf_depth=3),
+    "DMFT-S/2": Preset(12, 384, 6, 2, (), 32_957_457, dmf_depth=8),
+    "DMFT-B/2": Preset(12, 768, 12, 2, (), 130_500_369, dmf_depth=8),
+    "DMFT-L/2": Preset(24, 1024, 16, 2, (), 458_086_673, dmf_depth=16),
+    "DMFT-XL/2": Preset(28, 1152, 16, 2, (), 675_111_441, dmf_depth=20),
+    "DeepFlow-DMF-Ti/2": Preset(4, 128, 4, 2, (2,), 2_262_321, projector_dim=256, dmf_depth=2),
+    "DeepFlow-DMF-S/2": Preset(12, 384, 6, 2, (6,), 55_366_961, dmf_depth=6),
+    "DeepFlow-DMF-B/2": Preset(12, 768, 12, 2, (6,), 166_201_649, dmf_depth=6),
+    "DeepFlow-DMF-L/2": Preset(18, 1024, 16, 2, (6, 12), 433_439_025, dmf_depth=12),
+    "DeepFlow-DMF-XL/2": Preset(24, 1152, 16, 2, (8, 16), 681_559_601, dmf_depth=16),
 }
 
 
@@ -74,6 +86,8 @@ def model_config(name, **overrides):
         raise InputError(f"--model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
     config = {key: parameter.default for key, parameter in inspect.signature(DeepFlow).parameters.items()}
+    if preset.dmf_depth:
+        config.update(dmf_depth=preset.dmf_depth, use_logvar=True)
     given = {key: value for key, value in overrides.items() if value is not None}
     unknown = set(given) - set(config)
     if unknown:
@@ -91,4 +105,9 @@ def model_config(name, **overrides):
 
 def create_model(name, **overrides):
     """Build a freshly initialised model: `create_model("DeepFlow-XL/2")` is the paper's. Raises InputError."""
-    return DeepFlow(**model_config(name, **overrides))
+    return build(model_config(name, **overrides))
+
+
+def build(options):
+    """The model of complete constructor arguments: a FlowMap where they have a dmf_depth."""
+    return (FlowMap if "dmf_depth" in options else DeepFlow)(**options)

@@ -36,9 +36,9 @@ def arrays(name, prefix):
     }
 
 
-def parameters(name, case):
-    """State dict of a case: every value follows from the parameter's published name and shape."""
-    std = family(name)[0]["recipe"]["std"]
+def parameters(name, case, std=None):
+    """State dict of a case: every value follows from the parameter's published name and shape, and the family's std."""
+    std = std or family(name)[0]["recipe"]["std"]
     state = {"pos_embed": arrays(name, case["id"])["pos_embed"]}
     for key, shape in case["parameters"].items():
         if key == "pos_embed":

@@ -8,6 +8,8 @@ import torch
 
 from models.checkpoints import config_from_state, convert, load_strictly
 from models.deepflow import DeepFlow
+from models.flow_map import FlowMap
+from models.presets import build as build_model
 
 TOLERANCE = 2e-6
 
@@ -72,7 +74,7 @@ def test_parity_repa_velocity_and_projection(case, dtype):
     assert parity.relative_error(projection, values["projection"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["deepflow", "sit", "repa"])
+@pytest.mark.parametrize("family", ["deepflow", "sit", "repa", "dmf"])
 def test_parity_manifests_load_strictly(family):
     manifests = parity.family(family)[0]["manifests"]
     assert manifests or parity.FIXTURES != parity.OWN_FIXTURES
@@ -80,8 +82,10 @@ def test_parity_manifests_load_strictly(family):
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         state, config = convert(state, config_from_state(state, name))
         with torch.device("meta"):
-            model = DeepFlow(**config)
+            model = build_model(config)
         load_strictly(model, state, name)
-        assert (model.num_branches == 1) == (family in ("sit", "repa"))
+        assert (model.num_branches > 1) == (family == "deepflow")
+        assert isinstance(model, FlowMap) == ("logvar_linear.weight" in shapes)
+        assert config.get("dmf_depth", 20) == 20  # of XL
         assert family != "repa" or (len(model.projectors), config["z_dims"], config["encoder_depth"]) == (1, (768,), 8)
         assert config["num_heads"] == {384: 6, 768: 12, 1024: 16, 1152: 16}[config["hidden_size"]]

@@ -9,14 +9,37 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from loss import sample_times
+from loss import flow_map_times, sample_times
 from models.paths import PATHS
 
 STREAM = 1  # apart from the data order, which draws from stream 0 of the same seed
 
 
+class Rows:
+    """Draws of which every rank and micro-batch takes its rows; `times` has the samples in its second dimension."""
+
+    def rows(self, rows, device):
+        """The given rows on the given device; a GPU's copy runs beside what follows, as it comes from pinned memory."""
+        pinned = torch.device(device).type == "cuda"
+
+        def pick(tensor, dim):
+            chosen = tensor.index_select(dim, rows)
+            return (chosen.pin_memory() if pinned else chosen).to(device, non_blocking=True)
+
+        return self.map(pick)
+
+    def part(self, rows):
+        """The given slice of the rows."""
+        return self.map(lambda tensor, dim: tensor[:, rows] if dim else tensor[rows])
+
+    def map(self, pick):
+        """The same draws with pick(tensor, dimension of the samples) in place of every tensor."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return type(self)(**{name: pick(getattr(self, name), int(name == "times")) for name in names})
+
+
 @dataclasses.dataclass
-class StepDraws:
+class StepDraws(Rows):
     """Letters: k branches, N samples, C latent channels, h = w latent size."""
 
     times: torch.Tensor  # (k, N) in [0, 1]
@@ -24,19 +47,12 @@ class StepDraws:
     posterior: torch.Tensor  # (N, C, h, w) standard normal, samples the VAE posterior
     noise: torch.Tensor  # (N, C, h, w) standard normal, ε
 
-    def rows(self, rows, device):
-        """The given rows on the given device; a GPU's copy runs beside what follows, as it comes from pinned memory."""
-        pinned = torch.device(device).type == "cuda"
 
-        def pick(tensor, dim=0):
-            chosen = tensor.index_select(dim, rows)
-            return (chosen.pin_memory() if pinned else chosen).to(device, non_blocking=True)
+@dataclasses.dataclass
+class FlowMapDraws(StepDraws):
+    """As StepDraws; times (3, N): of the flow part, then t ≥ r of the mean-flow part, which has noise of its own."""
 
-        return StepDraws(pick(self.times, dim=1), pick(self.drop), pick(self.posterior), pick(self.noise))
-
-    def part(self, rows):
-        """The given slice of the rows."""
-        return StepDraws(self.times[:, rows], self.drop[rows], self.posterior[rows], self.noise[rows])
+    map_noise: torch.Tensor  # (N, C, h, w) standard normal
 
 
 def draw_step(step, config, num_branches, latent_shape):
@@ -47,6 +63,17 @@ def draw_step(step, config, num_branches, latent_shape):
     drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
     posterior, noise = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(2))
     return StepDraws(times, drop, posterior, noise)
+
+
+def draw_flow_map_step(step, config, latent_shape):
+    """Draws of one step of a flow map's training; latent_shape (C, h, w)."""
+    rng = np.random.default_rng([config.seed, step, STREAM])
+    n = config.batch_size
+    normals = torch.from_numpy(rng.standard_normal((3, n), dtype=np.float32))
+    times = flow_map_times(normals, config.time_means(), config.time_stds())
+    drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
+    latents = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(3))
+    return FlowMapDraws(times, drop, *latents)
 
 
 class DrawAhead:
