@@ -196,7 +196,9 @@ def config_from_state(state, path, df_idxs=None, dmf_depth=None):
     is a flow map, as a log-variance head does; else the preset's, else two thirds of the blocks.
     """
     if "x_embedder.proj.weight" not in state or "pos_embed" not in state:
-        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF): x_embedder or pos_embed is missing")
+        raise InputError(
+            f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF): x_embedder or pos_embed is missing"
+        )
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     num_branches = 1 + len({name.split(".")[1] for name in state if name.startswith("df_blocks.")})

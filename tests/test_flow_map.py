@@ -1,0 +1,253 @@
+"""Flow maps: derivatives, conversion of flow models, presets, the loss's known answers, attention kernels."""
+
+import parity
+import pytest
+import torch
+from tiny import fill_
+
+from loss import GuidedTarget, adaptive_loss, flow_map_loss, flow_map_targets, flow_map_times
+from models import PRESETS, create_model, load_checkpoint
+from models.attention import differentiating, set_attention, written_out
+from models.checkpoints import config_from_state, convert
+from models.errors import InputError
+from models.flow_map import FlowMap, to_flow_map
+from models.paths import PATHS
+from models.presets import build
+from samplers import map_times
+from training.draws import FlowMapDraws
+
+SIZES = {"input_size": 4, "hidden_size": 32, "num_heads": 2, "num_classes": 5, "projector_dim": 12}
+BACKBONES = {
+    "sit": {"depth": 3, "df_idxs": (), "dmf_depth": 2},
+    "deepflow": {"depth": 4, "df_idxs": (1, 2), "dmf_depth": 2},
+    "deepflow, t in one branch": {"depth": 4, "df_idxs": (1, 2), "dmf_depth": 1},
+}
+
+
+def tiny_map(backbone="sit", std=0.15, **options):
+    """A small flow map that is nowhere zero."""
+    return fill_(FlowMap(**{**SIZES, **BACKBONES[backbone], **options}), std=std).eval()
+
+
+def inputs(n=3, dtype=torch.float32):
+    """x, t, r, y, tangent of a batch with t ≥ r."""
+    g = torch.Generator().manual_seed(3)
+    x, tangent = torch.randn(2, n, 4, 4, 4, generator=g, dtype=dtype)
+    times = torch.rand(2, n, generator=g, dtype=dtype) * 0.9 + 0.05
+    y = torch.arange(n) % (SIZES["num_classes"] + 1)
+    return x, times.amax(0), times.amin(0), y, tangent
+
+
+@pytest.mark.parametrize("qk_norm", [False, True, "rms"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_derivative_equals_central_differences(backbone, qk_norm):
+    model = tiny_map(backbone, qk_norm=qk_norm).double()
+    x, t, r, y, tangent = inputs(dtype=torch.float64)
+    u, du_dt = model.derivative(x, t, r, y, tangent)
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = (model.average_velocity(x + s * h * tangent, t + s * h, r, y) for s in (1, -1))
+        torch.testing.assert_close(u, model.average_velocity(x, t, r, y))
+    assert parity.relative_error((ahead - behind) / (2 * h), du_dt) < 1e-6  # the embedded sinusoids are float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "qk_norm"), [("sit", "rms"), ("deepflow", True)])
+def test_compiled_derivative_equals_eager(backbone, qk_norm):
+    torch._dynamo.reset()  # or the cases of this test would count as recompilations of one function
+    model = tiny_map(backbone, qk_norm=qk_norm, depth=3)
+    x, t, r, y, tangent = inputs()
+    eager = model.derivative(x, t, r, y, tangent)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager_half = model.derivative(x, t, r, y, tangent)
+    model.compile_derivative()
+    for a, b in zip(model.derivative(x, t, r, y, tangent), eager, strict=True):
+        assert parity.relative_error(a, b) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        for half, a, b in zip(model.derivative(x, t, r, y, tangent), eager_half, eager, strict=True):
+            assert parity.relative_error(half, b) < 0.1
+            assert parity.relative_error(a, b) < 0.1
+
+
+def test_written_out_attention_is_for_the_derivative_alone(monkeypatch):
+    model = tiny_map()
+    x, t, r, y, tangent = inputs()
+    seen = []
+    model.blocks[0].attn.register_forward_hook(lambda *_: seen.append(differentiating()))
+    model.average_velocity(x, t, r, y)
+    model.derivative(x, t, r, y, tangent)
+    model(x, t, y, r).velocities[-1].sum().backward()
+    assert seen == [False, True, False]
+
+
+def test_written_out_attention_keeps_the_networks_dtype():
+    q, k, v = torch.randn(3, 2, 2, 6, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(written_out(q, k, v), expected)
+    dtypes = []
+    softmax = torch.Tensor.softmax
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(torch.Tensor, "softmax", lambda s, dim: dtypes.append(s.dtype) or softmax(s, dim))
+        assert written_out(q, k, v).dtype == torch.bfloat16
+    assert dtypes == [torch.bfloat16]
+
+
+def test_attention_kernels_agree_and_missing_packages_are_named():
+    model = tiny_map("deepflow")
+    x, t, r, y, _ = inputs()
+    try:
+        with torch.no_grad():
+            set_attention("base")
+            base = model.average_velocity(x, t, r, y)
+            set_attention("torch_sdpa")
+            torch.testing.assert_close(model.average_velocity(x, t, r, y), base)
+        for name, module in (("fa2", "flash_attn"), ("fa3", "flash_attn_interface")):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=f"{name} needs .*{module}"):
+                patch.setitem(__import__("sys").modules, module, None)
+                set_attention(name)
+    finally:
+        set_attention("auto")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_which_blocks_see_which_time(backbone):
+    model = tiny_map(backbone)
+    x, t, r, y, _ = inputs()
+    conditions, gaps = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: conditions.append(args[1]))
+    if model.df_idxs:
+        model.dt_embedder.register_forward_pre_hook(lambda _, args: gaps.append(args[0]))
+    with torch.no_grad():
+        model.average_velocity(x, t, r, y)
+        label = model.y_embedder(y)
+        for i, c in enumerate(conditions):
+            time = t if i < model.dmf_depth else r
+            torch.testing.assert_close(c, model.t_embedder(time) + label)
+    for end, gap in zip(model.df_idxs, gaps, strict=True):
+        torch.testing.assert_close(gap, r - t if end == model.dmf_depth else torch.zeros_like(t))
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), [(f, c) for f in ("sit", "repa", "deepflow", "dmf") for c in parity.cases(f)]
+)
+def test_at_r_equal_t_a_converted_flow_model_is_unchanged(family, case):
+    """For every kind of published checkpoint: DeepFlow, SiT (time reversed), REPA, Decoupled MeanFlow."""
+    known = {"deepflow": case["config"].get("df_idxs"), "dmf": None}
+    state = parity.parameters(family, case)
+    config = config_from_state(state, case["id"], known.get(family))
+    state, config = convert(state, {**config, "num_heads": case["config"]["num_heads"]})
+    flow = build(config)
+    flow.load_state_dict(state)
+    values = parity.arrays(family, case["id"])
+    x, y, t = values["x"], values["y"], values["t"].reshape(-1, len(values["x"]))[0]
+    model, options = to_flow_map(config, flow.state_dict(), config["df_idxs"][0] if config["df_idxs"] else 1)
+    with torch.no_grad():
+        assert torch.equal(model.average_velocity(x, t, t, y), flow.velocity(x, t, y))
+        assert parity.relative_error(model.average_velocity(x, t, t / 2, y), flow.velocity(x, t, y)) > 1e-3
+    assert options["dmf_depth"] == model.dmf_depth
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].dmf_depth])
+def test_flow_map_presets(name):
+    with torch.device("meta"):
+        model = create_model(name)
+    assert isinstance(model, FlowMap)
+    assert sum(p.numel() for p in model.parameters()) == PRESETS[name].parameters
+    assert 0.5 <= model.dmf_depth / len(model.blocks) <= 0.75
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dmf_depth", "message"),
+    [("sit", 0, "out of range"), ("sit", 3, "out of range"), ("deepflow", 3, "not a key layer")],
+)
+def test_wrong_dmf_depth(backbone, dmf_depth, message):
+    with pytest.raises(InputError, match=f"--dmf-depth {dmf_depth} .*{message}"):
+        tiny_map(backbone, dmf_depth=dmf_depth)
+
+
+def draws(n, times, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    noise, map_noise = torch.randn(2, n, 4, 4, 4, generator=g)
+    return FlowMapDraws(times, torch.zeros(n, dtype=torch.bool), noise, noise, map_noise)
+
+
+def test_times_are_ordered_logistic_normals():
+    normals = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
+    t_fm, t, r = flow_map_times(normals, (0.0, 0.4, -1.2), (1.0, 1.0, 0.5))
+    assert (t >= r).all()
+    torch.testing.assert_close(t_fm, normals[0].sigmoid())
+    both = torch.stack([t, r]).logit().sum(0)
+    torch.testing.assert_close(both, 0.4 + normals[1] - 1.2 + 0.5 * normals[2], rtol=1e-3, atol=1e-3)
+
+
+def test_adaptive_loss_is_the_logarithm_of_the_error_with_a_floor_from_the_head():
+    error, s = torch.rand(2, 50, dtype=torch.float64)
+    torch.testing.assert_close(adaptive_loss(error, s), torch.log(error + 0.01 * s.exp()))
+
+
+def test_guidance_costs_one_pass_of_two_rows_per_sample_or_none():
+    model, calls = tiny_map(), []
+    x0, _, _, y, _ = inputs()
+    times = torch.tensor([[0.9, 0.1, 0.5], [0.8, 0.9, 0.95], [0.2, 0.1, 0.3]])
+
+    def velocity(x, t, y):
+        calls.append(len(x))
+        return model.velocity(x, t, y)
+
+    dropped = torch.tensor([False, False, True])
+    for low, high, kind, expected, guided in (
+        (0.4, 1.0, "mg", [6, 6], [1, 0, 0, 1, 1, 0]),
+        (0.05, 0.2, "mg", [6], [0, 1, 0, 0, 0, 0]),
+        (0.96, 1.0, "mg", [], [0] * 6),
+        (0.5, 0.5, "mg", [], [0] * 6),  # only the sample whose label was dropped lies inside
+        (0.96, 1.0, "distill", [3, 3], [0] * 6),
+        (0.4, 1.0, "distill", [6, 6], [1, 0, 1, 1, 1, 1]),
+        (0.0, 1.0, "default", [], [0] * 6),
+    ):
+        calls.clear()
+        guide = GuidedTarget(kind, 0.6, low, high, velocity, SIZES["num_classes"])
+        targets = flow_map_targets(model, guide, x0, y, dropped, draws(3, times), PATHS["linear"])
+        assert calls == expected
+        assert targets.guided.int().tolist() == guided
+
+
+def test_targets_carry_no_gradient_and_are_float32_under_autocast():
+    model = tiny_map()
+    x0, t, r, y, _ = inputs()
+    guide = GuidedTarget("mg", 0.6, 0.0, 1.0, model.velocity, SIZES["num_classes"])
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = flow_map_targets(model, guide, x0, y, y < 0, draws(3, torch.stack([t, t, r])), PATHS["linear"])
+        out = model(targets.x, targets.t, targets.y, targets.r)
+    assert targets.target.dtype == targets.derivative.dtype == out.log_variance.dtype == torch.float32
+    assert not targets.target.requires_grad
+    loss = flow_map_loss(out.velocities[-1], out.log_variance, targets.target)
+    assert loss.total.dtype == torch.float32
+    loss.total.mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_shifted_times():
+    assert map_times(4, 1.0).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert map_times(2, 1.5).tolist() == [1.0, pytest.approx(0.6), 0.0]
+
+
+def test_published_flow_map_files(tmp_path, capsys):
+    model = tiny_map("sit", qk_norm="rms")
+    state = model.state_dict()
+    torch.save(state, tmp_path / "map.pt")
+    loaded = load_checkpoint(tmp_path / "map.pt", num_heads=2, dmf_depth=2)
+    assert isinstance(loaded.model, FlowMap)
+    assert loaded.options["qk_norm"] == "rms"
+    assert loaded.options["dmf_depth"] == 2
+    assert "--dmf-depth 2" in capsys.readouterr().err
+    torch.save({name: state[name] for name in state if "logvar" not in name}, tmp_path / "headless.pt")
+    headless = load_checkpoint(tmp_path / "headless.pt", num_heads=2, dmf_depth=2).model
+    x, t, r, y, _ = inputs()
+    with torch.no_grad():
+        expected = model.average_velocity(x, t, r, y)
+        assert torch.equal(headless.average_velocity(x, t, r, y), expected)
+        assert torch.equal(loaded.model.average_velocity(x, t, r, y), expected)
+    flow = load_checkpoint(tmp_path / "headless.pt", num_heads=2).model  # its QK norm says where it comes from
+    with torch.no_grad():
+        assert torch.equal(flow.velocity(x, t, y), model.velocity(x, t, y))
