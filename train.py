@@ -21,7 +21,7 @@ from models.encoders import ENCODERS, check_grid
 from models.errors import InputError, exit_on_input_error
 from models.flops import count_flops
 from models.paths import PATHS
-from models.presets import IMAGENET
+from models.presets import FLOW_MAPS, IMAGENET
 from training.alignment import feature_sources, find_caches, make_targets
 from training.checkpoint import find_resume
 from training.config import TrainConfig, parse_flags
@@ -34,6 +34,8 @@ from training.trainer import Trainer, describe_data
 
 def model_options(config, info):
     """Constructor arguments of the run's model: preset, flags, and what the data says. Raises InputError."""
+    if config.model in FLOW_MAPS:
+        raise InputError(f"--model {config.model} is a flow map; train it with train_dmf.py")
     if config.resolution is not None and config.resolution != info.resolution:
         raise InputError(
             f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, which holds latents of "

@@ -58,6 +58,7 @@ PRESETS = {
     "DeepFlow-DMF-L/2": Preset(18, 1024, 16, 2, (6, 12), 433_439_025, dmf_depth=12),
     "DeepFlow-DMF-XL/2": Preset(24, 1152, 16, 2, (8, 16), 681_559_601, dmf_depth=16),
 }
+FLOW_MAPS = tuple(name for name, preset in PRESETS.items() if preset.dmf_depth)
 
 
 def parse_df_idxs(text):

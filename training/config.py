@@ -9,7 +9,7 @@ from loss import WEIGHTINGS
 from models.encoders import ENCODERS, parse_enc_ckpt, parse_enc_type
 from models.errors import InputError
 from models.paths import PATHS
-from models.presets import PRESETS
+from models.presets import FLOW_MAPS, PRESETS
 
 
 def flag(default, help, kind=None, **options):
@@ -55,7 +55,7 @@ class TrainConfig:
     report_to: str = flag("none", "tracker beside the JSONL log", choices=["none", "wandb", "tensorboard"])
     dry_run: bool = flag(False, "print the resolved configuration, parameters and FLOPs, then stop")
 
-    model: str = flag("DeepFlow-XL/2", "preset, one of " + ", ".join(PRESETS))
+    model: str = flag("DeepFlow-XL/2", "preset, one of " + ", ".join(name for name in PRESETS if name not in FLOW_MAPS))
     trans_depth: int = flag(None, "number of blocks; alone it spaces the preset's branches evenly", int)
     df_idxs: str = flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
     qk_norm: bool = flag(False, "normalise queries and keys")
