@@ -1,7 +1,7 @@
 """Turn a flow model into a flow map that samples in one to four steps (Decoupled MeanFlow).
 
     accelerate launch train_dmf.py --exp-name map --model DMFT-XL/2 --pretrained SiT-XL-2.pt --data-dir DATA
-    python train_dmf.py --exp-name map --model DeepFlow-DMF-B/2 --pretrained exps/b/checkpoints/0400000.pt --data-dir DATA
+    python train_dmf.py --exp-name map --model DeepFlow-DMF-B/2 --pretrained exps/b/checkpoints/0400000.pt
 
 Everything else is as in train.py. The curves to watch are error_flow and error_map of log.jsonl: the loss itself is a
 logarithm whose level says little.
@@ -152,7 +152,8 @@ def start_from_flow(config, info):
     depth, own = config.dmf_depth, checkpoint.options.get("dmf_depth")
     if own and checkpoint.run and depth not in (None, own):
         raise InputError(f"--dmf-depth {depth} contradicts --pretrained {config.pretrained}, a flow map with {own}")
-    depth = depth or own or PRESETS[config.model].dmf_depth
+    if depth is None:
+        depth = own or PRESETS[config.model].dmf_depth
     model, options = to_flow_map(checkpoint.options, checkpoint.model.state_dict(), depth)
     check_conversion(checkpoint.model, model)
     return model, options
@@ -185,7 +186,6 @@ def start_from_scratch(config, info):
         in_channels=info.spec.channels,
         input_size=info.moments_shape[1],
     )
-    torch.manual_seed(config.seed)
     return create_model(config.model, **options), options
 
 
@@ -255,6 +255,7 @@ def train(config):
     set_attention(config.attn_func)
     run_dir = Path(config.output_dir) / config.exp_name
     info, dataset = open_data(config)
+    torch.manual_seed(config.seed)  # of the log-variance head, or of all weights
     model, options = (start_from_scratch if config.from_scratch else start_from_flow)(config, info)
     weights = config.branch_weights(model.num_branches)
     accelerator = start_accelerator(config, run_dir)

@@ -219,7 +219,8 @@ def config_from_state(state, path, df_idxs=None, dmf_depth=None):
     }
     has_head = "logvar_linear.weight" in state
     if has_head or dmf_depth is not None:
-        config.update(dmf_depth=dmf_depth or default_dmf_depth(depth, config["df_idxs"]), use_logvar=has_head)
+        depth_of_t = default_dmf_depth(depth, config["df_idxs"]) if dmf_depth is None else dmf_depth
+        config.update(dmf_depth=depth_of_t, use_logvar=has_head)
     if num_branches > 1:
         config["projector_dim"] = state["df_blocks.0.acc_mlp.0.weight"].shape[0]
     if "projectors.0.4.weight" in state:

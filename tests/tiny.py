@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import generate
 import train
+import train_dmf
 from dataset import FORMAT, LABELS_JSON, MANIFEST, NAMES, VERSION, pack_names
 from models import create_model, model_config
 from models.codec import LatentSpec
@@ -101,6 +102,25 @@ def run_train(data, output_dir, **changes):
         config = parse_flags(TrainConfig, train_flags(data, output_dir, **changes))
         train.train(config)
     return Path(output_dir) / config.exp_name
+
+
+def map_flags(data, output_dir, flow, **changes):
+    """Command line of four steps of a flow map that starts from the flow model in the file `flow` (None: from none)."""
+    start = {"pretrained": flow} if flow else {"from_scratch": True}
+    return train_flags(data, output_dir, **{"model": "DeepFlow-DMF-Ti/2", "dmf_depth": 1, **start, **changes})
+
+
+def run_train_dmf(data, output_dir, flow, **changes):
+    """Train a flow map in this process; returns the run's folder."""
+    with fresh_accelerate(), one_thread():
+        config = parse_flags(train_dmf.FlowMapConfig, map_flags(data, output_dir, flow, **changes))
+        train_dmf.train(config)
+    return Path(output_dir) / config.exp_name
+
+
+def flow_file(path, **options):
+    """A checkpoint of a tiny flow model that `map_flags` fits, made on latents of SPEC."""
+    return checkpoint(path, SPEC.vae, **{"depth": 2, "df_idxs": (1,), **options})
 
 
 def scrambled_run(data, output_dir, **changes):

@@ -1,0 +1,194 @@
+"""Training of flow maps: the same step on many processes, resume, logs, grids, bad input."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from flow_map_gradients import gradients
+from PIL import Image
+
+import train_dmf
+from models import load_checkpoint
+from models.errors import InputError
+from models.flow_map import FlowMap
+from training.config import parse_flags
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.data_folder(tmp_path_factory.mktemp("data"), count=24)
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    return tiny.flow_file(tmp_path_factory.mktemp("flow") / "0000003.pt")
+
+
+def relative_differences(found, expected):
+    """Largest |a − b| / max|b| over the gradients."""
+    return max(((found[n] - g).abs().max() / g.abs().max()).item() for n, g in expected.items())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    expected = gradients(0, 1, through_wrapper=True)
+    script = tiny.ROOT / "tests/flow_map_gradients.py"
+    for mode in ("wrapper", "bare"):
+        done = tiny.run_torchrun(2, script, tmp_path / mode, mode)
+        assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert relative_differences(tiny.load(tmp_path / f"wrapper.{rank}"), expected) < 1e-5
+        assert (
+            relative_differences(tiny.load(tmp_path / f"bare.{rank}"), expected) > 0.1
+        )  # what lost synchronisation does
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(data, flow, tmp_path):
+    steps = {"batch_size": 8, "adam_epsilon": 1e-3, "max_train_steps": 2, "g_max": 0.9}
+    one = tiny.run_train_dmf(data, tmp_path / "one", flow, **steps)
+    done = tiny.run_torchrun(2, "train_dmf.py", *tiny.map_flags(data, tmp_path / "two", flow, **steps))
+    assert done.returncode == 0, done.stderr
+    expected, found = (tiny.load(tmp_path / name / "run/checkpoints/0000002.pt") for name in ("one", "two"))
+    assert tiny.largest_difference(found["model"], expected["model"]) < 1e-6
+    norms = [[line["grad_norm"] for line in tiny.log_lines(tmp_path / name / "run")] for name in ("one", "two")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert one.name == "run"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "g_type": "distill", "omega": 1.5},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "deep_supervision": False, "g_type": "default"},
+    ],
+    ids=["mg", "distill", "bf16"],
+)
+def test_two_steps_and_two_more_equal_four(data, flow, tmp_path, changes):
+    whole = tiny.run_train_dmf(data, tmp_path / "whole", flow, **changes)
+    parts = tiny.run_train_dmf(data, tmp_path / "parts", flow, max_train_steps=2, **changes)
+    before = tiny.load(parts / "checkpoints/0000002.pt")
+    tiny.run_train_dmf(data, tmp_path / "parts", flow, resume_step="latest", **changes)
+    a, b = (tiny.load(run / "checkpoints/0000004.pt") for run in (whole, parts))
+    for entry in ("model", "ema", "opt"):
+        assert not tiny.differences(a[entry], b[entry])
+        assert tiny.differences(before[entry], b[entry])
+
+
+def test_accumulation_does_not_change_the_step(data, flow, tmp_path):
+    runs = [
+        tiny.run_train_dmf(
+            data, tmp_path / str(n), flow, max_train_steps=1, gradient_accumulation_steps=n, adam_epsilon=1e-3
+        )
+        for n in (1, 4)
+    ]
+    a, b = (tiny.load(run / "checkpoints/0000001.pt")["model"] for run in runs)
+    assert tiny.largest_difference(a, b) < 1e-6
+
+
+def test_a_run_says_how_its_start_compares_and_logs_what_to_watch(data, flow, tmp_path, capsys):
+    run = tiny.run_train_dmf(data, tmp_path, flow, g_max=1.0, cfg_prob=0.0)
+    assert "is the flow model's velocity up to a relative difference of" in capsys.readouterr().out
+    for line in tiny.log_lines(run):
+        assert line["error_flow"] > 0 and line["error_map"] > 0 and line["du_dt_norm"] > 0
+        assert line["guided_fraction"] == 1.0
+        assert math.isfinite(line["log_variance"])
+        assert {"loss_v1", "loss_a1"} <= line.keys()
+    model = load_checkpoint(run / "checkpoints/0000004.pt").model
+    assert isinstance(model, FlowMap)
+    assert model.dmf_depth == 1
+
+
+def test_a_conversion_that_changes_the_flow_stops_the_run(data, flow, tmp_path, monkeypatch):
+    def wrong(*args):
+        model, options = convert(*args)
+        return tiny.fill_(model, seed=9), options
+
+    convert = train_dmf.to_flow_map
+    monkeypatch.setattr(train_dmf, "to_flow_map", wrong)
+    with pytest.raises(InputError, match="--pretrained is converted wrongly"):
+        tiny.run_train_dmf(data, tmp_path, flow)
+    assert not (tmp_path / "run").exists()
+
+
+def test_intermediate_layers_rest_without_deep_supervision(data, flow, tmp_path):
+    run = tiny.run_train_dmf(data, tmp_path, flow, deep_supervision=False, ema_decay=0.5)
+    start, end = tiny.load(flow)["ema"], tiny.load(run / "checkpoints/0000004.pt")["ema"]
+    still = {name for name in start if torch.equal(start[name], end[name])}
+    resting = ("final_layer.0", "final_acc_layer", "pos_embed")
+    assert still == {name for name in start if name.startswith(resting)}
+    assert "loss_v1" not in tiny.log_lines(run)[0]
+
+
+def test_grids_show_one_two_and_four_steps(data, flow, tmp_path):
+    run = tiny.run_train_dmf(
+        data, tmp_path, flow, max_train_steps=1, sampling_steps=1, vae=tiny.vae_folder(tmp_path / "tiny-vae")
+    )
+    with Image.open(run / "samples/0000001.png") as picture:
+        assert picture.size == (12 * 16, 4 * 16)  # 16 noises, three images of each
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_like_an_eager_one(data, flow, tmp_path):
+    torch._dynamo.reset()
+    runs = [tiny.run_train_dmf(data, tmp_path / str(c), flow, compile=c, max_train_steps=2) for c in (False, True)]
+    eager, compiled = ([line["loss"] for line in tiny.log_lines(run)] for run in runs)
+    assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+def refused(data, output_dir, flow, **changes):
+    """The message with which a run is refused; nothing may be left behind."""
+    with pytest.raises(InputError) as caught:
+        tiny.run_train_dmf(data, output_dir, flow, **changes)
+    assert not (output_dir / "run").exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"dmf_depth": 0}, "--dmf-depth 0"),
+        ({"dmf_depth": 2}, "--dmf-depth 2"),
+        ({"model": "DeepFlow-DMF-S/2"}, "has hidden_size 128"),
+        ({"trans_depth": 3}, "has depth 2"),
+        ({"model": "DMFT-Ti/2"}, "choose a DeepFlow-DMF preset"),
+        ({"model": "SiT-Ti/2"}, "'SiT-Ti/2' is not a flow map"),
+        ({"g_min": 0.8, "g_max": 0.2}, "--g-min 0.8 and --g-max 0.2"),
+        ({"omega": -1.0}, "--omega -1.0"),
+        ({"P_std_r": -1.0}, "--P-std-r -1.0"),
+        ({"qk_norm": True}, "--qk-norm contradicts"),
+        ({"path_type": "cosine"}, "another --path-type"),
+        ({"teacher": "x.pt"}, "--teacher is for --g-type distill"),
+        ({"from_scratch": True}, "exclude each other"),
+    ],
+)
+def test_flags_that_make_no_sense(data, flow, tmp_path, changes, culprit):
+    assert culprit in refused(data, tmp_path, flow, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"from_scratch": False}, "--pretrained is missing"),
+        ({"g_type": "distill"}, "pass --teacher, or --pretrained"),
+        ({"g_type": "mg", "cfg_prob": 0.0}, "--g-type mg needs a null class"),
+    ],
+)
+def test_starts_that_make_no_sense(data, tmp_path, changes, culprit):
+    assert culprit in refused(data, tmp_path, None, **changes)
+
+
+def test_a_flow_model_of_other_classes_or_latents(data, tmp_path):
+    for name, options in (("num_classes", {"num_classes": 5}), ("input_size", {"input_size": 4})):
+        path = tiny.flow_file(tmp_path / f"{name}.pt", **options)
+        assert f"has {name} {options[name]}" in refused(data, tmp_path, path)
+
+
+def test_flags_of_train_without_meaning_here_are_unknown(capsys):
+    for name in ("weighting", "tg_upper_bound", "ssl_align"):
+        with pytest.raises(SystemExit):
+            parse_flags(train_dmf.FlowMapConfig, tiny.flags(exp_name="x", **{name: 1}))
+        assert "unrecognized arguments" in capsys.readouterr().err
