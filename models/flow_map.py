@@ -90,7 +90,7 @@ class FlowMap(DeepFlow):
     def derivative(self, x, t, r, y, tangent):
         """u and its Jacobian-vector product along (tangent, 1, 0) in (x, t, r), without gradient, (N, C, H, W) each."""
         with torch.no_grad(), forward_mode():
-            return self.jvp(x, t, r, y, tangent)
+            return self.jvp(x.clone(), t.clone(), r, y, tangent)  # compiled, it takes no views of larger tensors
 
     def jvp(self, x, t, r, y, tangent):
         """`derivative` without its context, so that it can be compiled in one graph."""

@@ -17,7 +17,7 @@ from training.ema import EMA
 MEAN = torch.tensor([1.0, -0.5, 0.25, 0.0]).view(1, 2, 2)
 STD = torch.tensor([0.3, 0.8, 0.5, 1.0]).view(1, 2, 2)
 PATH = PATHS["linear"]
-BATCH, STEPS = 256, 2500
+BATCH, STEPS = 256, 2000
 
 
 def average_velocity(x, t, r):
@@ -52,6 +52,7 @@ def trained_map():
         loss = flow_map_loss(out.velocities[-1], out.log_variance, targets.target)
         optimizer.zero_grad()
         loss.total.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update(model)
     model.load_state_dict({**model.state_dict(), **ema.state_dict()})
