@@ -307,6 +307,8 @@ def check_overrides(config, overrides, path, is_ours):
     for key, value in overrides.items():
         if value is None:
             continue
+        if key == "dmf_depth" and is_ours and key not in config:
+            raise InputError(f"--dmf-depth {value}: {path} is a flow model; train_dmf.py turns it into a flow map")
         value = parse_df_idxs(value) if key == "df_idxs" else value
         known = config.get(key)
         known = tuple(known) if isinstance(known, list) else known

@@ -17,7 +17,7 @@ from training.ema import EMA
 MEAN = torch.tensor([1.0, -0.5, 0.25, 0.0]).view(1, 2, 2)
 STD = torch.tensor([0.3, 0.8, 0.5, 1.0]).view(1, 2, 2)
 PATH = PATHS["linear"]
-BATCH, STEPS = 256, 2000
+BATCH, STEPS, LEARNING_RATE = 256, 2500, 4e-3
 
 
 def average_velocity(x, t, r):
@@ -45,7 +45,8 @@ def trained_map():
         EMA(model, 0.995),
     )
     y = torch.zeros(BATCH, dtype=torch.long)
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
         x0, draws = draw(g, BATCH)
         targets = flow_map_targets(model, GuidedTarget(), x0, y, draws.drop, draws, PATH)
         out = model(targets.x, targets.t, targets.y, targets.r)
