@@ -32,9 +32,12 @@ from outputs import BackgroundWriter, PartFiles, PngFiles, named_full_disk, pack
 from samplers import (
     Guidance,
     GuidedVelocity,
+    RestartStep,
     labels_in_turn,
+    map_times,
     ode_times,
     sample_labels,
+    sample_map,
     sample_noise,
     sample_ode,
     sample_sde,
@@ -54,20 +57,35 @@ class Mode:
     """A row of the table of samplers."""
 
     num_steps: int  # by default
-    times: object  # number of steps → time grid
+    times: object  # configuration → time grid
     run: object  # (config, path, velocity, start, noise) → state at t = 0; noise(step): noise of a step
+    is_map: bool = False  # needs a flow map, and is given its average velocity
 
 
 MODES = {
     "sde": Mode(
         num_steps=250,
-        times=sde_times,
+        times=lambda config: sde_times(config.num_steps),
         run=lambda config, path, velocity, start, noise: sample_sde(velocity, start, path, noise, config.num_steps),
     ),
     "ode": Mode(
         num_steps=50,
-        times=ode_times,
+        times=lambda config: ode_times(config.num_steps),
         run=lambda config, path, velocity, start, noise: sample_ode(velocity, start, config.num_steps, config.heun),
+    ),
+    "euler": Mode(
+        num_steps=4,
+        times=lambda config: map_times(config.num_steps, config.shift),
+        run=lambda config, path, u, start, noise: sample_map(u, start, config.num_steps, config.shift),
+        is_map=True,
+    ),
+    "restart": Mode(
+        num_steps=4,
+        times=lambda config: map_times(config.num_steps, config.shift),
+        run=lambda config, path, u, start, noise: sample_map(
+            u, start, config.num_steps, config.shift, RestartStep(path, noise)
+        ),
+        is_map=True,
     ),
 }
 
@@ -76,11 +94,12 @@ MODES = {
 class GenerateConfig:
     """What generate.py can be told. None means: as the checkpoint says."""
 
-    ckpt: str = required("checkpoint of ours, an exported folder, or a published DeepFlow or SiT file")
+    ckpt: str = required("checkpoint of ours, an exported folder, or a published file (DeepFlow, SiT, REPA, DMF)")
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
     model: str = flag(None, "preset name", str, choices=list(PRESETS))
     trans_depth: int = flag(None, "number of blocks", int)
     df_idxs: str = flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
+    dmf_depth: int = flag(None, "of a published flow map: number of blocks that see t", int)
     qk_norm: bool = flag(None, "normalised queries and keys", bool)
     legacy_scaling: bool = flag(None, "clamp the time-gap scale to [-5, 5] (SSL-aligned release)", bool)
     ssl_align: bool = flag(None, "the model was trained with SSL alignment", bool)
@@ -91,8 +110,9 @@ class GenerateConfig:
     num_classes: int = flag(None, "number of classes", int)
     vae: str = flag(None, "ema, mse, a hub name or a folder; default: the one of the training data", str)
 
-    mode: str = flag("sde", "sampler", choices=list(MODES))
-    num_steps: int = flag(None, "steps; default 250 for sde, 50 for ode", int)
+    mode: str = flag("sde", "sampler; euler and restart are for flow maps", choices=list(MODES))
+    num_steps: int = flag(None, "steps; default 250 for sde, 50 for ode, 4 for euler and restart", int)
+    shift: float = flag(1.0, "of flow maps: times are s*t / (1 + (s - 1)*t) of even ones")
     heun: bool = flag(False, "second-order steps for ode")
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none")
     guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)")
@@ -129,6 +149,10 @@ class GenerateConfig:
             raise InputError(f"--global-seed {self.global_seed} must not be negative")
         if self.heun and self.mode != "ode":
             raise InputError("--heun is a method for the ODE; pass --mode ode")
+        if not 0 < self.shift < float("inf"):
+            raise InputError(f"--shift {self.shift} must be greater than 0 and finite; 1.0 leaves the times even")
+        if self.shift != 1.0 and not MODES[self.mode].is_map:
+            raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")
         if not self.decode and (self.format == "png" or self.grid):
             raise InputError("--no-decode keeps latents, in an npz; leave out --format png and --grid")
         if self.projector_embed_dims:
@@ -160,11 +184,18 @@ def open_checkpoint(config):
         config.weights,
         depth=config.trans_depth,
         df_idxs=config.df_idxs,
-        qk_norm=config.qk_norm,
+        dmf_depth=config.dmf_depth,
         legacy_scaling=config.legacy_scaling,
         ssl_align=config.ssl_align,
         num_classes=config.num_classes,
     )
+    if config.qk_norm not in (None, bool(checkpoint.options["qk_norm"])):
+        raise InputError(f"--qk-norm contradicts {config.ckpt}, which has {checkpoint.options['qk_norm']}")
+    if MODES[config.mode].is_map and "dmf_depth" not in checkpoint.options:
+        raise InputError(
+            f"--mode {config.mode} needs a flow map, {config.ckpt} is a flow model; pass --mode sde or ode, "
+            "or --dmf-depth for a published flow map without log-variance head"
+        )
     names = {field.name for field in dataclasses.fields(LatentSpec)}
     spec = LatentSpec(**{name: value for name, value in checkpoint.data.items() if name in names})
     check_model_name(config, checkpoint)
@@ -187,7 +218,8 @@ def check_model_name(config, checkpoint):
     preset, options = PRESETS[config.model], checkpoint.options
     fits = (preset.hidden_size, preset.patch_size) == (options["hidden_size"], options["patch_size"])
     fits = fits and (config.trans_depth or preset.depth) == options["depth"]
-    if own or not fits or bool(preset.df_idxs) != bool(options["df_idxs"]):
+    fits = fits and bool(preset.df_idxs) == bool(options["df_idxs"])
+    if own or not fits or bool(preset.dmf_depth) != ("dmf_depth" in options):
         raise InputError(
             f"--model {config.model} contradicts {config.ckpt}, which holds "
             f"{own or 'depth {depth}, width {hidden_size}, key layers {df_idxs}'.format(**options)}"
@@ -243,14 +275,14 @@ class Cost:
 def count_cost(config, path):
     """Cost of a batch: the sampler is run on one number to see. Raises InputError where guidance makes no sense."""
     guidance = Guidance(config.cfg_scale, config.guidance_low, config.guidance_high)
-    guidance.check(MODES[config.mode].times(config.num_steps))
+    guidance.check(MODES[config.mode].times(config))
     y, asked = torch.zeros(1, dtype=torch.long), []
 
     def noise(step):
         asked.append(step)
         return torch.zeros(1, 1, 1, 1)
 
-    velocity = GuidedVelocity(lambda x, t, y: torch.zeros_like(x), y, y, guidance)
+    velocity = GuidedVelocity(lambda x, *_: torch.zeros_like(x), y, y, guidance)
     run_sampler(config, path, velocity, torch.zeros(1, 1, 1, 1), noise)
     return Cost(velocity.calls, velocity.guided_calls, draws=1 + len(asked))
 
@@ -297,10 +329,9 @@ class ImageSampler:
             self.spec.check_same(self.codec.spec, config.ckpt, "--vae")
             self.spec = self.codec.spec
         model = self.checkpoint.model.to(device, DTYPES[config.dtype])
+        network = model.average_velocity if MODES[config.mode].is_map else model.velocity
         # each batch shape its own graph: N and 2N rows, and the last batch's
-        self.network = (
-            torch.compile(model.velocity, dynamic=False, fullgraph=True) if config.compile else model.velocity
-        )
+        self.network = torch.compile(network, dynamic=False, fullgraph=True) if config.compile else network
 
     @property
     def resolution(self):

@@ -6,7 +6,6 @@ follow from the shapes, heads and key layers from the preset of the same width; 
 
 import argparse
 import dataclasses
-import inspect
 import json
 import math
 import re
@@ -20,7 +19,14 @@ from safetensors.torch import load_file
 from models.deepflow import DeepFlow
 from models.errors import InputError, note
 from models.layers import TimestepEmbedder
-from models.presets import PRESETS, Preset, build, parse_df_idxs, spaced_key_layers
+from models.presets import (
+    PRESETS,
+    Preset,
+    build,
+    constructor_defaults,
+    parse_df_idxs,
+    spaced_key_layers,
+)
 
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
@@ -38,8 +44,8 @@ def read_folder(folder):
             raise InputError(f"checkpoint {folder} is a folder without {name}; name a .pt file, or an exported folder")
     try:
         config = json.loads((Path(folder) / CONFIG_FILE).read_text())
-        arguments = inspect.signature(DeepFlow).parameters.items()
-        options = {name: config.get(name, argument.default) for name, argument in arguments}
+        defaults = constructor_defaults(is_map="dmf_depth" in config)
+        options = {name: config.get(name, default) for name, default in defaults.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}/{CONFIG_FILE} is unreadable ({error}); export the model again") from None
     content = {ENTRIES[config.get("weights", "ema")]: read_safetensors(weights_file(folder))}

@@ -56,13 +56,17 @@ class FlowMap(DeepFlow):
         ends = (*self.df_idxs, len(self.blocks))
         return [t, r] if self.num_branches == 1 else [t if end <= self.dmf_depth else r for end in ends]
 
-    def run_branch(self, i, tokens, times, label):
-        """The blocks of branch i; the only branch of a SiT changes from t to r on its way."""
+    def embed_times(self, times, label):
+        """As a DeepFlow's; of a SiT the conditions of t and of r, and no gap."""
         if self.num_branches > 1:
-            return super().run_branch(i, tokens, times, label)
+            return super().embed_times(times, label)
         t, r = times
-        tokens, _ = self.run_blocks(0, self.dmf_depth, tokens, t, label)
-        return self.run_blocks(self.dmf_depth, len(self.blocks), tokens, r, label)
+        c = self.t_embedder(t) + label
+        return [c, c if r is t else self.t_embedder(r) + label], []
+
+    def block_condition(self, conditions, branch, number):
+        """Condition of a block; in the one branch of a SiT it changes from t to r."""
+        return conditions[branch if self.num_branches > 1 else int(number > self.dmf_depth)]
 
     def forward(self, x, t, y, r=None):
         """What training needs in one pass; x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,). r None is t: the flow."""

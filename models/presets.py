@@ -78,6 +78,15 @@ def spaced_key_layers(depth, num_branches):
     return tuple(range(depth // num_branches, depth, depth // num_branches))
 
 
+def constructor_defaults(is_map=False):
+    """{argument: default} of DeepFlow, or of FlowMap."""
+    arguments = {**inspect.signature(DeepFlow).parameters}
+    if is_map:
+        own = inspect.signature(FlowMap).parameters
+        arguments.update({name: own[name] for name in ("dmf_depth", "use_logvar")})
+    return {name: argument.default for name, argument in arguments.items()}
+
+
 def model_config(name, **overrides):
     """Constructor arguments of a preset with overrides (None means not given), checked and complete.
 
@@ -86,9 +95,7 @@ def model_config(name, **overrides):
     if name not in PRESETS:
         raise InputError(f"--model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    config = {key: parameter.default for key, parameter in inspect.signature(DeepFlow).parameters.items()}
-    if preset.dmf_depth:
-        config.update(dmf_depth=preset.dmf_depth, use_logvar=True)
+    config = constructor_defaults(is_map=bool(preset.dmf_depth))
     given = {key: value for key, value in overrides.items() if value is not None}
     unknown = set(given) - set(config)
     if unknown:

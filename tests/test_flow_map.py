@@ -182,9 +182,14 @@ def test_times_are_ordered_logistic_normals():
     torch.testing.assert_close(both, 0.4 + normals[1] - 1.2 + 0.5 * normals[2], rtol=1e-3, atol=1e-3)
 
 
-def test_adaptive_loss_is_the_logarithm_of_the_error_with_a_floor_from_the_head():
+def test_adaptive_loss_is_the_published_one_and_stays_finite():
     error, s = torch.rand(2, 50, dtype=torch.float64)
-    torch.testing.assert_close(adaptive_loss(error, s), torch.log(error + 0.01 * s.exp()))
+    torch.testing.assert_close(adaptive_loss(error, s), torch.log(error * torch.exp(-s) + 0.01) + s)
+    far = torch.tensor([-100.0], requires_grad=True)  # where training drives it
+    error = torch.tensor([0.5], requires_grad=True)
+    adaptive_loss(error, far).backward()
+    assert error.grad.item() == 2.0
+    assert far.grad.item() == 0.0
 
 
 def test_guidance_costs_one_pass_of_two_rows_per_sample_or_none():
