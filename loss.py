@@ -192,7 +192,7 @@ def flow_map_targets(model, guide, x0, y, dropped, draws, path):
 def adaptive_loss(error, log_variance):
     """log(e·exp(−s) + 0.01) + s of mean squared errors e and log-variances s, (N,) each.
 
-    Computed as log(e + 0.01·exp(s)), which is the same and stays finite: s falls without end, as the loss grows with it.
+    Computed as log(e + 0.01·exp(s)), which is the same and stays finite: training drives s down without end.
     """
     return torch.log(error + 0.01 * torch.exp(log_variance))
 
