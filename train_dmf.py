@@ -30,12 +30,12 @@ from models.flops import count_flops
 from models.flow_map import to_flow_map
 from models.paths import PATHS
 from models.presets import FLOW_MAPS
-from train import describe, open_data, start_trackers
 from training.checkpoint import find_resume_step
 from training.config import TrainConfig, flag, parse_flags, shown
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import draw_flow_map_step
 from training.grids import FlowMapGridSampler
+from training.setup import describe, open_data, start_trackers
 from training.trainer import Trainer, describe_data
 
 TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
@@ -50,6 +50,8 @@ class FlowMapConfig(TrainConfig):
     tg_upper_bound: ClassVar = 0.0
     ssl_align: ClassVar = False
     enc_type: ClassVar = "None"
+    enc_ckpt: ClassVar = None
+    encoder_depth: ClassVar = None
     proj_coeff: ClassVar = 0.0
 
     model: str = flag("DMFT-XL/2", "preset, one of " + ", ".join(FLOW_MAPS))
@@ -198,15 +200,15 @@ def guided_target(config, model, info, device):
     return GuidedTarget(config.g_type, config.omega, config.g_min, config.g_max, velocity, info.num_classes)
 
 
-def objective(network, moments, labels, draws, *, model, guide, autocast, config, info, weights):
+def objective(network, batch, draws, *, model, guide, autocast, config, info, weights):
     """The loss of one micro-batch → (scalar, parts for the log).
 
     Targets come from the bare `model` without gradient, the gradient from one forward pass through `network`, the
     wrapper: a derivative through the wrapper fails, and gradients from the bare model would not be synchronised.
     """
     path = PATHS[config.path_type]
-    x0 = info.spec.sample(moments.float(), draws.posterior)
-    y = torch.where(draws.drop, info.num_classes, labels)
+    x0 = info.spec.sample(batch.moments.float(), draws.posterior)
+    y = torch.where(draws.drop, info.num_classes, batch.labels)
     with autocast():
         targets = flow_map_targets(model, guide, x0, y, draws.drop, draws, path)
     out = network(targets.x, targets.t, targets.y, targets.r)

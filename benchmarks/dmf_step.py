@@ -18,7 +18,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import describe_machine, interleaved_medians, print_table
-
 from loss import GuidedTarget, deepflow_loss, flow_map_loss, flow_map_targets, flow_map_times
 from models import create_model, model_config
 from models.deepflow import DeepFlow

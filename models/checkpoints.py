@@ -306,7 +306,8 @@ def reverse_time(state):
 def check_overrides(config, overrides, path, is_ours):
     """Merge given constructor arguments; where the file already answers, a contradiction is an InputError.
 
-    Of a published file only heads, key layers, the legacy clamp, the aligned block and a flow map's depth cannot be told from the weights.
+    Of a published file only heads, key layers, the legacy clamp, the aligned block and a flow map's depth cannot be
+    told from the weights.
     """
     config = dict(config)
     free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling", "encoder_depth", "dmf_depth")

@@ -8,6 +8,7 @@ wrapper: as train_dmf.py does it. bare: the forward pass goes round the wrapper,
 import contextlib
 import os
 import sys
+import types
 
 import tiny
 import torch
@@ -40,8 +41,7 @@ def gradients(rank, world, through_wrapper):
     guide = GuidedTarget("mg", config.omega, config.g_min, config.g_max, model.velocity, tiny.CLASSES)
     loss, parts = train_dmf.objective(
         network if through_wrapper else model,
-        moments,
-        labels,
+        types.SimpleNamespace(moments=moments, labels=labels),
         draws,
         model=model,
         guide=guide,

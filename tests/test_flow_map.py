@@ -246,7 +246,7 @@ def test_published_flow_map_files(tmp_path, capsys):
     assert isinstance(loaded.model, FlowMap)
     assert loaded.options["qk_norm"] == "rms"
     assert loaded.options["dmf_depth"] == 2
-    assert "--dmf-depth 2" in capsys.readouterr().err
+    assert "flow map of which 2 blocks see t" in capsys.readouterr().err
     torch.save({name: state[name] for name in state if "logvar" not in name}, tmp_path / "headless.pt")
     headless = load_checkpoint(tmp_path / "headless.pt", num_heads=2, dmf_depth=2).model
     x, t, r, y, _ = inputs()
