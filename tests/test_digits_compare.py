@@ -1,0 +1,47 @@
+"""Samplings of the digits side by side."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_digits import write_samples
+
+from evaluations import digits_compare
+from models.errors import InputError
+from preprocessing.digits import load_digits_split, upsample
+
+
+@pytest.fixture
+def files(tmp_path):
+    """{name: npz} of held-out digits under their labels and under wrong ones."""
+    held_out = load_digits_split()[1]
+    images, paths = upsample(held_out.images), {}
+    for name, labels in (("right", held_out.labels), ("wrong", (held_out.labels + 1) % 10)):
+        (tmp_path / name).mkdir()
+        paths[name] = write_samples(tmp_path / name, images, labels)
+    return paths
+
+
+def test_numbers_and_picture_of_two_samplings(files, tmp_path, capsys):
+    samples = [f"{name}={path}" for name, path in files.items()]
+    out, picture = tmp_path / "report.json", tmp_path / "rows.png"
+    digits_compare.main(["--samples", *samples, "--out", str(out), "--picture", str(picture)])
+    report = json.loads(out.read_text())
+    assert list(report) == ["right", "wrong"]
+    assert (report["right"]["agree"], report["right"]["of"]) == (395, 400)
+    assert report["wrong"]["agreement"] < 0.05
+    assert report["right"]["frechet"] < 0.1
+    assert "395 of 400" in capsys.readouterr().out
+    with Image.open(picture) as grid:
+        assert grid.size == (20 * 68, 2 * 68)  # two digits of each class, a row per sampling
+        rows = np.asarray(grid)
+    assert not np.array_equal(rows[:68], rows[68:])  # the labels decide which digits stand where
+
+
+def test_bad_names_are_refused(files):
+    with pytest.raises(argparse.ArgumentTypeError, match="NAME=FILE"):
+        digits_compare.named_file("samples.npz")
+    with pytest.raises(InputError, match="a name of its own"):
+        digits_compare.main(["--samples", f"a={files['right']}", f"a={files['wrong']}"])
