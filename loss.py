@@ -106,40 +106,49 @@ def flow_map_times(normals, means, stds):
 GUIDED_VELOCITIES = ("default", "mg", "distill")
 
 
+def guided_samples(kind, times, dropped, low, high):
+    """Which samples are guided in the flow part and in the mean-flow part, (2, N) bool.
+
+    kind: one of GUIDED_VELOCITIES; times (3, N) as of `flow_map_times`; dropped (N,): labels that were dropped, which
+    the network itself cannot guide; low, high: the interval, tested on the flow part's t and the mean-flow part's t.
+    """
+    if kind == "default":
+        return torch.zeros(2, len(dropped), dtype=torch.bool)
+    inside = (low <= times[:2]) & (times[:2] <= high)
+    return inside & ~dropped if kind == "mg" else inside
+
+
 @dataclasses.dataclass
 class GuidedTarget:
-    """The velocity v* that a flow map learns (`--g-type`), guided with weight ω where low ≤ t ≤ high.
+    """The velocity v* that a flow map learns (`--g-type`), guided with weight ω.
 
     velocity(x, t, y): of the flow map itself (mg) or of a frozen flow model (distill); null_class: label of no class.
     """
 
     kind: str = "default"
     omega: float = 0.0
-    low: float = 0.0
-    high: float = 1.0
     velocity: object = None
     null_class: int | None = None
 
     @torch.no_grad()
-    def __call__(self, v, x, t, y, dropped):
-        """v* (N, C, H, W) and which samples are guided, (N,) bool.
+    def __call__(self, v, x, t, y, guided):
+        """v* (N, C, H, W); v: ε − x_0; guided (N,) bool, on the CPU: no device is waited for.
 
-        v: ε − x_0; dropped (N,): labels that were dropped. One pass of 2N rows, none of them where none is guided.
+        One pass of 2N rows, none of them where no sample is guided.
         """
         if self.kind == "default":
-            return v, torch.zeros_like(dropped)
-        guided = (self.low <= t) & (t <= self.high)
-        if self.kind == "mg":
-            guided = guided & ~dropped
-            return (self.add_guidance(v, x, t, y, guided) if guided.any() else v), guided
-        return (self.teach(x, t, y, guided) if guided.any() else self.velocity(x, t, y).float()), guided
+            return v
+        if not guided.any():
+            return v if self.kind == "mg" else self.velocity(x, t, y).float()
+        mix = self.add_guidance if self.kind == "mg" else self.teach
+        return mix(v, x, t, y, guided.to(x.device, non_blocking=True))
 
     def add_guidance(self, v, x, t, y, guided):
         """Model guidance: v + ω·(u(y) − u(null))."""
         conditional, unconditional = self.both(x, t, y)
         return torch.where(guided[:, None, None, None], v + self.omega * (conditional - unconditional), v)
 
-    def teach(self, x, t, y, guided):
+    def teach(self, _v, x, t, y, guided):
         """The teacher's u(null) + ω·(u(y) − u(null)), outside the interval its conditional velocity."""
         conditional, unconditional = self.both(x, t, y)
         mixed = unconditional + self.omega * (conditional - unconditional)
@@ -161,32 +170,25 @@ class FlowMapTargets:
     y: torch.Tensor  # (2N,)
     target: torch.Tensor  # (2N, C, H, W) float32
     derivative: torch.Tensor  # (N, C, H, W) float32, d/dt u in the mean-flow part
-    guided: torch.Tensor  # (2N,) bool
+    guided: torch.Tensor  # (), share of guided samples
 
 
 @torch.no_grad()
-def flow_map_targets(model, guide, x0, y, dropped, draws, path):
+def flow_map_targets(model, guide, x0, y, draws, path):
     """FlowMapTargets of a batch, without gradient: v* for the flow part, v* + (r − t)·d/dt u for the mean-flow part.
 
-    model: the bare FlowMap; guide: GuidedTarget; x0 (N, C, H, W); y (N,) labels after the drop, dropped (N,) bool;
-    draws: `times` (3, N), `noise` and `map_noise` (N, C, H, W).
+    model: the bare FlowMap; guide: GuidedTarget; x0 (N, C, H, W); y (N,) labels after the drop; draws: `times` (3, N),
+    `noise` and `map_noise` (N, C, H, W), `guided` (2, N) on the CPU.
     """
     t_fm, t, r = draws.times
     x_fm, x = path.interpolate(x0, draws.noise, t_fm), path.interpolate(x0, draws.map_noise, t)
-    v_fm, guided_fm = guide(path.velocity(x0, draws.noise, t_fm), x_fm, t_fm, y, dropped)
-    v, guided = guide(path.velocity(x0, draws.map_noise, t), x, t, y, dropped)
+    v_fm = guide(path.velocity(x0, draws.noise, t_fm), x_fm, t_fm, y, draws.guided[0])
+    v = guide(path.velocity(x0, draws.map_noise, t), x, t, y, draws.guided[1])
     derivative = model.derivative(x, t, r, y, v)[1].float()
     target = v + (r - t)[:, None, None, None] * derivative
-    cat = torch.cat
-    return FlowMapTargets(
-        cat([x_fm, x]),
-        cat([t_fm, t]),
-        cat([t_fm, r]),
-        cat([y, y]),
-        cat([v_fm, target]),
-        derivative,
-        cat([guided_fm, guided]),
-    )
+    rows = [torch.cat(pair) for pair in ((x_fm, x), (t_fm, t), (t_fm, r), (y, y), (v_fm, target))]
+    share = x.new_full((), draws.guided.float().mean().item())
+    return FlowMapTargets(*rows, derivative, share)
 
 
 def adaptive_loss(error, log_variance):

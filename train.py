@@ -18,6 +18,7 @@ from models import create_model, model_config
 from models.codec import LatentCodec
 from models.encoders import ENCODERS, check_grid
 from models.errors import InputError, exit_on_input_error
+from models.flops import count_flops
 from models.paths import PATHS
 from models.presets import FLOW_MAPS
 from training.alignment import make_targets

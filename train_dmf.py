@@ -9,6 +9,7 @@ logarithm whose level says little.
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,12 +31,13 @@ from models.flops import count_flops
 from models.flow_map import to_flow_map
 from models.paths import PATHS
 from models.presets import FLOW_MAPS
-from training.checkpoint import find_resume_step
+from training.checkpoint import find_resume
 from training.config import TrainConfig, flag, parse_flags, shown
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import draw_flow_map_step
 from training.grids import FlowMapGridSampler
 from training.setup import describe, open_data, start_trackers
+from training.stop import EXIT_CODES, EXIT_STOPPED
 from training.trainer import Trainer, describe_data
 
 TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
@@ -197,7 +199,7 @@ def guided_target(config, model, info, device):
     if config.g_type == "distill":
         source = load_flow(config.teacher or config.pretrained, config, info, "teacher").model.to(device)
     velocity = torch.compile(source.velocity, fullgraph=True) if config.compile else source.velocity
-    return GuidedTarget(config.g_type, config.omega, config.g_min, config.g_max, velocity, info.num_classes)
+    return GuidedTarget(config.g_type, config.omega, velocity, info.num_classes)
 
 
 def objective(network, batch, draws, *, model, guide, autocast, config, info, weights):
@@ -210,7 +212,7 @@ def objective(network, batch, draws, *, model, guide, autocast, config, info, we
     x0 = info.spec.sample(batch.moments.float(), draws.posterior)
     y = torch.where(draws.drop, info.num_classes, batch.labels)
     with autocast():
-        targets = flow_map_targets(model, guide, x0, y, draws.drop, draws, path)
+        targets = flow_map_targets(model, guide, x0, y, draws, path)
     out = network(targets.x, targets.t, targets.y, targets.r)
     loss = flow_map_loss(out.velocities[-1], out.log_variance, targets.target)
     total = loss.total.mean()
@@ -231,7 +233,7 @@ def map_parts(loss, targets, out):
         "loss_flow": loss_flow,
         "loss_map": loss_map,
         "du_dt_norm": targets.derivative.flatten(1).norm(dim=1).mean(),
-        "guided_fraction": targets.guided.float().mean(),
+        "guided_fraction": targets.guided,
         "log_variance": out.log_variance.detach().mean(),
     }
 
@@ -265,7 +267,7 @@ def train(config):
     accelerator.print(describe(config, options, info, accelerator))
     if config.dry_run:
         return
-    find_resume_step(run_dir, config.resume_step)
+    find_resume(run_dir, config.resume)
     grids = None
     if config.sampling_steps and accelerator.is_main_process:
         codec = LatentCodec.load(config.vae or info.spec.vae, device=accelerator.device)
@@ -287,12 +289,15 @@ def train(config):
         draw=functools.partial(draw_flow_map_step, config=config, latent_shape=latent_shape),
         saved={"config": {**dataclasses.asdict(config), "model_options": options}, "data": describe_data(dataset)},
         on_sample=grids,
+        flops_per_image=flops_per_image(config, model),
     )
     start_trackers(accelerator, config)
-    trainer.fit()
+    finished = trainer.fit()
     accelerator.end_training()
+    if not finished:
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        train(parse_flags(FlowMapConfig, description=__doc__.splitlines()[0]))
+        train(parse_flags(FlowMapConfig, description=__doc__.splitlines()[0], epilog=EXIT_CODES))

@@ -43,8 +43,8 @@ class Bench:
         self.x0, posterior, noise, map_noise = torch.randn(4, *shape, generator=g).to(device)
         times = flow_map_times(torch.randn(3, n, generator=g), (0.0, 0.4, -1.2), (1.0, 1.0, 1.0)).to(device)
         self.y = torch.randint(options["num_classes"], (n,), generator=g).to(device)
-        self.drop = torch.zeros(n, dtype=torch.bool, device=device)
-        self.draws = FlowMapDraws(times, self.drop, posterior, noise, map_noise)
+        drop, guided = torch.zeros(n, dtype=torch.bool), torch.ones(2, n, dtype=torch.bool)
+        self.draws = FlowMapDraws(times, drop, posterior, noise, map_noise, guided)
         self.model.supervise_branches(False)
         velocity = self.model.velocity
         if compiled:
@@ -52,7 +52,7 @@ class Bench:
             self.flow.compile(fullgraph=True)
             self.model.compile_derivative()
             velocity = torch.compile(velocity, fullgraph=True)
-        self.guide = GuidedTarget("mg", 0.6, 0.0, 1.0, self.counted(velocity), options["num_classes"])
+        self.guide = GuidedTarget("mg", 0.6, self.counted(velocity), options["num_classes"])
         self.rows = 0
         self.targets = self.make_targets(GuidedTarget())
 
@@ -70,12 +70,13 @@ class Bench:
 
     def make_targets(self, guide):
         with self.autocast():
-            return flow_map_targets(self.model, guide, self.x0, self.y, self.drop, self.draws, PATH)
+            return flow_map_targets(self.model, guide, self.x0, self.y, self.draws, PATH)
 
     def guidance(self):
         with self.autocast():
-            for t, noise in zip(self.draws.times, (self.draws.noise, self.draws.map_noise), strict=False):
-                self.guide(noise - self.x0, PATH.interpolate(self.x0, noise, t), t, self.y, self.drop)
+            parts = zip(self.draws.times[:2], (self.draws.noise, self.draws.map_noise), self.draws.guided, strict=True)
+            for t, noise, guided in parts:
+                self.guide(noise - self.x0, PATH.interpolate(self.x0, noise, t), t, self.y, guided)
 
     def derivative(self):
         _, t, r = self.draws.times

@@ -32,10 +32,10 @@ step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
 step "1/3 fine-tune the flow model into a flow map, $STEPS steps: $WORK/exps/digits-map"
 accelerate launch "${processes[@]}" --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process 1 train_dmf.py \
-    --exp-name digits-map --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume-step latest \
+    --exp-name digits-map --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
     --model DeepFlow-DMF-Ti/2 --pretrained "$FLOW" --dmf-depth 2 --g-type mg --omega 0.6 --g-min 0.0 --g-max 0.7 \
     --batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 \
-    --max-train-steps "$STEPS" --checkpointing-steps 500 --sampling-steps 500 --logging-steps 50
+    --max-train-steps "$STEPS" --checkpointing-steps 500 --sampling-steps 500 --log-every 50
 
 step "2/3 sample 400 digits each way: $WORK/samples-map"
 samples=()

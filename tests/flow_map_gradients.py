@@ -38,7 +38,7 @@ def gradients(rank, world, through_wrapper):
     moments = torch.randn(BATCH, *info.moments_shape, generator=torch.Generator().manual_seed(0))[rows]
     labels = (torch.arange(BATCH) % tiny.CLASSES)[rows]
     network = DistributedDataParallel(model) if world > 1 else model
-    guide = GuidedTarget("mg", config.omega, config.g_min, config.g_max, model.velocity, tiny.CLASSES)
+    guide = GuidedTarget("mg", config.omega, model.velocity, tiny.CLASSES)
     loss, parts = train_dmf.objective(
         network if through_wrapper else model,
         types.SimpleNamespace(moments=moments, labels=labels),

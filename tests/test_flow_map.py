@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import fill_
 
-from loss import GuidedTarget, adaptive_loss, flow_map_loss, flow_map_targets, flow_map_times
+from loss import GuidedTarget, adaptive_loss, flow_map_loss, flow_map_targets, flow_map_times, guided_samples
 from models import PRESETS, create_model, load_checkpoint
 from models.attention import differentiating, set_attention, written_out
 from models.checkpoints import config_from_state, convert
@@ -167,10 +167,10 @@ def test_wrong_dmf_depth(backbone, dmf_depth, message):
         tiny_map(backbone, dmf_depth=dmf_depth)
 
 
-def draws(n, times, seed=5):
-    g = torch.Generator().manual_seed(seed)
-    noise, map_noise = torch.randn(2, n, 4, 4, 4, generator=g)
-    return FlowMapDraws(times, torch.zeros(n, dtype=torch.bool), noise, noise, map_noise)
+def draws(times, guided, dropped=None):
+    """Draws of a step with these times and guided samples."""
+    noise, map_noise = torch.randn(2, times.shape[1], 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    return FlowMapDraws(times, dropped, noise, noise, map_noise, guided)
 
 
 def test_times_are_ordered_logistic_normals():
@@ -202,7 +202,7 @@ def test_guidance_costs_one_pass_of_two_rows_per_sample_or_none():
         return model.velocity(x, t, y)
 
     dropped = torch.tensor([False, False, True])
-    for low, high, kind, expected, guided in (
+    for low, high, kind, expected, wanted in (
         (0.4, 1.0, "mg", [6, 6], [1, 0, 0, 1, 1, 0]),
         (0.05, 0.2, "mg", [6], [0, 1, 0, 0, 0, 0]),
         (0.96, 1.0, "mg", [], [0] * 6),
@@ -212,18 +212,21 @@ def test_guidance_costs_one_pass_of_two_rows_per_sample_or_none():
         (0.0, 1.0, "default", [], [0] * 6),
     ):
         calls.clear()
-        guide = GuidedTarget(kind, 0.6, low, high, velocity, SIZES["num_classes"])
-        targets = flow_map_targets(model, guide, x0, y, dropped, draws(3, times), PATHS["linear"])
+        guided = guided_samples(kind, times, dropped, low, high)
+        assert guided.flatten().int().tolist() == wanted
+        guide = GuidedTarget(kind, 0.6, velocity, SIZES["num_classes"])
+        targets = flow_map_targets(model, guide, x0, y, draws(times, guided), PATHS["linear"])
         assert calls == expected
-        assert targets.guided.int().tolist() == guided
+        assert targets.guided.item() == pytest.approx(sum(wanted) / 6)
 
 
 def test_targets_carry_no_gradient_and_are_float32_under_autocast():
     model = tiny_map()
     x0, t, r, y, _ = inputs()
-    guide = GuidedTarget("mg", 0.6, 0.0, 1.0, model.velocity, SIZES["num_classes"])
+    guide = GuidedTarget("mg", 0.6, model.velocity, SIZES["num_classes"])
+    step = draws(torch.stack([t, t, r]), torch.ones(2, len(t), dtype=torch.bool))
     with torch.autocast("cpu", torch.bfloat16):
-        targets = flow_map_targets(model, guide, x0, y, y < 0, draws(3, torch.stack([t, t, r])), PATHS["linear"])
+        targets = flow_map_targets(model, guide, x0, y, step, PATHS["linear"])
         out = model(targets.x, targets.t, targets.y, targets.r)
     assert targets.target.dtype == targets.derivative.dtype == out.log_variance.dtype == torch.float32
     assert not targets.target.requires_grad

@@ -17,6 +17,7 @@ from training.ema import EMA
 MEAN = torch.tensor([1.0, -0.5, 0.25, 0.0]).view(1, 2, 2)
 STD = torch.tensor([0.3, 0.8, 0.5, 1.0]).view(1, 2, 2)
 PATH = PATHS["linear"]
+UNUSED = torch.empty(0)
 BATCH, STEPS, LEARNING_RATE = 256, 2500, 4e-3
 
 
@@ -30,9 +31,9 @@ def average_velocity(x, t, r):
 
 def draw(g, n):
     """Data, and the draws of one step."""
-    x0, posterior, noise, map_noise = torch.randn(4, n, 1, 2, 2, generator=g)
+    x0, _, noise, map_noise = torch.randn(4, n, 1, 2, 2, generator=g)
     times = flow_map_times(torch.randn(3, n, generator=g), (0.0, 0.4, -1.2), (1.0, 1.0, 1.0))
-    return MEAN + STD * x0, FlowMapDraws(times, torch.zeros(n, dtype=torch.bool), posterior, noise, map_noise)
+    return MEAN + STD * x0, FlowMapDraws(times, UNUSED, UNUSED, noise, map_noise, torch.zeros(2, n, dtype=torch.bool))
 
 
 def trained_map():
@@ -48,7 +49,7 @@ def trained_map():
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
         x0, draws = draw(g, BATCH)
-        targets = flow_map_targets(model, GuidedTarget(), x0, y, draws.drop, draws, PATH)
+        targets = flow_map_targets(model, GuidedTarget(), x0, y, draws, PATH)
         out = model(targets.x, targets.t, targets.y, targets.r)
         loss = flow_map_loss(out.velocities[-1], out.log_variance, targets.target)
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_models_parity import TOLERANCE, ids
 
-from loss import GuidedTarget, flow_map_loss, flow_map_targets, flow_map_times
+from loss import GuidedTarget, flow_map_loss, flow_map_targets, flow_map_times, guided_samples
 from models.checkpoints import load_strictly
 from models.deepflow import DeepFlow
 from models.flow_map import FlowMap
@@ -64,13 +64,14 @@ def test_parity_dmf_loss(case, prefix):
     null = case["config"]["num_classes"]
     velocity = {"default": None, "mg": model.velocity, "distill": teacher(case)}[kind]
     omega = {"default": 0.0, "mg": 0.6, "distill": 1.5}[kind]
-    guide = GuidedTarget(kind, omega, 0.2, 0.7, velocity, null)
+    guide = GuidedTarget(kind, omega, velocity, null)
     dropped = values["drop_uniform"] < (0.0 if kind == "distill" else 0.1)
     y = torch.where(dropped, null, values["y"])
     normals = torch.stack([values["z_fm"], values["z_t"], values["z_r"]])
     times = flow_map_times(normals, (0.0, 0.4, -1.2), (1.0, 1.0, 1.0))
-    draws = types.SimpleNamespace(times=times, noise=values["noise_fm"], map_noise=values["noise_mf"])
-    targets = flow_map_targets(model, guide, values["x0"], y, dropped, draws, PATHS["linear"])
+    guided = guided_samples(kind, times, dropped, 0.2, 0.7)
+    draws = types.SimpleNamespace(times=times, noise=values["noise_fm"], map_noise=values["noise_mf"], guided=guided)
+    targets = flow_map_targets(model, guide, values["x0"], y, draws, PATHS["linear"])
     out = model(targets.x, targets.t, targets.y, targets.r)
     loss = flow_map_loss(out.velocities[-1], out.log_variance, targets.target)
     assert parity.relative_error(loss.error.detach(), torch.stack([values["fm_loss"], values["mf_loss"]])) < TOLERANCE

@@ -70,7 +70,7 @@ def test_two_steps_and_two_more_equal_four(data, flow, tmp_path, changes):
     whole = tiny.run_train_dmf(data, tmp_path / "whole", flow, **changes)
     parts = tiny.run_train_dmf(data, tmp_path / "parts", flow, max_train_steps=2, **changes)
     before = tiny.load(parts / "checkpoints/0000002.pt")
-    tiny.run_train_dmf(data, tmp_path / "parts", flow, resume_step="latest", **changes)
+    tiny.run_train_dmf(data, tmp_path / "parts", flow, resume="latest", **changes)
     a, b = (tiny.load(run / "checkpoints/0000004.pt") for run in (whole, parts))
     for entry in ("model", "ema", "opt"):
         assert not tiny.differences(a[entry], b[entry])

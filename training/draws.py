@@ -9,33 +9,39 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from loss import flow_map_times, sample_times
+from loss import flow_map_times, guided_samples, sample_times
 from models.paths import PATHS
 
 STREAM = 1  # apart from the data order, which draws from stream 0 of the same seed
 
 
+SAMPLES_SECOND = ("times", "guided")  # draws that have the samples in their second dimension
+ON_CPU = ("guided",)  # draws that decide what is run, and stay where nothing has to wait for them
+
+
 class Rows:
-    """Draws of which every rank and micro-batch takes its rows; `times` has the samples in its second dimension."""
+    """Draws of which every rank and micro-batch takes its rows."""
 
     def rows(self, rows, device):
         """The given rows on the given device; a GPU's copy runs beside what follows, as it comes from pinned memory."""
         pinned = torch.device(device).type == "cuda"
 
-        def pick(tensor, dim):
+        def pick(tensor, dim, name):
             chosen = tensor.index_select(dim, rows)
+            if name in ON_CPU:
+                return chosen
             return (chosen.pin_memory() if pinned else chosen).to(device, non_blocking=True)
 
         return self.map(pick)
 
     def part(self, rows):
         """The given slice of the rows."""
-        return self.map(lambda tensor, dim: tensor[:, rows] if dim else tensor[rows])
+        return self.map(lambda tensor, dim, _name: tensor[:, rows] if dim else tensor[rows])
 
     def map(self, pick):
-        """The same draws with pick(tensor, dimension of the samples) in place of every tensor."""
+        """The same draws with pick(tensor, dimension of the samples, name) in place of every tensor."""
         names = [field.name for field in dataclasses.fields(self)]
-        return type(self)(**{name: pick(getattr(self, name), int(name == "times")) for name in names})
+        return type(self)(**{name: pick(getattr(self, name), int(name in SAMPLES_SECOND), name) for name in names})
 
 
 @dataclasses.dataclass
@@ -53,6 +59,7 @@ class FlowMapDraws(StepDraws):
     """As StepDraws; times (3, N): of the flow part, then t ≥ r of the mean-flow part, which has noise of its own."""
 
     map_noise: torch.Tensor  # (N, C, h, w) standard normal
+    guided: torch.Tensor  # (2, N) bool, samples with guidance in the flow part and in the mean-flow part
 
 
 def draw_step(step, config, num_branches, latent_shape):
@@ -73,7 +80,8 @@ def draw_flow_map_step(step, config, latent_shape):
     times = flow_map_times(normals, config.time_means(), config.time_stds())
     drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
     latents = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(3))
-    return FlowMapDraws(times, drop, *latents)
+    guided = guided_samples(config.g_type, times, drop, config.g_min, config.g_max)
+    return FlowMapDraws(times, drop, *latents, guided)
 
 
 class DrawAhead:

@@ -74,7 +74,7 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
             if means:
                 self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
-                self._warn_of_spike(record["loss"], step)
+                self._warn_of_spike(record, step)
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
 
     def _speed(self):
@@ -108,10 +108,14 @@ class RunLog:
         *means, count = self.accelerator.reduce(torch.cat([self.sums, self.count[None]]), reduction="mean").tolist()
         return {name: total / count for name, total in zip(self.names, means, strict=True)} if count else {}
 
-    def _warn_of_spike(self, loss, step):
+    def _warn_of_spike(self, record, step):
+        name = (
+            "error_map" if "error_map" in record else "loss"
+        )  # a flow map's loss is a logarithm, which may be negative
+        loss = record[name]
         median = statistics.median(self.recent) if len(self.recent) >= 10 else float("inf")
         if loss > self.SPIKE * median:
-            self.say(f"warning: at step {step} the loss is {loss:.4f}, its running median {median:.4f}")
+            self.say(f"warning: at step {step} the {name} is {loss:.4f}, its running median {median:.4f}")
         self.recent.append(loss)
 
     def say(self, text):

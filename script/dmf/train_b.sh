@@ -24,7 +24,7 @@ CHECKPOINTING_STEPS=100000
 launch=(accelerate launch --num_processes "$NUM_GPUS" --num_machines 1 --mixed_precision "$MIXED_PRECISION" --dynamo_backend no)
 [ "$NUM_GPUS" -gt 1 ] && launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}") # 0 is any free port
 "${launch[@]}" train_dmf.py \
-    --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume-step latest \
+    --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
     --model "$MODEL" --pretrained "$CKPT" --dmf-depth "$DMF_DEPTH" --attn-func auto \
     --g-type mg --omega "$OMEGA" --g-min "$G_MIN" --g-max "$G_MAX" \
     --P-mean 0.0 --P-std 1.0 --P-mean-t 0.4 --P-std-t 1.0 --P-mean-r -1.2 --P-std-r 1.0 \
