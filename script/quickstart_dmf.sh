@@ -20,7 +20,7 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 export WORK=${WORK:-quickstart}
 FLOW=$WORK/exps/digits/checkpoints/0003000.pt
-STEPS=${STEPS:-1000}
+STEPS=${STEPS:-600}
 [ -e "$FLOW" ] || bash script/quickstart.sh
 SECONDS=0
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -35,7 +35,7 @@ accelerate launch "${processes[@]}" --num_machines 1 --mixed_precision no --dyna
     --exp-name digits-map --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
     --model DeepFlow-DMF-Ti/2 --pretrained "$FLOW" --dmf-depth 2 --g-type mg --omega 0.6 --g-min 0.0 --g-max 0.7 \
     --batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 \
-    --max-train-steps "$STEPS" --checkpointing-steps 500 --sampling-steps 500 --log-every 50
+    --max-train-steps "$STEPS" --checkpointing-steps 300 --sampling-steps 300 --log-every 25
 
 step "2/3 sample 400 digits each way: $WORK/samples-map"
 samples=()
