@@ -57,14 +57,18 @@ def peak_flops(device, precision):
 
 
 def meta_inputs(model):
-    """One training sample of the model's size without memory: x (1, C, H, W), a time (1,) for each branch, y (1,)."""
+    """Arguments of `forward` for one training sample of the model's size, without memory.
+
+    x (1, C, H, W), a time (1,) for each branch, y (1,); of a flow map x, t, y, r.
+    """
     size = math.isqrt(model.pos_embed.shape[1]) * model.patch_size
     dtype = model.pos_embed.dtype
-    return (
-        torch.empty(1, model.in_channels, size, size, dtype=dtype, device="meta"),
-        [torch.empty(1, dtype=dtype, device="meta") for _ in range(model.num_branches)],
-        torch.empty(1, dtype=torch.long, device="meta"),
-    )
+    x = torch.empty(1, model.in_channels, size, size, dtype=dtype, device="meta")
+    t, r = torch.empty(2, 1, dtype=dtype, device="meta")
+    y = torch.empty(1, dtype=torch.long, device="meta")
+    if hasattr(model, "dmf_depth"):
+        return x, t, y, r
+    return x, [t.clone() for _ in range(model.num_branches)], y
 
 
 @contextlib.contextmanager
