@@ -16,7 +16,7 @@ LN_EPS = 1e-6
 
 def modulate(h, shift, scale):
     """adaLN modulation h·(1 + scale) + shift; h (N, T, D), shift and scale (N, D)."""
-    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), h, 1 + scale.unsqueeze(1))  # one pass over h
 
 
 def sincos_1d(width, positions):
@@ -176,8 +176,8 @@ class Block(nn.Module):
 
     def forward(self, h, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        h = h + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(h), shift_a, scale_a))
-        return h + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
+        h = torch.addcmul(h, gate_a.unsqueeze(1), self.attn(modulate(self.norm1(h), shift_a, scale_a)))
+        return torch.addcmul(h, gate_m.unsqueeze(1), self.mlp(modulate(self.norm2(h), shift_m, scale_m)))
 
 
 class VelocityLayer(nn.Module):
