@@ -61,11 +61,26 @@ class DataInfo:
     resolution: int
     class_names: tuple | None = None
 
+    def model_options(self):
+        """Constructor arguments of a model for this data."""
+        return {
+            "num_classes": self.num_classes,
+            "in_channels": self.spec.channels,
+            "input_size": self.moments_shape[1],
+        }
+
+    def __str__(self):
+        return (
+            f"{self.count:,} latents {self.moments_shape}, {self.num_classes} classes, "
+            f"VAE {self.spec.vae} at scale {self.spec.scale}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """This rank's rows of one global batch: moments (B, 2C, h, w), labels int64 (B,), images uint8 or None.
 
+    In text-to-image the features of a caption, (B, L, W), are in place of the label.
     features: one tensor (B, T, Z) per encoder whose features were opened.
 
     Moments keep the precision they are stored in (packed: fp16), so that half the bytes travel; sampled with float32
@@ -407,10 +422,15 @@ class LatentDataset:
         moments, labels, images, *_ = self.gather_stored(indices, flip)
         return moments.float(), labels, images
 
-    def gather_stored(self, indices, flip=None, pin=False):
+    def gather_step(self, sampler, step, rows, pin=False):
+        """gather_stored of the given rows (array) of the global batch of a step."""
+        flip = sampler.flips(step)[rows] if self.mirror is not None else None
+        return self.gather_stored(sampler.batch(step)[rows], flip, pin)
+
+    def gather_stored(self, indices, flip=None, pin=False, condition=None):
         """As gather, then the features (B, T, Z) of each encoder, in the precision in which they are stored.
 
-        pin: into page-locked memory.
+        pin: into page-locked memory; condition: what takes the place of the labels.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
@@ -418,7 +438,7 @@ class LatentDataset:
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
         moments = self._moments.gather(indices, flip, self._pool, pin)
         features = [stored.gather(indices, flip, self._pool, pin) for stored in self.features.values()]
-        labels = torch.from_numpy(self._labels_of(indices))
+        labels = torch.from_numpy(self._labels_of(indices)) if condition is None else condition
         images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist(), self._pool)
         return moments, labels, images, *features
 
@@ -426,6 +446,15 @@ class LatentDataset:
         labels = self.labels[indices]
         check_labels(labels, self.info.num_classes, "the labels")
         return np.asarray(labels, dtype=np.int64)
+
+    def drop(self, labels, dropped):
+        """Labels (B,) with the null class where `dropped` (B,) is true."""
+        return torch.where(dropped, self.info.num_classes, labels)
+
+    def conditions(self, n):
+        """n labels for a picture, in class order; the null class n times; what is written of them."""
+        labels = torch.arange(n) * self.info.num_classes // n
+        return labels, torch.full_like(labels, self.info.num_classes), labels.tolist()
 
 
 def check_labels(labels, num_classes, where):
@@ -445,17 +474,12 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
     to read; num_classes, data_vae (name or folder of the VAE): what a folder without a manifest does not say; workers:
     threads that read files. Raises InputError with one line for everything that does not fit.
     """
-    folder = find_set(data_dir, MOMENTS)
-    manifest, rows, labels, names = open_set(folder)
-    if manifest is not None and "latents" not in manifest:
-        raise InputError(f"{folder} holds {manifest.get('kind', 'no')} data, not VAE moments; encode it first")
+    folder, manifest, rows, labels, names, spec = open_moments(data_dir, data_vae)
     if labels is None:
         raise InputError(
             f"{folder / LABELS_JSON}: labels are missing (null); put the images into class folders (one is enough), "
             "then convert and encode again"
         )
-    spec = _spec(folder, manifest, data_vae)
-    _check_moments_shape(rows.shape, spec, folder)
     classes = _count_classes(folder, manifest, labels, num_classes)
     if not is_packed(manifest):  # packed labels are checked as they are read: start-up must not depend on their number
         check_labels(labels, classes, folder / LABELS_JSON)
@@ -468,11 +492,22 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
         resolution=rows.shape[1] * spec.factor,
         class_names=tuple(class_names) if class_names else None,
     )
-    image_files = _open_images(data_dir, folder, names, info) if images else None
+    image_files = open_images(data_dir, folder, names, info) if images else None
     mirrored = _open_mirror(data_dir, info) if mirror else None
     pairing = Pairing(folder, image_set(manifest), names, len(rows))
-    stored = {name: _open_features(find_features(data_dir, name), name, pairing, mirror) for name in features}
+    stored = open_features(data_dir, features, pairing, mirror)
     return LatentDataset(info, rows, labels, image_files, mirrored, stored, workers)
+
+
+def open_moments(data_dir, data_vae=None):
+    """(folder, manifest or None, rows, labels or None, names or None, LatentSpec) of a data folder's moments."""
+    folder = find_set(data_dir, MOMENTS)
+    manifest, rows, labels, names = open_set(folder)
+    if manifest is not None and "latents" not in manifest:
+        raise InputError(f"{folder} holds {manifest.get('kind', 'no')} data, not VAE moments; encode it first")
+    spec = _spec(folder, manifest, data_vae)
+    _check_moments_shape(rows.shape, spec, folder)
+    return folder, manifest, rows, labels, names, spec
 
 
 def open_set(folder):
@@ -587,7 +622,8 @@ def _open_mirror(data_dir, info):
     return rows
 
 
-def _open_images(data_dir, folder, names, info):
+def open_images(data_dir, folder, names, info):
+    """ImageFiles of the moments in `folder`. Raises InputError."""
     root = next((f for f in (Path(data_dir) / IMAGES, folder.parent / IMAGES) if f.is_dir()), None)
     if root is None:
         raise InputError(f"{Path(data_dir) / IMAGES} is missing and images are needed; link the converted images there")
@@ -633,8 +669,16 @@ def image_set(manifest):
 
 def find_features(data_dir, name):
     """Folder of the features of an encoder, `features-NAME` beside the moments; None where there is none."""
-    place = find_set(data_dir, MOMENTS).parent / f"{FEATURES}{name}"
+    try:
+        place = find_set(data_dir, MOMENTS).parent / f"{FEATURES}{name}"
+    except InputError:  # what is wrong is said where the moments are opened
+        return None
     return place if place.is_dir() else None
+
+
+def open_features(data_dir, encoders, pairing, mirror=False):
+    """{encoder: StoredRows} of the features of these encoders. Raises InputError where they do not fit the moments."""
+    return {name: _open_features(find_features(data_dir, name), name, pairing, mirror) for name in encoders}
 
 
 def _open_features(place, name, pairing, mirror):
@@ -709,6 +753,10 @@ class SeekableSampler:
             self._coins = (epoch, coins)
         return coins[self.batch(step)]
 
+    def uniforms(self, step):
+        """A number in [0, 1) for each row of global batch `step`, float64 (batch_size,); it chooses captions."""
+        return np.random.default_rng([self.seed, step, 3]).random(self.batch_size)
+
 
 class LatentLoader:
     """Batches of steps start_step … stop_step − 1, gathered in a background thread while the step before runs.
@@ -755,9 +803,7 @@ class LatentLoader:
             _put(ready, error, stop)
 
     def _gather(self, step, stream):
-        indices = self.sampler.batch(step)[self.rows]
-        flip = self.sampler.flips(step)[self.rows] if self.dataset.mirror is not None else None
-        tensors = self.dataset.gather_stored(indices, flip, pin=stream is not None)
+        tensors = self.dataset.gather_step(self.sampler, step, self.rows, pin=stream is not None)
         if stream is None:
             return step, tensors, None
         with torch.cuda.stream(stream):  # a stream of its own, so that the copy runs beside the training step

@@ -319,9 +319,8 @@ class ImageSampler:
         self.config, self.device = config, device
         self.checkpoint, self.path, self.spec = open_checkpoint(config)
         options = self.checkpoint.options
-        self.num_classes = options["num_classes"]
         self.shape = (options["in_channels"], options["input_size"], options["input_size"])
-        self.labels = label_source(config, self.num_classes)
+        self.prepare_labels()
         self.cost = count_cost(config, self.path)
         self.codec = None
         if config.decode:
@@ -333,6 +332,38 @@ class ImageSampler:
         # each batch shape its own graph: N and 2N rows, and the last batch's
         self.network = torch.compile(network, dynamic=False, fullgraph=True) if config.compile else network
 
+    def prepare_labels(self):
+        """Make ready what `conditions` and `label_facts` need."""
+        if "num_classes" not in self.checkpoint.options:
+            raise InputError(f"{self.config.ckpt} is a text-to-image model; sample it with generate_t2i.py")
+        self.num_classes = self.checkpoint.options["num_classes"]
+        self.labels = label_source(self.config, self.num_classes)
+
+    def conditions(self, indices):
+        """The condition and the null condition of the images `indices`, on the device."""
+        y = self.labels(indices).to(self.device)
+        return y, torch.full_like(y, self.num_classes)
+
+    def label_facts(self):
+        """What the manifest says of the labels: `label_mode`, `labels` of all images, `labels_sha256` of a file."""
+        mode = self.config.labels
+        is_file = mode not in ("random", "balanced") and Path(mode).is_file()
+        return {
+            "label_mode": mode,
+            "labels": self.labels(range(self.config.num_fid_samples)).tolist(),
+            "labels_sha256": hashlib.sha256(Path(mode).read_bytes()).hexdigest() if is_file else None,
+        }
+
+    def captions(self):
+        """What is written below the images of a picture; nothing."""
+        return None
+
+    def open_store(self, folder):
+        """Where finished images are kept."""
+        if self.config.decode and self.config.format != "npz":
+            return PngFiles(folder)
+        return PartFiles(folder, "arr_0" if self.config.decode else "latents")
+
     @property
     def resolution(self):
         return self.shape[1] * self.spec.factor
@@ -340,9 +371,8 @@ class ImageSampler:
     def latents(self, indices, noise):
         """Latents (N, C, h, w), float32, of the images `indices`; noise(draw): their noise on the device."""
         config = self.config
-        y = self.labels(indices).to(self.device)
+        y, y_null = self.conditions(indices)
         guidance = Guidance(config.cfg_scale, config.guidance_low, config.guidance_high)
-        y_null = torch.full_like(y, self.num_classes)
         velocity = GuidedVelocity(self.network, y, y_null, guidance, DTYPES[config.dtype])
         latents = run_sampler(config, self.path, velocity, noise(0), lambda step: noise(step + 1))
         if not torch.isfinite(latents).all():
@@ -391,14 +421,11 @@ def build_manifest(sampler):
     config, checkpoint, cost = sampler.config, sampler.checkpoint, sampler.cost
     settings = {**dataclasses.asdict(config), "path_type": sampler.path.name, "vae": sampler.spec.vae}
     for unused in ("sample_dir", "projector_embed_dims", "resume", "grid", "classes", "out"):
-        settings.pop(unused)
+        settings.pop(unused, None)
     stat = os.stat(weights_file(config.ckpt))
-    is_file = config.labels not in ("random", "balanced") and Path(config.labels).is_file()
     return {
         **settings,
-        "label_mode": config.labels,
-        "labels": sampler.labels(range(config.num_fid_samples)).tolist(),
-        "labels_sha256": hashlib.sha256(Path(config.labels).read_bytes()).hexdigest() if is_file else None,
+        **sampler.label_facts(),
         "model": checkpoint.run.get("model") or config.model,
         "model_options": checkpoint.options,
         "latents": dataclasses.asdict(sampler.spec),
@@ -417,13 +444,6 @@ def image_settings(manifest, store):
     """The part of a manifest that decides the images and how unfinished work is kept; flags first."""
     settings = {key: value for key, value in manifest.items() if key not in FREE and key != "label_mode"}
     return {**settings, "labels": manifest["label_mode"], "kept_as": store.kind}
-
-
-def open_store(config, folder):
-    """Where finished images are kept."""
-    if config.decode and config.format != "npz":
-        return PngFiles(folder)
-    return PartFiles(folder, "arr_0" if config.decode else "latents")
 
 
 def is_packed(store, target, manifest):
@@ -447,19 +467,19 @@ def plan(config, store, target, manifest):
     return [[n, len(missing.intersection(batch))] for n, batch in enumerate(batches) if not missing.isdisjoint(batch)]
 
 
-def generate(config):
+def generate(config, make_sampler=ImageSampler):
     """Make a picture, or many images; returns the path of the picture or the npz. Raises InputError.
 
     Every process makes its share of the batches, the first one collects them.
     """
     processes = Processes.start()
     start = time.perf_counter()
-    sampler = ImageSampler(config, processes.device)
+    sampler = make_sampler(config, processes.device)
     if config.grid:
         return save_picture(sampler, processes)
     target = Path(config.sample_dir) / (result_name(sampler) + ".npz")
     manifest = build_manifest(sampler)
-    store = open_store(config, target.with_name(target.name.removesuffix(".npz")))
+    store = sampler.open_store(target.with_name(target.name.removesuffix(".npz")))
     todo = processes.share("todo", plan(config, store, target, manifest) if processes.rank == 0 else None)
     missing = sum(count for _, count in todo or [])
     if processes.rank == 0:
@@ -548,7 +568,7 @@ def save_picture(sampler, processes):
     images = [rows for _, rows in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
     _, columns = config.grid_size()
     with named_full_disk(config.out):
-        save_grid(np.concatenate(images), columns, config.out)
+        save_grid(np.concatenate(images), columns, config.out, sampler.captions())
         write_json(Path(config.out).with_suffix(".json"), build_manifest(sampler))
     print(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each", flush=True)
     return Path(config.out)

@@ -92,6 +92,44 @@ class PngFiles:
         """PNGs stay."""
 
 
+class GenEvalFiles(PngFiles):
+    """GenEval's layout: FOLDER/00000/samples/0000.png … and FOLDER/00000/metadata.jsonl, one folder per prompt.
+
+    metadata: its record of each prompt; per_prompt: images of each.
+    """
+
+    kind = "geneval"
+
+    def __init__(self, folder, metadata, per_prompt):
+        super().__init__(folder)
+        self.metadata, self.per_prompt = metadata, per_prompt
+
+    def path(self, index):
+        prompt, number = divmod(index, self.per_prompt)
+        return self.folder / f"{prompt:05d}" / "samples" / f"{number:04d}.png"
+
+    def record(self, index):
+        """The file that says what image `index` shows."""
+        return self.path(index).parents[1] / "metadata.jsonl"
+
+    def missing(self, count):
+        """Indices below `count` without a whole image or a record."""
+        return [i for i in range(count) if not (ends_as_png(self.path(i)) and self.record(i).is_file())]
+
+    def write(self, indices, images):
+        """As PngFiles.write, after the records of the prompts."""
+        for prompt in sorted({index // self.per_prompt for index in indices}):
+            line = json.dumps(self.metadata[prompt]) + "\n"
+            with named_full_disk(self.folder):
+                write_atomically(self.record(prompt * self.per_prompt), lambda f, text=line: f.write(text.encode()))
+        super().write(indices, images)
+
+    def trim(self, count):
+        """Delete images beyond the first `count`."""
+        for index in range(count, len(self.metadata) * self.per_prompt):
+            self.path(index).unlink(missing_ok=True)
+
+
 def ends_as_png(path):
     """True where a file is there and its end is that of a PNG."""
     try:

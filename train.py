@@ -20,7 +20,7 @@ from models.encoders import ENCODERS, check_grid
 from models.errors import InputError, exit_on_input_error
 from models.flops import count_flops
 from models.paths import PATHS
-from models.presets import FLOW_MAPS
+from models.presets import FLOW_MAPS, PRESETS, TEXT_MODELS
 from training.alignment import make_targets
 from training.checkpoint import find_resume
 from training.config import TrainConfig, parse_flags
@@ -41,19 +41,16 @@ def model_options(config, info):
             f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, which holds latents of "
             f"{info.resolution}x{info.resolution} images"
         )
-    encoders = config.encoders()
+    encoders, from_data = config.encoders(), info.model_options()
+    if config.model in PRESETS and (config.model in TEXT_MODELS) != ("context_dim" in from_data):
+        script = "train_t2i.py" if config.model in TEXT_MODELS else "train.py"
+        raise InputError(f"--model {config.model} is trained with {script}; take that, or another model")
     options = model_config(
         config.model,
-        depth=config.trans_depth,
-        df_idxs=config.df_idxs,
-        qk_norm=config.qk_norm,
-        legacy_scaling=config.legacy_scaling,
-        num_classes=info.num_classes,
-        in_channels=info.spec.channels,
-        input_size=info.moments_shape[1],
+        **config.model_flags(),
+        **from_data,
         ssl_align=bool(encoders),
         z_dims=[ENCODERS[name].width for name in encoders] or None,
-        encoder_depth=config.encoder_depth,
     )
     if config.encoder_depth is not None and options["df_idxs"]:
         raise InputError("--encoder-depth is for models of one branch; this one is aligned after its VeRA blocks")
@@ -62,11 +59,11 @@ def model_options(config, info):
     return options
 
 
-def objective(network, batch, draws, *, config, info, weights, targets=None):
+def objective(network, batch, draws, *, config, dataset, weights, targets=None):
     """DeepFlow's loss on one micro-batch → (scalar, parts for the log). Labels are dropped here, not in the network."""
     path = PATHS[config.path_type]
-    x0 = info.spec.sample(batch.moments.float(), draws.posterior)
-    y = torch.where(draws.drop, info.num_classes, batch.labels)
+    x0 = dataset.info.spec.sample(batch.moments.float(), draws.posterior)
+    y = dataset.drop(batch.labels, draws.drop)
     x = path.interpolate(x0, draws.noise, draws.times[0])
     out = network(x, list(draws.times), y)
     loss = deepflow_loss(out, x0, draws.noise, draws.times, path, weights, config.acc_coeff)
@@ -77,8 +74,8 @@ def objective(network, batch, draws, *, config, info, weights, targets=None):
     return total, parts
 
 
-def train(config):
-    """Wire data, model, objective and loop of one run."""
+def train(config, open_data=open_data):
+    """Wire data, model, objective and loop of one run; open_data: configuration → DataInfo and dataset."""
     config.check()
     run_dir = Path(config.output_dir) / config.exp_name
     info, dataset = open_data(config)
@@ -93,7 +90,7 @@ def train(config):
     grids = None
     if config.sampling_steps and accelerator.is_main_process:
         codec = LatentCodec.load(config.vae or info.spec.vae, device=accelerator.device)
-        grids = GridSampler(codec, info, run_dir, config.seed)
+        grids = GridSampler(codec, dataset, run_dir, config.seed)
     targets = make_targets(config, dataset, options, accelerator)
     torch.manual_seed(config.seed)
     model = create_model(config.model, **options)
@@ -105,7 +102,7 @@ def train(config):
         run_dir,
         model,
         dataset,
-        objective=functools.partial(objective, config=config, info=info, weights=weights, targets=targets),
+        objective=functools.partial(objective, config=config, dataset=dataset, weights=weights, targets=targets),
         draw=functools.partial(draw_step, config=config, num_branches=model.num_branches, latent_shape=latent_shape),
         saved={"config": {**dataclasses.asdict(config), "model_options": options}, "data": describe_data(dataset)},
         on_sample=grids,

@@ -271,7 +271,7 @@ def train(config):
     grids = None
     if config.sampling_steps and accelerator.is_main_process:
         codec = LatentCodec.load(config.vae or info.spec.vae, device=accelerator.device)
-        grids = FlowMapGridSampler(codec, info, run_dir, config.seed)
+        grids = FlowMapGridSampler(codec, dataset, run_dir, config.seed)
     model.gradient_checkpointing = config.gradient_checkpointing
     model.supervise_branches(config.deep_supervision)
     guide = guided_target(config, model, info, accelerator.device)

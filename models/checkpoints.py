@@ -24,6 +24,7 @@ from models.presets import (
     Preset,
     build,
     constructor_defaults,
+    network_class,
     parse_df_idxs,
     spaced_key_layers,
 )
@@ -44,7 +45,7 @@ def read_folder(folder):
             raise InputError(f"checkpoint {folder} is a folder without {name}; name a .pt file, or an exported folder")
     try:
         config = json.loads((Path(folder) / CONFIG_FILE).read_text())
-        defaults = constructor_defaults(is_map="dmf_depth" in config)
+        defaults = constructor_defaults(network_class(config))
         options = {name: config.get(name, default) for name, default in defaults.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}/{CONFIG_FILE} is unreadable ({error}); export the model again") from None
@@ -133,6 +134,8 @@ def published_note(path, options):
     told = f"{path}: taken as a published file of {options['num_heads']} heads, "
     if "dmf_depth" in options:
         return told + f"a flow map of which {options['dmf_depth']} blocks see t (others: --dmf-depth)"
+    if not options["df_idxs"] and "context_dim" in options:
+        return told + "REPA's text-to-image MMDiT"
     if options["df_idxs"]:
         told += f"key layers {list(options['df_idxs'])} (others: --df-idxs)"
         if options.get("ssl_align") and not options.get("legacy_scaling"):
@@ -192,7 +195,7 @@ def from_published(state, path, df_idxs=None, dmf_depth=None):
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, RuntimeError) as error:  # an expected name or shape is not there
-        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF): {error}") from None
+        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF, MMDiT): {error}") from None
 
 
 def config_from_state(state, path, df_idxs=None, dmf_depth=None):
@@ -203,12 +206,14 @@ def config_from_state(state, path, df_idxs=None, dmf_depth=None):
     """
     if "x_embedder.proj.weight" not in state or "pos_embed" not in state:
         raise InputError(
-            f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF): x_embedder or pos_embed is missing"
+            f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF, MMDiT): x_embedder or pos_embed is missing"
         )
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    is_text = TEXT in state
+    blocks = "joint_blocks." if is_text else "blocks."
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith(blocks))
     num_branches = 1 + len({name.split(".")[1] for name in state if name.startswith("df_blocks.")})
-    row = closest_preset(hidden_size, depth, num_branches)
+    row = closest_preset(hidden_size, depth, num_branches, is_text)
     if df_idxs is None:
         is_preset = row and (row.depth, len(row.df_idxs) + 1) == (depth, num_branches)
         df_idxs = row.df_idxs if is_preset else spaced_key_layers(depth, num_branches)
@@ -219,10 +224,13 @@ def config_from_state(state, path, df_idxs=None, dmf_depth=None):
         "hidden_size": hidden_size,
         "depth": depth,
         "num_heads": row.num_heads if row else heads_from_state(state, hidden_size),
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
         "df_idxs": parse_df_idxs(df_idxs),
-        "qk_norm": "rms" if RMS_NORM in state else "blocks.0.attn.q_norm.weight" in state,
+        "qk_norm": "rms" if RMS_NORM in state else any(name.endswith("attn.q_norm.weight") for name in state),
     }
+    if is_text:
+        config["context_dim"] = state[TEXT].shape[1]
+    else:
+        config["num_classes"] = state["y_embedder.embedding_table.weight"].shape[0] - 1
     has_head = "logvar_linear.weight" in state
     if has_head or dmf_depth is not None:
         depth_of_t = default_dmf_depth(depth, config["df_idxs"]) if dmf_depth is None else dmf_depth
@@ -249,14 +257,15 @@ def default_dmf_depth(depth, df_idxs):
 
 
 def heads_from_state(state, hidden_size):
-    """Number of heads of an unknown width: QK norm tells it, else heads of 64."""
-    norm = state.get("blocks.0.attn.q_norm.weight", state.get(RMS_NORM))
-    return max(1, hidden_size // (64 if norm is None else norm.shape[0]))
+    """Number of heads of an unknown width: QK norm tells it, else heads of 64, in REPA's text-to-image of 32."""
+    norm = next((tensor for name, tensor in state.items() if ".attn.q_norm." in name), None)
+    width = 32 if TEXT in state else 64
+    return max(1, hidden_size // (width if norm is None else norm.shape[0]))
 
 
-def closest_preset(hidden_size, depth, num_branches):
-    """Preset row of this width, preferably of this depth and number of branches too; None for an unknown width."""
-    rows = [row for row in PRESETS.values() if row.hidden_size == hidden_size]
+def closest_preset(hidden_size, depth, num_branches, is_text):
+    """Preset row of this kind and width, preferably of this depth and number of branches too; None if unknown."""
+    rows = [r for r in PRESETS.values() if r.hidden_size == hidden_size and bool(r.context_dim) == is_text]
     rows.sort(key=lambda row: (len(row.df_idxs) + 1 != num_branches, row.depth != depth))
     return rows[0] if rows else None
 
@@ -264,10 +273,11 @@ def closest_preset(hidden_size, depth, num_branches):
 def convert(state, config):
     """Bring other families' published weights to this project's conventions; DeepFlow's pass unchanged.
 
-    So do REPA's SiT, known by its projector, and Decoupled MeanFlow's files (t = 0 is data already); the SiT release is
-    turned round in time.
+    So do REPA's SiT, known by its projector, MMDiT, and Decoupled MeanFlow's files (t = 0 is data already); the SiT
+    release is turned round in time.
     """
-    if config["df_idxs"] or config.get("ssl_align") or "dmf_depth" in config or RMS_NORM in state:
+    is_turned = "dmf_depth" in config or "context_dim" in config or RMS_NORM in state
+    if config["df_idxs"] or config.get("ssl_align") or is_turned:
         return state, config
     return reverse_time(drop_sigma(state, config["in_channels"])), config
 
@@ -327,4 +337,5 @@ def check_overrides(config, overrides, path, is_ours):
 
 
 RMS_NORM = "blocks.0.attn.q_norm.scale"  # Decoupled MeanFlow's QK norm, in its flow models too
+TEXT = "context_embedder.weight"  # only text-to-image has it
 FLAGS = {"depth": "trans-depth"}  # flags that are not named as the constructor's argument

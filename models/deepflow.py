@@ -186,9 +186,7 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, input_size // patch_size), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
+        self.add_trunk(hidden_size, depth, num_heads, qk_norm, sincos_2d(hidden_size, input_size // patch_size))
         velocity_layers = [
             VelocityLayer(hidden_size, patch_size, in_channels) for _ in range(min(self.num_branches, 2))
         ]
@@ -213,6 +211,12 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         """The mixin's, strict unless told otherwise."""
         return super()._from_pretrained(strict=strict, **kwargs)
 
+    def add_trunk(self, hidden_size, depth, num_heads, qk_norm, pos_embed):
+        """Make what embeds the condition, the position embedding and the blocks."""
+        self.y_embedder = LabelEmbedder(self.num_classes, hidden_size)
+        self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
+
     @property
     def num_branches(self):
         """k."""
@@ -230,15 +234,15 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
         nn.init.zeros_(patch.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for module in self.modules():
-            if isinstance(module, TimestepEmbedder):
+            if isinstance(module, LabelEmbedder):
+                nn.init.normal_(module.embedding_table.weight, std=0.02)
+            elif isinstance(module, TimestepEmbedder):
                 nn.init.normal_(module.mlp[0].weight, std=0.02)
                 nn.init.normal_(module.mlp[2].weight, std=0.02)
-            elif isinstance(module, Block | TimeGapAdaLN):
+            elif hasattr(module, "adaLN_modulation"):
                 zero_(module.adaLN_modulation[1])
-            elif isinstance(module, VelocityLayer):
-                zero_(module.adaLN_modulation[1])
+            if isinstance(module, VelocityLayer):
                 zero_(module.linear)
 
     def branch_times(self, t):
@@ -263,13 +267,14 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
     def run_branches(self, x, times, y):
         """Run the trunk and yield a Branch after each branch; x (N, C, H, W), times k × (N,), y (N,)."""
         patches = tokens = self.x_embedder(x) + self.pos_embed
-        conditions, gaps = self.embed_times(times, self.y_embedder(y))
+        label, text = self.embed_condition(y)
+        conditions, gaps = self.embed_times(times, label)
         ends = (0, *self.df_idxs, len(self.blocks))
         for i in range(self.num_branches):
             aligned = None
             for number, block in enumerate(self.blocks[ends[i] : ends[i + 1]], ends[i] + 1):
                 c = self.block_condition(conditions, i, number)
-                tokens = self.run_block(block, tokens, c)
+                tokens, text = self.run_block(block, tokens, text, c)
                 if number == self.encoder_depth and self.num_branches == 1:
                     aligned = tokens
             branch = Branch(v_star=tokens, condition=c, aligned=aligned)
@@ -282,11 +287,19 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         """Condition (N, D) of block `number`, counted from 1, in a branch, counted from 0."""
         return conditions[branch]
 
-    def run_block(self, block, tokens, c):
-        """One block, (N, T, D) → (N, T, D); its activations are recomputed later where memory is to be saved."""
+    def embed_condition(self, y):
+        """Condition y → what is added to the embedded time, (N, D), and text tokens, which only text-to-image has."""
+        return self.y_embedder(y), None
+
+    def run_block(self, block, tokens, text, c):
+        """One block on image tokens (N, T, D) and text tokens; returns both."""
+        return self.call(block, tokens, c), text
+
+    def call(self, block, *inputs):
+        """block(*inputs), whose activations are recomputed later where memory is to be saved."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, c, use_reentrant=False)
-        return block(tokens, c)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def forward(self, x, t, y):
         """Velocities, accelerations and projections of all branches.

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.mmdit import TEXT_TOKENS, MMDiT
+
 # Dense bf16 and fp16 tensor-core FLOP/s of the vendor's data sheets, by a part of the name; the first that fits counts.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -59,13 +61,15 @@ def peak_flops(device, precision):
 def meta_inputs(model):
     """Arguments of `forward` for one training sample of the model's size, without memory.
 
-    x (1, C, H, W), a time (1,) for each branch, y (1,); of a flow map x, t, y, r.
+    x (1, C, H, W), a time (1,) for each branch, y (1,) or text features (1, L, W); of a flow map x, t, y, r.
     """
     size = math.isqrt(model.pos_embed.shape[1]) * model.patch_size
     dtype = model.pos_embed.dtype
     x = torch.empty(1, model.in_channels, size, size, dtype=dtype, device="meta")
     t, r = torch.empty(2, 1, dtype=dtype, device="meta")
     y = torch.empty(1, dtype=torch.long, device="meta")
+    if isinstance(model, MMDiT):
+        y = torch.empty(1, TEXT_TOKENS, model.context_dim, dtype=dtype, device="meta")
     if hasattr(model, "dmf_depth"):
         return x, t, y, r
     return x, [t.clone() for _ in range(model.num_branches)], y

@@ -131,9 +131,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.q_norm, self.k_norm = qk_norm_layer(qk_norm, head_dim), qk_norm_layer(qk_norm, head_dim)
 
-    def forward(self, h):
+    def heads(self, h):
+        """h (N, T, D) → queries, keys and values (N, heads, T, D/heads), normalised where so asked."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(h).chunk(3, dim=-1))
-        return self.proj(merge_heads(attention(self.q_norm(q), self.k_norm(k), v)))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, h):
+        return self.proj(merge_heads(attention(*self.heads(h))))
 
 
 def split_heads(h, num_heads):

@@ -7,11 +7,15 @@ import re
 from models.deepflow import DeepFlow
 from models.errors import InputError
 from models.flow_map import FlowMap
+from models.mmdit import MMDiT
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A row of the table; `parameters` counts the model at 32×32×4 latents and 1000 classes."""
+    """A row of the table; `parameters` counts the model at 32×32×4 latents and 1000 classes.
+
+    Of text-to-image without the fixed position embedding, as published.
+    """
 
     depth: int
     hidden_size: int
@@ -22,11 +26,15 @@ class Preset:
     projector_dim: int = 2048
     encoder_depth: int = 8  # of the SiT baselines: the block whose tokens are aligned, as in REPA
     dmf_depth: int | None = None  # of flow maps: blocks that see t
+    context_dim: int | None = None  # of text-to-image: width of the text features
+    init: str = "dit"  # of text-to-image
 
 
 IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
+COCO = {"count": 82_783, "resolution": 256}  # text-to-image: the training images of 2014
+CLIP_WIDTH = 768  # of CLIP ViT-L/14's text features
 
-# Ti is ours, for laptops and tests; S of DeepFlow is ours too. The others are the papers'.
+# Ti is ours, for laptops and tests; S of DeepFlow and of MMDiT is ours too. The others are the papers'.
 PRESETS = {
     #                      depth  width heads patch key layers  parameters
     "DeepFlow-Ti/2": Preset(4, 128, 4, 2, (2,), 2_262_064, projector_dim=256),
@@ -57,8 +65,18 @@ PRESETS = {
     "DeepFlow-DMF-B/2": Preset(12, 768, 12, 2, (6,), 166_201_649, dmf_depth=6),
     "DeepFlow-DMF-L/2": Preset(18, 1024, 16, 2, (6, 12), 433_439_025, dmf_depth=12),
     "DeepFlow-DMF-XL/2": Preset(24, 1152, 16, 2, (8, 16), 681_559_601, dmf_depth=16),
+    "MMDiT-Ti/2": Preset(
+        4, 128, 4, 2, (), 2_345_488, projector_dim=256, encoder_depth=2, context_dim=CLIP_WIDTH, init="repa"
+    ),
+    "MMDiT-S/2": Preset(12, 384, 12, 2, (), 62_768_656, context_dim=CLIP_WIDTH, init="repa"),
+    "MMDiT-L/2": Preset(24, 768, 24, 2, (), 505_070_608, context_dim=CLIP_WIDTH, init="repa"),
+    "DeepFlow-MMDiT-Ti/2": Preset(4, 128, 4, 2, (2,), 3_172_656, projector_dim=256, context_dim=CLIP_WIDTH),
+    "DeepFlow-MMDiT-S/2": Preset(12, 384, 12, 2, (6,), 85_178_160, context_dim=CLIP_WIDTH),
+    "DeepFlow-MMDiT-L/2": Preset(24, 768, 24, 2, (8, 16), 571_330_608, context_dim=CLIP_WIDTH),
 }
 FLOW_MAPS = tuple(name for name, preset in PRESETS.items() if preset.dmf_depth)
+TEXT_MODELS = tuple(name for name, preset in PRESETS.items() if preset.context_dim)
+CLASS_MODELS = tuple(name for name in PRESETS if name not in (*FLOW_MAPS, *TEXT_MODELS))
 
 
 def parse_df_idxs(text):
@@ -78,13 +96,22 @@ def spaced_key_layers(depth, num_branches):
     return tuple(range(depth // num_branches, depth, depth // num_branches))
 
 
-def constructor_defaults(is_map=False):
-    """{argument: default} of DeepFlow, or of FlowMap."""
-    arguments = {**inspect.signature(DeepFlow).parameters}
-    if is_map:
-        own = inspect.signature(FlowMap).parameters
-        arguments.update({name: own[name] for name in ("dmf_depth", "use_logvar")})
-    return {name: argument.default for name, argument in arguments.items()}
+def network_class(options):
+    """The class of a preset, as a dict, or of constructor arguments."""
+    if options.get("dmf_depth") is not None:
+        return FlowMap
+    return MMDiT if options.get("context_dim") else DeepFlow
+
+
+def constructor_defaults(network):
+    """{argument: default} of a DeepFlow or a class made of it."""
+    arguments = {**inspect.signature(DeepFlow).parameters, **inspect.signature(network).parameters}
+    defaults = {
+        name: argument.default for name, argument in arguments.items() if argument.default is not argument.empty
+    }
+    if network is MMDiT:
+        del defaults["num_classes"]
+    return defaults
 
 
 def model_config(name, **overrides):
@@ -95,7 +122,7 @@ def model_config(name, **overrides):
     if name not in PRESETS:
         raise InputError(f"--model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    config = constructor_defaults(is_map=bool(preset.dmf_depth))
+    config = constructor_defaults(network_class(dataclasses.asdict(preset)))
     given = {key: value for key, value in overrides.items() if value is not None}
     unknown = set(given) - set(config)
     if unknown:
@@ -117,5 +144,5 @@ def create_model(name, **overrides):
 
 
 def build(options):
-    """The model of complete constructor arguments: a FlowMap where they have a dmf_depth."""
-    return (FlowMap if "dmf_depth" in options else DeepFlow)(**options)
+    """The model of complete constructor arguments."""
+    return network_class(options)(**options)

@@ -19,11 +19,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from models.codec import DEFAULT_VAE
 from models.encoders import ENCODERS
 from models.errors import InputError, exit_on_input_error
+from models.text import DEFAULT_TEXT_ENCODER
 from preprocessing.convert import FORMATS, convert
 from preprocessing.encode import DTYPES, STORED, encode, write_features
 from preprocessing.info import describe, write_grid
 from preprocessing.pack import pack
 from preprocessing.packed import SHARD_SIZE
+from preprocessing.text import write_captions
 from preprocessing.transforms import TRANSFORMS
 from preprocessing.verify import verify
 
@@ -160,6 +162,37 @@ def add_features(commands):
     )
 
 
+def add_captions(commands):
+    """The captions command's flags."""
+    text = "captions of the images → features of a text encoder, as a packed set with the captions beside it"
+    parser = commands.add_parser("captions", help=text, description=text)
+    parser.add_argument("--source", required=True, metavar="DIR|ZIP", help="what convert made (DATA/images)")
+    parser.add_argument(
+        "--annotations", required=True, metavar="JSON", help="COCO's captions, or {file name: [captions]}"
+    )
+    parser.add_argument("--dest", required=True, metavar="DIR", help="empty or new folder (DATA/text)")
+    parser.add_argument(
+        "--text-encoder", default=DEFAULT_TEXT_ENCODER, help=f"name or folder (default {DEFAULT_TEXT_ENCODER})"
+    )
+    parser.add_argument("--max-images", type=positive, metavar="N", help="take only the first N in order")
+    parser.add_argument("--batch-size", type=positive, default=64, help="captions at once per process (default 64)")
+    add_stored(parser)
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.set_defaults(
+        run=lambda a: write_captions(
+            a.source,
+            a.annotations,
+            a.dest,
+            a.text_encoder,
+            batch_size=a.batch_size,
+            stored=a.stored_dtype,
+            shard_size=a.shard_size,
+            max_images=a.max_images,
+            device=a.device,
+        )
+    )
+
+
 def add_pack(commands):
     """The pack command's flags."""
     text = "moments of either layout → memory-mapped shards with checksums"
@@ -218,6 +251,7 @@ def parse(arguments=None):
     add_convert(commands)
     add_encode(commands)
     add_features(commands)
+    add_captions(commands)
     add_pack(commands)
     add_verify(commands)
     add_info(commands)

@@ -146,6 +146,8 @@ def image_side(images):
 class Run:
     """All batches of one source through one function: uint8 (B, 3, R, R) → float rows (B, …)."""
 
+    unit = "img"
+
     def __init__(self, images, side, function, batch_size, workers, skip_bad, flip=False, package="diffusers"):
         if batch_size < 1:
             raise InputError(f"--batch-size {batch_size}: at least 1")
@@ -175,7 +177,7 @@ class Run:
         done = job.finished(len(batches))
         mine = (number for number in range(group.rank, len(batches), group.world) if not done[number])
         initial = sum(len(batches[number]) for number in np.flatnonzero(done))
-        bar = tqdm(total=len(self.images), initial=initial, unit="img", desc="encode", disable=group.rank > 0)
+        bar = tqdm(total=len(self.images), initial=initial, unit=self.unit, desc="encode", disable=group.rank > 0)
         with bar, ThreadPoolExecutor(self.workers) as pool:
             for number, tensor, names, left_out in self._read_ahead(((n, batches[n]) for n in mine), pool):
                 if len(tensor):  # a row keeps the place of its image until the end

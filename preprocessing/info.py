@@ -24,13 +24,16 @@ def describe(data_dir):
     left_out = f", {len(m['left_out'])} left out" if m["left_out"] else ""
     classes = f"{m['num_classes']} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
     vae = f"{latents['vae']}, scale {latents['scale']}, shift {latents['shift']}" if latents else "-"
+    if text := m.get("text"):
+        vae = f"{text['encoder']}, {text['tokens']} tokens of width {text['width']}"
+        classes = f"- ({m['count']} captions)"
     if encoder := m.get("encoder"):
         vae = f"{encoder['name']}, weights {encoder['weights']}"
     return [
         f"folder      {folder}",
         f"holds       {m['kind']}{', of flipped images' if m.get('flipped') else ''}",
         f"layout      {m['layout']}{sharding}",
-        f"images      {m['count']}{left_out}",
+        f"images      {m.get('image_count', m['count'])}{left_out}",
         f"classes     {classes}",
         f"resolution  {m['resolution']}, transform {m['transform']}",
         f"row         {tuple(shape) if shape else '-'} {m.get('dtype', m.get('image_format'))}",

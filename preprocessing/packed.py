@@ -85,10 +85,11 @@ class ShardWriter:
             os.close(file)
         self._files = {}
 
-    def finish(self, count, kept, names, labels, manifest):
+    def finish(self, count, kept, names, labels, manifest, files=None):
         """Put the shards in place, then labels, names and manifest; kept: sorted positions that hold a row.
 
         names, labels: of the kept rows, in order; a label may be NO_LABEL. All three can be gone through repeatedly.
+        files: {name: pieces of bytes} of further files.
         """
         self.close()
         prefix = ""
@@ -96,7 +97,7 @@ class ShardWriter:
             self._compact(kept)
             prefix = "kept-"
         shards = self._place(len(kept), prefix)
-        files = {NAMES: pack_names(names)}
+        files = {NAMES: pack_names(names), **(files or {})}
         labels = packed_labels(labels, manifest["num_classes"])
         if labels is not None:
             files[LABELS] = labels

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from captions import TEXT, open_captions
 from dataset import (
     IMAGES,
     LABELS_JSON,
@@ -78,6 +79,9 @@ def verify(data_dir, vae=None, sample=64, decode=False):
             verify_set(folder, report, decode)
     with report.catch("pairs"):
         _check_pairs(data_dir, report)
+    if (data_dir / TEXT).is_dir() and (data_dir / MOMENTS).is_dir():
+        with report.catch("captions"):
+            open_captions(data_dir)
     if vae is not None:
         with report.catch("wrong VAE"):
             _check_vae(data_dir, folders, vae, sample, report)
@@ -167,7 +171,7 @@ def _check_stray(folder, expected, files, report):
 def _check_labels(folder, manifest, labels, sources, report):
     classes = (manifest or {}).get("num_classes")
     if labels is None:
-        return report.add("labels", f"{folder} has no labels (null)") if _needs_labels(manifest) else None
+        return report.add("labels", f"{folder} has no labels (null)") if _needs_labels(folder, manifest) else None
     wrong = np.flatnonzero((labels < 0) | (labels >= classes if classes else False))
     if len(wrong):
         name = sources[int(wrong[0])] if sources is not None else f"row {wrong[0]}"
@@ -175,8 +179,9 @@ def _check_labels(folder, manifest, labels, sources, report):
     return None
 
 
-def _needs_labels(manifest):
-    return (manifest or {}).get("kind", "moments") == "moments"
+def _needs_labels(folder, manifest):
+    """Moments do, unless captions beside them are the condition."""
+    return (manifest or {}).get("kind", "moments") == "moments" and not (folder.parent / TEXT).is_dir()
 
 
 def _check_rows(folder, manifest, rows, report):

@@ -187,7 +187,9 @@ def test_presets_are_recognised_from_their_weights(name):
     options, preset = config_from_state(state, "file"), PRESETS[name]
     for key in ("depth", "hidden_size", "num_heads", "patch_size", "df_idxs"):
         assert options[key] == getattr(preset, key), key
-    assert (options["input_size"], options["in_channels"], options["num_classes"]) == (32, 4, 1000)
+    assert (options["input_size"], options["in_channels"]) == (32, 4)
+    condition = (options.get("num_classes"), options.get("context_dim"))
+    assert condition == ((None, 768) if preset.context_dim else (1000, None))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from generate import GenerateConfig
+from generate_t2i import TextGenerateConfig
+from train_t2i import TextTrainConfig
 from training.config import TrainConfig, parse_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,15 +60,20 @@ def names_of_getattr(tree):
 
 @pytest.mark.parametrize(
     ("config", "rooms"),
-    [(TrainConfig, ("train.py", "training/")), (GenerateConfig, ("generate.py",))],
-    ids=["train", "generate"],
+    [
+        (TrainConfig, ("train.py", "training/")),
+        (TextTrainConfig, ("train.py", "train_t2i.py", "training/")),
+        (GenerateConfig, ("generate.py",)),
+        (TextGenerateConfig, ("generate.py", "generate_t2i.py")),
+    ],
+    ids=["train", "train_t2i", "generate", "generate_t2i"],
 )
 def test_every_flag_is_read(config, rooms):
     read = set()
     for tree in trees(*rooms).values():
         read |= attributes_read(tree, {"config", "self.config"}) | names_of_getattr(tree)
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name == config.__name__:
+            if isinstance(node, ast.ClassDef) and node.name in {part.__name__ for part in config.__mro__}:
                 read |= attributes_read(node, {"self"})
     assert [field.name for field in dataclasses.fields(config) if field.name not in read] == []
 
@@ -133,7 +140,7 @@ def test_forms_of_key_layers(given):
     assert parse_df_idxs(config.df_idxs) == (8, 16)
 
 
-@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("config", [TrainConfig, TextTrainConfig, GenerateConfig, TextGenerateConfig])
 def test_help_names_every_flag(config, capsys):
     with pytest.raises(SystemExit) as caught:
         parse_flags(config, ["--help"])
@@ -157,13 +164,16 @@ def test_no_function_is_longer_than_sixty_lines():
     assert not long
 
 
-MIDDLE = {"loss", "samplers", "dataset", "listing"}
+MIDDLE = {"loss", "samplers", "dataset", "captions", "listing"}
 BESIDE = {"evaluations", "preprocessing"}
 SCRIPTS = {path.stem for path in SOURCES if path.parent == ROOT} - MIDDLE
 ALLOWED = {"models": {"models"}, **{name: {"models"} for name in MIDDLE}, "training": {"models", "training"} | MIDDLE}
 ALLOWED["dataset"] = {"models", "listing"}
+ALLOWED["captions"] = {"models", "dataset"}
 ALLOWED.update(dict.fromkeys(SCRIPTS, ALLOWED["training"] | {"outputs"}))
-ALLOWED.update(dict.fromkeys(BESIDE, ALLOWED["training"] | BESIDE))
+ALLOWED["generate_t2i"] = ALLOWED["generate"] | {"generate"}
+ALLOWED["train_t2i"] = ALLOWED["train"] | {"train"}
+ALLOWED.update(dict.fromkeys(BESIDE, ALLOWED["training"] | BESIDE | {"outputs"}))
 
 
 def rooms_imported(tree):

@@ -192,14 +192,14 @@ def test_rate_of_dropped_labels(cfg_prob, low, high):
 
 
 def test_network_gets_the_null_label_exactly_where_drop_says(data):
-    info = open_dataset(data).info
+    dataset = open_dataset(data)
     config = config_of(cfg_prob=0.5, batch_size=12)
     draws = draw_step(0, config, 2, LATENT)
     model = create_model("DeepFlow-Ti/2", depth=2, df_idxs=(1,), num_classes=tiny.CLASSES, input_size=tiny.SIZE)
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    moments, labels, _ = open_dataset(data).gather(range(12))
-    train.objective(model, Batch(0, moments, labels, None), draws, config=config, info=info, weights=[0.2, 1.0])
+    moments, labels, _ = dataset.gather(range(12))
+    train.objective(model, Batch(0, moments, labels, None), draws, config=config, dataset=dataset, weights=[0.2, 1.0])
     ((x, times, y),) = seen
     assert 0 < draws.drop.sum() < 12
     assert y.tolist() == [tiny.CLASSES if drop else i % tiny.CLASSES for i, drop in enumerate(draws.drop)]
@@ -288,7 +288,7 @@ def test_losses_are_float32_under_bf16_autocast(data):
         moments, labels, _ = dataset.gather(range(12))
         draws = draw_step(0, config, 2, LATENT)
         batch = Batch(0, moments, labels, None)
-        loss, parts = train.objective(network, batch, draws, config=config, info=dataset.info, weights=[0.2, 1.0])
+        loss, parts = train.objective(network, batch, draws, config=config, dataset=dataset, weights=[0.2, 1.0])
     assert inside == [torch.bfloat16]
     assert {value.dtype for value in (loss, *parts.values())} == {torch.float32}
 

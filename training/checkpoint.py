@@ -137,11 +137,11 @@ def restore(path, model, ema, optimizer, scaler, data, config):
     missing = {"model", "ema", "opt", "steps", "train_state", "data", "config"} - entries
     if missing:
         raise InputError(f"{path} cannot be resumed from: it has no entry '{min(missing)}'")
-    for key in ("num_classes", "family", "scale", "shift", "moments_shape"):
-        if content["data"][key] != data[key]:
+    for key in ("num_classes", "family", "scale", "shift", "moments_shape", "text"):
+        before, now = content["data"].get(key), data.get(key)
+        if before != now:
             raise InputError(
-                f"{path} was trained on data with {key} {content['data'][key]}, --data-dir has {data[key]}; "
-                "resume on the same data"
+                f"{path} was trained on data with {key} {before}, --data-dir has {now}; resume on the same data"
             )
     load_strictly(model, content["model"], path)
     saved, now = ({**c, **c["model_options"]} for c in (content["config"], config))

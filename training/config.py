@@ -9,7 +9,7 @@ from loss import WEIGHTINGS
 from models.encoders import ENCODERS, parse_enc_ckpt, parse_enc_type
 from models.errors import InputError
 from models.paths import PATHS
-from models.presets import FLOW_MAPS, PRESETS
+from models.presets import CLASS_MODELS
 
 
 def flag(default, help, kind=None, **options):
@@ -55,7 +55,7 @@ class TrainConfig:
     report_to: str = flag("none", "tracker beside the JSONL log", choices=["none", "wandb", "tensorboard"])
     dry_run: bool = flag(False, "print the resolved configuration, parameters and FLOPs, then stop")
 
-    model: str = flag("DeepFlow-XL/2", "preset, one of " + ", ".join(name for name in PRESETS if name not in FLOW_MAPS))
+    model: str = flag("DeepFlow-XL/2", "preset, one of " + ", ".join(CLASS_MODELS))
     trans_depth: int = flag(None, "number of blocks; alone it spaces the preset's branches evenly", int)
     df_idxs: str = flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
     qk_norm: bool = flag(False, "normalise queries and keys")
@@ -116,6 +116,16 @@ class TrainConfig:
         "start) or a file, also of another run",
         also=["--resume-step"],
     )
+
+    def model_flags(self):
+        """Constructor arguments of the model that flags give; None: as the preset says."""
+        return {
+            "depth": self.trans_depth,
+            "df_idxs": self.df_idxs,
+            "qk_norm": self.qk_norm,
+            "legacy_scaling": self.legacy_scaling,
+            "encoder_depth": self.encoder_depth,
+        }
 
     def branch_weights(self, num_branches):
         """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""

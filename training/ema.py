@@ -11,6 +11,7 @@ class EMA:
     def __init__(self, model, decay):
         self.decay = decay
         self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.buffers = dict(model.named_buffers())  # constants, stored beside the averages
 
     @torch.no_grad()
     def update(self, model, skip=None):
@@ -35,7 +36,7 @@ class EMA:
             p.data, self.shadow[name] = self.shadow[name], p.data
 
     def state_dict(self):
-        return dict(self.shadow)
+        return {**self.shadow, **self.buffers}
 
     def load_state_dict(self, state):
         for name, tensor in self.shadow.items():

@@ -1,28 +1,48 @@
 """Picture grids of samples, in training and elsewhere."""
 
+import textwrap
+
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from models.errors import InputError
 from samplers import GuidedVelocity, sample_map, sample_noise, sample_ode
 from training.checkpoint import write_atomically, write_json
 
 GRID_STEPS = 50
+CAPTION_WIDTH, CAPTION_HEIGHT = 160, 44  # pixels: an image at least this wide, three lines of text
 
 
 def image_grid(images, columns):
-    """uint8 images (N, R, R, 3) → one uint8 picture with `columns` images a row; missing ones are white."""
+    """uint8 images (N, H, W, 3) → one uint8 picture with `columns` images a row; missing ones are white."""
     images = np.asarray(images)
     rows = -(-len(images) // columns)
     canvas = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
     canvas[: len(images)] = images
+    height, width = images.shape[1:3]
+    return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def with_captions(images, captions):
+    """uint8 images (N, R, R, 3) → (N, H, W, 3), each enlarged to a readable width, with its caption below it."""
+    enlarge = -(-CAPTION_WIDTH // len(images[0]))
+    images = np.asarray(images).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     side = images.shape[1]
-    return canvas.reshape(rows, columns, side, side, 3).swapaxes(1, 2).reshape(rows * side, columns * side, 3)
+    pictures = []
+    for image, caption in zip(images, captions, strict=True):
+        picture = Image.new("RGB", (side, side + CAPTION_HEIGHT), "white")
+        picture.paste(Image.fromarray(image))
+        lines = textwrap.wrap(caption, side // 7, max_lines=3, placeholder=" …")
+        ImageDraw.Draw(picture).multiline_text((3, side + 2), "\n".join(lines), "black", ImageFont.load_default(11))
+        pictures.append(np.asarray(picture))
+    return np.stack(pictures)
 
 
-def save_grid(images, columns, path):
-    """Write image_grid as a PNG, whole or not at all."""
+def save_grid(images, columns, path, captions=None):
+    """Write image_grid as a PNG, whole or not at all; captions: N texts to write below the images."""
+    if captions is not None:
+        images = with_captions(images, captions)
     picture = Image.fromarray(image_grid(images, columns))
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
@@ -30,24 +50,25 @@ def save_grid(images, columns, path):
 class GridSampler:
     """Draws the same noises and labels at every call, so that grids of different steps can be compared."""
 
-    def __init__(self, codec, info, run_dir, seed, count=16):
-        info.spec.check_same(codec.spec, "the data", "--vae")
-        self.codec, self.info, self.run_dir, self.seed, self.count = codec, info, run_dir, seed, count
+    def __init__(self, codec, dataset, run_dir, seed, count=16):
+        dataset.info.spec.check_same(codec.spec, "the data", "--vae")
+        self.codec, self.info, self.run_dir, self.seed = codec, dataset.info, run_dir, seed
+        self.y, self.y_null, self.labels = dataset.conditions(count)
 
     def __call__(self, model, step):
         """Write OUTPUT/samples/STEP.png and its manifest, no guidance; returns the path."""
-        device, n = model.pos_embed.device, self.count
+        device, n = model.pos_embed.device, len(self.y)
         channels, h, w = self.info.spec.channels, *self.info.moments_shape[1:]
-        y = torch.arange(n, device=device) * self.info.num_classes // n
         noise = sample_noise(self.seed, range(n), 0, (channels, h, w)).to(device)
-        latents, how = self.sample(model, noise, y, torch.full_like(y, self.info.num_classes))
+        latents, how = self.sample(model, noise, self.y.to(device), self.y_null.to(device))
         if not torch.isfinite(latents).all():
             raise InputError(f"samples at step {step} are not finite; the training has diverged, lower --learning-rate")
         path = self.run_dir / "samples" / f"{step:07d}.png"
         columns = max(1, round(n**0.5)) * (len(latents) // n)
-        save_grid(self.codec.decode(latents.float()).cpu(), columns, path)
+        texts = self.labels if isinstance(self.labels[0], str) else None
+        save_grid(self.codec.decode(latents.float()).cpu(), columns, path, texts)
         manifest = {"step": step, "weights": "ema", **how, "seed": self.seed}
-        write_json(path.with_suffix(".json"), {**manifest, "labels": y.tolist(), "vae": self.codec.spec.vae})
+        write_json(path.with_suffix(".json"), {**manifest, "labels": self.labels, "vae": self.codec.spec.vae})
         return path
 
     def sample(self, model, noise, y, y_null):

@@ -47,8 +47,7 @@ def describe(config, options, info, accelerator):
         f"parameters: {sum(p.numel() for p in model.parameters()):,}",
         f"forward pass of one sample: {2 * flops.total_macs / 1e9:.2f} GFLOP "
         f"({flops.paper_macs / 1e9:.2f} G multiply-adds as the paper counts them)",
-        f"data: {info.count:,} latents {info.moments_shape}, {info.num_classes} classes, "
-        f"VAE {info.spec.vae} at scale {info.spec.scale}",
+        f"data: {info}",
         f"{config.batch_size} samples per step, {sampler.steps_per_epoch:,} steps per epoch, {steps:,} steps = "
         f"{steps / sampler.steps_per_epoch:.1f} epochs, {accelerator.num_processes} processes, "
         f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",

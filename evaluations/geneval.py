@@ -1,0 +1,132 @@
+"""GenEval: check a folder of images before the detector sees it, and aggregate the detector's results afterwards.
+
+    python evaluations/geneval.py check SAMPLES evaluation_metadata.jsonl
+    python evaluations/geneval.py score results.jsonl [--samples SAMPLES --json results/NAME.json]
+
+The detector itself (Mask2Former, mmdet 2) is not part of this repository: docs/text_to_image.md says how to run it.
+The overall score is the mean of the accuracies of the six tags, each of which counts the same.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
+
+from evaluations.results import result_path, write_result
+from models.errors import InputError, exit_on_input_error
+from outputs import ends_as_png
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+IMAGES = 4  # per prompt
+
+
+def read_lines(path):
+    """Records of a JSON-lines file. Raises InputError naming the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); name a JSON-lines file") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: no JSON ({error}); restore the file") from None
+    if not records:
+        raise InputError(f"{path} is empty; name another file")
+    return records
+
+
+def check_layout(folder, metadata, images=IMAGES):
+    """What keeps the detector from scoring a folder as GenEval means it, one line per fault; empty: nothing.
+
+    metadata: GenEval's JSON-lines file; images: number of images of each prompt.
+    """
+    folder, records, faults = Path(folder), read_lines(metadata), []
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; make it with generate_t2i.py --prompts {metadata}")
+    for number, record in enumerate(records):
+        faults += check_prompt(folder / f"{number:05d}", record, images)
+    known = {f"{number:05d}" for number in range(len(records))}
+    faults += [
+        f"{path} is no prompt of {metadata}"
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and path.name.isdigit() and path.name not in known
+    ]
+    return faults
+
+
+def check_prompt(place, record, images):
+    """Faults of the folder of one prompt."""
+    path = place / "metadata.jsonl"
+    if not place.is_dir():
+        return [f"{place} is missing"]
+    faults = []
+    if not path.is_file():
+        faults.append(f"{path} is missing")
+    elif read_lines(path) != [record]:
+        faults.append(f"{path} is not the record of its prompt alone")
+    found = [p for p in (place / "samples").glob("*.png") if p.stem.isdigit()]
+    if len(found) != images:
+        faults.append(f"{place / 'samples'} holds {len(found)} images instead of {images}")
+    return faults + [f"{p} is cut off" for p in sorted(found) if not ends_as_png(p)]
+
+
+def aggregate(results):
+    """{tag: accuracy, …, "overall": mean of the tags'} of the detector's records {tag, correct, …}.
+
+    Raises InputError where a tag is missing or unknown.
+    """
+    groups = {tag: [] for tag in TAGS}
+    for number, record in enumerate(results, 1):
+        if not isinstance(record, dict) or record.get("tag") not in groups or "correct" not in record:
+            raise InputError(f"line {number} of the results has no known 'tag' or no 'correct'; restore the file")
+        groups[record["tag"]].append(bool(record["correct"]))
+    if empty := [tag for tag, group in groups.items() if not group]:
+        raise InputError(f"the results have no image of the tag {empty[0]}; score all prompts")
+    scores = {tag: sum(group) / len(group) for tag, group in groups.items()}
+    return {**scores, "overall": sum(scores.values()) / len(scores)}
+
+
+def run_check(args):
+    """check: print the faults; exit code 1 if there are any."""
+    faults = check_layout(args.samples, args.metadata, args.images_per_prompt)
+    print("\n".join(faults or [f"{args.samples}: laid out as GenEval reads it"]))
+    if faults:
+        sys.exit(1)
+
+
+def run_score(args):
+    """score: print the accuracies, write them as JSON where asked."""
+    scores = aggregate(read_lines(args.results))
+    print("\n".join(f"{tag:14} {score:.4f}" for tag, score in scores.items()))
+    if args.json is not None:
+        samples = args.samples or args.results
+        metrics = {f"geneval_{tag}": score for tag, score in scores.items()}
+        write_result(result_path(args.json, samples), samples, metrics, results=str(args.results))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check = commands.add_parser("check", help="is the folder laid out as the detector reads it?")
+    check.add_argument("samples", help="folder that generate_t2i.py made of the prompts")
+    check.add_argument("metadata", help="GenEval's evaluation_metadata.jsonl")
+    check.add_argument("--images-per-prompt", type=int, default=IMAGES, help="images of each prompt")
+    check.set_defaults(run=run_check)
+    score = commands.add_parser("score", help="accuracy of each tag and their mean")
+    score.add_argument("results", help="the detector's JSON-lines file")
+    score.add_argument("--samples", help="folder that was scored; its manifest is copied into the result")
+    score.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="write the result; default results/NAME.json"
+    )
+    score.set_defaults(run=run_score)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        arguments = parse_args()
+        arguments.run(arguments)

@@ -1,0 +1,64 @@
+"""Train a text-to-image model (MMDiT, with or without DeepFlow) on VAE latents and the text features of captions.
+
+    python train_t2i.py --exp-name coco --data-dir data/coco256/train
+    accelerate launch train_t2i.py --exp-name baseline --model MMDiT-L/2 --data-dir coco256_features/train
+
+Loop, losses, alignment and the run's folder are those of train.py; an image's caption is drawn anew in every step.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+from captions import CaptionInfo, open_captions
+from models.codec import LatentSpec
+from models.errors import exit_on_input_error
+from models.mmdit import INITIALISATIONS
+from models.presets import COCO, TEXT_MODELS
+from train import train
+from training.alignment import find_caches
+from training.config import TrainConfig, flag, parse_flags
+from training.stop import EXIT_CODES
+
+
+@dataclasses.dataclass
+class TextTrainConfig(TrainConfig):
+    """What train_t2i.py can be told: train.py's flags, but for classes and mirrored images (captions say left)."""
+
+    num_classes: ClassVar = None
+    mirror: ClassVar = False
+
+    data_dir: str = flag("data/coco256/train", "folder that holds vae-sd/ and text/, or a folder as U-ViT prepares it")
+    model: str = flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
+    init: str = flag(
+        None, "initial weights: of DeepFlow, or PyTorch's as REPA; default: the preset's", str, choices=INITIALISATIONS
+    )
+    cfg_prob: float = flag(0.1, "probability that a caption becomes the empty one")
+    max_train_steps: int = flag(150_000, "optimizer steps")
+
+    def model_flags(self):
+        """Constructor arguments of the model that flags give; None: as the preset says."""
+        return {**super().model_flags(), "init": self.init}
+
+
+def open_data(config):
+    """The dataset's CaptionInfo and the dataset; a dry run may go without one and then assumes COCO's."""
+    if config.dry_run and not Path(config.data_dir).exists():
+        print(f"--data-dir {config.data_dir} does not exist: COCO, CLIP ViT-L/14 and the usual VAE are assumed")
+        spec, resolution = LatentSpec(), config.resolution or COCO["resolution"]
+        side = resolution // spec.factor
+        return CaptionInfo(COCO["count"], 0, spec, (2 * spec.channels, side, side), resolution), None
+    caches = find_caches(config)
+    dataset = open_captions(
+        config.data_dir,
+        images=len(caches) < len(config.encoders()),
+        features=tuple(caches),
+        data_vae=config.data_vae,
+        workers=config.num_workers,
+    )
+    return dataset.info, dataset
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        train(parse_flags(TextTrainConfig, description=__doc__.splitlines()[0], epilog=EXIT_CODES), open_data)
