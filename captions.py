@@ -93,6 +93,7 @@ class CaptionDataset(LatentDataset):
     def __init__(self, info, rows, text, images=None, features=None, workers=4):
         super().__init__(info, rows, None, images, features=features, workers=workers)
         self.text, self._text_rows = text, StoredRows(text.rows)
+        self._empty = text.empty
 
     def gather_step(self, sampler, step, rows, pin=False):
         """gather_stored of the given rows of the global batch of a step, with captions that the step draws."""
@@ -106,7 +107,9 @@ class CaptionDataset(LatentDataset):
 
     def drop(self, labels, dropped):
         """Features (B, L, W), float32, with those of the empty caption where `dropped` (B,) is true."""
-        return torch.where(dropped[:, None, None], self.text.empty.to(labels.device), labels.float())
+        if self._empty.device != labels.device:  # once: a copy in every step would wait for the device
+            self._empty = self._empty.to(labels.device)
+        return torch.where(dropped[:, None, None], self._empty, labels.float())
 
     def conditions(self, n):
         """Features of the first captions of n images, of the empty caption n times, and the captions."""

@@ -117,11 +117,12 @@ class GenEvalFiles(PngFiles):
         return [i for i in range(count) if not (ends_as_png(self.path(i)) and self.record(i).is_file())]
 
     def write(self, indices, images):
-        """As PngFiles.write, after the records of the prompts."""
-        for prompt in sorted({index // self.per_prompt for index in indices}):
-            line = json.dumps(self.metadata[prompt]) + "\n"
-            with named_full_disk(self.folder):
-                write_atomically(self.record(prompt * self.per_prompt), lambda f, text=line: f.write(text.encode()))
+        """As PngFiles.write; a prompt's record is written with its first image."""
+        for index in indices:
+            if index % self.per_prompt == 0:
+                line = json.dumps(self.metadata[index // self.per_prompt]) + "\n"
+                with named_full_disk(self.folder):
+                    write_atomically(self.record(index), lambda f, text=line: f.write(text.encode()))
         super().write(indices, images)
 
     def trim(self, count):

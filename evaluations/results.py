@@ -8,13 +8,15 @@ from preprocessing.jobs import versions
 from training.checkpoint import write_json
 
 
+def manifest_path(samples):
+    """The JSON file beside an npz or a folder of samples."""
+    is_npz = str(samples).endswith(".npz")
+    return Path(samples).with_suffix(".json") if is_npz else Path(f"{samples}".rstrip("/") + ".json")
+
+
 def sample_manifest(samples):
     """What generate.py wrote beside an npz or a folder of samples, without its list of labels; None where it is not."""
-    path = (
-        Path(samples).with_suffix(".json")
-        if str(samples).endswith(".npz")
-        else Path(f"{samples}".rstrip("/") + ".json")
-    )
+    path = manifest_path(samples)
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:

@@ -41,12 +41,12 @@ class TextSpec:
                 )
 
 
-def import_transformers(purpose):
-    """The package, or an InputError that says what it is needed for."""
+def import_transformers(flag):
+    """The package, or an InputError that names the flag that needs it."""
     try:
         import transformers  # seconds to import; training and sampling of classes never need it
     except ImportError:
-        raise InputError(f"{purpose} needs a package: pip install transformers") from None
+        raise InputError(f"{flag} needs a package: pip install transformers") from None
     return transformers
 
 
@@ -56,48 +56,61 @@ def first_line(error):
     return text.splitlines()[0] if text else type(error).__name__
 
 
-class TextEncoder:
-    """A CLIP text model with its tokenizer and spec; a caption longer than L tokens is cut, with one warning."""
+class Tokens:
+    """Captions → token ids padded to L; a longer caption is cut, with one warning."""
 
-    def __init__(self, tokenizer, model, spec, device="cpu"):
-        self.tokenizer, self.spec = tokenizer, spec
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.has_warned = False
+    def __init__(self, tokenizer, length):
+        self.tokenizer, self.length, self.has_warned = tokenizer, length, False
+
+    def __call__(self, captions):
+        """List of N captions → int64 (N, L)."""
+        if not self.has_warned:
+            self.warn(captions)
+        options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        return self.tokenizer(list(captions), **options)["input_ids"]
+
+    def warn(self, captions):
+        """Say so where a caption does not fit."""
+        lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > self.length:
+            self.has_warned = True
+            note(
+                f"warning: '{captions[longest][:60]}…' has {lengths[longest]} tokens and is cut to {self.length}, "
+                "as are other captions that long (said once)"
+            )
+
+
+def load_clip(kind, name, device, flag):
+    """(tokenizer, model of the class `kind`) of transformers by hub name or folder, float32. Raises InputError."""
+    transformers = import_transformers(flag)
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(name))
+        model = getattr(transformers, kind).from_pretrained(str(name))
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"cannot load '{name}' ({first_line(error)}); pass {flag} with a folder that holds a CLIP model and its "
+            "tokenizer, or connect to the hub once"
+        ) from None
+    return tokenizer, model.float().eval().requires_grad_(False).to(device)
+
+
+class TextEncoder:
+    """A CLIP text model with its tokenizer and spec."""
+
+    def __init__(self, tokenizer, model, spec):
+        self.model, self.spec, self.tokens = model, spec, Tokens(tokenizer, spec.tokens)
 
     @classmethod
     def load(cls, name=DEFAULT_TEXT_ENCODER, device="cpu"):
         """Load by hub name or folder. Raises InputError when it is not there."""
-        transformers = import_transformers("encoding text")
-        try:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(str(name))
-            model = transformers.CLIPTextModel.from_pretrained(str(name), dtype=torch.float32)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise InputError(
-                f"cannot load the text encoder '{name}' ({first_line(error)}); pass --text-encoder with a folder that "
-                "holds a CLIP text model and its tokenizer, or connect to the hub once"
-            ) from None
+        tokenizer, model = load_clip("CLIPTextModel", name, device, "--text-encoder")
         config = model.config
         spec = TextSpec(str(name), encoder_family(name), config.max_position_embeddings, config.hidden_size)
-        return cls(tokenizer, model, spec, device)
+        return cls(tokenizer, model, spec)
 
     @torch.no_grad()
     def __call__(self, captions):
         """List of N captions → float32 (N, L, W): the last hidden state, padded to L tokens, without a mask."""
-        self._warn(captions)
-        length = self.spec.tokens
-        ids = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )["input_ids"]
-        return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float()
-
-    def _warn(self, captions):
-        if self.has_warned:
-            return
-        lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        if lengths[longest] > self.spec.tokens:
-            self.has_warned = True
-            note(
-                f"warning: '{captions[longest][:60]}…' has {lengths[longest]} tokens and is cut to {self.spec.tokens}, "
-                "as are other captions that long (said once)"
-            )
+        ids = self.tokens(captions).to(self.model.device)
+        return self.model(input_ids=ids).last_hidden_state.float()

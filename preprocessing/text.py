@@ -31,7 +31,7 @@ class Captions:
         self.texts, self.owners = [], []
         groups, origins = read_annotations(annotations, "--annotations"), source_names(images)
         for index in range(len(images)):
-            group = groups.pop(origins[index], None)
+            group = captions_of(groups, origins[index])
             if not group or "" in group:
                 raise InputError(
                     f"--annotations {annotations}: the image {origins[index]} of {source} has "
@@ -39,7 +39,7 @@ class Captions:
                 )
             self.texts += group
             self.owners += [index] * len(group)
-        left_out = {name for name, _ in (images.manifest or {}).get("left_out", [])}
+        left_out = {part for name, _ in (images.manifest or {}).get("left_out", []) for part in (name, Path(name).name)}
         if max_images is None and (strange := groups.keys() - left_out):
             raise InputError(
                 f"--annotations {annotations}: {source} has no image {min(strange)}, though the file has captions of "
@@ -57,10 +57,14 @@ class Captions:
 
 
 def source_names(images):
-    """What each image was called before convert: its file's name, without folders, as annotations have it."""
+    """What each image was called before convert: its file's name, with folders."""
     listed = images.path / NAMES
-    names = Names(listed, images.manifest["count"]) if images.manifest and listed.is_file() else images.names
-    return [names[index].rsplit("/", 1)[-1] for index in range(len(images))]
+    return Names(listed, images.manifest["count"]) if images.manifest and listed.is_file() else images.names
+
+
+def captions_of(groups, name):
+    """Take an image's captions from {file name: captions}, by its whole name or, as in COCO, without folders."""
+    return groups.pop(name, None) or groups.pop(name.rsplit("/", 1)[-1], None)
 
 
 class CaptionRun(Run):

@@ -1,0 +1,132 @@
+"""Captions of the handwritten digits in several wordings, and a small text encoder for them: the quickstart's text.
+
+    python preprocessing/digits_text.py --digits quickstart/digits --dest quickstart/text
+
+writes DEST/captions.json, DEST/encoder (a CLIP text model of random weights: its features of different words differ,
+which is all that is needed of it) and DEST/prompts.txt: ten prompts of each digit that no caption says in these words.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
+
+import torch
+
+from models.errors import InputError, exit_on_input_error
+from models.text import import_transformers
+from training.checkpoint import write_atomically, write_json
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDINGS = (
+    "{}",
+    "the digit {}",
+    "the number {}",
+    "a handwritten {}",
+    "a {} by hand",
+    "a picture of a {}",
+    "a scan of the number {}",
+    "somebody wrote a {}",
+    "the handwritten digit {}",
+    "a white {} on black",
+)
+PER_IMAGE = 3  # captions
+TOKENS, WIDTH = 16, 64
+SEED = 0
+
+
+def phrase(digit, wording, spelled):
+    """A caption: `wording` (0 … 9) with the digit spelled out or as a figure."""
+    return WORDINGS[wording].format(WORDS[digit] if spelled else digit)
+
+
+def split_phrases(digit):
+    """(trained, held out) phrases of a digit, ten each: of each wording one of the two spellings, the other held out.
+
+    Every wording is trained with both spellings, and every spelling of a digit in several wordings: the held-out ones
+    are new only as a whole.
+    """
+    wordings = range(len(WORDINGS))
+    trained = [phrase(digit, w, spelled=(digit + w) % 2 == 0) for w in wordings]
+    return trained, [phrase(digit, w, spelled=(digit + w) % 2 == 1) for w in wordings]
+
+
+def digit_of(prompt):
+    """The digit that a prompt names. Raises InputError where it names none."""
+    for word in prompt.split():
+        if word in WORDS or (word.isdigit() and len(word) == 1):
+            return WORDS.index(word) if word in WORDS else int(word)
+    raise InputError(f"the prompt '{prompt}' names no digit; write one of 0 … 9, or zero … nine")
+
+
+def caption_images(digits):
+    """{CLASS/FILE: captions} of an image folder with a subfolder per digit; the same on every machine."""
+    rng, captions = random.Random(SEED), {}
+    for path in sorted(Path(digits).glob("[0-9]/*.png")):
+        captions[f"{path.parent.name}/{path.name}"] = rng.sample(split_phrases(int(path.parent.name))[0], PER_IMAGE)
+    if not captions:
+        raise InputError(f"--digits {digits} holds no digits; make them with preprocessing/digits.py")
+    return captions
+
+
+def vocabulary(phrases):
+    """(tokens, merges) of a byte-pair code that reads every word of the phrases letter by letter into one token."""
+    words = sorted({word for text in phrases for word in text.split()})
+    letters = sorted(set("".join(words)))
+    tokens, merges = [*letters, *(letter + "</w>" for letter in letters)], []
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for end in range(1, len(parts)):
+            left, right = "".join(parts[:end]), parts[end]
+            if left + right not in tokens:
+                tokens.append(left + right)
+                merges.append(f"{left} {right}")
+    return [*tokens, "<|startoftext|>", "<|endoftext|>"], merges
+
+
+def write_encoder(folder, phrases):
+    """A CLIP text model of random weights and its tokenizer, as from_pretrained reads them."""
+    transformers = import_transformers("a text encoder")
+    tokens, merges = vocabulary(phrases)
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    write_atomically(folder / "merges.txt", lambda file: file.write("\n".join(["#version: 0.2", *merges, ""]).encode()))
+    write_json(folder / "tokenizer_config.json", {"model_max_length": TOKENS, "tokenizer_class": "CLIPTokenizer"})
+    torch.manual_seed(SEED)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+        pad_token_id=len(tokens) - 1,
+    )
+    transformers.CLIPTextModel(config).save_pretrained(folder)
+
+
+def write_all(digits, dest):
+    """Captions, encoder and prompts; returns the number of captions."""
+    dest, captions = Path(dest), caption_images(digits)
+    split = [split_phrases(digit) for digit in range(len(WORDS))]
+    write_encoder(dest / "encoder", [text for trained, _ in split for text in trained])
+    prompts = "".join(text + "\n" for _, held_out in split for text in held_out)
+    write_atomically(dest / "prompts.txt", lambda file: file.write(prompts.encode()))
+    write_json(dest / "captions.json", captions)
+    return sum(map(len, captions.values()))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--digits", required=True, help="image folder that preprocessing/digits.py made")
+    parser.add_argument("--dest", required=True, help="folder of the captions, the text encoder and the prompts")
+    args = parser.parse_args(argv)
+    print(f"wrote {write_all(args.digits, args.dest)} captions and a text encoder to {args.dest}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,197 @@
+"""CLIP score, GenEval's aggregation, captions and prompts of the digits with their report."""
+
+import json
+
+import captioned
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluations import clip_score, digits_prompts, geneval
+from evaluations.clip_score import ClipScorer, conventions, read_prompts, score
+from evaluations.images import FolderImages
+from models.errors import InputError
+from models.text import TextEncoder
+from preprocessing.digits import load_digits_split, upsample, write_image_folder
+from preprocessing.digits_text import WORDS, digit_of, split_phrases, vocabulary, write_all
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP model of random weights as from_pretrained reads it."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    captioned.clip_tokenizer().save_pretrained(folder)
+    text = {"vocab_size": 514, "hidden_size": 32, "max_position_embeddings": 77, **captioned.TEXT_SIZES}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision.update(image_size=32, patch_size=8, projection_dim=16)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    return folder
+
+
+def images(folder, count=4):
+    """A folder of random images."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i:06d}.png")
+    return FolderImages(folder, "samples")
+
+
+def test_three_conventions_of_known_cosines():
+    cosines, prefixed = torch.tensor([0.5, -0.1]), torch.tensor([0.4, -0.2])
+    found = conventions(cosines, prefixed)
+    expected = {"clip_score_raw": 0.2, "clip_score_clipscore": 0.5, "clip_score_torchmetrics": 25.0}
+    assert found == pytest.approx(expected)
+
+
+def test_conventions_are_ordered(clip, tmp_path):
+    found = score(images(tmp_path / "s"), ["a cat", "a cup", "", "a rocket"], ClipScorer(clip), batch_size=3)
+    raw, own, hundred = (found[f"clip_score_{name}"] for name in ("raw", "clipscore", "torchmetrics"))
+    assert -1 <= raw <= 1
+    assert 0 <= own <= 2.5
+    assert 100 * raw - 1e-6 <= hundred <= 100
+
+
+def test_cosines_are_those_of_transformers(clip, tmp_path):
+    scorer, data = ClipScorer(clip), images(tmp_path / "s")
+    pixels, prompts = np.stack([data.read(i) for i in range(4)]), ["a cat", "a cup", "a", "a rocket"]
+    ids = scorer.tokens(prompts)
+    with torch.no_grad():
+        out = scorer.model(input_ids=ids, pixel_values=scorer.pixels(pixels))
+    expected = (out.image_embeds * out.text_embeds).sum(dim=1)
+    torch.testing.assert_close(scorer.cosines(pixels, prompts), expected)
+
+
+def test_a_matching_prompt_scores_higher_than_another_order(clip, tmp_path):
+    data, scorer = images(tmp_path / "s"), ClipScorer(clip)
+    prompts = ["a cat", "a cup of tea", "two red buses", "x"]
+    one, other = score(data, prompts, scorer), score(data, prompts[::-1], scorer)
+    assert one["clip_score_raw"] != other["clip_score_raw"]
+
+
+def test_clip_score_names_its_model_in_the_result(clip, tmp_path, capsys):
+    images(tmp_path / "s")
+    (tmp_path / "s.json").write_text(json.dumps({"labels": ["a", "b", "c", "d"], "step": 7}))
+    clip_score.main([str(tmp_path / "s"), "--clip", str(clip), "--json", str(tmp_path / "r.json"), "--device", "cpu"])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["clip"] == str(clip)
+    assert result["manifest"]["step"] == 7
+    assert str(clip) in capsys.readouterr().out
+    assert set(result["metrics"]) == {"clip_score_raw", "clip_score_clipscore", "clip_score_torchmetrics"}
+
+
+def test_prompts_that_cannot_be_read(clip, tmp_path):
+    data = images(tmp_path / "s")
+    with pytest.raises(InputError, match="--prompts"):
+        read_prompts(tmp_path / "s")
+    (tmp_path / "s.json").write_text(json.dumps({"labels": [1, 2]}))
+    with pytest.raises(InputError, match="no prompts"):
+        read_prompts(tmp_path / "s")
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    assert read_prompts(tmp_path / "s", tmp_path / "p.txt") == ["one", "two"]
+    with pytest.raises(InputError, match="4 images for 2 prompts"):
+        score(data, ["one", "two"], ClipScorer(clip))
+    with pytest.raises(InputError, match="--clip"):
+        ClipScorer(tmp_path / "nothing")
+
+
+# ------------------------------------------------------------------------------------------------------- GenEval
+
+
+def results(right, total):
+    """Records of each tag: `right[tag]` correct ones of `total[tag]`."""
+    return [{"tag": tag, "correct": i < right[tag]} for tag in geneval.TAGS for i in range(total[tag])]
+
+
+def test_the_overall_score_is_the_mean_of_the_tags_not_of_the_images():
+    total = dict(zip(geneval.TAGS, (320, 396, 320, 376, 400, 400), strict=True))
+    right = dict(zip(geneval.TAGS, (320, 99, 80, 188, 0, 100), strict=True))
+    scores = geneval.aggregate(results(right, total))
+    assert scores["overall"] == pytest.approx((1 + 0.25 + 0.25 + 0.5 + 0 + 0.25) / 6)
+    micro = sum(right.values()) / sum(total.values())
+    assert abs(scores["overall"] - micro) > 0.01
+
+
+def test_results_that_cannot_be_aggregated(tmp_path):
+    total = dict.fromkeys(geneval.TAGS, 1)
+    with pytest.raises(InputError, match="no image of the tag counting"):
+        geneval.aggregate([r for r in results(total, total) if r["tag"] != "counting"])
+    with pytest.raises(InputError, match="line 1"):
+        geneval.aggregate([{"tag": "shapes", "correct": True}])
+    for content, message in ((b"", "empty"), (b"{", "line 1"), (b"\xff", "cannot be read")):
+        (tmp_path / "r.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            geneval.read_lines(tmp_path / "r.jsonl")
+
+
+def test_a_folder_for_geneval_with_faults(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError, match="does not exist"):
+        geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")
+    for number in (0, 7):
+        (tmp_path / f"s/{number:05d}/samples").mkdir(parents=True)
+    (tmp_path / "s/00000/metadata.jsonl").write_text('{"prompt": "b"}\n')
+    for k in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"s/00000/samples/{k:04d}.png")
+    (tmp_path / "s/00000/samples/0003.png").write_bytes(b"x")
+    faults = geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")
+    expected = ["not the record", "0003.png is cut off", "00001 is missing", "00007 is no prompt"]
+    assert [part for part, fault in zip(expected, faults, strict=True) if part not in fault] == []
+
+
+# -------------------------------------------------------------------------------------------------------- digits
+
+
+def test_every_digit_has_ten_phrases_and_ten_others_in_the_same_words():
+    trained, held_out = zip(*(split_phrases(digit) for digit in range(10)), strict=True)
+    everything = {text for group in trained for text in group}
+    assert len(everything) == 100
+    assert not everything & {text for group in held_out for text in group}
+    words = {word for text in everything for word in text.split()}
+    assert {word for group in held_out for text in group for word in text.split()} <= words
+    for digit in range(10):
+        assert {digit_of(text) for text in (*trained[digit], *held_out[digit])} == {digit}
+    with pytest.raises(InputError, match="names no digit"):
+        digit_of("a cat")
+
+
+def test_every_word_of_the_vocabulary_can_be_read():
+    tokens, merges = vocabulary(["the digit 7", "a seven"])
+    assert "seven</w>" in tokens
+    assert all("".join(merge.split()) in tokens for merge in merges)
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_captions_encoder_and_prompts_of_the_digits(tmp_path):
+    train, _ = load_digits_split()
+    write_image_folder(train.take(np.arange(30)), tmp_path / "digits")
+    assert write_all(tmp_path / "digits", tmp_path / "text") == 90
+    captions = json.loads((tmp_path / "text/captions.json").read_text())
+    assert {digit_of(text) == int(name[0]) for name, group in captions.items() for text in group} == {True}
+    prompts = (tmp_path / "text/prompts.txt").read_text().splitlines()
+    assert [digit_of(prompt) for prompt in prompts] == [d for d in range(10) for _ in range(10)]
+    encode = TextEncoder.load(tmp_path / "text/encoder")
+    features = encode([*prompts, "the digit 7", "the digit 3"])
+    assert features.shape == (102, 16, 64)
+    assert (features[-1] - features[-2]).abs().max() > 0.1
+    with pytest.raises(InputError, match="--digits"):
+        write_all(tmp_path / "nothing", tmp_path / "text")
+
+
+def test_report_on_samples_of_prompts(tmp_path, capsys):
+    _, held_out = load_digits_split()
+    samples = held_out.take(np.arange(0, 400, 10))
+    np.savez(tmp_path / "s.npz", arr_0=upsample(samples.images))
+    labels = [f"a handwritten {WORDS[label]}" for label in samples.labels]
+    (tmp_path / "s.json").write_text(json.dumps({"labels": labels}))
+    out = ["--out", str(tmp_path / "r.json"), "--grid", str(tmp_path / "g.png")]
+    digits_prompts.main(["--samples", str(tmp_path / "s.npz"), *out])
+    assert json.loads((tmp_path / "r.json").read_text())["agreement"]["samples"]["agree"] >= 38
+    assert "of 40 carry their label" in capsys.readouterr().out
+    (tmp_path / "s.json").write_text(json.dumps({"labels": labels[1:]}))
+    with pytest.raises(InputError, match="39 prompts for 40 images"):
+        digits_prompts.main(["--samples", str(tmp_path / "s.npz")])
