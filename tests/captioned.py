@@ -65,6 +65,19 @@ def clip_tokenizer():
         return CLIPTokenizer.from_pretrained(folder)
 
 
+def clip_folder(folder):
+    """A whole CLIP model of random weights and its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    clip_tokenizer().save_pretrained(folder)
+    text = {"vocab_size": 514, "hidden_size": WIDTH, "max_position_embeddings": TOKENS, **TEXT_SIZES}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision.update(image_size=32, patch_size=8, projection_dim=16)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    return Path(folder)
+
+
 def photos(folder):
     """The photographs as files of one folder."""
     folder = Path(folder)

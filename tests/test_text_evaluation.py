@@ -19,17 +19,7 @@ from preprocessing.digits_text import WORDS, digit_of, split_phrases, vocabulary
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP model of random weights as from_pretrained reads it."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    captioned.clip_tokenizer().save_pretrained(folder)
-    text = {"vocab_size": 514, "hidden_size": 32, "max_position_embeddings": 77, **captioned.TEXT_SIZES}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision.update(image_size=32, patch_size=8, projection_dim=16)
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    return folder
+    return captioned.clip_folder(tmp_path_factory.mktemp("clip"))
 
 
 def images(folder, count=4):
