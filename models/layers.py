@@ -136,8 +136,9 @@ class Attention(nn.Module):
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(h).chunk(3, dim=-1))
         return self.q_norm(q), self.k_norm(k), v
 
-    def forward(self, h):
-        return self.proj(merge_heads(attention(*self.heads(h))))
+    def out(self, attended):
+        """Result of the attention (N, heads, T, D/heads) → (N, T, D)."""
+        return self.proj(merge_heads(attended))
 
 
 def split_heads(h, num_heads):
@@ -178,10 +179,20 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_ratio * hidden_size, hidden_size)
         self.adaLN_modulation = adaln(hidden_size, 6 * hidden_size)
 
+    def before(self, h, c):
+        """Queries, keys and values for the attention, and the rest of the modulation for `after`."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(6, dim=-1)
+        return self.attn.heads(modulate(self.norm1(h), shift, scale)), rest
+
+    def after(self, h, attended, rest):
+        """Gated residuals of the attention's result (N, heads, T, D/heads) and of the MLP."""
+        gate_a, shift, scale, gate_m = rest
+        h = torch.addcmul(h, gate_a.unsqueeze(1), self.attn.out(attended))
+        return torch.addcmul(h, gate_m.unsqueeze(1), self.mlp(modulate(self.norm2(h), shift, scale)))
+
     def forward(self, h, c):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        h = torch.addcmul(h, gate_a.unsqueeze(1), self.attn(modulate(self.norm1(h), shift_a, scale_a)))
-        return torch.addcmul(h, gate_m.unsqueeze(1), self.mlp(modulate(self.norm2(h), shift_m, scale_m)))
+        heads, rest = self.before(h, c)
+        return self.after(h, attention(*heads), rest)
 
 
 class VelocityLayer(nn.Module):

@@ -12,25 +12,10 @@ from torch import nn
 from models.attention import attention
 from models.deepflow import DeepFlow, TimeGapAdaLN
 from models.errors import InputError
-from models.layers import LN_EPS, Attention, Block, adaln, merge_heads, modulate, zero_
+from models.layers import LN_EPS, Attention, Block, adaln, modulate, zero_
 
 TEXT_TOKENS = 77  # L of CLIP's text features
 INITIALISATIONS = ("dit", "repa")
-
-
-class StreamBlock(Block):
-    """One stream of a joint block: a DiT block around an attention that both streams share."""
-
-    def before(self, h, c):
-        """h (N, T, D), c (N, D) → queries, keys, values, and the rest of the modulation for `after`."""
-        shift, scale, *rest = self.adaLN_modulation(c).chunk(6, dim=-1)
-        return self.attn.heads(modulate(self.norm1(h), shift, scale)), rest
-
-    def after(self, h, attended, rest):
-        """Gated residuals of the attention's result (N, heads, T, D/heads) and of the MLP."""
-        gate_a, shift_m, scale_m, gate_m = rest
-        h = h + gate_a.unsqueeze(1) * self.attn.proj(merge_heads(attended))
-        return h + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
 
 
 class LastTextBlock(nn.Module):
@@ -44,7 +29,7 @@ class LastTextBlock(nn.Module):
         self.adaLN_modulation = adaln(hidden_size, 2 * hidden_size)
 
     def before(self, h, c):
-        """As StreamBlock.before; nothing is left for `after`."""
+        """As Block.before; nothing is left for `after`."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.attn.heads(modulate(self.norm1(h), shift, scale)), None
 
@@ -54,12 +39,12 @@ class LastTextBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One softmax attention over text, then image tokens; everything else is each stream's own."""
+    """Two DiT blocks, of text and of image, whose tokens share one attention; everything else is each stream's own."""
 
     def __init__(self, hidden_size, num_heads, qk_norm=False, is_last=False):
         super().__init__()
-        self.context_block = (LastTextBlock if is_last else StreamBlock)(hidden_size, num_heads, qk_norm)
-        self.x_block = StreamBlock(hidden_size, num_heads, qk_norm)
+        self.context_block = (LastTextBlock if is_last else Block)(hidden_size, num_heads, qk_norm)
+        self.x_block = Block(hidden_size, num_heads, qk_norm)
 
     def forward(self, tokens, text, c):
         """tokens (N, T, D), text (N, L, D), c (N, D) → both, text None after the last block."""

@@ -550,8 +550,9 @@ def test_qk_norm_normalises_each_head_after_the_split():
     seen = []
     attention.q_norm.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     h = torch.randn(3, 5, 16)
-    attention(h)
+    used, *_ = attention.heads(h)
     q, normalised = seen[0]
+    assert used is normalised
     torch.testing.assert_close(q, attention.qkv(h)[..., :16].view(3, 5, 2, 8).transpose(1, 2))
     centred = q - q.mean(-1, keepdim=True)
     torch.testing.assert_close(normalised, centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt())
