@@ -119,8 +119,8 @@ def load_flow(path, config, info, name):
     checkpoint = load_checkpoint(path, config.weights, df_idxs=config.df_idxs, legacy_scaling=config.legacy_scaling)
     facts = {"num_classes": info.num_classes, "in_channels": info.spec.channels, "input_size": info.moments_shape[1]}
     for key, wanted in facts.items():
-        if checkpoint.options[key] != wanted:
-            raise InputError(f"--{name} {path} has {key} {checkpoint.options[key]}, --data-dir has {wanted}")
+        if checkpoint.options.get(key) != wanted:
+            raise InputError(f"--{name} {path} has {key} {checkpoint.options.get(key)}, --data-dir has {wanted}")
     if checkpoint.run.get("path_type", config.path_type) != config.path_type:
         raise InputError(f"--{name} {path} was trained on another --path-type, {checkpoint.run['path_type']}")
     names = {field.name for field in dataclasses.fields(LatentSpec)}

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import describe_machine, interleaved_medians, print_table
-from benchmarks.train_step import Step, make_batch, our_loss
+from benchmarks.train_step import Step, add_step_flags, make_batch, our_loss
 from models import create_model, model_config
 from models.deepflow import DeepFlow
 from models.errors import exit_on_input_error
@@ -53,12 +53,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = "DeepFlow-MMDiT-L/2" if on_gpu else "DeepFlow-MMDiT-S/2"
     parser.add_argument("--model", default=default, choices=TEXT_MODELS, help="a text-to-image preset")
-    parser.add_argument("--trans-depth", type=int, help="another depth than the preset's")
-    parser.add_argument("--df-idxs", help="other key layers than the preset's")
-    parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 8)
-    parser.add_argument("--precision", choices=["bf16", "no"], default="bf16" if on_gpu else "no")
-    parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5, help="interleaved; medians are printed")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled too")
+    add_step_flags(parser)
     return parser.parse_args(argv)
 
 

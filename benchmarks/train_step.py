@@ -179,16 +179,22 @@ def print_ratios(medians, model):
         )
 
 
-def parse():
+def add_step_flags(parser):
+    """Flags of a benchmark of training steps, beside --model."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="DeepFlow-B/2" if on_gpu else "DeepFlow-S/2", help="a preset")
     parser.add_argument("--trans-depth", type=int, help="another depth than the preset's")
     parser.add_argument("--df-idxs", help="other key layers than the preset's")
     parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 8)
     parser.add_argument("--precision", choices=["bf16", "no"], default="bf16" if on_gpu else "no")
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5, help="interleaved; medians are printed")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled too")
+
+
+def parse():
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="DeepFlow-B/2" if on_gpu else "DeepFlow-S/2", help="a preset")
+    add_step_flags(parser)
     return parser.parse_args()
 
 

@@ -154,6 +154,8 @@ def main(argv=None):
         if getattr(args, name) < 1:
             raise InputError(f"{shown(name)} {getattr(args, name)} must be at least 1")
     checkpoint = load_checkpoint(args.ckpt, args.weights, df_idxs=args.df_idxs, legacy_scaling=args.legacy_scaling)
+    if "num_classes" not in checkpoint.options:
+        raise InputError(f"--ckpt {args.ckpt} is a text-to-image model; name a model of classes")
     set_math(allow_tf32=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = Probe(checkpoint.model.to(device), choose_block(checkpoint.model, args.block))

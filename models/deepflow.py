@@ -208,8 +208,9 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, strict=True, **kwargs):
-        """The mixin's, strict unless told otherwise."""
-        return super()._from_pretrained(strict=strict, **kwargs)
+        """The mixin's, strict unless told otherwise; what config.json says of the run is left out."""
+        options = {name: value for name, value in kwargs.items() if name not in ("run", "data", "steps", "weights")}
+        return super()._from_pretrained(strict=strict, **options)
 
     def add_trunk(self, hidden_size, depth, num_heads, qk_norm, pos_embed):
         """Make what embeds the condition, the position embedding and the blocks."""

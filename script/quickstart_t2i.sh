@@ -20,7 +20,7 @@ esac
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 WORK=${WORK:-quickstart-t2i}
-STEPS=${STEPS:-3000}
+STEPS=${STEPS:-2000}
 SECONDS=0
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer OMP_NUM_THREADS

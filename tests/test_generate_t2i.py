@@ -12,6 +12,8 @@ from PIL import Image
 import generate_t2i
 from evaluations.geneval import check_layout
 from models.errors import InputError
+from models.export import export
+from models.mmdit import MMDiT
 from samplers import Guidance, GuidedVelocity
 from training.config import parse_flags
 
@@ -188,3 +190,11 @@ def test_each_script_names_the_other(ckpt, tmp_path):
     classes = tiny.checkpoint(tmp_path / "c.pt", tiny.vae_folder(tmp_path / "tiny-vae"))
     with pytest.raises(InputError, match=r"generate\.py"):
         sampler(classes)
+
+
+def test_an_exported_folder_samples_the_same(ckpt, tmp_path):
+    export(ckpt, tmp_path / "model")
+    _, exported, _ = captioned.run_generate(tmp_path / "model", tmp_path / "a", "a cat")
+    _, original, _ = captioned.run_generate(ckpt, tmp_path / "b", "a cat")
+    assert np.array_equal(exported, original)
+    assert MMDiT.from_pretrained(tmp_path / "model").context_dim == captioned.WIDTH
