@@ -74,7 +74,7 @@ def test_written_out_attention_is_for_the_derivative_alone(monkeypatch):
     model = tiny_map()
     x, t, r, y, tangent = inputs()
     seen = []
-    model.blocks[0].attn.register_forward_hook(lambda *_: seen.append(differentiating()))
+    model.blocks[0].attn.proj.register_forward_hook(lambda *_: seen.append(differentiating()))
     model.average_velocity(x, t, r, y)
     model.derivative(x, t, r, y, tangent)
     model(x, t, y, r).velocities[-1].sum().backward()
