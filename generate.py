@@ -43,7 +43,7 @@ from samplers import (
     sample_sde,
     sde_times,
 )
-from training.checkpoint import write_json
+from training.checkpoint import check_writable, write_json
 from training.config import flag, parse_flags, required, shown
 from training.distributed import Processes, set_math
 from training.draws import DrawAhead
@@ -163,6 +163,8 @@ class GenerateConfig:
         rows, columns = self.grid_size()
         cells = self.num_fid_samples = rows * columns
         self.out = self.out or "grid.png"
+        if Path(self.out).suffix.lower() != ".png":
+            raise InputError(f"--out {self.out} must end in .png; its manifest lies beside it in a .json")
         if self.classes:
             classes = self.classes.split(",")
             if len(classes) > cells:
@@ -459,6 +461,7 @@ def plan(config, store, target, manifest):
 
     Raises InputError where the folder holds other images.
     """
+    check_writable(target, "--sample-dir:")
     prepare_folder(store.folder, image_settings(manifest, store), config.resume)
     if is_packed(store, target, manifest):
         return None
@@ -488,6 +491,8 @@ def generate(config, make_sampler=ImageSampler):
     if processes.rank == 0:
         if todo is not None:
             collect(config, store, target, manifest)
+        else:
+            target.touch()  # script/measure.sh takes the newest
         store.clear()
         say_result(sampler, store, target, missing, time.perf_counter() - start)
     return target
@@ -564,6 +569,7 @@ def save_picture(sampler, processes):
     config = sampler.config
     if processes.world > 1:
         raise InputError("--grid is made by one process; start generate.py with plain python")
+    check_writable(config.out, "--out")
     batches = split(config.num_fid_samples, config.per_proc_batch_size)
     images = [rows for _, rows in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
     _, columns = config.grid_size()

@@ -48,8 +48,8 @@ class Guidance:
 
     def check(self, times):
         """Raise InputError where the settings make no sense or guide none of the evaluated times."""
-        if self.scale < 1.0:
-            raise InputError(f"--cfg-scale {self.scale} is below 1; 1.0 is no guidance")
+        if not 1.0 <= self.scale < float("inf"):
+            raise InputError(f"--cfg-scale {self.scale} must be finite and not below 1; 1.0 is no guidance")
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise InputError(
                 f"--guidance-low {self.low} and --guidance-high {self.high} must satisfy 0 <= low <= high <= 1 "

@@ -26,7 +26,7 @@ from evaluations.inception import Inception
 from evaluations.processes import ProcessGroup
 from evaluations.results import result_path, write_result
 from models.errors import InputError, exit_on_input_error
-from training.checkpoint import write_atomically
+from training.checkpoint import check_writable, write_atomically
 from training.config import shown
 from training.distributed import set_math
 
@@ -138,6 +138,7 @@ def calc(args, processes):
     """Distances of --images to --ref, printed as EDM2 does; returns {metric: number}."""
     say(processes, f"Loading feature statistics from {args.ref} ...")
     reference = read_reference(args.ref)
+    result = result_path(args.json, args.images, "-edm2")
     statistics, count = calculate_statistics(args.images, "--images", args, processes, args.num, args.seed)
     if processes.rank > 0:
         return
@@ -155,16 +156,16 @@ def calc(args, processes):
         say(processes, f"{name} = {metrics[name]:g}")
     if not metrics:
         raise InputError(f"--ref {args.ref} holds {', '.join(reference)} and none of {', '.join(statistics)}")
-    if args.json is not None:
+    if result is not None:
         settings = {
             key: getattr(args, key) for key in ("num", "seed", "batch", "sqrtm", "inception_weights", "features")
         }
-        path = result_path(args.json, args.images)
-        write_result(path, args.images, metrics, reference=args.ref, count=count, settings=settings)
+        write_result(result, args.images, metrics, reference=args.ref, count=count, settings=settings)
 
 
 def ref(args, processes):
     """Statistics of --data, written to --dest."""
+    check_writable(args.dest, "--dest")
     statistics, count = calculate_statistics(args.data, "--data", args, processes)
     if processes.rank == 0:
         content = {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}

@@ -40,6 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass and process")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="float16", help="of precision and recall")
     parser.add_argument("--block", type=int, default=BLOCK, help="rows and columns of a block of distances")
+    parser.add_argument("--other-size", action="store_true", help="measure against a reference of another resolution")
     parser.add_argument("--neighbors", type=int, default=3, help="k of precision and recall")
     return parser.parse_args(argv)
 
@@ -52,7 +53,7 @@ def add_extractor_flags(parser):
         "--sqrtm", action="store_true", help="published arithmetic of the Fréchet distance (scipy's sqrtm)"
     )
     parser.add_argument(
-        "--json", nargs="?", const="", metavar="FILE", help="write the result; default results/NAME.json"
+        "--json", nargs="?", const="", metavar="FILE", help="write the result; without FILE results/NAME….json"
     )
 
 
@@ -105,7 +106,7 @@ def say(processes, text):
 
 
 def oddities(reference, sample, args):
-    """Lines about what may make the numbers differ from published ones."""
+    """Lines about what may make the numbers differ from published ones. InputError for a reference of another size."""
     found = []
     if sample.stored and not args.features:
         found.append(
@@ -117,9 +118,9 @@ def oddities(reference, sample, args):
         found.append(f"{sample.path} holds {len(sample.images)} images; published numbers are of {SAMPLES}")
     if sample.images.shape != reference.images.shape:
         sizes = ("x".join(map(str, side.images.shape[:2])) for side in (sample, reference))
-        found.append(
-            "samples of {} are compared with a reference of {}; take the reference of that size".format(*sizes)
-        )
+        found.append("samples of {} are compared with a reference of {}".format(*sizes))
+        if not args.other_size:
+            raise InputError(f"{found[-1]}; take the reference of that size, or pass --other-size")
     return found
 
 
@@ -157,6 +158,8 @@ def evaluate(args):
     set_math(allow_tf32=False)
     sides = reference, sample = Side.open("reference", args.reference, args), Side.open("sample", args.samples, args)
     lines, odd = [side.describe(not args.features) for side in sides], oddities(*sides, args)
+    extracted_by = f"-{Path(args.features).stem}" if args.features else ""
+    result = result_path(args.json, args.samples, extracted_by)
     for line in [*lines, *("warning: " + line for line in odd)]:
         note(line)
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
@@ -170,11 +173,11 @@ def evaluate(args):
             raise InputError(f"{args.reference} and {args.samples} cannot be compared: {error}") from None
         for name, value in metrics.items():
             say(processes, f"{label(name)}: {value}")
-        if args.json is not None:
+        if result is not None:
             settings = {key: getattr(args, key) for key in ("precision", "block", "neighbors", "sqrtm", "batch_size")}
             settings.update(features=extractor.name, inception_weights=args.inception_weights)
             arrays = {"reference": args.reference, "arrays": lines, "warnings": odd, "count": len(sample.images)}
-            write_result(result_path(args.json, args.samples), args.samples, metrics, **arrays, settings=settings)
+            write_result(result, args.samples, metrics, **arrays, settings=settings)
     processes.barrier()
     processes.stop()
 

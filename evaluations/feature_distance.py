@@ -23,7 +23,7 @@ from models import load_checkpoint
 from models.errors import InputError, exit_on_input_error
 from models.paths import PATHS
 from samplers import GuidedVelocity, sample_labels, sample_noise, sample_ode, sample_sde
-from training.checkpoint import write_atomically
+from training.checkpoint import check_writable, write_atomically
 from training.config import shown
 from training.distributed import set_math
 
@@ -153,6 +153,9 @@ def main(argv=None):
     for name in ("num_samples", "batch_size", "num_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"{shown(name)} {getattr(args, name)} must be at least 1")
+    for flag, path in (("--out", args.out), ("--plot", args.plot)):
+        if path:
+            check_writable(path, flag)
     checkpoint = load_checkpoint(args.ckpt, args.weights, df_idxs=args.df_idxs, legacy_scaling=args.legacy_scaling)
     if "num_classes" not in checkpoint.options:
         raise InputError(f"--ckpt {args.ckpt} is a text-to-image model; name a model of classes")

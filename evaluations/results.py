@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from models.errors import InputError, note
+from outputs import named_full_disk
 from preprocessing.jobs import versions
-from training.checkpoint import write_json
+from training.checkpoint import check_writable, write_json
 
 
 def manifest_path(samples):
@@ -26,16 +27,24 @@ def sample_manifest(samples):
     return {key: value for key, value in manifest.items() if key != "labels"} if isinstance(manifest, dict) else None
 
 
-def result_path(given, samples):
-    """Path for a --json flag: as given, or results/NAME.json of samples NAME."""
-    return Path(given) if given else Path("results") / (Path(samples).name.removesuffix(".npz") + ".json")
+def result_path(given, samples, suffix=""):
+    """Path for a --json flag: as given, or results/NAME + suffix + .json of samples NAME; None for None.
+
+    Raises InputError where it cannot be written.
+    """
+    if given is None:
+        return None
+    path = Path(given) if given else Path("results") / f"{Path(samples).name.removesuffix('.npz')}{suffix}.json"
+    check_writable(path, "--json")
+    return path
 
 
 def write_result(path, samples, metrics, **settings):
     """Write the JSON of a measurement; metrics: {name: number}."""
     packages = versions("torch", "scipy", "torch-fidelity", "timm")
     content = {"metrics": metrics, "samples": str(samples), **settings, "versions": packages}
-    write_json(path, {**content, "manifest": sample_manifest(samples)})
+    with named_full_disk(path):
+        write_json(path, {**content, "manifest": sample_manifest(samples)})
     note(f"wrote {path}")
 
 

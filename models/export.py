@@ -56,11 +56,13 @@ def main(argv=None):
     parser.add_argument("dir", help="folder to make")
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="which weights of the file")
     parser.add_argument("--df-idxs", nargs="+", help="key layers of a published file, as for generate.py")
+    parser.add_argument("--dmf-depth", type=int, help="of a published flow map: number of blocks that see t")
     parser.add_argument(
         "--legacy-scaling", action=argparse.BooleanOptionalAction, help="the published file clamps the time-gap scale"
     )
     args = parser.parse_args(argv)
-    export(args.ckpt, args.dir, args.weights, df_idxs=args.df_idxs, legacy_scaling=args.legacy_scaling)
+    flags = {"df_idxs": args.df_idxs, "legacy_scaling": args.legacy_scaling, "dmf_depth": args.dmf_depth}
+    export(args.ckpt, args.dir, args.weights, **flags)
     print(f"{args.ckpt} ({args.weights} weights) -> {args.dir}")
 
 

@@ -56,6 +56,10 @@ class FlowMap(DeepFlow):
         ends = (*self.df_idxs, len(self.blocks))
         return [t, r] if self.num_branches == 1 else [t if end <= self.dmf_depth else r for end in ends]
 
+    def branch_times(self, t):
+        """Those of the flow's velocity, which is the average velocity over no time."""
+        return self.map_times(t, t)
+
     def embed_times(self, times, label):
         """As a DeepFlow's; of a SiT the conditions of t and of r, and no gap."""
         if self.num_branches > 1:
@@ -81,10 +85,6 @@ class FlowMap(DeepFlow):
     def average_velocity(self, x, t, r, y):
         """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,)."""
         return self.final_velocity(x, self.map_times(t, r), y)
-
-    def velocity(self, x, t, y):
-        """The flow's velocity, which is the average velocity over no time."""
-        return self.average_velocity(x, t, t, y)
 
     def log_variance(self, t, r):
         """Log-variance s of the loss at t, r (N,) → (N,), float32 under autocast too."""

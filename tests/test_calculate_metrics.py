@@ -205,6 +205,7 @@ def test_bad_flags_are_named(files, tmp_path):
     refused('Invalid metric "is"', "calc", "--images", folder, "--ref", ref, "--metrics", "fid,is", "--num", 25)
     refused("--metrics is empty", *flags(folder, ref, "")[:-2], "--num", 25)
     refused("--num 1 must be at least 2", *flags(folder, ref, features)[:-1], 1)
+    refused(f"--dest {tmp_path} is a folder", "ref", "--data", folder, "--dest", tmp_path, "--features", features)
     refused("download the file first", *flags(folder, "https://host/ref.pkl", features))
     refused("nowhere.pkl does not exist", *flags(folder, tmp_path / "nowhere.pkl", features))
 

@@ -185,10 +185,13 @@ def test_options_of_the_arithmetic(files, capsys):
         assert numbers(out)["Recall (corners)"] == precision_recall(*rows, precision=precision)[1]
 
 
-def test_other_resolution_is_said(files, tmp_path, capsys):
+def test_another_resolution_gives_numbers_only_where_they_are_asked_for(files, tmp_path, capsys):
     other = save_npz(tmp_path / "large.npz", pictures(20, 1, size=32))
-    _, err = run(capsys, other, files[1], "--features", files[2])
-    assert "warning: samples of 16x16 are compared with a reference of 32x32" in err
+    says = "samples of 16x16 are compared with a reference of 32x32"
+    refused(f"{says}; take the reference of that size, or pass --other-size", other, files[1], "--features", files[2])
+    assert "Computing" not in capsys.readouterr().out
+    out, err = run(capsys, other, files[1], "--features", files[2], "--other-size")
+    assert f"warning: {says}" in err and "FD (corners)" in numbers(out)
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -294,4 +297,10 @@ def test_weights_of_another_network_are_refused(files, tmp_path):
 def test_bare_json_flag_writes_beside_other_results(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluator.main([files[0], files[1], "--features", files[2], "--json"])
-    assert json.loads((tmp_path / "results/samples.json").read_text())["samples"] == files[1]
+    assert json.loads((tmp_path / "results/samples-corners.json").read_text())["samples"] == files[1]
+
+
+def test_a_result_that_cannot_be_written_is_named_before_the_work(files, tmp_path, capsys):
+    for place in (tmp_path, files[0] + "/r.json"):
+        refused(f"--json {place}", *files[:2], "--features", files[2], "--json", place)
+    assert "computing" not in capsys.readouterr().out

@@ -139,6 +139,13 @@ def test_command_line_with_the_key_layers_of_a_published_file(ckpt, tmp_path, ca
     assert options["df_idxs"] == (3,) and model.df_idxs == (3,) and options["legacy_scaling"] is True
 
 
+def test_command_line_with_the_depth_of_a_published_flow_map(tmp_path):
+    ckpt = tiny.checkpoint(tmp_path / "map.pt", tmp_path / "tiny-vae", "DMFT-Ti/2", dmf_depth=3)
+    torch.save(load_checkpoint(ckpt).model.state_dict(), tmp_path / "published.pt")
+    main([str(tmp_path / "published.pt"), str(tmp_path / "out"), "--dmf-depth", "3"])
+    assert load_model(tmp_path / "out")[0].dmf_depth == 3
+
+
 def test_importing_models_imports_no_export_tool():
     done = tiny.run_python("-c", "import sys, models; sys.exit('models.export' in sys.modules)")
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,8 @@ from samplers import sample_labels, sample_noise
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ckpt")
     vae = folder / "tiny-vae"
-    return {name: tiny.checkpoint(folder / f"{name}.pt", vae, f"{name}-Ti/2") for name in ("DeepFlow", "SiT")}
+    names = ("DeepFlow", "SiT", "DMFT", "DeepFlow-DMF")
+    return {name: tiny.checkpoint(folder / f"{name}.pt", vae, f"{name}-Ti/2") for name in names}
 
 
 def run(folder, ckpt, *more):
@@ -58,8 +59,9 @@ def test_batch_size_does_not_show(checkpoints, tmp_path):
     assert one == pytest.approx(three, rel=1e-4)
 
 
-def test_probing_does_not_change_the_velocity(checkpoints):
-    model, _ = load_model(checkpoints["DeepFlow"])
+@pytest.mark.parametrize("name", ["DeepFlow", "SiT", "DMFT", "DeepFlow-DMF"])
+def test_probing_does_not_change_the_velocity(checkpoints, name):
+    model, _ = load_model(checkpoints[name])
     x, y = sample_noise(0, range(2), 0, (4, tiny.SIZE, tiny.SIZE)), torch.tensor([0, 1])
     with torch.no_grad():
         expected = model.velocity(x, torch.full((2,), 0.5), y)
@@ -72,6 +74,7 @@ def test_probing_does_not_change_the_velocity(checkpoints):
         ("SiT", (), "one branch; name a block with --block .1 to 3."),
         ("SiT", ("--block", 4), "--block 4 is out of range"),
         ("DeepFlow", ("--num-steps", 0), "--num-steps 0 must be at least 1"),
+        ("DeepFlow", ("--plot", "."), "--plot . is a folder; name a file"),
     ],
 )
 def test_mistakes_are_named(checkpoints, tmp_path, name, more, match):

@@ -369,8 +369,11 @@ def test_npz_alone_leaves_no_images_and_is_not_made_twice(reference, ckpt, tmp_p
     assert np.array_equal(array, reference[1])
     assert [path.name for path in folder.iterdir()] == ["settings.json"]
     rows = count_calls(monkeypatch)
+    npz = folder.with_name(folder.name + ".npz")
+    os.utime(npz, (0, 0))
     assert np.array_equal(tiny.run_generate(ckpt, tmp_path, format="npz")[1], array)
     assert rows == []
+    assert npz.stat().st_mtime > 0  # the newest, which script/measure.sh takes
     assert tiny.run_generate(ckpt, tmp_path, format="npz", num_fid_samples=3)[1].shape[0] == 3
 
 
@@ -467,6 +470,7 @@ def test_a_picture_of_chosen_classes(ckpt, tmp_path):
         ({"grid": "0x8"}, "--grid '0x8'"),
         ({"grid": "1x2", "classes": "0,1,2"}, "--classes names 3 classes for 2 images"),
         ({"grid": "1x2", "classes": "0,x"}, "--labels 0,x"),
+        ({"grid": "1x2", "out": "a.json"}, "--out a.json must end in .png"),
         ({"classes": "0"}, "--classes and --out belong to --grid"),
         ({"out": "a.png"}, "--classes and --out belong to --grid"),
         ({"decode": False, "format": "png"}, "--no-decode keeps latents"),
@@ -655,6 +659,19 @@ def test_missing_truncated_and_foreign_files_are_named(ckpt, tmp_path):
         with pytest.raises(InputError, match=str(tmp_path / f"{name}.pt")):
             tiny.run_generate(tmp_path / f"{name}.pt", tmp_path / "samples")
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"), [({}, "--sample-dir: FILE.* cannot be written"), ({"grid": "1x1"}, "--out FILE/grid.png")]
+)
+def test_a_place_that_cannot_be_written_is_named_before_sampling(ckpt, tmp_path, monkeypatch, changes, culprit):
+    file = tmp_path / "file"
+    file.touch()
+    rows = count_calls(monkeypatch)
+    out = {"out": file / "grid.png"} if changes else {}
+    with pytest.raises(InputError, match=culprit.replace("FILE", str(file))):
+        tiny.run_generate_only(ckpt, file, **changes, **out)
+    assert rows == []
 
 
 def test_a_missing_image_is_not_left_out_of_the_npz(reference, tmp_path):

@@ -360,8 +360,10 @@ def test_samples_do_not_depend_on_the_batch(sampler):
 @pytest.mark.parametrize(
     ("guidance", "named"),
     [
-        (Guidance(0.5), "--cfg-scale 0.5 is below 1"),
-        (Guidance(-1.0), "--cfg-scale -1.0 is below 1"),
+        (Guidance(0.5), "--cfg-scale 0.5 must be finite and not below 1"),
+        (Guidance(-1.0), "--cfg-scale -1.0"),
+        (Guidance(float("nan")), "--cfg-scale nan"),
+        (Guidance(float("inf")), "--cfg-scale inf"),
         (Guidance(2.0, 0.8, 0.2), "--guidance-low 0.8 and --guidance-high 0.2"),
         (Guidance(2.0, -0.1, 0.5), "--guidance-low -0.1"),
         (Guidance(2.0, 0.5, 1.1), "--guidance-high 1.1"),

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -28,6 +29,18 @@ def write_atomically(path, write, durable=True):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path, flag):
+    """Make the folder of the file `path`. Raises InputError where it cannot be written, before work is done for it."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be written ({error.strerror}); name another file") from None
+    if path.is_dir():
+        raise InputError(f"{flag} {path} is a folder; name a file")
 
 
 def write_json(path, content):
