@@ -449,11 +449,13 @@ def image_settings(manifest, store):
 
 
 def is_packed(store, target, manifest):
-    """True where an npz is finished whose parts are gone: nothing is left to do."""
+    """True where the npz of these very images is finished, whose parts are gone: nothing is left to do."""
     record = target.with_suffix(".json")
     if store.kind != "parts" or not (target.exists() and record.exists()):
         return False
-    return json.loads(record.read_text())["num_fid_samples"] == manifest["num_fid_samples"]
+    found, wanted = json.loads(record.read_text()), json.loads(json.dumps(manifest))
+    same_count = found["num_fid_samples"] == wanted["num_fid_samples"]
+    return same_count and image_settings(found, store) == image_settings(wanted, store)
 
 
 def plan(config, store, target, manifest):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -375,6 +376,14 @@ def test_npz_alone_leaves_no_images_and_is_not_made_twice(reference, ckpt, tmp_p
     assert rows == []
     assert npz.stat().st_mtime > 0  # the newest, which script/measure.sh takes
     assert tiny.run_generate(ckpt, tmp_path, format="npz", num_fid_samples=3)[1].shape[0] == 3
+
+
+def test_an_npz_of_other_settings_is_not_taken_over_where_its_folder_was_deleted(ckpt, tmp_path):
+    """The error that refuses other settings says: delete the folder."""
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path, format="npz")
+    shutil.rmtree(folder)
+    _, other, manifest = tiny.run_generate(ckpt, tmp_path, format="npz", num_steps=3)
+    assert manifest["num_steps"] == 3 and not np.array_equal(other, array)
 
 
 def test_latents_are_those_that_are_decoded(reference, ckpt, vae, tmp_path):
