@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 from evaluations import evaluator
 from evaluations.results import read_result
 from models.errors import InputError, exit_on_input_error, note
-from training.checkpoint import write_atomically, write_json
+from training.checkpoint import check_writable, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,6 +164,7 @@ def main(argv=None):
     for flag, path in (("--ckpt", args.ckpt), ("--ref", args.ref)):
         if not Path(path).exists():
             raise InputError(f"{flag} {path} does not exist")
+    check_writable(args.out / "table.md", "--out:")
     check_same(args)
     rows = [(setting, measure(setting, args)) for setting in settings(args)]
     metrics = list(rows[0][1]["metrics"])

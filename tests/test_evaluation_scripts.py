@@ -55,6 +55,19 @@ def test_samples_and_measures_as_published(environment, tmp_path, size):
     assert table == "python evaluations/table.py results/run-NAME.json"
 
 
+@pytest.mark.parametrize("size", ["b", "xl", "xl_512"])
+def test_flow_maps_of_some_steps_have_their_own_results(environment, tmp_path, size):
+    command = ["bash", f"script/dmf/eval_{size}.sh", "--mode", "restart"]
+    done = subprocess.run(
+        command, cwd=tiny.ROOT, env={**environment, "NUM_STEPS": "2"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
+    assert "--num-fid-samples 50000" in sample and "--num-steps 2 " in sample and sample.endswith("--mode restart")
+    assert evaluate.endswith("--json results/steps-2/run-NAME.json")
+    assert table == "python evaluations/table.py results/steps-2/run-NAME.json"
+
+
 def test_sampling_alone(environment, tmp_path):
     done = run("base", {**environment, "REF": "none"})
     assert done.returncode == 0 and "NAME.npz is not measured" in done.stdout

@@ -12,6 +12,7 @@ from models import load_checkpoint, load_model
 from models.deepflow import DeepFlow
 from models.errors import InputError
 from models.export import export, main
+from models.flow_map import FlowMap
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,15 @@ def test_command_line_with_the_depth_of_a_published_flow_map(tmp_path):
     torch.save(load_checkpoint(ckpt).model.state_dict(), tmp_path / "published.pt")
     main([str(tmp_path / "published.pt"), str(tmp_path / "out"), "--dmf-depth", "3"])
     assert load_model(tmp_path / "out")[0].dmf_depth == 3
+
+
+@pytest.mark.parametrize("name", ["DMFT-Ti/2", "DeepFlow-DMF-Ti/2"])
+def test_flow_maps_are_exported_and_read(tmp_path, name):
+    ckpt = tiny.checkpoint(tmp_path / "map.pt", tmp_path / "tiny-vae", name)
+    export(ckpt, tmp_path / "out")
+    expected = load_checkpoint(ckpt).model
+    for model in (FlowMap.from_pretrained(tmp_path / "out"), load_model(tmp_path / "out")[0]):
+        assert same_weights(model, expected) and model.dmf_depth == expected.dmf_depth
 
 
 def test_importing_models_imports_no_export_tool():
