@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from models.errors import InputError, note
-from outputs import named_full_disk
 from preprocessing.jobs import versions
 from training.checkpoint import check_writable, write_json
 
@@ -43,8 +42,11 @@ def write_result(path, samples, metrics, **settings):
     """Write the JSON of a measurement; metrics: {name: number}."""
     packages = versions("torch", "scipy", "torch-fidelity", "timm")
     content = {"metrics": metrics, "samples": str(samples), **settings, "versions": packages}
-    with named_full_disk(path):
-        write_json(path, {**content, "manifest": sample_manifest(samples)})
+    manifest = sample_manifest(samples)
+    try:
+        write_json(path, {**content, "manifest": manifest})
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); the numbers stand above") from None
     note(f"wrote {path}")
 
 

@@ -3,8 +3,8 @@
     python -m models.export exps/xl/checkpoints/2000000.pt deepflow-xl [--weights raw]
 
 DIR/model.safetensors holds the weights, DIR/config.json the constructor's arguments, the path, and the VAE and classes
-of the training data: no more is needed by `DeepFlow.from_pretrained(DIR)` (of a flow map `FlowMap.from_pretrained(DIR)`),
-`load_model(DIR)` and `generate.py --ckpt DIR`.
+of the training data: no more is needed by `load_model(DIR)`, `generate.py --ckpt DIR`, `DeepFlow.from_pretrained(DIR)`
+and, of a flow map, `FlowMap.from_pretrained(DIR)`.
 """
 
 import argparse

@@ -300,6 +300,16 @@ def test_bare_json_flag_writes_beside_other_results(files, tmp_path, monkeypatch
     assert json.loads((tmp_path / "results/samples-corners.json").read_text())["samples"] == files[1]
 
 
+def test_a_full_disk_leaves_the_numbers_in_one_line(files, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("evaluations.results.write_json", fail)
+    result = tmp_path / "r.json"
+    refused(f"{result} cannot be written .No space left", *files[:2], "--features", files[2], "--json", result)
+    assert "FD (corners): " in capsys.readouterr().out
+
+
 def test_a_result_that_cannot_be_written_is_named_before_the_work(files, tmp_path, capsys):
     for place in (tmp_path, files[0] + "/r.json"):
         refused(f"--json {place}", *files[:2], "--features", files[2], "--json", place)
