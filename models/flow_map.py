@@ -17,7 +17,6 @@ from models.errors import InputError
 from models.layers import sinusoid
 
 LOGVAR_FREQUENCIES = 64
-FACTS = ("run", "data", "steps", "weights")  # what models/export.py writes beside the constructor's arguments
 
 
 @dataclasses.dataclass
@@ -51,11 +50,6 @@ class FlowMap(DeepFlow):
             self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1)
             nn.init.xavier_uniform_(self.logvar_linear.weight)
             nn.init.zeros_(self.logvar_linear.bias)
-
-    @classmethod
-    def _from_pretrained(cls, **arguments):
-        """The hub's mixin hands all of config.json to a constructor that takes any keyword."""
-        return super()._from_pretrained(**{name: arguments[name] for name in arguments if name not in FACTS})
 
     def map_times(self, t, r):
         """The times of `run_branches`: one for each branch, or t and r where there is one branch."""
