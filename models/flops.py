@@ -27,7 +27,6 @@ PEAK_FLOPS = {
     "V100": 125e12,
 }
 
-ATTENTION = ("attn", "attention")  # how the names of attention modules end
 CROSS_ATTENTION = "cross_attention"  # the part of VeRA that Table 8 leaves out
 
 
@@ -114,16 +113,25 @@ def count_parts(model):
     weights = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, weights, meta_inputs(model))
-    counts = {name.partition(".")[2]: ops for name, ops in counter.get_flop_counts().items()}
-    for name, ops in counts.items():
-        parent, part = name.rpartition(".")[0], part_of(name)
-        if part not in parts or ".".join(words(name)) != part or (parent in counts and part_of(parent) == part):
-            continue  # a layer inside a part, or a block, of which the parts are counted
-        attention = 0
-        if part.endswith(ATTENTION):  # elsewhere some versions of torch run a Linear as a batch of products
-            attention = sum(count for op, count in ops.items() if re.search("bmm|scaled_dot_product", str(op))) // 2
-        parts[part] += Part(0, sum(ops.values()) // 2 - attention, attention)
+    for name, ops in own_operations(counter.get_flop_counts()).items():
+        is_layer = isinstance(model.get_submodule(name), nn.Linear)  # which some versions of torch run as a bmm
+        products = {op for op in ops if re.search("bmm|scaled_dot_product", str(op)) and not is_layer}
+        attention = sum(ops[op] for op in products) // 2
+        parts[part_of(name)] += Part(0, sum(ops.values()) // 2 - attention, attention)
     return dict(parts)
+
+
+def own_operations(counts):
+    """{module: {operation: FLOP}} of what runs in a module but in no module of it, from FlopCounterMode's counts."""
+    whole = {name.partition(".")[2]: collections.Counter(ops) for name, ops in counts.items()}
+    own = dict(whole)
+    for name, ops in whole.items():
+        above = name.rpartition(".")[0]
+        while above and above not in whole:
+            above = above.rpartition(".")[0]
+        if name:
+            own[above] = own[above] - ops
+    return {name: ops for name, ops in own.items() if ops}
 
 
 def words(name):
@@ -132,5 +140,9 @@ def words(name):
 
 
 def part_of(name):
-    """The part that a parameter or module belongs to: `blocks.3.attn.qkv` → `blocks.attn`, `final_layer.1` → itself."""
-    return ".".join(words(name)[: 2 if name.startswith(("blocks", "df_blocks")) else 1])
+    """The part that a parameter or module belongs to: `blocks.3.attn.qkv` → `blocks.attn`, `final_layer.1` → itself.
+
+    What runs in a block itself are the products of its attention.
+    """
+    part = ".".join(words(name)[: 2 if name.startswith(("blocks", "df_blocks")) else 1])
+    return "blocks.attn" if part == "blocks" else part
