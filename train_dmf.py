@@ -9,6 +9,7 @@ logarithm whose level says little.
 
 import dataclasses
 import functools
+import math
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +27,7 @@ from models import PRESETS, create_model, load_checkpoint, model_config
 from models.attention import ATTENTION, set_attention
 from models.codec import LatentCodec, LatentSpec
 from models.deepflow import DeepFlowOutput
-from models.errors import InputError, exit_on_input_error
+from models.errors import InputError, exit_on_input_error, note
 from models.flops import count_flops
 from models.flow_map import to_flow_map
 from models.paths import PATHS
@@ -100,12 +101,11 @@ class FlowMapConfig(TrainConfig):
                 raise InputError(f"{shown(name)} {getattr(self, name)} must not be negative or infinite")
         if self.model not in FLOW_MAPS:
             raise InputError(f"--model {self.model!r} is not a flow map; choose one of {', '.join(FLOW_MAPS)}")
-        if bool(self.pretrained) == self.from_scratch:
-            raise InputError(
-                "--pretrained and --from-scratch exclude each other"
-                if self.pretrained
-                else "--pretrained is missing: name the flow model to start from, or pass --from-scratch"
-            )
+        for name in ("P_mean", "P_mean_t", "P_mean_r"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{shown(name)} {getattr(self, name)} must be finite")
+        if self.pretrained and self.from_scratch:
+            raise InputError("--pretrained and --from-scratch exclude each other")
         if self.g_type == "distill" and not (self.teacher or self.pretrained):
             raise InputError("--g-type distill needs a flow model as teacher: pass --teacher, or --pretrained")
         if self.teacher and self.g_type != "distill":
@@ -130,49 +130,64 @@ def load_flow(path, config, info, name):
     return checkpoint
 
 
-def check_preset(config, options):
-    """Raise InputError where --model or its flags name another network than --pretrained holds."""
+def check_preset(config, options, source):
+    """Raise InputError where --model or its flags name another network than the file `source` (with its flag) holds."""
     preset = PRESETS[config.model]
     wanted = {"hidden_size": preset.hidden_size, "patch_size": preset.patch_size, "num_heads": preset.num_heads}
     wanted["depth"] = config.trans_depth or preset.depth
     for key, value in wanted.items():
         if options[key] != value:
-            raise InputError(
-                f"--pretrained {config.pretrained} has {key} {options[key]}, --model {config.model} {value}"
-            )
+            raise InputError(f"{source} has {key} {options[key]}, --model {config.model} {value}")
     if bool(options["df_idxs"]) != bool(preset.df_idxs):
         kind = "DeepFlow-DMF" if options["df_idxs"] else "DMFT"
-        raise InputError(
-            f"--pretrained {config.pretrained} has key layers {options['df_idxs']}; choose a {kind} preset"
-        )
+        raise InputError(f"{source} has key layers {options['df_idxs']}; choose a {kind} preset")
     if config.qk_norm not in (None, bool(options["qk_norm"])):
-        raise InputError(f"--qk-norm contradicts --pretrained {config.pretrained}, which has {options['qk_norm']}")
+        raise InputError(f"--qk-norm contradicts {source}, which has {options['qk_norm']}")
 
 
-def start_from_flow(config, info):
-    """The flow map of --pretrained and its constructor arguments, after the check that with r = t it is that flow."""
-    checkpoint = load_flow(config.pretrained, config, info, "pretrained")
-    check_preset(config, checkpoint.options)
+def start(config, info, resumed):
+    """The run's flow map and its constructor arguments; resumed: the run's checkpoint, which alone is then needed."""
+    if resumed:
+        return start_from_file(resumed, config, info, "resume")
+    if config.from_scratch:
+        return start_from_scratch(config, info)
+    if not config.pretrained:
+        raise InputError("--pretrained is missing: name the flow model to start from, or pass --from-scratch")
+    return start_from_file(config.pretrained, config, info, "pretrained")
+
+
+def start_from_file(path, config, info, name):
+    """The flow map of a file and its constructor arguments; of a flow model after the check that with r = t it is it.
+
+    name: the flag that gave `path`. Raises InputError.
+    """
+    checkpoint, source = load_flow(path, config, info, name), f"--{name} {path}"
+    check_preset(config, checkpoint.options, source)
     depth, own = config.dmf_depth, checkpoint.options.get("dmf_depth")
+    if name == "resume" and not own:
+        raise InputError(f"{source} is a flow model; start a run from it with --pretrained")
     if own and checkpoint.run and depth not in (None, own):
-        raise InputError(f"--dmf-depth {depth} contradicts --pretrained {config.pretrained}, a flow map with {own}")
+        raise InputError(f"--dmf-depth {depth} contradicts {source}, a flow map with {own}")
+    if name == "pretrained" and config.g_type == "mg" and config.cfg_prob == 0 == checkpoint.run.get("cfg_prob"):
+        raise InputError(f"--g-type mg needs a null class, which --cfg-prob 0 never trains, nor did {source}; raise it")
     if depth is None:
         depth = own or PRESETS[config.model].dmf_depth
     model, options = to_flow_map(checkpoint.options, checkpoint.model.state_dict(), depth)
-    check_conversion(checkpoint.model, model)
+    if name == "pretrained":
+        check_conversion(checkpoint.model, model)
     return model, options
 
 
 @torch.no_grad()
 def check_conversion(flow, model, n=4):
-    """Print how far u(x, t, t, y) is from the flow model's velocity on a batch; InputError if too far."""
+    """Note how far u(x, t, t, y) is from the flow model's velocity on a batch; InputError if too far."""
     g = torch.Generator().manual_seed(0)
     side = int(model.pos_embed.shape[1] ** 0.5) * model.patch_size
     x, t = torch.randn(n, model.in_channels, side, side, generator=g), torch.rand(n, generator=g)
     y = torch.arange(n) % (model.num_classes + 1)
     v = flow.velocity(x, t, y)
     difference = ((model.average_velocity(x, t, t, y) - v).abs().max() / v.abs().max().clamp_min(1e-12)).item()
-    print(f"u(x, t, t, y) is the flow model's velocity up to a relative difference of {difference:.1e}", flush=True)
+    note(f"u(x, t, t, y) is the flow model's velocity up to a relative difference of {difference:.1e}")
     if not difference <= TOLERANCE:
         raise InputError("--pretrained is converted wrongly: u(x, t, t, y) is not its velocity; use another file")
 
@@ -197,7 +212,11 @@ def guided_target(config, model, info, device):
     """The GuidedTarget of --g-type."""
     source = model
     if config.g_type == "distill":
-        source = load_flow(config.teacher or config.pretrained, config, info, "teacher").model.to(device)
+        path = config.teacher or config.pretrained
+        teacher = load_flow(path, config, info, "teacher")
+        if teacher.run.get("cfg_prob") == 0 and config.omega != 1:
+            raise InputError(f"--teacher {path} has no null class, it was trained with --cfg-prob 0; pass --omega 1")
+        source = teacher.model.to(device)
     velocity = torch.compile(source.velocity, fullgraph=True) if config.compile else source.velocity
     return GuidedTarget(config.g_type, config.omega, velocity, info.num_classes)
 
@@ -259,15 +278,15 @@ def train(config):
     set_attention(config.attn_func)
     run_dir = Path(config.output_dir) / config.exp_name
     info, dataset = open_data(config)
+    resumed = None if config.dry_run else find_resume(run_dir, config.resume)
     torch.manual_seed(config.seed)  # of the log-variance head, or of all weights
-    model, options = (start_from_scratch if config.from_scratch else start_from_flow)(config, info)
+    model, options = start(config, info, resumed)
     weights = config.branch_weights(model.num_branches)
     accelerator = start_accelerator(config, run_dir)
     rows_of_rank(config.batch_size, accelerator.num_processes, config.gradient_accumulation_steps, 0)
     accelerator.print(describe(config, options, info, accelerator))
     if config.dry_run:
         return
-    find_resume(run_dir, config.resume)
     grids = None
     if config.sampling_steps and accelerator.is_main_process:
         codec = LatentCodec.load(config.vae or info.spec.vae, device=accelerator.device)

@@ -143,6 +143,8 @@ def published_note(path, options):
         return told
     if options.get("ssl_align"):
         return told + f"SiT of REPA, aligned after block {options['encoder_depth']}"
+    if options["qk_norm"] == "rms":
+        return told + "SiT of Decoupled MeanFlow"
     return told + "SiT (without projector: time reversed)"
 
 

@@ -249,6 +249,7 @@ def test_batch_that_the_processes_do_not_divide(data, tmp_path):
         ({"trans_depth": 0}, r"--trans-depth 0"),
         ({"model": "DeepFlow-XXL/2"}, r"--model 'DeepFlow-XXL/2' is unknown; choose one of DeepFlow-Ti/2"),
         ({"ssl_align": True}, r"data/images is missing and images are needed"),
+        ({"enc_type": "dinov9-vit-b"}, r"--enc-type 'dinov9-vit-b' is unknown"),
         ({"ssl_align": True, "enc_type": "dino"}, r"--enc-type 'dino' is unknown; choose from dinov2-vit-s, "),
         ({"ssl_align": True, "enc_ckpt": "a,b"}, r"--enc-ckpt names 2 files for 1 encoders \(dinov2-vit-b\)"),
         ({"enc_ckpt": "a"}, r"--enc-ckpt and --encoder-depth need --ssl-align"),

@@ -64,6 +64,26 @@ def test_generate_needs_no_more_than_the_folder(ckpt, folder, tmp_path):
     assert (manifest["model"], manifest["step"], manifest["path_type"]) == ("DeepFlow-Ti/2", 3, "linear")
 
 
+def test_an_exported_flow_map_is_the_same_map(vae, tmp_path):
+    options = {"depth": 2, "df_idxs": (1,), "dmf_depth": 1, "qk_norm": "rms"}
+    ckpt = tiny.checkpoint(tmp_path / "map.pt", vae, "DeepFlow-DMF-Ti/2", **options)
+    export(ckpt, tmp_path / "exported")
+    expected, found = load_checkpoint(ckpt), load_checkpoint(tmp_path / "exported")
+    x, t, y = torch.randn(2, 4, tiny.SIZE, tiny.SIZE), torch.tensor([0.9, 0.6]), torch.tensor([0, tiny.CLASSES])
+    with torch.no_grad():
+        u = expected.model.average_velocity(x, t, t / 3, y)
+        assert not torch.equal(u, expected.model.velocity(x, t, y))
+        for model in (found.model, FlowMap.from_pretrained(tmp_path / "exported")):
+            assert isinstance(model, FlowMap) and model.dmf_depth == 1
+            assert torch.equal(model.average_velocity(x, t, t / 3, y), u)
+    assert json.dumps(found.options) == json.dumps(expected.options)
+    images = [
+        tiny.run_generate(path, tmp_path / f"images{n}", mode="euler", num_steps=2)[1]
+        for n, path in enumerate((ckpt, tmp_path / "exported"))
+    ]
+    assert np.array_equal(*images)
+
+
 def test_a_folder_that_the_mixin_saved_is_read(tmp_path):
     model = tiny.fill_(DeepFlow(input_size=4, hidden_size=64, depth=3, num_heads=1, df_idxs=(1,), projector_dim=16))
     model._save_pretrained(tmp_path)

@@ -53,10 +53,11 @@ def test_derivative_equals_central_differences(backbone, qk_norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "qk_norm"), [("sit", "rms"), ("deepflow", True)])
-def test_compiled_derivative_equals_eager(backbone, qk_norm):
+@pytest.mark.parametrize("qk_norm", [False, True, "rms"])
+@pytest.mark.parametrize("df_idxs", [(), (1,)], ids=["sit", "deepflow"])
+def test_compiled_derivative_equals_eager(df_idxs, qk_norm):
     torch._dynamo.reset()  # or the cases of this test would count as recompilations of one function
-    model = tiny_map(backbone, qk_norm=qk_norm, depth=3)
+    model = tiny_map(qk_norm=qk_norm, depth=2, df_idxs=df_idxs, dmf_depth=1)
     x, t, r, y, tangent = inputs()
     eager = model.derivative(x, t, r, y, tangent)
     with torch.autocast("cpu", torch.bfloat16):
@@ -257,6 +258,8 @@ def test_published_flow_map_files(tmp_path, capsys):
         expected = model.average_velocity(x, t, r, y)
         assert torch.equal(headless.average_velocity(x, t, r, y), expected)
         assert torch.equal(loaded.model.average_velocity(x, t, r, y), expected)
+    capsys.readouterr()
     flow = load_checkpoint(tmp_path / "headless.pt", num_heads=2).model  # its QK norm says where it comes from
+    assert "SiT of Decoupled MeanFlow" in capsys.readouterr().err
     with torch.no_grad():
         assert torch.equal(flow.velocity(x, t, y), model.velocity(x, t, y))

@@ -11,6 +11,7 @@ import pytest
 
 from generate import GenerateConfig
 from generate_t2i import TextGenerateConfig
+from train_dmf import FlowMapConfig
 from train_t2i import TextTrainConfig
 from training.config import TrainConfig, parse_flags
 
@@ -62,11 +63,12 @@ def names_of_getattr(tree):
     ("config", "rooms"),
     [
         (TrainConfig, ("train.py", "training/")),
+        (FlowMapConfig, ("train_dmf.py", "training/")),
         (TextTrainConfig, ("train.py", "train_t2i.py", "training/")),
         (GenerateConfig, ("generate.py",)),
         (TextGenerateConfig, ("generate.py", "generate_t2i.py")),
     ],
-    ids=["train", "train_t2i", "generate", "generate_t2i"],
+    ids=["train", "train_dmf", "train_t2i", "generate", "generate_t2i"],
 )
 def test_every_flag_is_read(config, rooms):
     read = set()
@@ -140,7 +142,7 @@ def test_forms_of_key_layers(given):
     assert parse_df_idxs(config.df_idxs) == (8, 16)
 
 
-@pytest.mark.parametrize("config", [TrainConfig, TextTrainConfig, GenerateConfig, TextGenerateConfig])
+@pytest.mark.parametrize("config", [TrainConfig, FlowMapConfig, TextTrainConfig, GenerateConfig, TextGenerateConfig])
 def test_help_names_every_flag(config, capsys):
     with pytest.raises(SystemExit) as caught:
         parse_flags(config, ["--help"])

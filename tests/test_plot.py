@@ -17,10 +17,12 @@ def write_log(folder, *records):
     return folder
 
 
-def test_curves_are_losses_gradient_norm_and_speed(tmp_path):
+def test_curves_are_losses_errors_gradient_norm_and_speed(tmp_path):
     first = {"step": 5, "loss": 1.5, "loss_a1": 2, "grad_norm": 3, "epoch": 0.1, "images_per_s": 7}
-    log = write_log(tmp_path / "a", first, {"step": 10, "loss": 1.0}) / "log.jsonl"
+    of_a_map = {"error_map": 4.0, "du_dt_norm": 5.0, "log_variance": -6.0}
+    log = write_log(tmp_path / "a", {**first, **of_a_map}, {"step": 10, "loss": 1.0}) / "log.jsonl"
     expected = {"loss": ([5, 10], [1.5, 1.0]), "loss_a1": ([5], [2.0])}
+    expected.update({name: ([5], [value]) for name, value in of_a_map.items()})
     assert plot.read_curves(log) == {**expected, "grad_norm": ([5], [3.0]), "images_per_s": ([5], [7.0])}
 
 

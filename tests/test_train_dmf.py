@@ -1,5 +1,6 @@
 """Training of flow maps: the same step on many processes, resume, logs, grids, bad input."""
 
+import argparse
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import tiny
 import torch
 from flow_map_gradients import gradients
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import train_dmf
 from models import load_checkpoint
@@ -77,6 +79,31 @@ def test_two_steps_and_two_more_equal_four(data, flow, tmp_path, changes):
         assert tiny.differences(before[entry], b[entry])
 
 
+def test_a_resumed_run_needs_its_own_checkpoint_only(data, tmp_path):
+    flow = tiny.flow_file(tmp_path / "flow.pt")
+    whole = tiny.run_train_dmf(data, tmp_path / "whole", flow)
+    tiny.run_train_dmf(data, tmp_path / "parts", flow, max_train_steps=2)
+    flow.unlink()
+    others = {"from_scratch": False, "resume": "auto"}
+    parts = tiny.run_train_dmf(data, tmp_path / "parts", None, max_train_steps=3, **others)
+    tiny.run_train_dmf(data, tmp_path / "parts", flow, resume="latest")  # the file that is gone is not read
+    a, b = (tiny.load(run / "checkpoints/0000004.pt") for run in (whole, parts))
+    assert not any(tiny.differences(a[entry], b[entry]) for entry in ("model", "ema", "opt"))
+    assert a["config"]["model_options"] == b["config"]["model_options"]
+    for changes, culprit in (
+        ({"dmf_depth": 2}, "--dmf-depth 2 contradicts --resume"),
+        ({"g_type": "distill"}, "pass --teacher, or --pretrained"),
+        ({"trans_depth": 3}, "has depth 2, --model"),
+    ):
+        with pytest.raises(InputError, match=culprit):
+            tiny.run_train_dmf(data, tmp_path / "parts", None, **{**others, **changes})
+
+
+def test_a_flow_model_is_nothing_to_resume_from(data, flow, tmp_path):
+    message = refused(data, tmp_path, None, from_scratch=False, resume=flow)
+    assert message == f"--resume {flow} is a flow model; start a run from it with --pretrained"
+
+
 def test_accumulation_does_not_change_the_step(data, flow, tmp_path):
     runs = [
         tiny.run_train_dmf(
@@ -90,7 +117,7 @@ def test_accumulation_does_not_change_the_step(data, flow, tmp_path):
 
 def test_a_run_says_how_its_start_compares_and_logs_what_to_watch(data, flow, tmp_path, capsys):
     run = tiny.run_train_dmf(data, tmp_path, flow, g_max=1.0, cfg_prob=0.0)
-    assert "is the flow model's velocity up to a relative difference of" in capsys.readouterr().out
+    assert "is the flow model's velocity up to a relative difference of" in capsys.readouterr().err
     for line in tiny.log_lines(run):
         assert line["error_flow"] > 0 and line["error_map"] > 0 and line["du_dt_norm"] > 0
         assert line["guided_fraction"] == 1.0
@@ -99,6 +126,27 @@ def test_a_run_says_how_its_start_compares_and_logs_what_to_watch(data, flow, tm
     model = load_checkpoint(run / "checkpoints/0000004.pt").model
     assert isinstance(model, FlowMap)
     assert model.dmf_depth == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "taken_as"),
+    [
+        ("SiT-Ti/2", {}, "SiT (without projector: time reversed)"),
+        ("SiT-Ti/2", {"ssl_align": True, "z_dims": (24,)}, "SiT of REPA"),
+        ("DeepFlow-Ti/2", {"df_idxs": (1,)}, "key layers [1]"),
+        ("DMFT-Ti/2", {"dmf_depth": 1, "qk_norm": "rms"}, "a flow map of which"),
+    ],
+    ids=["sit", "repa", "deepflow", "dmf"],
+)
+def test_published_files_are_starting_points(data, tmp_path, capsys, name, options, taken_as):
+    ours = tiny.checkpoint(tmp_path / "ours.pt", tiny.SPEC.vae, name, depth=2, **options)
+    state = {f"module.{key}": tensor for key, tensor in tiny.load(ours)["ema"].items()}
+    torch.save({"ema": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "published.pt")
+    model = "DeepFlow-DMF-Ti/2" if "df_idxs" in options else "DMFT-Ti/2"
+    flags = {"model": model, "df_idxs": str(list(options.get("df_idxs", ()))), "max_train_steps": 1}
+    run = tiny.run_train_dmf(data, tmp_path, tmp_path / "published.pt", **flags)
+    assert taken_as in capsys.readouterr().err
+    assert load_checkpoint(run / "checkpoints/0000001.pt").model.dmf_depth == 1
 
 
 def test_a_conversion_that_changes_the_flow_stops_the_run(data, flow, tmp_path, monkeypatch):
@@ -133,7 +181,9 @@ def test_grids_show_one_two_and_four_steps(data, flow, tmp_path):
 @pytest.mark.slow
 def test_a_compiled_run_trains_like_an_eager_one(data, flow, tmp_path):
     torch._dynamo.reset()
-    runs = [tiny.run_train_dmf(data, tmp_path / str(c), flow, compile=c, max_train_steps=2) for c in (False, True)]
+    counters.clear()
+    runs = [tiny.run_train_dmf(data, tmp_path / str(c), flow, compile=c, g_max=1.0) for c in (False, True)]
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]  # forward, guidance, derivative
     eager, compiled = ([line["loss"] for line in tiny.log_lines(run)] for run in runs)
     assert compiled == pytest.approx(eager, rel=1e-4)
 
@@ -159,6 +209,7 @@ def refused(data, output_dir, flow, **changes):
         ({"g_min": 0.8, "g_max": 0.2}, "--g-min 0.8 and --g-max 0.2"),
         ({"omega": -1.0}, "--omega -1.0"),
         ({"P_std_r": -1.0}, "--P-std-r -1.0"),
+        ({"P_mean_t": "nan"}, "--P-mean-t nan"),
         ({"qk_norm": True}, "--qk-norm contradicts"),
         ({"path_type": "cosine"}, "another --path-type"),
         ({"teacher": "x.pt"}, "--teacher is for --g-type distill"),
@@ -185,6 +236,25 @@ def test_a_flow_model_of_other_classes_or_latents(data, tmp_path):
     for name, options in (("num_classes", {"num_classes": 5}), ("input_size", {"input_size": 4})):
         path = tiny.flow_file(tmp_path / f"{name}.pt", **options)
         assert f"has {name} {options[name]}" in refused(data, tmp_path, path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"g_type": "distill", "omega": 1.5}, "has no null class"),
+        ({"g_type": "mg", "cfg_prob": 0.0}, "--g-type mg needs a null class"),
+        ({"g_type": "mg"}, None),
+        ({"g_type": "distill", "omega": 1.0}, None),
+    ],
+)
+def test_a_flow_model_without_null_class(data, flow, tmp_path, changes, culprit):
+    content = tiny.load(flow)
+    content["config"]["cfg_prob"] = 0.0
+    torch.save(content, tmp_path / "flow.pt")
+    if culprit:
+        assert culprit in refused(data, tmp_path, tmp_path / "flow.pt", **changes)
+    else:
+        tiny.run_train_dmf(data, tmp_path, tmp_path / "flow.pt", max_train_steps=1, **changes)
 
 
 def test_flags_of_train_without_meaning_here_are_unknown(capsys):

@@ -419,16 +419,18 @@ def test_tensorboard_gets_every_number_of_the_log(data, tmp_path):
         assert written == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
 
 
-def test_a_jump_of_the_loss_is_announced(tmp_path, capsys):
+@pytest.mark.parametrize("watched", ["loss", "error_map"])  # a flow map's loss is a logarithm, often negative
+def test_a_jump_of_the_loss_is_announced(tmp_path, capsys, watched):
+    others = {"grad_norm": 1.0, **({} if watched == "loss" else {"loss": -2.0})}
     with tiny.fresh_accelerate():
         log = RunLog(start_accelerator(config_of(), tmp_path), tmp_path, config_of(), 0, 20)
         for step in range(1, 13):
-            values = {"loss": torch.tensor(7.0 if step == 12 else 2.0), "grad_norm": torch.tensor(1.0)}
-            log.add(values, torch.tensor(False))
+            values = {watched: 7.0 if step == 12 else 2.0, **others}
+            log.add({name: torch.tensor(value) for name, value in values.items()}, torch.tensor(False))
             log.write(step, epoch=0.1)
         log.close()
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "warning: at step 12 the loss is 7.0000, its running median 2.0000"
+        f"warning: at step 12 the {watched} is 7.0000, its running median 2.0000"
     ]
 
 

@@ -170,8 +170,10 @@ class TrainConfig:
 
     def encoders(self):
         """{name: weights file, or None for the hub's} of the alignment encoders; empty without alignment."""
-        names = parse_enc_type(self.enc_type) if self.ssl_align else ()
-        return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True)) if names else {}
+        names = parse_enc_type(self.enc_type)  # a misspelling is refused without --ssl-align too
+        if not (names and self.ssl_align):
+            return {}
+        return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True))
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -109,9 +109,7 @@ class RunLog:
         return {name: total / count for name, total in zip(self.names, means, strict=True)} if count else {}
 
     def _warn_of_spike(self, record, step):
-        name = (
-            "error_map" if "error_map" in record else "loss"
-        )  # a flow map's loss is a logarithm, which may be negative
+        name = "error_map" if "error_map" in record else "loss"  # a flow map's loss is a logarithm, often negative
         loss = record[name]
         median = statistics.median(self.recent) if len(self.recent) >= 10 else float("inf")
         if loss > self.SPIKE * median:

@@ -10,7 +10,7 @@ from pathlib import Path
 from models.errors import InputError, exit_on_input_error
 from training.checkpoint import write_atomically
 
-ALSO = ("grad_norm", "images_per_s")  # beside all that begins with `loss`
+DRAWN = ("loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings of names
 COLUMNS = 3
 
 
@@ -21,7 +21,7 @@ def log_file(path):
 
 
 def read_curves(log):
-    """JSONL log → {name: (steps, values)}: losses, gradient norm, speed. Raises InputError naming the file."""
+    """JSONL log → {name: (steps, values)} of the names that are drawn. Raises InputError naming the file."""
     try:
         lines = Path(log).read_text().splitlines()
     except (OSError, UnicodeDecodeError):
@@ -30,7 +30,7 @@ def read_curves(log):
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            for name in (key for key in record if key.startswith("loss") or key in ALSO):
+            for name in (key for key in record if key.startswith(DRAWN)):
                 steps, values = curves.setdefault(name, ([], []))
                 values.append(float(record[name]))
                 steps.append(int(record["step"]))

@@ -21,9 +21,9 @@ BATCH_SIZE=256                           # global
 MAX_TRAIN_STEPS=800000
 CHECKPOINTING_STEPS=100000
 
-launch=(accelerate launch --num_processes "$NUM_GPUS" --num_machines 1 --mixed_precision "$MIXED_PRECISION" --dynamo_backend no)
-[ "$NUM_GPUS" -gt 1 ] && launch+=(--multi_gpu --main_process_port "${MAIN_PORT:-0}") # 0 is any free port
-"${launch[@]}" train_dmf.py \
+# Both signals reach every process, which then saves and stops; see docs/cluster.md.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+exec torchrun --standalone --nproc-per-node "$NUM_GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train_dmf.py \
     --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
     --model "$MODEL" --pretrained "$CKPT" --dmf-depth "$DMF_DEPTH" --attn-func auto --qk-norm \
     --g-type mg --omega "$OMEGA" --g-min "$G_MIN" --g-max "$G_MAX" \
