@@ -4,7 +4,8 @@
     python benchmarks/sampling.py --sizes B --batch-size 8 --steps 10 --no-compile
 
 Every row is a median over interleaved repeats of a whole run of `--steps` SDE steps with per-image noise; decoding is
-not part of it. "Overhead" is what that run costs beyond as many calls of the bare network.
+not part of it. "Overhead" is what that run costs beyond as many calls of the bare network. Ratios are medians over the
+repeats, of runs that follow each other.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.timing import describe_machine, interleaved_medians, print_table
+from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
 from benchmarks.train_step import diffusers_model
 from generate import DTYPES, BatchNoise
 from models import create_model, model_config
@@ -88,16 +89,18 @@ def call_bare(network, args, device):
         network(x, t, y)
 
 
-def measure(cases, networks, args, device):
-    """{key: median seconds} of every row, of the bare networks, and of "free": a network that costs nothing."""
+def measure(cases, args, device):
+    """{key: seconds of every repeat} of every row, of the bare networks, and of "free": a network that costs nothing.
+
+    Runs that are compared follow each other.
+    """
     x = torch.zeros(args.batch_size, 4, args.latent_size, args.latent_size, device=device, dtype=DTYPES[args.dtype])
     runs = {"free": lambda: sample(lambda *_: x, GUIDANCES["none"], args, device)}
-    for key, network in networks.items():
-        runs["bare", key] = lambda n=network: call_bare(n, args, device)
-        for case in cases:
-            if case.key[:2] == key:
-                runs[case.key] = lambda c=case: sample(c.network, GUIDANCES[c.guidance], args, device)
-    return interleaved_medians(runs, args.repeats, device)
+    for case in sorted(cases, key=lambda case: (case.how, list(GUIDANCES).index(case.guidance))):
+        if case.guidance == "none":
+            runs["bare", case.key[:2]] = lambda c=case: call_bare(c.network, args, device)
+        runs[case.key] = lambda c=case: sample(c.network, GUIDANCES[c.guidance], args, device)
+    return interleaved_times(runs, args.repeats, device)
 
 
 def images_per_second(median, args):
@@ -105,30 +108,30 @@ def images_per_second(median, args):
     return args.batch_size / median * args.steps / PAPER_STEPS
 
 
-def row(case, medians, dit, args):
+def row(case, times, medians, dit, args):
     """Cells of a case; dit: the name of diffusers' model."""
     median = medians[case.key]
-    to_none = median / medians[case.model, case.how, "none"]
-    to_dit = median / medians[dit, case.how, case.guidance]
+    to_none = median_ratio(times, case.key, (case.model, case.how, "none"))
+    to_dit = median_ratio(times, case.key, (dit, case.how, case.guidance))
     speed = f"{median / args.batch_size:.4f}", f"{images_per_second(median, args):.2f}"
     return *case.key, *speed, f"{to_none:.2f}", f"{to_dit:.2f}"
 
 
-def targets(size, networks, medians, args, device):
+def targets(size, networks, times, medians, args, device):
     """Yield (what, measured, reached) for the networks of this project."""
     dit = f"diffusers DiT-{size}/2"
     for model, how in (key for key in networks if key[0] != dit):
-        name, none = f"{model}, {how}", medians[model, how, "none"]
-        guided, interval = (medians[model, how, g] / none for g in ("all steps", "[0.3, 0.7]"))
-        overhead = 100 * (none / medians["bare", (model, how)] - 1)
+        name, none = f"{model}, {how}", (model, how, "none")
+        guided, interval = (median_ratio(times, (model, how, g), none) for g in ("all steps", "[0.3, 0.7]"))
+        overhead = 100 * (median_ratio(times, none, ("bare", (model, how))) - 1)
         yield f"{name}: guided run at most 2.1 unguided ones", f"{guided:.2f}", guided <= 2.1
         yield f"{name}: with interval [0.3, 0.7] at most 1.45", f"{interval:.2f}", interval <= 1.45
         yield f"{name}: overhead under 2 %", f"{overhead:.2f} %", overhead < 2
         if model.startswith("SiT"):  # DeepFlow of the same name has VeRA beside as many blocks
-            to_dit = none / medians[dit, how, "none"]
-            yield f"{name}: time per image at most diffusers'", f"{to_dit:.2f}", to_dit <= 1
+            to_dit = median_ratio(times, none, (dit, how, "none"))
+            yield f"{name}: time per image at most diffusers'", f"{to_dit:.3f}", to_dit <= 1
         elif device.type == "cuda" and how == "compiled" and size in IMAGES_PER_S:
-            rate, least = images_per_second(none, args), IMAGES_PER_S[size]
+            rate, least = images_per_second(medians[none], args), IMAGES_PER_S[size]
             yield f"{name}: at least {least} images/s at 250 steps", f"{rate:.2f}", rate >= least
 
 
@@ -136,13 +139,14 @@ def benchmark(size, args, device):
     """Measure one size and print its two tables."""
     torch.compiler.reset()  # a function is compiled for a few shapes and models at most
     cases, networks = build_cases(size, args, device)
-    medians = measure(cases, networks, args, device)
+    times = measure(cases, args, device)
+    medians = medians_of(times)
     print(f"\n## {size}/2, batch {args.batch_size}, {args.dtype}, {args.steps} steps, {args.repeats} repeats\n")
     header = ["network", "", "guidance", "s/image", "images/s at 250 steps", "to none", "to diffusers"]
-    print_table(header, [row(case, medians, f"diffusers DiT-{size}/2", args) for case in cases])
+    print_table(header, [row(case, times, medians, f"diffusers DiT-{size}/2", args) for case in cases])
     free = medians["free"] / args.steps * 1e3
     print(f"\nSampler loop round a network that costs nothing: {free:.3f} ms per step.\n")
-    rows = targets(size, networks, medians, args, device)
+    rows = targets(size, networks, times, medians, args, device)
     print_table(["target", "measured", "reached"], [(*cells, "yes" if reached else "no") for *cells, reached in rows])
 
 

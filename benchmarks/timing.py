@@ -34,8 +34,8 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def interleaved_medians(runs, repeats, device):
-    """{name: median seconds} of {name: callable}, called in turns so that a busy moment of the machine hits all alike.
+def interleaved_times(runs, repeats, device):
+    """{name: seconds of every repeat} of {name: callable}, called in turns, so that a busy moment hits all alike.
 
     Each is called twice before, which compiles and fills caches.
     """
@@ -48,7 +48,22 @@ def interleaved_medians(runs, repeats, device):
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(seconds_of(run, device))
+    return times
+
+
+def medians_of(times):
+    """{name: median seconds} of what `interleaved_times` returns."""
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def interleaved_medians(runs, repeats, device):
+    """Both in one."""
+    return medians_of(interleaved_times(runs, repeats, device))
+
+
+def median_ratio(times, name, other):
+    """Median over the repeats of name's time to other's in the same repeat: steadier than a ratio of medians."""
+    return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
 
 
 def matmul_rate(device, dtype, size=None, repeats=5):
