@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import platform
 import re
 import time
@@ -24,7 +23,6 @@ import torch
 from tqdm import tqdm
 
 from models import PRESETS, load_checkpoint
-from models.checkpoints import weights_file
 from models.codec import LatentCodec, LatentSpec
 from models.errors import InputError, exit_on_input_error
 from models.paths import PATHS
@@ -329,6 +327,7 @@ class ImageSampler:
             self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
             self.spec.check_same(self.codec.spec, config.ckpt, "--vae")
             self.spec = self.codec.spec
+        self.weights_sha256 = self.checkpoint.weights_sha256()  # of the file's, before they are rounded to --dtype
         model = self.checkpoint.model.to(device, DTYPES[config.dtype])
         network = model.average_velocity if MODES[config.mode].is_map else model.velocity
         # each batch shape its own graph: N and 2N rows, and the last batch's
@@ -414,17 +413,18 @@ def result_name(sampler):
     )
 
 
-# What changes no image, or only its rounding.
-FREE = ("versions", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
+# What changes no image, or only its rounding. A checkpoint may be copied or moved: its weights decide.
+FREE = ("versions", "ckpt", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
+# Flags that the manifest leaves out: they decide no image, or only say what `model_options` says.
+UNLISTED = ("sample_dir", "projector_embed_dims", "resume", "grid", "classes", "out", "num_classes", "resolution")
+UNLISTED += ("trans_depth", "df_idxs", "dmf_depth", "qk_norm", "legacy_scaling", "ssl_align")
 
 
 def build_manifest(sampler):
     """What the images are made of, JSON-like; the same command gives the same manifest."""
     config, checkpoint, cost = sampler.config, sampler.checkpoint, sampler.cost
     settings = {**dataclasses.asdict(config), "path_type": sampler.path.name, "vae": sampler.spec.vae}
-    for unused in ("sample_dir", "projector_embed_dims", "resume", "grid", "classes", "out"):
-        settings.pop(unused, None)
-    stat = os.stat(weights_file(config.ckpt))
+    settings = {key: value for key, value in settings.items() if key not in UNLISTED}
     return {
         **settings,
         **sampler.label_facts(),
@@ -433,8 +433,7 @@ def build_manifest(sampler):
         "latents": dataclasses.asdict(sampler.spec),
         "run": checkpoint.run.get("exp_name"),
         "step": checkpoint.steps,
-        "ckpt_bytes": stat.st_size,
-        "ckpt_modified": stat.st_mtime,
+        "weights_sha256": sampler.weights_sha256,
         "model_evaluations": cost.evaluations,
         "forward_passes": cost.calls,
         "guided_passes": cost.guided,

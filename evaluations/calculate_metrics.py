@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 evaluations/calculate_metrics.py calc --images ... --ref ... --num-images 50000
 
 References: a pickle {num_images, fid: {mu, sigma}, fd_dinov2: {mu, sigma}}, or ADM's npz, whose mu and sigma give FID.
+Those that `ref` makes also hold `image_size`, so that images of another size are not compared with them by mistake.
 """
 
 import argparse
@@ -21,11 +22,12 @@ import numpy as np
 from evaluations.evaluator import add_extractor_flags, say
 from evaluations.features import extract, load_dinov2, load_features
 from evaluations.frechet import frechet_distance
-from evaluations.images import check_moments, open_images, read_statistics
+from evaluations.images import NpzImages, check_moments, open_images, other_size, read_statistics
 from evaluations.inception import Inception
 from evaluations.processes import ProcessGroup
 from evaluations.results import result_path, write_result
-from models.errors import InputError, exit_on_input_error
+from models.errors import InputError, exit_on_input_error, note
+from outputs import named_full_disk
 from training.checkpoint import check_writable, write_atomically
 from training.config import shown
 from training.distributed import set_math
@@ -65,38 +67,48 @@ class NumpyUnpickler(pickle.Unpickler):
 
 
 def read_reference(path):
-    """{metric: {mu, sigma}} of a .pkl or .npz. Raises InputError."""
+    """({metric: {mu, sigma}}, (H, W) of its images or None) of a .pkl or .npz. Raises InputError."""
     if "://" in str(path):
         raise InputError(f"--ref {path}: download the file first and name the copy")
     if str(path).endswith(".npz"):
         found = read_statistics(path, ("mu", "sigma"))
         if found is None:
             raise InputError(f"--ref {path} holds no mu and sigma; make a reference of its images with `ref`")
-        return {"fid": found}
+        return {"fid": found}, reference_size(path)
     try:
         content = NumpyUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     except FileNotFoundError:
         raise InputError(f"--ref {path} does not exist") from None
     except Exception as error:  # the bytes of a damaged pickle decide what fails
         raise InputError(f"--ref {path} cannot be read as a pickle of statistics ({error}); copy it again") from None
-    metrics = (
-        {name: value for name, value in content.items() if name != "num_images"} if isinstance(content, dict) else {}
-    )
+    content = content if isinstance(content, dict) else {}
+    metrics = {name: value for name, value in content.items() if name not in ("num_images", "image_size")}
     for name, value in metrics.items():
         if not isinstance(value, dict) or not {"mu", "sigma"} <= value.keys():
             raise InputError(f"--ref {path}: its {name} has no mu and sigma; make the reference again")
         check_moments(np.asarray(value["mu"]), np.asarray(value["sigma"]), f"--ref {path}: mu, sigma of {name}")
     if not metrics:
         raise InputError(f"--ref {path} holds no statistics; make the reference again")
-    return metrics
+    return metrics, content.get("image_size")
 
 
-def load_detectors(args, processes):
-    """{metric: extractor} of --metrics and --features."""
-    names = [name.strip() for name in args.metrics.split(",") if name.strip()]
+def reference_size(path):
+    """(H, W) of the images that ADM's npz holds beside its statistics, None of one without images."""
+    with np.load(path) as file:
+        return NpzImages(path, "--ref").shape[:2] if "arr_0" in file.files else None
+
+
+def metric_names(text):
+    """Names of a --metrics list. Raises InputError."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(METRICS)}')
+    return names
+
+
+def load_detectors(names, args, processes):
+    """{metric: extractor} of these metrics and --features."""
     detectors = {}
     for name in names:
         say(processes, f"Setting up {'InceptionV3' if name == 'fid' else 'DINOv2'}...")
@@ -109,12 +121,12 @@ def load_detectors(args, processes):
         extractor = load_features(args.features, processes.device)
         detectors[FEATURES + extractor.name] = extractor
     if not detectors:
-        raise InputError("--metrics is empty and no --features is given; name one")
+        raise InputError("--metrics leaves nothing to measure; name a metric that the reference has, or --features")
     return detectors
 
 
-def calculate_statistics(path, flag, args, processes, num=None, seed=0):
-    """({metric: (mean, covariance)}, number of images measured)."""
+def load_images(path, flag, processes, num=None, seed=0):
+    """Images, and the indices of those that are measured: `num` of them, all where it is None. Raises InputError."""
     say(processes, f"Loading images from {path} ...")
     images = open_images(path, flag)
     if num is not None and len(images) < num:
@@ -122,54 +134,78 @@ def calculate_statistics(path, flag, args, processes, num=None, seed=0):
     indices = choose_subset(len(images), num, seed)
     if len(indices) < 2:
         raise InputError(f"{flag} {path}: statistics need at least 2 images, not {len(indices)}")
-    detectors = load_detectors(args, processes)
+    return images, indices
+
+
+def calculate_statistics(images, indices, detectors, batch_size, processes):
+    """{metric: (mean, covariance)} of the images `indices`."""
     say(processes, "Calculating feature statistics...")
 
     def all_features(batch):
         return {name: detector(batch)["pool"] for name, detector in detectors.items()}
 
-    shares = split_batches(indices, args.batch, processes.world, processes.rank)
+    shares = split_batches(indices, batch_size, processes.world, processes.rank)
     batches = [batch for batch in shares if len(batch)]
     statistics, _ = extract(images, batches, all_features, processes)
-    return {name: statistics[name].finish() for name in detectors}, len(indices)
+    return {name: statistics[name].finish() for name in detectors}
 
 
-def calc(args, processes):
-    """Distances of --images to --ref, printed as EDM2 does; returns {metric: number}."""
-    say(processes, f"Loading feature statistics from {args.ref} ...")
-    reference = read_reference(args.ref)
-    result = result_path(args.json, args.images, "-edm2")
-    statistics, count = calculate_statistics(args.images, "--images", args, processes, args.num, args.seed)
-    if processes.rank > 0:
-        return
+def compare(statistics, reference, args, processes):
+    """{metric: Fréchet distance} of {metric: (mean, covariance)} and {metric: {mu, sigma}}, printed as EDM2 does."""
     metrics = {}
     for name, (mean, covariance) in statistics.items():
         say(processes, f"Calculating {name}...")
-        if name not in reference:
-            say(processes, f"No statistics computed for {name} -- skipping.")
-            continue
         other = reference[name]
         try:
             metrics[name] = frechet_distance(mean, covariance, other["mu"], other["sigma"], sqrtm=args.sqrtm)
         except ValueError as error:
             raise InputError(f"--ref {args.ref} does not fit {name}: {error}") from None
         say(processes, f"{name} = {metrics[name]:g}")
-    if not metrics:
-        raise InputError(f"--ref {args.ref} holds {', '.join(reference)} and none of {', '.join(statistics)}")
+    return metrics
+
+
+def present(names, reference, processes):
+    """Those of the metrics that the reference has; a line says which are left out."""
+    for name in names:
+        if name not in reference:
+            say(processes, f"No statistics computed for {name} -- skipping.")
+    return [name for name in names if name in reference]
+
+
+def calc(args, processes):
+    """Distances of --images to --ref, printed as EDM2 does; what the reference lacks is not computed."""
+    say(processes, f"Loading feature statistics from {args.ref} ...")
+    reference, size = read_reference(args.ref)
+    result = result_path(args.json, args.images, "-edm2")
+    images, indices = load_images(args.images, "--images", processes, args.num, args.seed)
+    if line := other_size(images, size, args.other_size):
+        note(f"warning: {line}")
+    detectors = load_detectors(present(metric_names(args.metrics), reference, processes), args, processes)
+    kept = present(detectors, reference, processes)
+    if not kept:
+        raise InputError(f"--ref {args.ref} holds {', '.join(reference)} and none of {', '.join(detectors)}")
+    detectors = {name: detectors[name] for name in kept}
+    statistics = calculate_statistics(images, indices, detectors, args.batch, processes)
+    if processes.rank > 0:
+        return
+    metrics = compare(statistics, reference, args, processes)
     if result is not None:
-        settings = {
-            key: getattr(args, key) for key in ("num", "seed", "batch", "sqrtm", "inception_weights", "features")
-        }
-        write_result(result, args.images, metrics, reference=args.ref, count=count, settings=settings)
+        names = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")
+        settings = {name: getattr(args, name) for name in names}
+        write_result(result, args.images, metrics, reference=args.ref, count=len(indices), settings=settings)
 
 
 def ref(args, processes):
     """Statistics of --data, written to --dest."""
     check_writable(args.dest, "--dest")
-    statistics, count = calculate_statistics(args.data, "--data", args, processes)
+    images, indices = load_images(args.data, "--data", processes)
+    detectors = load_detectors(metric_names(args.metrics), args, processes)
+    statistics = calculate_statistics(images, indices, detectors, args.batch, processes)
     if processes.rank == 0:
+        about = {"num_images": len(indices), "image_size": images.shape[:2]}
         content = {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}
-        write_atomically(args.dest, lambda file: pickle.dump({"num_images": count, **content}, file))
+        with named_full_disk(args.dest):
+            write_atomically(args.dest, lambda file: pickle.dump({**about, **content}, file))
         say(processes, f"wrote {args.dest}")
 
 

@@ -19,7 +19,7 @@ import torch
 
 from evaluations.features import extract, load_extractor
 from evaluations.frechet import frechet_distance
-from evaluations.images import NpzImages, read_statistics
+from evaluations.images import NpzImages, other_size, read_statistics
 from evaluations.inception import inception_score
 from evaluations.precision_recall import BLOCK, PRECISIONS, precision_recall
 from evaluations.processes import ProcessGroup
@@ -40,7 +40,6 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass and process")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="float16", help="of precision and recall")
     parser.add_argument("--block", type=int, default=BLOCK, help="rows and columns of a block of distances")
-    parser.add_argument("--other-size", action="store_true", help="measure against a reference of another resolution")
     parser.add_argument("--neighbors", type=int, default=3, help="k of precision and recall")
     return parser.parse_args(argv)
 
@@ -52,6 +51,7 @@ def add_extractor_flags(parser):
     parser.add_argument(
         "--sqrtm", action="store_true", help="published arithmetic of the Fréchet distance (scipy's sqrtm)"
     )
+    parser.add_argument("--other-size", action="store_true", help="measure against a reference of another resolution")
     parser.add_argument(
         "--json", nargs="?", const="", metavar="FILE", help="write the result; without FILE results/NAME….json"
     )
@@ -116,12 +116,8 @@ def oddities(reference, sample, args):
         found.append(f"stored statistics are Inception's and go unused with --features {args.features}")
     if len(sample.images) != SAMPLES:
         found.append(f"{sample.path} holds {len(sample.images)} images; published numbers are of {SAMPLES}")
-    if sample.images.shape != reference.images.shape:
-        sizes = ("x".join(map(str, side.images.shape[:2])) for side in (sample, reference))
-        found.append("samples of {} are compared with a reference of {}".format(*sizes))
-        if not args.other_size:
-            raise InputError(f"{found[-1]}; take the reference of that size, or pass --other-size")
-    return found
+    sizes = other_size(sample.images, reference.images.shape, args.other_size)
+    return [*found, sizes] if sizes else found
 
 
 def compare(reference, sample, extractor, args, device):

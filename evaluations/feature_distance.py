@@ -136,6 +136,7 @@ def parse_args(argv=None):
     parser.add_argument("--ckpt", required=True, help="checkpoint of ours, or a published file")
     parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
     parser.add_argument("--df-idxs", nargs="+", help="key layers of a published file, as in generate.py")
+    parser.add_argument("--dmf-depth", type=int, help="of a published flow map, as in generate.py")
     parser.add_argument("--legacy-scaling", action=argparse.BooleanOptionalAction, help="as in generate.py")
     parser.add_argument("--block", type=int, help="also the output of this block (from 1); SiT needs it")
     parser.add_argument("--num-samples", type=int, default=64)
@@ -156,7 +157,8 @@ def main(argv=None):
     for flag, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
             check_writable(path, flag)
-    checkpoint = load_checkpoint(args.ckpt, args.weights, df_idxs=args.df_idxs, legacy_scaling=args.legacy_scaling)
+    known = {"df_idxs": args.df_idxs, "dmf_depth": args.dmf_depth, "legacy_scaling": args.legacy_scaling}
+    checkpoint = load_checkpoint(args.ckpt, args.weights, **known)
     if "num_classes" not in checkpoint.options:
         raise InputError(f"--ckpt {args.ckpt} is a text-to-image model; name a model of classes")
     set_math(allow_tf32=True)

@@ -35,6 +35,20 @@ def read_statistics(path, names):
     return found
 
 
+def other_size(images, size, allowed):
+    """A line where images differ from the reference's size (H, W, …), None where not, or where it is not known (None).
+
+    Raises InputError where that is not allowed.
+    """
+    if size is None or tuple(size[:2]) == tuple(images.shape[:2]):
+        return None
+    sizes = ("x".join(map(str, shape[:2])) for shape in (images.shape, size))
+    line = "samples of {} are compared with a reference of {}".format(*sizes)
+    if not allowed:
+        raise InputError(f"{line}; take the reference of that size, or pass --other-size")
+    return line
+
+
 def check_moments(mean, covariance, where):
     """Raise InputError unless they are finite and of shapes (D,) and (D, D)."""
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:

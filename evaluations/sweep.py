@@ -86,6 +86,7 @@ def measure(setting, args):
             raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
         extractor = [("--inception-weights", args.inception_weights), ("--features", args.features)]
         flags = [word for flag, value in extractor if value for word in (flag, value)]
+        flags += ["--other-size"] if args.other_size else []
         run_python(args.processes, "evaluations/evaluator.py", [args.ref, found[0], "--json", result, *flags])
     return read_result(result)
 
@@ -139,6 +140,7 @@ def parse_args(argv=None):
     parser.add_argument("--processes", type=int, default=1, help="of torchrun, for sampling and measuring")
     parser.add_argument("--inception-weights", metavar="FILE", help="as in evaluations/evaluator.py")
     parser.add_argument("--features", metavar="NAME", help="as in evaluations/evaluator.py")
+    parser.add_argument("--other-size", action="store_true", help="as in evaluations/evaluator.py")
     args = parser.parse_args(argv[:cut])
     args.generate = argv[cut + 1 :]
     return args

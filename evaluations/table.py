@@ -1,4 +1,4 @@
-"""Results as a markdown table, each model's followed by what the paper states for it.
+"""Results as a markdown table, each model's followed by what its paper states for it.
 
 python evaluations/table.py results/*.json
 """
@@ -59,11 +59,11 @@ def measured_cells(path, result, metrics):
 def published_cells(row, metrics):
     values = [getattr(row, name, None) for name in metrics]
     details = [row.weighting and f"{row.weighting} t", row.alignment, "guided" if row.guided else "no guidance"]
-    about = ", ".join(["sde, 250 steps", *filter(None, details)])
+    about = ", ".join([row.sampled, *filter(None, details)])
     return [
         "*paper*",
         row.model,
-        f"{row.epochs} epochs",
+        f"{row.epochs} epochs" if row.epochs else f"{row.steps} steps",
         about,
         *("" if value is None else f"{value}" for value in values),
     ]

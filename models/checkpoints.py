@@ -6,6 +6,7 @@ follow from the shapes, heads and key layers from the preset of the same width; 
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -33,11 +34,6 @@ ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
 
 
-def weights_file(path):
-    """The file with the weights of a checkpoint: `path` itself, or model.safetensors in the folder `path`."""
-    return Path(path) / WEIGHTS_FILE if Path(path).is_dir() else Path(path)
-
-
 def read_folder(folder):
     """A folder with model.safetensors and config.json → the content that a checkpoint of ours has, or InputError."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -49,7 +45,7 @@ def read_folder(folder):
         options = {name: config.get(name, default) for name, default in defaults.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{folder}/{CONFIG_FILE} is unreadable ({error}); export the model again") from None
-    content = {ENTRIES[config.get("weights", "ema")]: read_safetensors(weights_file(folder))}
+    content = {ENTRIES[config.get("weights", "ema")]: read_safetensors(Path(folder) / WEIGHTS_FILE)}
     run = {**config.get("run", {}), "model_options": options}
     return {**content, "config": run, "data": config.get("data", {}), "steps": config.get("steps")}
 
@@ -99,6 +95,13 @@ class Checkpoint:
     run: dict  # the run's configuration
     data: dict  # classes, VAE and shapes of the training data
     steps: int | None
+
+    def weights_sha256(self):
+        """SHA-256 of the weights, the same for every copy or export of them."""
+        digest = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
 
 def load_checkpoint(path, weights="ema", **overrides):

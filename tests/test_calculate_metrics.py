@@ -112,11 +112,36 @@ def test_npz_references_serve_for_fid(files, tmp_path):
     _, folder, features = files
     mu, sigma = statistics(corners(pictures(30, 1)))
     np.savez(tmp_path / "adm.npz", arr_0=pictures(5, 1), mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
-    assert list(calculate_metrics.read_reference(tmp_path / "adm.npz")) == ["fid"]
-    np.testing.assert_array_equal(calculate_metrics.read_reference(tmp_path / "adm.npz")["fid"]["sigma"], sigma)
+    found, size = calculate_metrics.read_reference(tmp_path / "adm.npz")
+    assert list(found) == ["fid"] and size == (16, 16)
+    np.testing.assert_array_equal(found["fid"]["sigma"], sigma)
     refused("adm.npz holds fid and none of fd_corners", *flags(folder, tmp_path / "adm.npz", features))
+    only_dinov2 = ("--metrics", "fd_dinov2", "--num", 25)  # whose weights are not asked for
+    refused(
+        "--metrics leaves nothing to measure", "calc", "--images", folder, "--ref", tmp_path / "adm.npz", *only_dinov2
+    )
     np.savez(tmp_path / "images.npz", arr_0=pictures(5, 1))
     refused("images.npz holds no mu and sigma", *flags(folder, tmp_path / "images.npz", features))
+    np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
+    assert calculate_metrics.read_reference(tmp_path / "statistics.npz")[1] is None
+
+
+def test_a_reference_of_another_size_is_refused_unless_asked_for(files, tmp_path, capsys):
+    ref, folder, features = files
+    make_reference(save_npz(tmp_path / "large.npz", pictures(30, 1, size=32)), tmp_path / "large.pkl", features)
+    mu, sigma = statistics(corners(pictures(30, 1)))
+    np.savez(tmp_path / "adm.npz", arr_0=pictures(5, 1, size=32), mu=mu, sigma=sigma)
+    says = "samples of 16x16 are compared with a reference of 32x32"
+    for other in ("large.pkl", "adm.npz"):
+        refused(f"{says}; .*pass --other-size", *flags(folder, tmp_path / other, features))
+    assert "Setting up" not in capsys.readouterr().out.split("wrote")[-1]  # before any network is loaded
+    run(*flags(folder, tmp_path / "large.pkl", features), "--other-size")
+    out, err = capsys.readouterr()
+    assert "fd_corners = " in out and f"warning: {says}" in err
+    content = pickle.loads(ref.read_bytes())
+    assert content.pop("image_size") == (16, 16)
+    ref.write_bytes(pickle.dumps(content))  # as others publish them
+    assert calc(capsys, folder, ref, features, "--num", 25)
 
 
 @pytest.mark.parametrize("number", [10, 25])
@@ -155,14 +180,15 @@ def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
     sigma = np.asfortranarray(np.arange(9.0).reshape(3, 3))
     content = {"num_images": np.int64(7), "fid": {"mu": np.arange(3.0), "sigma": sigma}}
     (tmp_path / "ref.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    found = calculate_metrics.read_reference(tmp_path / "ref.pkl")
+    found, size = calculate_metrics.read_reference(tmp_path / "ref.pkl")
+    assert list(found) == ["fid"] and size is None
     np.testing.assert_array_equal(found["fid"]["sigma"], sigma)
 
 
 def test_pickles_of_numpy_1_are_read(tmp_path):
     content = pickle.dumps({"fid": {"mu": np.arange(3.0), "sigma": np.eye(3)}}, protocol=3)
     (tmp_path / "ref.pkl").write_bytes(content.replace(b"numpy._core", b"numpy.core"))
-    assert list(calculate_metrics.read_reference(tmp_path / "ref.pkl")) == ["fid"]
+    assert list(calculate_metrics.read_reference(tmp_path / "ref.pkl")[0]) == ["fid"]
 
 
 @pytest.mark.parametrize(
@@ -203,16 +229,26 @@ def test_bad_flags_are_named(files, tmp_path):
     ref, folder, features = files
     refused("Found 25 images, but expected at least 26", *flags(folder, ref, features)[:-1], 26)
     refused('Invalid metric "is"', "calc", "--images", folder, "--ref", ref, "--metrics", "fid,is", "--num", 25)
-    refused("--metrics is empty", *flags(folder, ref, "")[:-2], "--num", 25)
+    refused("--metrics leaves nothing to measure", *flags(folder, ref, "")[:-2], "--num", 25)
     refused("--num 1 must be at least 2", *flags(folder, ref, features)[:-1], 1)
     refused(f"--dest {tmp_path} is a folder", "ref", "--data", folder, "--dest", tmp_path, "--features", features)
     refused("download the file first", *flags(folder, "https://host/ref.pkl", features))
     refused("nowhere.pkl does not exist", *flags(folder, tmp_path / "nowhere.pkl", features))
 
 
+def test_a_reference_that_a_full_disk_refuses_ends_in_one_line(files, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(calculate_metrics, "write_atomically", fail)
+    with pytest.raises(InputError, match=r"own\.pkl: No space left on device; free some space"):
+        make_reference(files[1], tmp_path / "own.pkl", files[2])
+
+
 def test_dinov2_weights_that_are_missing_end_in_one_line(files, tmp_path):
+    (tmp_path / "dino.pkl").write_bytes(pickle.dumps({"fd_dinov2": {"mu": np.zeros(1024), "sigma": np.eye(1024)}}))
     done = tiny.run_python(
-        "evaluations/calculate_metrics.py", "calc", "--images", files[1], "--ref", files[0], "--num", 25,
+        "evaluations/calculate_metrics.py", "calc", "--images", files[1], "--ref", tmp_path / "dino.pkl", "--num", 25,
         "--metrics", "fd_dinov2", HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1",
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -60,7 +60,7 @@ def test_table_8_is_whole():
 # ------------------------------------------------------------------------------------------------ results
 
 
-def result(path, model, cfg_scale=1.0, **metrics):
+def result(path, model, cfg_scale=1.0, size=32, **metrics):
     manifest = {
         "model": model,
         "cfg_scale": cfg_scale,
@@ -69,7 +69,7 @@ def result(path, model, cfg_scale=1.0, **metrics):
         "weights": "ema",
         "step": 400000,
     }
-    manifest.update(guidance_low=0.0, guidance_high=0.7, model_options={"input_size": 32}, latents={"factor": 8})
+    manifest.update(guidance_low=0.0, guidance_high=0.7, model_options={"input_size": size}, latents={"factor": 8})
     path.write_text(json.dumps({"metrics": metrics, "count": 50000, "manifest": manifest}))
     return str(path)
 
@@ -90,6 +90,15 @@ def test_measured_rows_stand_beside_the_published_ones_of_their_kind(tmp_path, c
         in papers
     )
     assert "cfg 1.5 in [0.0, 0.7]" in lines[7] and lines[8].endswith("| 1.97 | 4.39 | 264.7 |  |")
+
+
+def test_flow_maps_stand_beside_their_own_paper(tmp_path, capsys):
+    table.main([result(tmp_path / "map.json", "DMFT-XL/2", size=64, fid=2.5)])
+    papers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| *paper*")]
+    assert papers == [
+        f"| *paper* | DMFT-XL/2 | 800000 steps | {steps}, no guidance | {fid} |  |  |"
+        for steps, fid in (("1 step", 2.12), ("4 steps", 1.68))
+    ]
 
 
 def test_results_without_a_manifest_and_other_files(tmp_path, capsys):
@@ -139,6 +148,26 @@ def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd):
         sweep.main(
             [str(flag) for flag in ["--num-samples" if f == "--num-samples" else 5 if f == 4 else f for f in flags]]
         )
+
+
+def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
+    def run_python(processes, name, flags):
+        calls.append((name, [str(flag) for flag in flags]))
+        if name == "generate.py":
+            (tmp_path / "samples/steps-2-cfg-1.0").mkdir(parents=True)
+            (tmp_path / "samples/steps-2-cfg-1.0/a.npz").touch()
+        else:
+            (tmp_path / "steps-2-cfg-1.0.json").write_text('{"metrics": {"fid": 1.0}}')
+
+    calls = []
+    monkeypatch.setattr(sweep, "run_python", run_python)
+    flags = ["--ckpt", "c", "--ref", "r", "--out", str(tmp_path), "--features", "f", "--other-size", "--", "--heun"]
+    args = sweep.parse_args(flags)
+    assert sweep.measure(sweep.Setting(2, 1.0, 0.0, 1.0), args)["metrics"] == {"fid": 1.0}
+    (sample, sampled), (evaluate, evaluated) = calls
+    assert (sample, evaluate) == ("generate.py", "evaluations/evaluator.py")
+    assert sampled[-1] == "--heun" and "--other-size" not in sampled
+    assert evaluated[-3:] == ["--features", "f", "--other-size"]
 
 
 def test_settings_without_guidance_are_taken_once(tmp_path):

@@ -223,6 +223,22 @@ def test_images_of_another_checkpoint_of_the_same_name_are_not_mixed(vae, tmp_pa
         tiny.run_generate(path, tmp_path / "samples")
 
 
+def test_a_copied_checkpoint_goes_on_and_other_weights_of_the_same_name_do_not(ckpt, tmp_path, monkeypatch):
+    """Neither place and date of the file nor flags that only repeat what it says decide an image."""
+    _, array, _ = tiny.run_generate(ckpt, tmp_path / "samples")
+    copy = tmp_path / ckpt.name
+    shutil.copyfile(ckpt, copy)
+    rows = count_calls(monkeypatch)
+    same = {"model": "DeepFlow-Ti/2", "df_idxs": "[2]", "num_classes": 3, "resolution": 16, "qk_norm": False}
+    _, again, manifest = tiny.run_generate(copy, tmp_path / "samples", **same)
+    assert rows == [] and np.array_equal(again, array) and manifest["ckpt"] == str(copy)
+    content = tiny.load(ckpt)
+    content["ema"]["final_layer.1.linear.bias"][0] += 1e-6
+    torch.save(content, copy)
+    with pytest.raises(InputError, match="holds images made with another weights_sha256 "):
+        tiny.run_generate(copy, tmp_path / "samples")
+
+
 def test_images_of_unknown_settings_are_not_taken_over(reference, ckpt, tmp_path):
     folder = tmp_path / reference[0].name
     folder.mkdir()

@@ -1,8 +1,11 @@
 """Training of flow maps: the same step on many processes, resume, logs, grids, bad input."""
 
 import argparse
+import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,8 +15,11 @@ from torch._dynamo.utils import counters
 
 import train_dmf
 from models import load_checkpoint
+from models.codec import LatentCodec
 from models.errors import InputError
-from models.flow_map import FlowMap
+from models.flow_map import FlowMap, FlowMapOutput
+from models.paths import PATHS
+from samplers import GuidedVelocity, sample_map, sample_noise
 from training.config import parse_flags
 
 
@@ -176,6 +182,27 @@ def test_grids_show_one_two_and_four_steps(data, flow, tmp_path):
     )
     with Image.open(run / "samples/0000001.png") as picture:
         assert picture.size == (12 * 16, 4 * 16)  # 16 noises, three images of each
+        shown = np.asarray(picture)[:16].reshape(16, 12, 16, 3).swapaxes(0, 1)  # the first row
+    checkpoint, codec = load_checkpoint(run / "checkpoints/0000001.pt"), LatentCodec.load(tmp_path / "tiny-vae")
+    labels = torch.tensor(json.loads((run / "samples/0000001.json").read_text())["labels"])
+    u = GuidedVelocity(checkpoint.model.average_velocity, labels[:4], labels[:4])
+    for place, steps in enumerate((1, 2, 4)):
+        expected = codec.decode(sample_map(u, sample_noise(0, range(4), 0, (4, 8, 8)), steps).float())
+        assert np.abs(shown[place::3].astype(int) - expected.numpy()).max() <= 1
+
+
+def test_branches_learn_the_guided_flow():
+    """Deep supervision and acceleration of the flow part's rows, by hand: Σ β mean (v − v*)², mean (x_1 − x_0)²."""
+    v, a, u, x0, noise, target = torch.randn(6, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.2, 0.9])
+    out = FlowMapOutput([v, u], [a], None)
+    draws, targets = SimpleNamespace(noise=noise[:2]), SimpleNamespace(t=torch.cat([t, t]), target=target)
+    loss = train_dmf.branch_losses(out, x0[:2], draws, targets, PATHS["linear"], [0.3, 1.0], 0.5)
+    s = t.view(2, 1, 1, 1)
+    x = (1 - s) * x0[:2] + s * noise[:2]
+    second_order = x - v[:2] * s + 0.5 * a[:2] * s**2
+    expected = 0.3 * (v - target)[:2].square().mean((1, 2, 3)) + 0.5 * (second_order - x0[:2]).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss.total, expected)
 
 
 @pytest.mark.slow

@@ -383,6 +383,20 @@ def test_dry_run_prints_the_run_and_writes_nothing(data, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({}, "note: no alignment: --enc-type dinov2-vit-b is unused without --ssl-align"),
+        ({"enc_type": "mae-vit-l"}, "warning: no alignment: --enc-type mae-vit-l is unused without --ssl-align"),
+        ({"enc_type": "None"}, None),
+    ],
+)
+def test_an_encoder_without_alignment_is_said_to_be_unused(data, tmp_path, capsys, flags, line):
+    tiny.run_train(data, tmp_path, dry_run=True, **flags)
+    found = [text for text in capsys.readouterr().out.splitlines() if "unused" in text]
+    assert found == ([line] if line else [])
+
+
 def test_log_has_every_part_of_the_loss(data, tmp_path):
     flags = {"model": "DeepFlow-Ti/2", "trans_depth": 3, "df_idxs": "[1,2]", "max_train_steps": 2}
     first, second = tiny.log_lines(tiny.run_train(data, tmp_path, acc_coeff=0.5, scale_weight=[0.1, 0.2, 1], **flags))

@@ -8,9 +8,11 @@ import torch
 from dataset import DataInfo, SeekableSampler, open_dataset
 from models import create_model
 from models.codec import LatentSpec
+from models.encoders import parse_enc_type
 from models.flops import count_flops
 from models.presets import IMAGENET
 from training.alignment import feature_sources, find_caches
+from training.config import TrainConfig
 
 
 def open_data(config):
@@ -53,6 +55,9 @@ def describe(config, options, info, accelerator):
         f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",
     ]
     lines += [f"alignment, weight {config.proj_coeff}: {source}" for source in feature_sources(config)]
+    if parse_enc_type(config.enc_type) and not config.ssl_align:
+        given = "note" if config.enc_type == TrainConfig.enc_type else "warning"
+        lines.append(f"{given}: no alignment: --enc-type {config.enc_type} is unused without --ssl-align")
     if steps * (1 - config.ema_decay) < 5:
         lines.append(f"warning: --ema-decay {config.ema_decay} averages over more than the run's {steps} steps")
     if steps < config.max_train_steps:
