@@ -16,13 +16,17 @@ check_files() {
     [ -z "$INCEPTION_WEIGHTS" ] || [ -f "$INCEPTION_WEIGHTS" ] || fail "INCEPTION_WEIGHTS $INCEPTION_WEIGHTS does not exist"
 }
 
+newest_npz() { # of a folder
+    ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; leave out --format png"
+}
+
 measure_newest() { # the newest npz of a folder
     local npz json weights=()
-    npz=$(ls -t "$1"/*.npz | head -n 1)
     if [ "$REF" = none ]; then
-        echo "REF=none: $npz is not measured"
+        echo "REF=none: $1 is not measured"
         return
     fi
+    npz=$(newest_npz "$1")
     [ -n "$INCEPTION_WEIGHTS" ] && weights=(--inception-weights "$INCEPTION_WEIGHTS")
     json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz).json
     torchrun --standalone --nproc-per-node "$NUM_GPUS" evaluations/evaluator.py "$REF" "$npz" --json "$json" \

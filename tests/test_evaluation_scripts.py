@@ -10,7 +10,7 @@ SIZES = ("base", "large", "xlarge")
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 mkdir -p "$SAMPLE_DIR"
-touch "$SAMPLE_DIR/NAME.npz"
+[[ "$*" == *"--format png"* ]] || touch "$SAMPLE_DIR/NAME.npz"
 """
 
 
@@ -69,9 +69,15 @@ def test_flow_maps_of_some_steps_have_their_own_results(environment, tmp_path, s
 
 
 def test_sampling_alone(environment, tmp_path):
-    done = run("base", {**environment, "REF": "none"})
-    assert done.returncode == 0 and "NAME.npz is not measured" in done.stdout
+    done = run("base", {**environment, "REF": "none"}, "--format", "png")
+    assert done.returncode == 0 and "fid is not measured" in done.stdout
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
+
+
+def test_without_an_npz_there_is_nothing_to_measure(environment, tmp_path):
+    done = run("base", environment, "--format", "png")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/fid holds no npz to measure; leave out --format png\n"
 
 
 @pytest.mark.parametrize("size", SIZES)

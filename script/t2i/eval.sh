@@ -37,7 +37,7 @@ sample() { # FOLDER PROMPTS [flags]
 }
 sample "$SAMPLE_DIR/coco" "$VAL_JSON" --num-fid-samples "$NUM_FID_SAMPLES" "$@"
 if [ "$REF" != none ]; then
-    npz=$(ls -t "$SAMPLE_DIR"/coco/*.npz | head -n 1)
+    npz=$(newest_npz "$SAMPLE_DIR/coco")
     torchrun --standalone --nproc-per-node "$NUM_GPUS" evaluations/calculate_metrics.py calc --images "$npz" --ref "$REF" \
         --metrics fid,fd_dinov2 --num-images "$NUM_FID_SAMPLES" --json "$RESULTS/$EXP_NAME-coco.json"
     # IS, which needs no reference, comes with ADM's suite; its FID is the one of REF_NPZ, an npz of validation crops
