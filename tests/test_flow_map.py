@@ -4,11 +4,12 @@ import parity
 import pytest
 import torch
 from tiny import fill_
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from loss import GuidedTarget, adaptive_loss, flow_map_loss, flow_map_targets, flow_map_times, guided_samples
 from models import PRESETS, create_model, load_checkpoint
-from models.attention import differentiating, set_attention, written_out
+from models.attention import differentiating, flash, fused, set_attention, written_out
 from models.checkpoints import config_from_state, convert
 from models.errors import InputError
 from models.flow_map import FlowMap, to_flow_map
@@ -123,6 +124,24 @@ def test_attention_kernels_agree_and_missing_packages_are_named():
                 set_attention(name)
     finally:
         set_attention("auto")
+
+
+@pytest.mark.parametrize("with_statistics", [False, True])  # the packages differ in what they return
+def test_flash_kernels_get_their_layout_in_half_precision_and_nothing_else(with_statistics):
+    def kernel(q, k, v):
+        seen.append((tuple(q.shape), q.dtype))
+        return (v, None) if with_statistics else v
+
+    seen = []
+    with FakeTensorMode():  # shapes, dtypes and devices without a GPU
+        q, k, v = torch.empty(3, 2, 4, 6, 8, device="cuda").unbind()  # (N, heads, T, D/heads)
+        for dtype in (torch.float16, torch.bfloat16):
+            out = flash(kernel, *(part.to(dtype) for part in (q, k, v)))
+            assert (tuple(out.shape), out.dtype, seen.pop()) == ((2, 4, 6, 8), dtype, ((2, 6, 4, 8), dtype))
+        assert flash(kernel, q, k, v).dtype == torch.float32
+    q, k, v = torch.randn(3, 2, 4, 6, 8).half().unbind()
+    assert torch.equal(flash(kernel, q, k, v), fused(q, k, v))
+    assert seen == []  # float32 and the CPU are torch's kernel's
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
