@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from models import load_checkpoint
 from models.errors import InputError
@@ -40,6 +41,26 @@ def test_one_step_is_the_same_either_way(files, tmp_path):
 def test_a_flow_map_is_a_flow_model_too(files, tmp_path):
     _, images, manifest = tiny.run_generate(files["map"], tmp_path, mode="ode", num_steps=2)
     assert len(images) == 5 and manifest["model"] == MAP["name"]
+
+
+def latents(ckpt, folder, **flags):
+    """What Euler steps of a flow map make of the noise."""
+    tiny.run_generate_only(ckpt, folder, mode="euler", num_steps=2, decode=False, **flags)
+    (npz,) = folder.glob("*.npz")
+    return np.load(npz)["latents"]
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_published_flow_map_with_the_published_flags(tmp_path, has_head):
+    ours = tiny.checkpoint(tmp_path / "ours.pt", tiny.SPEC.vae, "DMFT-Ti/2")
+    state = {name: tensor for name, tensor in tiny.load(ours)["ema"].items() if has_head or "logvar" not in name}
+    published = tmp_path / "published.pt"
+    torch.save(state, published)
+    flags = {"model": "DMFT-Ti/2", "dmf_depth": 3, "path_type": "linear", "shift": 1.0}
+    assert np.array_equal(latents(published, tmp_path / "published", **flags), latents(ours, tmp_path / "ours"))
+    assert not np.array_equal(latents(published, tmp_path / "other", dmf_depth=1), latents(ours, tmp_path / "ours"))
+    with pytest.raises(InputError, match="--dmf-depth 4 is out of range: of 4 blocks the first 1 to 3 may see t"):
+        latents(published, tmp_path / "none", dmf_depth=4)
 
 
 @pytest.mark.parametrize(
