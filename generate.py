@@ -556,7 +556,7 @@ def say_plan(sampler, folder, missing):
 
 def say_result(sampler, store, target, made, seconds):
     """One line: how many, how dear, how long, where."""
-    places = [f"{store.folder}/*.png"] if store.kind == "png" else []
+    places = [] if store.kind == "parts" else [f"{store.folder}/"]
     places += [str(path) for path in (target, target.with_suffix(".json")) if path.exists()]
     print(
         f"{made} images in {datetime.timedelta(seconds=round(seconds))}, {sampler.cost.evaluations} model evaluations "
