@@ -63,6 +63,14 @@ def test_a_published_flow_map_with_the_published_flags(tmp_path, has_head):
         latents(published, tmp_path / "none", dmf_depth=4)
 
 
+@pytest.mark.slow
+def test_a_compiled_flow_map_gives_the_same_latents(files, tmp_path):
+    eager, compiled = (
+        latents(files["map"], tmp_path / str(flag), compile=flag, cfg_scale=1.5) for flag in (False, True)
+    )
+    np.testing.assert_allclose(compiled, eager, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "culprit"),
     [
