@@ -10,6 +10,7 @@ Letters: N images, M captions, B rows of a batch, L tokens, W width of the text 
 
 import collections
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -176,7 +177,36 @@ def read_empty(path, shape):
     return torch.from_numpy(array.astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------ files of captions
+# ------------------------------------------------------------------------------------ files of captions and prompts
+
+
+def read_lines(path, where=None):
+    """[(number, text)] of the lines of a UTF-8 file that are not blank, numbered from 1. Raises InputError.
+
+    where: names the file in messages, with its flag; default: its path.
+    """
+    where = where or path
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({error.strerror}); name another file") from None
+    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise InputError(f"{where} is empty; name another file")
+    return found
+
+
+def read_json_lines(path, where=None):
+    """[(number, value)] of a JSON-lines file, as read_lines. Raises InputError naming the line."""
+    values = []
+    for number, line in read_lines(path, where):
+        try:
+            values.append((number, json.loads(line)))
+        except ValueError as error:
+            raise InputError(f"{where or path}, line {number}: no JSON ({error}); restore the file") from None
+    return values
 
 
 def read_annotations(path, flag):
@@ -255,7 +285,7 @@ class CaptionFiles:
 
     def __getitem__(self, row):
         path = self.folder / "{}_{}.txt".format(*self.pairs[row])
-        return " ".join(path.read_text(encoding="utf-8").split()) if path.is_file() else ""
+        return " ".join(path.read_text("utf-8", "replace").split()) if path.is_file() else ""
 
 
 def open_foreign(data_dir, images, features, data_vae, workers):

@@ -9,20 +9,17 @@ The manifest's `labels` are the prompts of all images.
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from captions import read_annotations
+from captions import read_annotations, read_json_lines, read_lines
 from generate import DTYPES, GenerateConfig, ImageSampler, generate
 from models.errors import InputError, exit_on_input_error
 from models.text import TextEncoder, TextSpec
-from outputs import GenEvalFiles
+from outputs import GENEVAL_IMAGES, GenEvalFiles
 from training.config import flag, parse_flags
-
-GENEVAL_IMAGES = 4  # per prompt
 
 
 @dataclasses.dataclass
@@ -90,18 +87,15 @@ def read_prompts(given, seed):
     """Prompts from the words of --prompts: the prompts themselves, or one file. Raises InputError."""
     path = Path(given[0])
     looks_like_file = path.suffix in (".txt", ".json", ".jsonl") and " " not in given[0].strip()
+    where = f"--prompts {path}"
     if len(given) > 1 or not (looks_like_file or is_file(path)):
-        texts, path, metadata = [text.strip() for text in given], None, None
-    elif path.suffix == ".json":
-        texts, metadata = one_caption_each(read_annotations(path, "--prompts"), seed), None
-    else:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-        texts = lines = [line for line in lines if line]
-        metadata = read_geneval(path, lines) if path.suffix == ".jsonl" else None
-        texts = [record["prompt"] for record in metadata] if metadata else lines
-    if not texts:
-        raise InputError(f"--prompts {path} holds no prompt; write one per line")
-    return Prompts(texts, path, metadata)
+        return Prompts([text.strip() for text in given])
+    if path.suffix == ".json":
+        return Prompts(one_caption_each(read_annotations(path, "--prompts"), seed, where), path)
+    if path.suffix == ".jsonl":
+        records = read_geneval(path, where)
+        return Prompts([record["prompt"] for record in records], path, records)
+    return Prompts([text for _, text in read_lines(path, where)], path)
 
 
 def is_file(path):
@@ -112,33 +106,21 @@ def is_file(path):
         return False
 
 
-def read_text(path):
-    """Content of a UTF-8 file. Raises InputError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    except OSError as error:
-        raise InputError(f"--prompts {path} cannot be read ({error.strerror}); name another file") from None
-
-
-def one_caption_each(captions, seed):
-    """A caption of every image, in the order of the names, drawn by (seed, number of the image)."""
+def one_caption_each(captions, seed, where):
+    """A caption of every image, in the order of the names, drawn by (seed, number of the image). Raises InputError."""
     groups = [captions[name] for name in sorted(captions) if captions[name]]
+    if not groups:
+        raise InputError(f"{where} holds no captions; name another file")
     return [group[int(np.random.default_rng([seed, i, 0, 1]).integers(len(group)))] for i, group in enumerate(groups)]
 
 
-def read_geneval(path, lines):
+def read_geneval(path, where):
     """GenEval's records {tag, include, prompt, …}. Raises InputError naming the line."""
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-            if not isinstance(records[-1]["prompt"], str):
-                raise TypeError("a prompt that is no text")
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--prompts {path}, line {number}: not a record with a 'prompt' ({error})") from None
-    return records
+    records = read_json_lines(path, where)
+    for number, record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise InputError(f"{where}, line {number}: not a record with a 'prompt'; restore the file")
+    return [record for _, record in records]
 
 
 class TextSampler(ImageSampler):

@@ -21,6 +21,7 @@ from models.errors import InputError, note
 from training.checkpoint import write_atomically, write_json
 
 SETTINGS = "settings.json"
+GENEVAL_IMAGES = 4  # of each prompt
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 
 
@@ -258,7 +259,7 @@ def pack(store, target, count):
 
 def remove_leftovers(folder):
     """Delete what killed processes left half-written of this result: nothing would ever read it."""
-    for path in [*folder.glob(".*.tmp"), *folder.parent.glob(f".{folder.name}.npz.*.tmp")]:
+    for path in [*folder.rglob(".*.tmp"), *folder.parent.glob(f".{folder.name}.npz.*.tmp")]:
         path.unlink(missing_ok=True)
 
 
@@ -269,7 +270,7 @@ def prepare_folder(folder, settings, resume=True):
     """
     record = folder / SETTINGS
     settings = json.loads(json.dumps(settings))
-    has_images = any(path.suffix in (".png", ".npy") for path in folder.glob("*"))
+    has_images = any(path.suffix in (".png", ".npy") for path in folder.rglob("*"))
     if has_images and not record.exists():
         raise InputError(f"{folder} holds images of unknown settings (no {record.name}); pass another --sample-dir")
     if not resume and (has_images or folder.with_name(folder.name + ".npz").exists()):

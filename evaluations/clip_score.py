@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from captions import read_lines
 from evaluations.images import open_images
 from evaluations.results import manifest_path, result_path, write_result
 from models.encoders import CLIP_STATISTICS
@@ -80,10 +81,11 @@ def score(images, prompts, scorer, batch_size=64):
 
 def read_prompts(samples, path=None):
     """A prompt per image: lines of a text file, or `labels` of the manifest beside the samples. Raises InputError."""
-    source = Path(path) if path else manifest_path(samples)
+    if path:
+        return [text for _, text in read_lines(path, f"--prompts {path}")]
+    source = manifest_path(samples)
     try:
-        text = source.read_text(encoding="utf-8")
-        prompts = text.splitlines() if path else json.loads(text)["labels"]
+        prompts = json.loads(source.read_text(encoding="utf-8"))["labels"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{source}: no prompts can be read ({error}); name a file of them with --prompts") from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):

@@ -1,10 +1,11 @@
-"""ADM's evaluation suite: Inception Score, FID, sFID, precision and recall of npz files of images.
+"""ADM's evaluation suite: Inception Score, FID, sFID, precision and recall of images.
 
     python evaluations/evaluator.py VIRTUAL_imagenet256_labeled.npz SAMPLES.npz --json results/NAME.json
     torchrun --nproc-per-node 8 evaluations/evaluator.py REF.npz SAMPLES.npz
 
-Both files hold images as `arr_0`, uint8 (N, H, W, 3). Statistics in a file (mu, sigma, mu_s, sigma_s) take the place of
-those of its images for FID and sFID; precision and recall are between images. docs/evaluation.md says more.
+Both are npz files with images as `arr_0`, uint8 (N, H, W, 3), or folders or zips of images. Statistics in a file (mu,
+sigma, mu_s, sigma_s) take the place of those of its images for FID and sFID; precision and recall are between images.
+docs/evaluation.md says more.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 
 from evaluations.features import extract, load_extractor
 from evaluations.frechet import frechet_distance
-from evaluations.images import NpzImages, other_size, read_statistics
+from evaluations.images import FolderImages, NpzImages, open_images, other_size, read_statistics
 from evaluations.inception import inception_score
 from evaluations.precision_recall import BLOCK, PRECISIONS, precision_recall
 from evaluations.processes import ProcessGroup
@@ -34,13 +35,15 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("reference", help="npz of reference images, with statistics or without")
-    parser.add_argument("samples", help="npz of sampled images")
+    parser.add_argument("reference", help="npz of reference images, with statistics or without; folder or zip")
+    parser.add_argument("samples", help="npz, folder or zip of sampled images")
     add_extractor_flags(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass and process")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="float16", help="of precision and recall")
     parser.add_argument("--block", type=int, default=BLOCK, help="rows and columns of a block of distances")
     parser.add_argument("--neighbors", type=int, default=3, help="k of precision and recall")
+    help_splits = "number of equal splits of the Inception Score; default: ADM's, of 5,000 images each"
+    parser.add_argument("--splits", type=int, help=help_splits)
     return parser.parse_args(argv)
 
 
@@ -63,17 +66,18 @@ class Side:
 
     which: str  # reference or sample
     path: str
-    images: NpzImages
+    images: NpzImages | FolderImages
     stored: dict | None  # {"pool" or "spatial": (mean, covariance)}
     rows: torch.Tensor = None  # (N, D) float32
     moments: dict = None  # as stored
 
     @classmethod
     def open(cls, which, path, args):
-        images = NpzImages(path, which.upper())
+        images = open_images(path, which.upper())
         if len(images) <= args.neighbors:
             raise InputError(f"{which} {path} holds {len(images)} images; --neighbors {args.neighbors} needs more")
-        stored = read_statistics(path, [name for pair in STATISTICS.values() for name in pair])
+        names = [name for pair in STATISTICS.values() for name in pair]
+        stored = read_statistics(path, names) if isinstance(images, NpzImages) else None
         if stored:
             stored = {kind: (stored[mean], stored[cov]) for kind, (mean, cov) in STATISTICS.items()}
         return cls(which, path, images, stored)
@@ -95,8 +99,9 @@ class Side:
     def describe(self, with_stored):
         """Which arrays serve what, in one line."""
         size = "x".join(map(str, self.images.shape[:2]))
-        from_what = "mu, sigma, mu_s, sigma_s of the file" if with_stored and self.stored else "its arr_0"
-        return f"{self.which} {self.path}: {len(self.images)} images of {size} in arr_0; statistics from {from_what}"
+        where, whose = (" in arr_0", "its arr_0") if isinstance(self.images, NpzImages) else ("", "them")
+        from_what = "mu, sigma, mu_s, sigma_s of the file" if with_stored and self.stored else whose
+        return f"{self.which} {self.path}: {len(self.images)} images of {size}{where}; statistics from {from_what}"
 
 
 def say(processes, text):
@@ -132,7 +137,7 @@ def compare(reference, sample, extractor, args, device):
         name = extractor.name
         return {f"fd_{name}": distances["pool"], f"precision_{name}": precision, f"recall_{name}": recall}
     return {
-        "inception_score": inception_score(rows[1], extractor.classifier),
+        "inception_score": inception_score(rows[1], extractor.classifier, splits=args.splits),
         "fid": distances["pool"],
         "sfid": distances["spatial"],
         "precision": precision,
@@ -153,6 +158,8 @@ def evaluate(args):
     processes = ProcessGroup.start()
     set_math(allow_tf32=False)
     sides = reference, sample = Side.open("reference", args.reference, args), Side.open("sample", args.samples, args)
+    if (args.splits or 1) > len(sample.images):
+        raise InputError(f"--splits {args.splits}: {args.samples} holds only {len(sample.images)} images")
     lines, odd = [side.describe(not args.features) for side in sides], oddities(*sides, args)
     extracted_by = f"-{Path(args.features).stem}" if args.features else ""
     result = result_path(args.json, args.samples, extracted_by)
@@ -170,7 +177,8 @@ def evaluate(args):
         for name, value in metrics.items():
             say(processes, f"{label(name)}: {value}")
         if result is not None:
-            settings = {key: getattr(args, key) for key in ("precision", "block", "neighbors", "sqrtm", "batch_size")}
+            named = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size")
+            settings = {key: getattr(args, key) for key in named}
             settings.update(features=extractor.name, inception_weights=args.inception_weights)
             arrays = {"reference": args.reference, "arrays": lines, "warnings": odd, "count": len(sample.images)}
             write_result(result, args.samples, metrics, **arrays, settings=settings)
@@ -180,8 +188,8 @@ def evaluate(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    for name in ("batch_size", "block", "neighbors"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "block", "neighbors", "splits"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"{shown(name)} {getattr(args, name)} must be at least 1")
     evaluate(args)
 

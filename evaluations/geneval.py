@@ -8,43 +8,26 @@ The overall score is the mean of the accuracies of the six tags, each of which c
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
 
+from captions import read_json_lines
 from evaluations.results import result_path, write_result
 from models.errors import InputError, exit_on_input_error
-from outputs import ends_as_png
+from outputs import GENEVAL_IMAGES, ends_as_png
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-IMAGES = 4  # per prompt
 
 
-def read_lines(path):
-    """Records of a JSON-lines file. Raises InputError naming the line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); name a JSON-lines file") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: no JSON ({error}); restore the file") from None
-    if not records:
-        raise InputError(f"{path} is empty; name another file")
-    return records
-
-
-def check_layout(folder, metadata, images=IMAGES):
+def check_layout(folder, metadata, images=GENEVAL_IMAGES):
     """What keeps the detector from scoring a folder as GenEval means it, one line per fault; empty: nothing.
 
     metadata: GenEval's JSON-lines file; images: number of images of each prompt.
     """
-    folder, records, faults = Path(folder), read_lines(metadata), []
+    folder, faults = Path(folder), []
+    records = [record for _, record in read_json_lines(metadata)]
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; make it with generate_t2i.py --prompts {metadata}")
     for number, record in enumerate(records):
@@ -60,27 +43,31 @@ def check_layout(folder, metadata, images=IMAGES):
 
 def check_prompt(place, record, images):
     """Faults of the folder of one prompt."""
-    path = place / "metadata.jsonl"
     if not place.is_dir():
         return [f"{place} is missing"]
-    faults = []
-    if not path.is_file():
-        faults.append(f"{path} is missing")
-    elif read_lines(path) != [record]:
-        faults.append(f"{path} is not the record of its prompt alone")
+    faults = check_record(place / "metadata.jsonl", record)
     found = [p for p in (place / "samples").glob("*.png") if p.stem.isdigit()]
     if len(found) != images:
         faults.append(f"{place / 'samples'} holds {len(found)} images instead of {images}")
     return faults + [f"{p} is cut off" for p in sorted(found) if not ends_as_png(p)]
 
 
+def check_record(path, record):
+    """Faults of the file that says what a prompt's images show."""
+    try:
+        found = [value for _, value in read_json_lines(path)]
+    except InputError as error:
+        return [str(error)]
+    return [] if found == [record] else [f"{path} is not the record of its prompt alone"]
+
+
 def aggregate(results):
-    """{tag: accuracy, …, "overall": mean of the tags'} of the detector's records {tag, correct, …}.
+    """{tag: accuracy, …, "overall": mean of the tags'} of the detector's records [(line, {tag, correct, …})].
 
     Raises InputError where a tag is missing or unknown.
     """
     groups = {tag: [] for tag in TAGS}
-    for number, record in enumerate(results, 1):
+    for number, record in results:
         if not isinstance(record, dict) or record.get("tag") not in groups or "correct" not in record:
             raise InputError(f"line {number} of the results has no known 'tag' or no 'correct'; restore the file")
         groups[record["tag"]].append(bool(record["correct"]))
@@ -100,7 +87,7 @@ def run_check(args):
 
 def run_score(args):
     """score: print the accuracies, write them as JSON where asked."""
-    scores = aggregate(read_lines(args.results))
+    scores = aggregate(read_json_lines(args.results))
     print("\n".join(f"{tag:14} {score:.4f}" for tag, score in scores.items()))
     if args.json is not None:
         samples = args.samples or args.results
@@ -114,7 +101,7 @@ def parse_args(argv=None):
     check = commands.add_parser("check", help="is the folder laid out as the detector reads it?")
     check.add_argument("samples", help="folder that generate_t2i.py made of the prompts")
     check.add_argument("metadata", help="GenEval's evaluation_metadata.jsonl")
-    check.add_argument("--images-per-prompt", type=int, default=IMAGES, help="images of each prompt")
+    check.add_argument("--images-per-prompt", type=int, default=GENEVAL_IMAGES, help="images of each prompt")
     check.set_defaults(run=run_check)
     score = commands.add_parser("score", help="accuracy of each tag and their mean")
     score.add_argument("results", help="the detector's JSON-lines file")

@@ -65,14 +65,15 @@ class Inception:
         return {"pool": pool, **self.spatial}
 
 
-def inception_score(features, classifier, split_size=5000, chunk=512):
-    """Mean over consecutive splits of exp(mean KL(p(y|x) ‖ p(y))) (Salimans et al. 2016), as ADM splits: no shuffle.
+def inception_score(features, classifier, split_size=5000, splits=None, chunk=512):
+    """Mean over consecutive splits of exp(mean KL(p(y|x) ‖ p(y))) (Salimans et al. 2016), without a shuffle.
 
-    features (N, D), classifier (D, K); the last split may be short and counts as much. log_softmax in float64, so that
-    no probability underflows.
+    features (N, D), classifier (D, K). Splits are ADM's, of split_size rows, the last of what is left (it counts as
+    much), or `splits` of equal size, as Salimans et al. have ten. log_softmax in float64: no probability underflows.
     """
     scores = []
-    for split in features.split(split_size):
+    ends = [number * len(features) // splits for number in range(1, splits)] if splits else None
+    for split in features.split(split_size) if ends is None else features.tensor_split(ends):
         log_p = torch.cat([(part.double() @ classifier.double()).log_softmax(dim=1) for part in split.split(chunk)])
         log_mean = log_p.logsumexp(dim=0) - torch.tensor(float(len(log_p)), dtype=torch.float64).log()
         scores.append((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp())

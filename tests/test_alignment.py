@@ -14,7 +14,7 @@ from PIL import Image
 import train
 from dataset import MANIFEST, NAMES, SeekableSampler, open_dataset, pack_names
 from models import create_model, encoders, load_model
-from models.encoders import ENCODERS, Encoder
+from models.encoders import Encoder
 from models.errors import InputError
 from models.paths import PATHS
 from preprocessing import dataset_tools
@@ -55,20 +55,9 @@ def data(tmp_path):
     return folder
 
 
-def weights_file(name, folder, seed=0):
-    """A file of the encoder's authors with random weights."""
-    import timm
-
-    family, path = ENCODERS[name], folder / f"{name}-{seed}.pth"
-    network = timm.create_model(family.timm_name, num_classes=0, **family.options)
-    state = tiny.fill_(network, seed, std=0.2).state_dict()
-    torch.save({family.entry: state} if family.entry else state, path)
-    return path
-
-
 @pytest.fixture
 def dino(tmp_path):
-    return weights_file(DINO, tmp_path)
+    return tiny.encoder_file(DINO, tmp_path)
 
 
 def run(data, folder, checkpoint=None, **changes):
@@ -160,7 +149,7 @@ def test_features_are_computed_under_the_autocast_and_compared_in_float32(data, 
 
 
 def test_several_encoders(data, dino, tmp_path):
-    both = f"{dino},{weights_file(MAE, tmp_path)}"
+    both = f"{dino},{tiny.encoder_file(MAE, tmp_path)}"
     run_dir = run(data, tmp_path, both, enc_type=f"{DINO},{MAE}", trans_depth=3, df_idxs="1 2")
     line = tiny.log_lines(run_dir)[0]
     parts = [line[f"loss_proj{block}_{name}"] for block in (1, 2) for name in (DINO, MAE)]
@@ -242,7 +231,7 @@ def test_packed_moments_keep_their_tie_to_the_features(data, dino, tmp_path, mon
 
 
 def test_one_of_two_encoders_stored_then_both(data, dino, tmp_path):
-    mae = weights_file(MAE, tmp_path)
+    mae = tiny.encoder_file(MAE, tmp_path)
     flags = {"enc_type": f"{DINO},{MAE}", "max_train_steps": 2}
     computed = run(data, tmp_path / "a", f"{dino},{mae}", **flags)
     store(data, mae, MAE)
@@ -276,7 +265,7 @@ def refused(data, folder, message, **changes):
 
 def test_features_that_do_not_belong_are_refused(data, dino, tmp_path):
     place, exps = store(data, dino), tmp_path / "exps"
-    other = weights_file(DINO, tmp_path, seed=5)
+    other = tiny.encoder_file(DINO, tmp_path, seed=5)
     refused(data, exps, r"features-dinov2-vit-b was made with the weights sha256:\w+, --enc-ckpt", checkpoint=other)
     change_manifest(place, encoder={"name": MAE})
     refused(data, exps, "its encoder is mae-vit-l, not dinov2-vit-b")
@@ -369,7 +358,7 @@ def test_two_processes_make_the_same_aligned_step(data, tmp_path, monkeypatch):
     """From stored features of the true width, so that the processes need no small encoder."""
     name = "dinov2-vit-s"
     tiny.shrink_encoder(monkeypatch, name, width=384, depth=1)
-    store(data, weights_file(name, tmp_path), name)
+    store(data, tiny.encoder_file(name, tmp_path), name)
     flags = {"ssl_align": True, "enc_type": name, "max_train_steps": 3}
     one = tiny.run_train(data, tmp_path / "one", **flags)
     done = tiny.run_torchrun(2, tiny.ROOT / "train.py", *tiny.train_flags(data, tmp_path / "two", **flags))

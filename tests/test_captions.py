@@ -1,5 +1,6 @@
 """Captions: preparation, both layouts, choice of captions, what does not fit."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import captioned
 import numpy as np
 import pytest
+import tiny
 import torch
 from data_helpers import tree
 
@@ -122,6 +124,17 @@ def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
     (tmp_path / "d/text").rename(tmp_path / "text")
     write_captions(*arguments, batch_size=4, device="cpu")
     assert (tmp_path / "text/rows-00000.bin").read_bytes() == (data / "text/rows-00000.bin").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes_as_one(data, tmp_path):
+    arguments = ["--source", data / "images", "--annotations", data.parent / "captions.json", "--device", "cpu"]
+    arguments += ["--text-encoder", data.parent / "clip", "--batch-size", "4", "--dest"]
+    tool = "preprocessing/dataset_tools.py"
+    for folder, start in (("one", tiny.run_python), ("two", functools.partial(tiny.run_torchrun, 2))):
+        done = start(tool, "captions", *arguments, tmp_path / folder)
+        assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
 def test_too_long_captions_are_cut_with_one_warning(data, capsys):

@@ -1,5 +1,6 @@
 """The ADM evaluator end to end: what it prints, which arrays it takes, batch sizes, processes, faults."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tiny
 import torch
 from evaluation_helpers import Broken, Wrong, numbers, pictures, save_npz, script
+from PIL import Image
 
 from evaluations import evaluator, inception
 from evaluations.frechet import frechet_distance, statistics
@@ -170,6 +172,30 @@ def test_compressed_and_fortran_files_give_the_same(files, tmp_path, capsys):
     np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(pictures(33, 2)))
     for name in ("compressed", "fortran"):
         assert numbers(run(capsys, reference, tmp_path / f"{name}.npz", "--features", features)[0]) == expected
+
+
+def test_folders_are_measured_like_an_npz_of_their_images(files, small_inception, tmp_path, capsys):
+    expected = run(capsys, *files[:2])[0]
+    for name, images in (("reference", pictures(20, 1)), ("samples", pictures(33, 2))):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:06d}.png")
+    out, err = run(capsys, tmp_path / "reference", tmp_path / "samples", "--json", tmp_path / "r.json")
+    assert out == expected
+    assert "reference: 20 images of 16x16; statistics from them" in err
+    assert json.loads((tmp_path / "r.json").read_text())["count"] == 33
+
+
+def test_inception_score_of_equal_splits(files, small_inception, tmp_path, capsys):
+    """33 images in ten splits: 3 or 4 each, ends at i·33/10 rounded down, as Salimans et al. cut them."""
+    out, _ = run(capsys, *files[:2], "--splits", 10)
+    rows, classifier = corners(pictures(33, 2)), small_inception.fc.weight.T
+    ends = [0, 3, 6, 9, 13, 16, 19, 23, 26, 29, 33]
+    parts = [inception.inception_score(rows[a:b], classifier) for a, b in itertools.pairwise(ends)]
+    assert numbers(out)["Inception Score"] == pytest.approx(sum(parts) / 10, rel=1e-6)
+    assert abs(numbers(out)["Inception Score"] - inception.inception_score(rows, classifier)) > 1e-6
+    refused("--splits 34: .*samples.npz holds only 33 images", *files[:2], "--splits", 34)
+    refused("--splits 0 must be at least 1", *files[:2], "--splits", 0)
 
 
 def test_options_of_the_arithmetic(files, capsys):

@@ -142,18 +142,24 @@ def test_the_layout_of_geneval(ckpt, tmp_path):
     (folder / "00001/samples/0003.png").unlink()
     (folder / "00000/metadata.jsonl").unlink()
     assert len(check_layout(folder, path)) == 2
+    leftover = folder / "00001/samples/.0003.png.1.tmp"  # of a process that was killed
+    leftover.touch()
     captioned.run_generate(ckpt, tmp_path / "s", path)
     assert check_layout(folder, path) == []
+    assert not leftover.exists()
+    with pytest.raises(InputError, match="holds finished images"):
+        captioned.run_generate(ckpt, tmp_path / "s", path, resume=False)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", b"\n \n", "holds no prompt"),
+        ("p.txt", b"\n \n", "is empty"),
         ("p.txt", b"a caf\xe9", "not UTF-8"),
         ("p.jsonl", b'{"tag": "x"}', "line 1"),
         ("p.jsonl", b"nonsense", "line 1"),
         ("p.json", b"{}", "holds no captions"),
+        ("p.json", b'{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}', "holds no captions"),
         ("missing.txt", None, "cannot be read"),
     ],
 )
@@ -178,9 +184,10 @@ def test_flags_that_make_no_sense(ckpt, changes, message):
         sampler(ckpt, **changes)
 
 
-def test_another_text_encoder_is_refused(ckpt, tmp_path):
-    other = captioned.text_folder(tmp_path / "clip", width=64)
-    with pytest.raises(InputError, match="text encoder mismatch"):
+@pytest.mark.parametrize(("name", "sizes", "field"), [("clip", {"width": 64}, "width"), ("other", {}, "family")])
+def test_another_text_encoder_is_refused(ckpt, tmp_path, name, sizes, field):
+    other = captioned.text_folder(tmp_path / name, **sizes)
+    with pytest.raises(InputError, match=f"text encoder mismatch.* has {field} "):
         sampler(ckpt, text_encoder=other)
 
 

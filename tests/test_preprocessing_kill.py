@@ -3,6 +3,7 @@
 import builtins
 import functools
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -12,13 +13,16 @@ import sys
 import time
 from pathlib import Path
 
+import captioned
 import pytest
 from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folder_layout
 
 import preprocessing.convert
 import preprocessing.pack
+from models.text import TextEncoder
 from preprocessing.convert import convert
 from preprocessing.pack import pack
+from preprocessing.text import write_captions
 
 TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"
 IMAGES = 300
@@ -136,6 +140,17 @@ def test_pack_killed_at_every_write(tmp_path, monkeypatch):
     assert kill_everywhere(job, tmp_path / "runs", "dest") > 20
 
 
+def test_captions_killed_at_every_write(tmp_path, monkeypatch):
+    encoder = TextEncoder.load(captioned.text_folder(tmp_path / "clip"))
+    monkeypatch.setattr(TextEncoder, "load", lambda *_: encoder)  # once: it takes longer than everything else
+    source, annotations = captioned.photos(tmp_path / "photos"), captioned.coco_json(tmp_path / "captions.json")
+
+    def job(dest):
+        write_captions(source, annotations, dest, batch_size=4, shard_size=6, device="cpu")
+
+    assert kill_everywhere(job, tmp_path / "runs", "dest") > 20
+
+
 # ------------------------------------------------------------------------------------- real commands, random moments
 
 
@@ -160,22 +175,27 @@ def commands(root):
     """name → (arguments without --dest)."""
     encode = ["encode", "--source", root / "images", "--vae", tiny_vae(), "--batch-size", "4", "--device", "cpu"]
     size = ["--resolution", "64x64", "--transform", "center-crop-dhariwal"]
+    captions = ["--annotations", root / "captions.json", "--text-encoder", root / "clip"]
     return {
         "convert": ["convert", "--source", root / "source", *size, "--workers", "2"],
         "encode": encode,
         "encode-packed": [*encode, "--packed", "--shard-size", "70"],
         "pack": ["pack", "--source", root / "vae-sd", "--shard-size", "70"],
+        "captions": ["captions", "--source", root / "images", *captions, "--batch-size", "4", "--device", "cpu"],
     }
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """300 photographs in class folders, converted, and their latents."""
+    """300 photographs in class folders with captions, converted, and their latents."""
     root = tmp_path_factory.mktemp("sources")
-    for k in range(IMAGES):
-        path = root / f"source/n{k % 7}/{k}.png"
+    captions = {f"n{k % 7}/{k}.png": [f"picture {k}", f"number {k} of {IMAGES}"] for k in range(IMAGES)}
+    for k, name in enumerate(captions):
+        path = root / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         photo(k, 200, 160).save(path)
+    (root / "captions.json").write_text(json.dumps(captions))
+    captioned.text_folder(root / "clip")
     for name, dest in (("convert", "images"), ("encode", "vae-sd")):
         arguments = [*commands(root)[name], "--dest", root / dest]
         subprocess.run([sys.executable, TOOL, *map(str, arguments)], check=True, stderr=subprocess.DEVNULL)
@@ -183,7 +203,7 @@ def sources(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["convert", "encode", "encode-packed", "pack"])
+@pytest.mark.parametrize("name", ["convert", "encode", "encode-packed", "pack", "captions"])
 def test_commands_killed_at_random_moments(name, sources, tmp_path):
     arguments = commands(sources)[name]
     undisturbed = {"convert": sources / "images", "encode": sources / "vae-sd"}.get(name, tmp_path / "undisturbed")
@@ -191,7 +211,7 @@ def test_commands_killed_at_random_moments(name, sources, tmp_path):
         command = [sys.executable, TOOL, *arguments, "--dest", undisturbed]
         subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
     dest = tmp_path / "killed"
-    hits = run_until_done([*arguments, "--dest", dest], dest, name, kills=3 if name.startswith("encode") else 6)
+    hits = run_until_done([*arguments, "--dest", dest], dest, name, kills=6 if name in ("convert", "pack") else 3)
     assert hits >= 1
     assert tree(dest) == tree(undisturbed)
     assert not (dest / ".partial").exists()

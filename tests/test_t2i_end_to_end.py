@@ -11,8 +11,9 @@ import captioned
 import numpy as np
 import pytest
 import tiny
+from evaluation_helpers import script
 
-TOOL = "preprocessing/dataset_tools.py"
+TOOL, METRICS = "preprocessing/dataset_tools.py", "evaluations/calculate_metrics.py"
 TRAIN = {"model": "DeepFlow-MMDiT-Ti/2", "trans_depth": 2, "df_idxs": "1", "batch_size": 3, "max_train_steps": 400}
 TRAIN.update(sampling_steps=0, rolling_steps=20, log_every=1, learning_rate=1e-3, resume="auto")
 
@@ -67,6 +68,13 @@ def test_from_photographs_to_scores(tmp_path):
     assert images.shape == (captioned.COUNT, 16, 16, 3)
     assert len(list(folder.glob("*.png"))) == len(manifest["labels"]) == captioned.COUNT
     assert len(np.unique(images.reshape(captioned.COUNT, -1), axis=0)) == captioned.COUNT
+
+    measured = ["--features", script(tmp_path / "corners.pt"), "--json", tmp_path / "adm.json"]
+    assert "FD (corners)" in run("evaluations/evaluator.py", data / "images", f"{folder}.npz", *measured)
+    features = ["--metrics", "", "--features", tmp_path / "corners.pt"]
+    run(METRICS, "ref", "--data", data / "images", "--dest", tmp_path / "ref.pkl", *features)
+    command = [METRICS, "calc", "--images", f"{folder}.npz", "--ref", tmp_path / "ref.pkl", *features]
+    assert "fd_corners = " in run(*command, "--num", captioned.COUNT)
 
     scored = captioned.clip_folder(tmp_path / "clip-score")
     command = ["evaluations/clip_score.py", f"{folder}.npz", "--clip", scored, "--json", tmp_path / "r.json"]

@@ -93,8 +93,8 @@ def test_prompts_that_cannot_be_read(clip, tmp_path):
 
 
 def results(right, total):
-    """Records of each tag: `right[tag]` correct ones of `total[tag]`."""
-    return [{"tag": tag, "correct": i < right[tag]} for tag in geneval.TAGS for i in range(total[tag])]
+    """Numbered records of each tag: `right[tag]` correct ones of `total[tag]`."""
+    return list(enumerate({"tag": tag, "correct": i < right[tag]} for tag in geneval.TAGS for i in range(total[tag])))
 
 
 def test_the_overall_score_is_the_mean_of_the_tags_not_of_the_images():
@@ -109,13 +109,12 @@ def test_the_overall_score_is_the_mean_of_the_tags_not_of_the_images():
 def test_results_that_cannot_be_aggregated(tmp_path):
     total = dict.fromkeys(geneval.TAGS, 1)
     with pytest.raises(InputError, match="no image of the tag counting"):
-        geneval.aggregate([r for r in results(total, total) if r["tag"] != "counting"])
-    with pytest.raises(InputError, match="line 1"):
-        geneval.aggregate([{"tag": "shapes", "correct": True}])
-    for content, message in ((b"", "empty"), (b"{", "line 1"), (b"\xff", "cannot be read")):
+        geneval.aggregate([(n, r) for n, r in results(total, total) if r["tag"] != "counting"])
+    unknown = b'{"tag": "shapes", "correct": true}'
+    for content, message in ((b"", "empty"), (b"\n{", "line 2"), (b"\xff", "not UTF-8"), (unknown, "line 1")):
         (tmp_path / "r.jsonl").write_bytes(content)
         with pytest.raises(InputError, match=message):
-            geneval.read_lines(tmp_path / "r.jsonl")
+            geneval.run_score(geneval.parse_args(["score", str(tmp_path / "r.jsonl")]))
 
 
 def test_a_folder_for_geneval_with_faults(tmp_path):
@@ -131,6 +130,14 @@ def test_a_folder_for_geneval_with_faults(tmp_path):
     faults = geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")
     expected = ["not the record", "0003.png is cut off", "00001 is missing", "00007 is no prompt"]
     assert [part for part, fault in zip(expected, faults, strict=True) if part not in fault] == []
+    for content, fault in ((b"", "is empty"), (b"{", "line 1"), (2 * b'{"prompt": "a"}\n', "not the record")):
+        (tmp_path / "s/00000/metadata.jsonl").write_bytes(content)
+        assert fault in geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")[0]
+    (tmp_path / "s/00000/metadata.jsonl").unlink()
+    assert "metadata.jsonl cannot be read" in geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")[0]
+    with pytest.raises(SystemExit) as ended:
+        geneval.run_check(geneval.parse_args(["check", str(tmp_path / "s"), str(tmp_path / "m.jsonl")]))
+    assert ended.value.code == 1
 
 
 # -------------------------------------------------------------------------------------------------------- digits

@@ -1,4 +1,4 @@
-"""script/*/train.sh and script/dmf/train_*.sh: the published recipes in flags that exist; signals arrive."""
+"""script/*/train.sh, of dmf/ and t2i/ too: the published recipes in flags that exist; signals arrive."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ import tiny
 
 from models import model_config
 from train_dmf import FlowMapConfig
+from train_t2i import TextTrainConfig
 from training.config import TrainConfig, parse_flags
 from training.stop import SIGNALS
 
@@ -26,12 +27,12 @@ MAPS = {
 }
 
 
-def launched(script, tmp_path, *flags):
+def launched(script, tmp_path, *flags, **environment):
     """(program, its flags) that a script gives to torchrun; signals and patience are checked."""
     stub = tmp_path / "torchrun"
     stub.write_text(STUB)
     stub.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CKPT": "flow.pt", "NUM_GPUS": "2"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CKPT": "flow.pt", "NUM_GPUS": "2", **environment}
     done = subprocess.run(
         ["bash", f"script/{script}", *flags], cwd=tiny.ROOT, env=env, capture_output=True, text=True, check=True
     )
@@ -69,3 +70,20 @@ def test_recipes_of_flow_maps(size, tmp_path):
     assert (config.omega, config.g_min, config.g_max, config.max_train_steps) == (0.6, 0.0, g_max, steps)
     assert (config.time_means(), config.time_stds()) == ((0.0, 0.4, -1.2), (1.0, 1.0, 1.0))
     assert (config.adam_beta1, config.adam_beta2, config.ema_decay, config.resume) == (0.9, 0.95, 0.9999, "auto")
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_recipe_of_text_to_image(aligned, tmp_path):
+    program, line = launched("t2i/train.sh", tmp_path, "--seed", "3", SSL=str(int(aligned)))
+    config = parse_flags(TextTrainConfig, line)
+    config.check()
+    assert (program, config.model, config.max_train_steps) == ("train_t2i.py", "DeepFlow-MMDiT-L/2", 150_000)
+    options = model_config(config.model, **config.model_flags())
+    assert (options["depth"], options["hidden_size"], options["num_heads"]) == (24, 768, 24)
+    assert (options["df_idxs"], options["legacy_scaling"]) == ((8, 16), aligned)
+    assert config.branch_weights(3) == [0.2, 0.2, 1.0]
+    assert (config.batch_size, config.learning_rate, config.ema_decay) == (256, 1e-4, 0.9999)
+    assert (config.adam_beta1, config.adam_beta2, config.adam_weight_decay, config.max_grad_norm) == (0.9, 0.999, 0, 1)
+    assert (config.weighting, config.tg_upper_bound, config.acc_coeff) == ("uniform", 0.01, 1.0)
+    assert (config.cfg_prob, config.path_type, config.resume, config.seed) == (0.1, "linear", "auto", 3)
+    assert (list(config.encoders()), config.proj_coeff) == (["dinov2-vit-b"] if aligned else [], 0.5)

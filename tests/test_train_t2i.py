@@ -12,9 +12,12 @@ from PIL import Image
 import train
 import train_t2i
 from captions import open_captions
-from dataset import Batch
+from dataset import Batch, Names, read_manifest
 from models import create_model
 from models.errors import InputError
+from preprocessing.encode import STORED
+from preprocessing.jobs import Job
+from preprocessing.packed import ShardWriter
 from training.config import parse_flags
 from training.draws import draw_step
 
@@ -26,12 +29,17 @@ def data(tmp_path_factory):
     return captioned.data_folder(tmp_path_factory.mktemp("t2i"))
 
 
-def run(data, output_dir, **changes):
-    """Train in this process; returns the run's folder."""
+def flags(data, output_dir, **changes):
+    """Command line of four steps of a small model; the run's name is `run`."""
     values = {"exp_name": "run", "data_dir": data, "output_dir": output_dir, **SMALL}
     values.update(batch_size=3, max_train_steps=4, sampling_steps=0, log_every=1, learning_rate=1e-3)
+    return tiny.flags(**{**values, **changes})
+
+
+def run(data, output_dir, **changes):
+    """Train in this process; returns the run's folder."""
     with tiny.fresh_accelerate(), tiny.one_thread():
-        config = parse_flags(train_t2i.TextTrainConfig, tiny.flags(**{**values, **changes}))
+        config = parse_flags(train_t2i.TextTrainConfig, flags(data, output_dir, **changes))
         train.train(config, train_t2i.open_data)
     return output_dir / config.exp_name
 
@@ -89,28 +97,51 @@ def test_network_gets_the_empty_caption_exactly_where_drop_says(data):
         assert torch.equal(y[row], dataset.text.empty if drop else context[row].float())
 
 
-def test_alignment_reads_the_images(data, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_two_processes_make_the_same_steps(data, tmp_path):
+    changes = {"batch_size": 4, "init": "repa", "adam_epsilon": 1e-3, "cfg_prob": 0.5}
+    one = run(data, tmp_path / "one", **changes)
+    done = tiny.run_torchrun(2, "train_t2i.py", *flags(data, tmp_path / "two", **changes))
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    a, b = (tiny.load(folder / "checkpoints/0000004.pt") for folder in (one, tmp_path / "two/run"))
+    assert a["config"]["model_options"]["init"] == "repa"
+    assert tiny.largest_difference(a["model"], b["model"]) < 1e-6
+    losses = [[line["loss"] for line in tiny.log_lines(folder)] for folder in (one, tmp_path / "two/run")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_alignment_reads_the_images(tmp_path, monkeypatch):
+    """Other images, other alignment loss; the velocities' losses of the first step stay."""
+    tiny.shrink_encoder(monkeypatch, "dinov2-vit-b", width=16, depth=1)
+    changes = {"ssl_align": True, "enc_ckpt": tiny.encoder_file("dinov2-vit-b", tmp_path), "max_train_steps": 1}
+    folder, lines = captioned.foreign_folder(tmp_path), []
+    for name in ("before", "after"):
+        lines += tiny.log_lines(run(folder, tmp_path / name, **changes))
+        for path in folder.glob("*.png"):
+            with Image.open(path) as image:
+                image.transpose(Image.Transpose.ROTATE_180).save(path)
+    before, after = lines
+    assert before["loss_v1"] == after["loss_v1"]
+    for key in ("loss_proj1", "loss_proj2"):
+        assert abs(before[key] - after[key]) > 1e-6
+
+
+def test_alignment_takes_stored_features(data, tmp_path, monkeypatch):
     tiny.shrink_encoder(monkeypatch, "mocov3-vit-s")
     source = tmp_path / "data"
     shutil.copytree(data, source)
-    from dataset import read_manifest
-    from preprocessing.encode import STORED
-    from preprocessing.jobs import Job
-    from preprocessing.packed import ShardWriter
-
     manifest = read_manifest(source / "vae-sd")
     job = Job(source / "features-mocov3-vit-s", {"command": "features"})
     job.begin()
-    writer = ShardWriter(job, (16, 24), STORED["fp32"])
-    names = captioned.COUNT * [""]
-    writer.write(range(captioned.COUNT), torch.randn(captioned.COUNT, 16, 24).numpy(), names)
-    from dataset import Names
-
-    listed = Names(source / "vae-sd/names.txt", captioned.COUNT)
+    writer, everything = ShardWriter(job, (16, 24), STORED["fp32"]), range(captioned.COUNT)
+    names = Names(source / "vae-sd/names.txt", captioned.COUNT)
+    writer.write(everything, torch.randn(captioned.COUNT, 16, 24).numpy(), names)
     facts = {"kind": "features", "flipped": False, "images": manifest["images"], "num_classes": 1}
     facts["encoder"] = {"name": "mocov3-vit-s", "weights": "x"}
-    writer.finish(captioned.COUNT, range(captioned.COUNT), list(listed), [0] * captioned.COUNT, facts)
+    writer.finish(captioned.COUNT, everything, names, [0] * captioned.COUNT, facts)
     monkeypatch.setattr(train, "check_grid", lambda *_: None)  # these images are smaller than the encoder's patches
+    shutil.rmtree(source / "images")
     aligned = run(source, tmp_path, ssl_align=True, enc_type="mocov3-vit-s")
     assert {"loss_proj1", "loss_proj2"} <= tiny.log_lines(aligned)[0].keys()
 

@@ -232,6 +232,17 @@ def shrink_encoder(monkeypatch, name, width=24, depth=2, heads=2):
     monkeypatch.setitem(ENCODERS, name, dataclasses.replace(family, width=width, options=options))
 
 
+def encoder_file(name, folder, seed=0):
+    """A file of an alignment encoder's authors with random weights."""
+    import timm
+
+    family, path = ENCODERS[name], Path(folder) / f"{name}-{seed}.pth"
+    network = timm.create_model(family.timm_name, num_classes=0, **family.options)
+    state = fill_(network, seed, std=0.2).state_dict()
+    torch.save({family.entry: state} if family.entry else state, path)
+    return path
+
+
 def load(path):
     """Content of a checkpoint file."""
     return torch.load(path, weights_only=True)

@@ -12,17 +12,31 @@ NUM_GPUS=${NUM_GPUS:-8}
 VAE=${VAE:-stabilityai/sd-vae-ft-ema}
 TEXT_ENCODER=${TEXT_ENCODER:-openai/clip-vit-large-patch14}
 STORED_DTYPE=${STORED_DTYPE:-fp16}         # fp32 doubles the disk
+TRAIN_COUNT=${TRAIN_COUNT-82783}           # images of MS-COCO 2014; set to nothing for images of your own
+VAL_COUNT=${VAL_COUNT-40504}
 
-for split in train val; do
-    dest=$DATA_DIR/$split
-    python preprocessing/dataset_tools.py convert --source "$COCO/${split}2014" --dest "$dest/images" \
+check_count() { # FOLDER EXPECTED
+    local found
+    found=$(python preprocessing/dataset_tools.py info "$1" | awk -F '[ ,]+' '$1 == "images" { print $2 }')
+    if [ -n "$2" ] && [ "$found" != "$2" ]; then
+        echo "error: $1 holds $found images instead of $2; unpack the whole set, remove $1 and run again" >&2
+        echo "(for images of your own: TRAIN_COUNT= VAL_COUNT= bash script/t2i/preprocess.sh)" >&2
+        exit 1
+    fi
+}
+
+prepare() { # SPLIT COUNT
+    local dest=$DATA_DIR/$1
+    python preprocessing/dataset_tools.py convert --source "$COCO/${1}2014" --dest "$dest/images" \
         --resolution 256x256 --transform center-crop
+    check_count "$dest/images" "$2"
     torchrun --standalone --nproc-per-node "$NUM_GPUS" preprocessing/dataset_tools.py encode \
         --source "$dest/images" --dest "$dest/vae-sd" --vae "$VAE" --batch-size 64 --packed
     torchrun --standalone --nproc-per-node "$NUM_GPUS" preprocessing/dataset_tools.py captions \
-        --source "$dest/images" --annotations "$COCO/annotations/captions_${split}2014.json" --dest "$dest/text" \
+        --source "$dest/images" --annotations "$COCO/annotations/captions_${1}2014.json" --dest "$dest/text" \
         --text-encoder "$TEXT_ENCODER" --stored-dtype "$STORED_DTYPE"
     python preprocessing/dataset_tools.py verify "$dest"
     python preprocessing/dataset_tools.py info "$dest"
-done
-echo "MS-COCO 2014 has 82,783 training and 40,504 validation images: compare the lines 'images' above."
+}
+prepare train "$TRAIN_COUNT"
+prepare val "$VAL_COUNT"

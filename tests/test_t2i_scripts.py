@@ -1,0 +1,122 @@
+"""script/t2i/preprocess.sh and eval.sh: flags that exist, steps in order; what is missing is said first."""
+
+import os
+import subprocess
+
+import pytest
+import tiny
+
+from evaluations import calculate_metrics, clip_score, evaluator, geneval
+from generate_t2i import TextGenerateConfig
+from preprocessing import dataset_tools
+from training.config import parse_flags
+
+# notes how it was called, and leaves what the real program would leave for the next one
+STUB = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+case "$*" in
+    *" info "*) echo "images      $COUNT, 3 left out" ;;
+    *generate_t2i.py*) while [ "$1" != --sample-dir ]; do shift; done; mkdir -p "$2/NAME"; touch "$2/NAME.npz" ;;
+esac
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Stubs of torchrun and python, and files where the scripts look for them."""
+    (tmp_path / "bin").mkdir()
+    for name in ("torchrun", "python"):
+        (tmp_path / "bin" / name).write_text(STUB)
+        (tmp_path / "bin" / name).chmod(0o755)
+    names = {"CKPT": "step.pt", "VAL_JSON": "val.json", "VAL_IMAGES": "val/images", "GENEVAL": "metadata.jsonl"}
+    values = {name: tmp_path / file for name, file in names.items()}
+    for path in values.values():
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    values.update(CALLS=tmp_path / "calls", COUNT=7, NUM_GPUS=2, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    values.update(SAMPLE_DIR=tmp_path / "samples", RESULTS=tmp_path / "results", EXP_NAME="run")
+    return {name: str(value) for name, value in values.items()}
+
+
+def run(script, environment, *flags):
+    """(completed process, [[program, flag, …], …] of what it started)."""
+    command = ["bash", f"script/t2i/{script}.sh", *flags]
+    done = subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False)
+    calls = open(environment["CALLS"]).read().splitlines() if os.path.exists(environment["CALLS"]) else []
+    lines = [line.removeprefix("torchrun --standalone --nproc-per-node 2 ").split() for line in calls]
+    return done, [line[1:] if line[0] == "python" else line for line in lines]
+
+
+def programs(calls):
+    """What was started, in order: the file, or the command of one that has several."""
+    with_commands = ("dataset_tools.py", "calculate_metrics.py", "geneval.py")
+    return [line[1] if line[0].endswith(with_commands) else line[0].split("/")[-1] for line in calls]
+
+
+def test_preprocessing_of_both_splits(environment):
+    places = {"COCO": "/c", "DATA_DIR": "/d"}
+    done, calls = run("preprocess", {**environment, **places, "TRAIN_COUNT": "7", "VAL_COUNT": ""})
+    assert done.returncode == 0, done.stderr
+    steps = ["convert", "info", "encode", "captions", "verify", "info"]
+    assert programs(calls) == 2 * steps
+    for split, first in (("train", 0), ("val", 6)):
+        convert, _, encode, captions, *_ = (dataset_tools.parse(line[1:]) for line in calls[first : first + 6])
+        assert (convert.source, convert.dest) == (f"/c/{split}2014", f"/d/{split}/images")
+        assert (convert.resolution, convert.transform) == ((256, 256), "center-crop")
+        assert (encode.source, encode.dest, encode.packed) == (f"/d/{split}/images", f"/d/{split}/vae-sd", True)
+        assert captions.annotations == f"/c/annotations/captions_{split}2014.json"
+        assert (captions.dest, captions.stored_dtype) == (f"/d/{split}/text", "fp16")
+        assert captions.text_encoder == "openai/clip-vit-large-patch14"
+
+
+def test_coco_with_missing_images_is_said_before_anything_is_encoded(environment):
+    done, calls = run("preprocess", environment)
+    assert done.returncode == 1
+    assert "train/images holds 7 images instead of 82783" in done.stderr
+    assert programs(calls) == ["convert", "info"]
+
+
+def test_evaluation_samples_and_measures_as_table_6(environment, tmp_path):
+    done, calls = run("eval", environment, "--global-seed", "5")
+    assert done.returncode == 0, done.stderr
+    measured = ["ref", "calc", "evaluator.py", "clip_score.py"]
+    assert programs(calls) == ["generate_t2i.py", *measured, "generate_t2i.py", "check"]
+    sampled = parse_flags(TextGenerateConfig, calls[0][1:])
+    assert (sampled.num_fid_samples, sampled.mode, sampled.num_steps) == (40192, "sde", 250)
+    assert (sampled.cfg_scale, sampled.global_seed, sampled.prompts) == (2.0, 5, [str(tmp_path / "val.json")])
+    npz, images = str(tmp_path / "samples/coco/NAME.npz"), str(tmp_path / "val/images")
+    ref, calc = (calculate_metrics.parse_args(line[1:]) for line in calls[1:3])
+    assert (ref.data, ref.dest, calc.ref) == (images, str(tmp_path / "val.pkl"), str(tmp_path / "val.pkl"))
+    assert (calc.images, calc.num, calc.metrics) == (npz, 40192, "fid,fd_dinov2")
+    suite = evaluator.parse_args(calls[3][1:])
+    assert (suite.reference, suite.samples, suite.splits) == (images, npz, 10)
+    assert clip_score.parse_args(calls[4][1:]).samples == npz
+    shown = parse_flags(TextGenerateConfig, calls[5][1:])
+    assert (shown.prompts, shown.format) == ([str(tmp_path / "metadata.jsonl")], "png")
+    checked = geneval.parse_args(calls[6][1:])
+    assert checked.samples.rstrip("/") == str(tmp_path / "samples/geneval/NAME")
+
+
+def test_a_reference_that_is_there_is_taken(environment, tmp_path):
+    (tmp_path / "own.npz").touch()
+    (tmp_path / "w.pth").touch()
+    own = {"REF": str(tmp_path / "own.npz"), "INCEPTION_WEIGHTS": str(tmp_path / "w.pth"), "GENEVAL": ""}
+    done, calls = run("eval", {**environment, **own})
+    assert done.returncode == 0, done.stderr
+    assert programs(calls) == ["generate_t2i.py", "calc", "evaluator.py", "clip_score.py"]
+    for arguments in (calculate_metrics.parse_args(calls[1][1:]), evaluator.parse_args(calls[2][1:])):
+        assert arguments.inception_weights == str(tmp_path / "w.pth")
+
+
+def test_sampling_alone(environment):
+    done, calls = run("eval", {**environment, "REF": "none", "VAL_IMAGES": "/nowhere", "GENEVAL": ""})
+    assert done.returncode == 0, done.stderr
+    assert programs(calls) == ["generate_t2i.py"]
+
+
+@pytest.mark.parametrize("name", ["CKPT", "VAL_JSON", "VAL_IMAGES", "GENEVAL"])
+def test_what_is_missing_is_said_before_anything_is_sampled(environment, name):
+    done, calls = run("eval", {**environment, name: "/nowhere"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {name} /nowhere does not exist") and len(done.stderr.splitlines()) == 1
+    assert calls == []
