@@ -103,6 +103,14 @@ def test_written_again_gives_the_same_bytes_and_a_second_run_does_nothing(data, 
     assert "nothing to do" in capsys.readouterr().err
 
 
+def test_features_in_full_precision(data, tmp_path):
+    arguments = (data / "images", data.parent / "captions.json", tmp_path / "text", data.parent / "clip")
+    write_captions(*arguments, batch_size=4, stored="fp32", device="cpu")
+    rows = np.fromfile(tmp_path / "text/rows-00000.bin", "<f4").reshape(-1, captioned.TOKENS, captioned.WIDTH)
+    texts = [text for name in sorted(captioned.PHOTOS) for text in captioned.PHOTOS[name]]
+    np.testing.assert_allclose(rows, encoder(data)(texts), atol=1e-6)
+
+
 def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
     arguments = (data / "images", data.parent / "captions.json", tmp_path / "text", data.parent / "clip")
     calls, call = [], TextEncoder.__call__
