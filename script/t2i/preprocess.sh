@@ -19,9 +19,9 @@ check_count() { # FOLDER EXPECTED
     local found
     found=$(python preprocessing/dataset_tools.py info "$1" | awk -F '[ ,]+' '$1 == "images" { print $2 }')
     if [ -n "$2" ] && [ "$found" != "$2" ]; then
-        echo "error: $1 holds $found images instead of $2; unpack the whole set, remove $1 and run again" >&2
-        echo "(for images of your own: TRAIN_COUNT= VAL_COUNT= bash script/t2i/preprocess.sh)" >&2
-        exit 1
+        echo "error: $1 holds $found images instead of $2; unpack the whole set, remove $1 and run again, or pass" \
+            "TRAIN_COUNT= VAL_COUNT= for images of your own" >&2
+        exit 2
     fi
 }
 
