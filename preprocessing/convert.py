@@ -208,7 +208,8 @@ def _say_classes(labels, images):
     if images.num_classes == 1:
         return f"one class ({images.class_names[0]}), so no labels (null), as published"
     unlabelled = images.names[int(np.argmax(images.labels == NO_LABEL))]
-    return f"WITHOUT LABELS: {unlabelled} is in no class folder and in no {LABELS_JSON}; training needs labels or captions"
+    where = f"{unlabelled} is in no class folder and in no {LABELS_JSON}"
+    return f"WITHOUT LABELS: {where}; training needs labels or captions"
 
 
 def _zip_is_complete(dest, ticket):

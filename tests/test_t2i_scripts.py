@@ -115,7 +115,7 @@ def test_sampling_alone(environment):
     assert programs(calls) == ["generate_t2i.py"]
 
 
-@pytest.mark.parametrize("name", ["CKPT", "VAL_JSON", "VAL_IMAGES", "GENEVAL"])
+@pytest.mark.parametrize("name", ["CKPT", "VAL_JSON", "VAL_IMAGES", "INCEPTION_WEIGHTS", "GENEVAL"])
 def test_what_is_missing_is_said_before_anything_is_sampled(environment, name):
     done, calls = run("eval", {**environment, name: "/nowhere"})
     assert done.returncode == 2

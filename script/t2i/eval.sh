@@ -27,6 +27,7 @@ CFG_SCALE=2.0
 [ -e "$CKPT" ] || fail "CKPT $CKPT does not exist; name a checkpoint with CKPT=FILE"
 [ -f "$VAL_JSON" ] || fail "VAL_JSON $VAL_JSON does not exist; name COCO's captions_val2014.json"
 [ "$REF" = none ] || [ -e "$VAL_IMAGES" ] || fail "VAL_IMAGES $VAL_IMAGES does not exist; make it with script/t2i/preprocess.sh, or pass REF=none to sample only"
+[ -z "$INCEPTION_WEIGHTS" ] || [ -f "$INCEPTION_WEIGHTS" ] || fail "INCEPTION_WEIGHTS $INCEPTION_WEIGHTS does not exist"
 [ -z "$GENEVAL" ] || [ -f "$GENEVAL" ] || fail "GENEVAL $GENEVAL does not exist; name GenEval's evaluation_metadata.jsonl"
 
 run() { torchrun --standalone --nproc-per-node "$NUM_GPUS" "$@"; }
