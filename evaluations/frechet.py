@@ -80,7 +80,10 @@ def trace_of_root_published(sigma1, sigma2, eps=1e-6):
 
     Raises ValueError when the root's diagonal has imaginary parts beyond 1e-3.
     """
-    root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+    product = sigma1 @ sigma2
+    if not product.any():
+        return 0.0  # scipy's root of zero is infinite from 1.18 on
+    root = scipy.linalg.sqrtm(product)
     if not np.isfinite(root).all():
         offset = eps * np.eye(len(sigma1))
         root = scipy.linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))

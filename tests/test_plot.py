@@ -35,7 +35,8 @@ def test_one_and_several_runs_make_one_picture(tmp_path, capsys):
         with Image.open(tmp_path / "curves.png") as picture:
             sizes.append(picture.size)
             assert len(set(np.asarray(picture).flatten().tolist())) > 10  # something is drawn
-    assert sizes == [(480, 384), (1440, 720)]  # one panel; four panels in rows of three
+    # one panel; four panels in rows of three; releases of matplotlib round to either side
+    np.testing.assert_allclose(sizes, [(480, 384), (1440, 720)], atol=1)
     assert "curves of 2 runs" in capsys.readouterr().out
 
 
