@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.timing import describe_machine, interleaved_medians, print_table
+from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
 from loss import GuidedTarget, deepflow_loss, flow_map_loss, flow_map_targets, flow_map_times
 from models import create_model, model_config
 from models.deepflow import DeepFlow
@@ -146,11 +146,11 @@ def main():
     rows = []
     for how in ("eager", "compiled") if args.compile else ("eager",):
         bench = Bench(args, device, how == "compiled")
-        medians = interleaved_medians(bench.parts(), args.repeats, device)
+        times = interleaved_times(bench.parts(), args.repeats, device)
         bench.rows = 0
         bench.guidance()
-        for name, seconds in medians.items():
-            ratio = f"{seconds / medians['flow step']:.2f}"
+        for name, seconds in medians_of(times).items():
+            ratio = f"{median_ratio(times, name, 'flow step'):.2f}"
             rows.append([name, how, f"{seconds * 1e3:.1f}", ratio, peak_memory(bench.parts()[name], device)])
         print(f"{how}: guidance passed {bench.rows / args.batch_size:g} N rows through the network", flush=True)
     print_table(["part", "", "ms", "x flow step", "peak MB"], rows)
