@@ -178,7 +178,8 @@ def calc(args, processes):
     reference, size = read_reference(args.ref)
     result = result_path(args.json, args.images, "-edm2")
     images, indices = load_images(args.images, "--images", processes, args.num, args.seed)
-    if line := other_size(images, size, args.other_size):
+    line = other_size(images, size, args.other_size)
+    if line and processes.rank == 0:
         note(f"warning: {line}")
     detectors = load_detectors(present(metric_names(args.metrics), reference, processes), args, processes)
     kept = present(detectors, reference, processes)
