@@ -22,11 +22,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.errors import InputError, exit_on_input_error
+from common.files import check_writable, named_full_disk, write_json
+from common.flags import flag, parse_flags, required, shown
+from common.look_ahead import ordered_map
+from common.pictures import save_grid
+from common.processes import Processes
 from models import PRESETS, load_checkpoint
 from models.codec import LatentCodec, LatentSpec
-from models.errors import InputError, exit_on_input_error
 from models.paths import PATHS
-from outputs import BackgroundWriter, PartFiles, PngFiles, named_full_disk, pack, prepare_folder
 from samplers import (
     Guidance,
     GuidedVelocity,
@@ -41,11 +45,8 @@ from samplers import (
     sample_sde,
     sde_times,
 )
-from training.checkpoint import check_writable, write_json
-from training.config import flag, parse_flags, required, shown
-from training.distributed import Processes, set_math
-from training.draws import DrawAhead
-from training.grids import save_grid
+from sampling.stores import BackgroundWriter, PartFiles, PngFiles, pack, prepare_folder
+from training.distributed import set_math
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -292,7 +293,7 @@ class BatchNoise:
 
     def __init__(self, seed, batches, draws, shape, device):
         self.seed, self.batches, self.draws, self.shape, self.device = seed, batches, draws, shape, device
-        self.ahead = DrawAhead(self.draw)
+        self.ahead = ordered_map(self.draw, range(len(batches) * draws))
 
     def draw(self, number):
         """Noise number `number` in the order of use, float32 on the CPU; None after the last."""
@@ -304,7 +305,7 @@ class BatchNoise:
 
     def of(self, batch):
         """Function draw → noise (N, C, h, w) of batch number `batch`, on the device."""
-        return lambda draw: self.ahead(batch * self.draws + draw).to(self.device, non_blocking=True)
+        return lambda draw: next(self.ahead).to(self.device, non_blocking=True)
 
     def close(self):
         self.ahead.close()
@@ -476,7 +477,7 @@ def generate(config, make_sampler=ImageSampler):
 
     Every process makes its share of the batches, the first one collects them.
     """
-    processes = Processes.start()
+    processes = Processes.join()
     start = time.perf_counter()
     sampler = make_sampler(config, processes.device)
     if config.grid:

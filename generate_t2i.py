@@ -14,12 +14,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from captions import read_annotations, read_json_lines, read_lines
+from common.errors import InputError, exit_on_input_error
+from common.files import read_json_lines, read_lines
+from common.flags import flag, parse_flags
 from generate import DTYPES, GenerateConfig, ImageSampler, generate
-from models.errors import InputError, exit_on_input_error
+from latents.captions import read_annotations
 from models.text import TextEncoder, TextSpec
-from outputs import GENEVAL_IMAGES, GenEvalFiles
-from training.config import flag, parse_flags
+from sampling.stores import GENEVAL_IMAGES, GenEvalFiles
 
 
 @dataclasses.dataclass

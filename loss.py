@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.errors import InputError
+from common.errors import InputError
 
 WEIGHTINGS = ("uniform", "lognormal")
 

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from models.errors import InputError
+from common.errors import InputError
 
 SDE_LAST_TIME = 0.04  # the noise-free last step goes from here to 0
 

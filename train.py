@@ -13,17 +13,18 @@ from pathlib import Path
 
 import torch
 
+from common.errors import InputError, exit_on_input_error
+from common.flags import parse_flags
 from loss import alignment_loss, deepflow_loss
 from models import create_model, model_config
 from models.codec import LatentCodec
 from models.encoders import ENCODERS, check_grid
-from models.errors import InputError, exit_on_input_error
 from models.flops import count_flops
 from models.paths import PATHS
 from models.presets import FLOW_MAPS, PRESETS, TEXT_MODELS
 from training.alignment import make_targets
 from training.checkpoint import find_resume
-from training.config import TrainConfig, parse_flags
+from training.config import TrainConfig
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import draw_step
 from training.grids import GridSampler

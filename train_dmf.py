@@ -16,6 +16,8 @@ from typing import ClassVar
 
 import torch
 
+from common.errors import InputError, exit_on_input_error, note
+from common.flags import flag, parse_flags, shown
 from loss import (
     GUIDED_VELOCITIES,
     GuidedTarget,
@@ -27,13 +29,12 @@ from models import PRESETS, create_model, load_checkpoint, model_config
 from models.attention import ATTENTION, set_attention
 from models.codec import LatentCodec, LatentSpec
 from models.deepflow import DeepFlowOutput
-from models.errors import InputError, exit_on_input_error, note
 from models.flops import count_flops
 from models.flow_map import to_flow_map
 from models.paths import PATHS
 from models.presets import FLOW_MAPS
 from training.checkpoint import find_resume
-from training.config import TrainConfig, flag, parse_flags, shown
+from training.config import TrainConfig
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import draw_flow_map_step
 from training.grids import FlowMapGridSampler

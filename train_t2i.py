@@ -10,14 +10,15 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from captions import CaptionInfo, open_captions
+from common.errors import exit_on_input_error
+from common.flags import flag, parse_flags
+from dataset import CaptionInfo, open_captions
 from models.codec import LatentSpec
-from models.errors import exit_on_input_error
 from models.mmdit import INITIALISATIONS
 from models.presets import COCO, TEXT_MODELS
 from train import train
 from training.alignment import find_caches
-from training.config import TrainConfig, flag, parse_flags
+from training.config import TrainConfig
 from training.stop import EXIT_CODES
 
 

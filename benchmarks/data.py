@@ -27,11 +27,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset import LatentLoader, SeekableSampler, open_dataset
+from common.versions import versions
+from dataset import open_dataset
 from preprocessing.convert import convert
 from preprocessing.encode import encode, latent_name
-from preprocessing.jobs import versions
 from preprocessing.pack import pack
+from training.loader import LatentLoader, SeekableSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, BATCH, IMAGENET = (8, 32, 32), 256, 1_281_167

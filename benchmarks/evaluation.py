@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch_fidelity import feature_extractor_inceptionv3
 
-from evaluations.features import extract
-from evaluations.frechet import RunningStatistics, frechet_distance
-from evaluations.inception import Inception, inception_score
-from evaluations.precision_recall import PRECISIONS, precision_recall
-from evaluations.processes import ProcessGroup
-from models.errors import exit_on_input_error
+from common.errors import exit_on_input_error
+from common.processes import Processes
+from evaluations.metrics.features import extract
+from evaluations.metrics.frechet import RunningStatistics, frechet_distance
+from evaluations.metrics.inception import Inception, inception_score
+from evaluations.metrics.precision_recall import PRECISIONS, precision_recall
 from training.distributed import set_math
 
 TARGET = 300  # seconds for all distances of 50,000 against 10,000, on two CPU cores
@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
-    processes = ProcessGroup.start()
+    processes = Processes.join()
     set_math(allow_tf32=False)
     rows = Rows(processes.device)
     name = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.machine()

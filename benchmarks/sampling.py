@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
 from benchmarks.train_step import diffusers_model
+from common.errors import exit_on_input_error
 from generate import DTYPES, BatchNoise
 from models import create_model, model_config
-from models.errors import exit_on_input_error
 from models.paths import PATHS
 from samplers import Guidance, GuidedVelocity, sample_sde
 from training.distributed import set_math

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import describe_machine, interleaved_medians, matmul_rate, print_table
+from common.errors import exit_on_input_error
 from loss import deepflow_loss, mean_square
 from models import create_model, model_config
-from models.errors import exit_on_input_error
 from models.paths import PATHS
 from training.distributed import set_math
 from training.ema import EMA

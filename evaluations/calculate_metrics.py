@@ -19,17 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import numpy as np
 
+from common.errors import InputError, exit_on_input_error, note
+from common.files import check_writable, named_full_disk, write_atomically
+from common.flags import shown
+from common.processes import Processes
 from evaluations.evaluator import add_extractor_flags, say
-from evaluations.features import extract, load_dinov2, load_features
-from evaluations.frechet import frechet_distance
-from evaluations.images import NpzImages, check_moments, open_images, other_size, read_statistics
-from evaluations.inception import Inception
-from evaluations.processes import ProcessGroup
-from evaluations.results import result_path, write_result
-from models.errors import InputError, exit_on_input_error, note
-from outputs import named_full_disk
-from training.checkpoint import check_writable, write_atomically
-from training.config import shown
+from evaluations.metrics.features import extract, load_dinov2, load_features
+from evaluations.metrics.frechet import frechet_distance
+from evaluations.metrics.images import NpzImages, check_moments, open_images, other_size, read_statistics
+from evaluations.metrics.inception import Inception
+from evaluations.metrics.results import result_path, write_result
 from training.distributed import set_math
 
 METRICS = ("fid", "fd_dinov2")
@@ -238,11 +237,11 @@ def main(argv=None):
     for name, least in (("batch", 1), ("num", 2), ("seed", 0)):
         if getattr(args, name) < least:
             raise InputError(f"{shown(name)} {getattr(args, name)} must be at least {least}")
-    processes = ProcessGroup.start()
+    processes = Processes.join()
     set_math(allow_tf32=False)
     args.run(args, processes)
     processes.barrier()
-    processes.stop()
+    processes.__exit__()
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from captions import read_lines
-from evaluations.images import open_images
-from evaluations.results import manifest_path, result_path, write_result
+from common.errors import InputError, exit_on_input_error
+from common.files import read_lines
+from evaluations.metrics.images import open_images
+from evaluations.metrics.results import manifest_path, result_path, write_result
 from models.encoders import CLIP_STATISTICS
-from models.errors import InputError, exit_on_input_error
 from models.text import Tokens, load_clip
 from preprocessing.jobs import Batches
 

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import torch
 
-from evaluations.published import TABLE_8
+from common.errors import exit_on_input_error
+from evaluations.metrics.published import TABLE_8
 from models import create_model
-from models.errors import exit_on_input_error
 from models.flops import Part, count_flops, count_parts
 
 

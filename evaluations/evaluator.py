@@ -18,15 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 import numpy as np
 import torch
 
-from evaluations.features import extract, load_extractor
-from evaluations.frechet import frechet_distance
-from evaluations.images import FolderImages, NpzImages, open_images, other_size, read_statistics
-from evaluations.inception import inception_score
-from evaluations.precision_recall import BLOCK, PRECISIONS, precision_recall
-from evaluations.processes import ProcessGroup
-from evaluations.results import result_path, write_result
-from models.errors import InputError, exit_on_input_error, note
-from training.config import shown
+from common.errors import InputError, exit_on_input_error, note
+from common.flags import shown
+from common.processes import Processes
+from evaluations.metrics.features import extract, load_extractor
+from evaluations.metrics.frechet import frechet_distance
+from evaluations.metrics.images import FolderImages, NpzImages, open_images, other_size, read_statistics
+from evaluations.metrics.inception import inception_score
+from evaluations.metrics.precision_recall import BLOCK, PRECISIONS, precision_recall
+from evaluations.metrics.results import result_path, write_result
 from training.distributed import set_math
 
 SAMPLES = 50_000  # what published numbers are computed on
@@ -155,7 +155,7 @@ def label(name):
 
 def evaluate(args):
     """Wire files, extractor and distances; every process takes its share of the images, the first does the rest."""
-    processes = ProcessGroup.start()
+    processes = Processes.join()
     set_math(allow_tf32=False)
     sides = reference, sample = Side.open("reference", args.reference, args), Side.open("sample", args.samples, args)
     if (args.splits or 1) > len(sample.images):
@@ -183,7 +183,7 @@ def evaluate(args):
             arrays = {"reference": args.reference, "arrays": lines, "warnings": odd, "count": len(sample.images)}
             write_result(result, args.samples, metrics, **arrays, settings=settings)
     processes.barrier()
-    processes.stop()
+    processes.__exit__()
 
 
 def main(argv=None):

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 import torch
 from tqdm import tqdm
 
-from evaluations.results import write_result
+from common.errors import InputError, exit_on_input_error
+from common.files import check_writable, write_atomically
+from common.flags import shown
+from evaluations.metrics.results import write_result
 from models import load_checkpoint
-from models.errors import InputError, exit_on_input_error
 from models.paths import PATHS
 from samplers import GuidedVelocity, sample_labels, sample_noise, sample_ode, sample_sde
-from training.checkpoint import check_writable, write_atomically
-from training.config import shown
 from training.distributed import set_math
 
 ROWS = 10  # of the printed table

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
 
-from captions import read_json_lines
-from evaluations.results import result_path, write_result
-from models.errors import InputError, exit_on_input_error
-from outputs import GENEVAL_IMAGES, ends_as_png
+from common.errors import InputError, exit_on_input_error
+from common.files import read_json_lines
+from evaluations.metrics.results import result_path, write_result
+from sampling.stores import GENEVAL_IMAGES, ends_as_png
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 

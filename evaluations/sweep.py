@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
 
+from common.errors import InputError, exit_on_input_error, note
+from common.files import check_writable, write_atomically, write_json
 from evaluations import evaluator
-from evaluations.results import read_result
-from models.errors import InputError, exit_on_input_error, note
-from training.checkpoint import check_writable, write_atomically, write_json
+from evaluations.metrics.results import read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
 
-from evaluations.published import PUBLISHED
-from evaluations.results import read_result
-from models.errors import exit_on_input_error
+from common.errors import exit_on_input_error
+from evaluations.metrics.published import PUBLISHED
+from evaluations.metrics.results import read_result
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 ALWAYS = ("fid", "sfid", "inception_score")

@@ -10,7 +10,7 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from models.errors import InputError
+from common.errors import InputError
 
 
 def fused(q, k, v):

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from common.errors import InputError, note
 from models.deepflow import DeepFlow
-from models.errors import InputError, note
 from models.layers import TimestepEmbedder
 from models.presets import (
     PRESETS,

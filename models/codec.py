@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from models.errors import InputError
+from common.errors import InputError
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}

@@ -16,8 +16,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.errors import InputError
 from models.attention import attention
-from models.errors import InputError
 from models.layers import (
     LN_EPS,
     Block,

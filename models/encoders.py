@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from common.errors import InputError
 from models.checkpoints import load_strictly, read_file, strip_prefix
-from models.errors import InputError
 from models.layers import sincos_1d
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel

@@ -16,8 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from common.errors import InputError, exit_on_input_error
 from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
-from models.errors import InputError, exit_on_input_error
 
 RUN_KEYS = ("model", "exp_name", "path_type")  # what sampling needs; folders of the training machine stay there
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from common.errors import InputError
 from models.attention import forward_mode
 from models.deepflow import DeepFlow
-from models.errors import InputError
 from models.layers import sinusoid
 
 LOGVAR_FREQUENCIES = 64

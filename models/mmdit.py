@@ -9,9 +9,9 @@ Letters: N batch, T image tokens, L text tokens, D hidden size, W width of the t
 import torch
 from torch import nn
 
+from common.errors import InputError
 from models.attention import attention
 from models.deepflow import DeepFlow, TimeGapAdaLN
-from models.errors import InputError
 from models.layers import LN_EPS, Attention, Block, adaln, modulate, zero_
 
 TEXT_TOKENS = 77  # L of CLIP's text features

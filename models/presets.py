@@ -4,8 +4,8 @@ import dataclasses
 import inspect
 import re
 
+from common.errors import InputError
 from models.deepflow import DeepFlow
-from models.errors import InputError
 from models.flow_map import FlowMap
 from models.mmdit import MMDiT
 

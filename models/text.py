@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models.errors import InputError, note
+from common.errors import InputError, note
 
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset import LABELS_JSON, MANIFEST, NAMES, pack_names
+from common.errors import InputError, note
+from common.versions import versions
+from latents.manifest import LABELS_JSON, MANIFEST, NAMES
+from latents.names import pack_names
 from listing import NO_LABEL, Kept, NameTable, label_json, walk
-from models.errors import InputError, note
-from preprocessing.jobs import Batches, Job, versions
+from preprocessing.jobs import Batches, Job
 from preprocessing.sources import BadImageError, ImageSource
 from preprocessing.transforms import make_transform
 from preprocessing.zips import ZipReader, create_zip

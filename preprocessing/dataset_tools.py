@@ -16,9 +16,9 @@ import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from common.errors import InputError, exit_on_input_error
 from models.codec import DEFAULT_VAE
 from models.encoders import ENCODERS
-from models.errors import InputError, exit_on_input_error
 from models.text import DEFAULT_TEXT_ENCODER
 from preprocessing.convert import FORMATS, convert
 from preprocessing.encode import DTYPES, STORED, encode, write_features

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import LABELS_JSON, NAMES, pack_names
+from common.errors import InputError, note
+from common.versions import versions
+from latents.manifest import LABELS_JSON, NAMES
+from latents.names import pack_names
 from listing import Kept, label_json
 from models.codec import DEFAULT_VAE, LatentCodec
 from models.encoders import ENCODERS, STRIDE, Encoder, parse_enc_ckpt, parse_enc_type, weights_id
-from models.errors import InputError, note
-from preprocessing.jobs import Batches, Job, versions
+from preprocessing.jobs import Batches, Job
 from preprocessing.packed import SHARD_SIZE, ShardWriter
 from preprocessing.sources import BadImageError, ImageSource
 

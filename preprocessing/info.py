@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import MOMENTS, find_set, open_dataset, read_manifest
+from common.errors import InputError
+from dataset import open_dataset
+from latents.manifest import MOMENTS, read_manifest
+from latents.sets import find_set
 from models.codec import LatentCodec
-from models.errors import InputError
 
 
 def describe(data_dir):

@@ -6,19 +6,17 @@ written last, so a folder with a manifest is complete, and running the command a
 """
 
 import collections.abc
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import uuid
 from pathlib import Path
 
 import numpy as np
 
-from dataset import FORMAT, MANIFEST, VERSION, read_json, read_manifest
-from models.errors import InputError
+from common.errors import InputError
+from common.files import read_json
+from latents.manifest import FORMAT, MANIFEST, VERSION, read_manifest
 
 PARTIAL = ".partial"
 TICKET = "job.json"
@@ -28,24 +26,6 @@ def to_json(content):
     """JSON bytes for people: one line per entry."""
     lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def versions(*packages):
-    """Versions of Python, numpy, Pillow and the given packages, for a manifest."""
-    named = {name: importlib.metadata.version(name) for name in ("numpy", "pillow", *packages)}
-    return {"python": platform.python_version(), **named}
-
-
-def sha256_of_files(*paths, progress=None):
-    """Hex sha256 of files, one after the other, read in pieces."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-                if progress is not None:
-                    progress.update(len(block))
-    return digest.hexdigest()
 
 
 class Batches(collections.abc.Sequence):

@@ -8,21 +8,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import (
-    IMAGES,
-    LABELS_JSON,
-    MANIFEST,
-    MIRROR,
-    MOMENTS,
-    PREPARE,
-    image_set,
-    open_dataset,
-    open_set,
-    walk_files,
-)
-from models.errors import InputError, note
+from common.errors import InputError, note
+from common.files import sha256_of_files
+from common.versions import versions
+from dataset import open_dataset
+from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, image_set
+from latents.names import walk_files
+from latents.sets import open_set
 from preprocessing.encode import STORED
-from preprocessing.jobs import Batches, Job, sha256_of_files, versions
+from preprocessing.jobs import Batches, Job
 from preprocessing.packed import SHARD_SIZE, ShardWriter
 
 BATCH = 512  # rows that are noted as done together

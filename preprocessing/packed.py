@@ -8,10 +8,12 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from dataset import LABELS, NAMES, pack_names
+from common.errors import InputError
+from common.files import sha256_of_files
+from latents.manifest import LABELS, NAMES
+from latents.names import pack_names
 from listing import NO_LABEL
-from models.errors import InputError
-from preprocessing.jobs import Batches, sha256_of_files
+from preprocessing.jobs import Batches
 
 SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset import LABELS_JSON, MANIFEST, read_manifest
+from common.errors import InputError
+from latents.manifest import LABELS_JSON, MANIFEST, read_manifest
 from listing import NO_LABEL, NameTable, integers_on_disk, read_labels, walk
-from models.errors import InputError
 from preprocessing.zips import ZipReader
 
 WRONG = -1  # in place of a label that is no integer from 0

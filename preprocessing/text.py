@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from captions import CAPTIONS, EMPTY, read_annotations
-from dataset import NAMES, Names, pack_names
-from models.errors import InputError, note
+from common.errors import InputError, note
+from common.versions import versions
+from latents.captions import CAPTIONS, EMPTY, read_annotations
+from latents.manifest import NAMES
+from latents.names import Names, pack_names
 from models.text import DEFAULT_TEXT_ENCODER, TextEncoder
 from preprocessing.encode import STORED, Run, processes
-from preprocessing.jobs import Job, versions
+from preprocessing.jobs import Job
 from preprocessing.packed import SHARD_SIZE, ShardWriter
 from preprocessing.sources import ImageSource
 

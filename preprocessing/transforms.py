@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from models.errors import InputError
+from common.errors import InputError
 
 BOX, BICUBIC, LANCZOS = Image.Resampling.BOX, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 

@@ -9,25 +9,26 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from captions import TEXT, open_captions
-from dataset import (
+from common.errors import InputError
+from common.files import sha256_of_files
+from dataset import open_captions
+from latents.captions import TEXT
+from latents.manifest import (
     IMAGES,
     LABELS_JSON,
     MANIFEST,
     MIRROR,
     MOMENTS,
     NAMES,
-    Names,
     is_packed,
-    open_set,
-    read_label_list,
     read_manifest,
     spec_from_manifest,
 )
+from latents.names import Names, read_label_list
+from latents.sets import open_set
 from listing import NameTable, walk
 from models.codec import LatentCodec, vae_family
-from models.errors import InputError
-from preprocessing.jobs import PARTIAL, Batches, sha256_of_files
+from preprocessing.jobs import PARTIAL, Batches
 from preprocessing.sources import class_of, is_image_name
 
 BATCH = 256

@@ -14,12 +14,12 @@ from PIL import Image
 
 import generate
 import generate_t2i
+from common.flags import parse_flags
 from models import create_model, model_config
 from models.text import TextSpec
 from preprocessing.convert import convert
 from preprocessing.encode import encode
 from preprocessing.text import write_captions
-from training.config import parse_flags
 
 PHOTOS = {
     "astronaut.png": ["an astronaut in an orange suit", "a smiling woman before a flag"],

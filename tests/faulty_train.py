@@ -19,8 +19,9 @@ import torch
 import train
 import training.checkpoint
 import training.distributed
-from models.errors import exit_on_input_error
-from training.config import TrainConfig, parse_flags
+from common.errors import exit_on_input_error
+from common.flags import parse_flags
+from training.config import TrainConfig
 
 LAST = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
 

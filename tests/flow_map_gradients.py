@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import train_dmf
+from common.flags import parse_flags
 from dataset import DataInfo
 from loss import GuidedTarget
 from models import create_model
-from training.config import parse_flags
 from training.distributed import rows_of_rank
 from training.draws import draw_flow_map_step
 

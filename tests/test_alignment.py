@@ -12,18 +12,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 import train
-from dataset import MANIFEST, NAMES, SeekableSampler, open_dataset, pack_names
+from common.errors import InputError
+from common.flags import parse_flags
+from dataset import open_dataset
+from latents.manifest import MANIFEST, NAMES
+from latents.names import pack_names
 from models import create_model, encoders, load_model
 from models.encoders import Encoder
-from models.errors import InputError
 from models.paths import PATHS
 from preprocessing import dataset_tools
 from preprocessing.pack import pack
 from preprocessing.sources import ImageSource
 from training import alignment
 from training.checkpoint import checkpoint_path
-from training.config import TrainConfig, parse_flags
+from training.config import TrainConfig
 from training.draws import draw_step
+from training.loader import SeekableSampler
 
 COUNT, SIDE, LATENT = 12, 32, 4  # the model and the encoders have 2 × 2 tokens
 DINO, MAE = "dinov2-vit-b", "mae-vit-l"

@@ -9,8 +9,9 @@ import pytest
 import tiny
 import torch
 
-from models.errors import InputError
-from training.config import TrainConfig, parse_flags
+from common.errors import InputError
+from common.flags import parse_flags
+from training.config import TrainConfig
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from faulty_train import infinite_gradient, infinite_loss, injected
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from dataset import SeekableSampler
-from models.errors import InputError
+from common.errors import InputError
 from training.checkpoint import existing_steps
 from training.guard import BadSteps, all_finite
+from training.loader import SeekableSampler
 from training.trainer import Trainer
 
 STATE = ("model", "ema", "opt")

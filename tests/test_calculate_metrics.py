@@ -11,9 +11,9 @@ import tiny
 from evaluation_helpers import numbers, pictures, save_npz, script
 from PIL import Image
 
+from common.errors import InputError
 from evaluations import calculate_metrics
-from evaluations.frechet import frechet_distance, statistics
-from models.errors import InputError
+from evaluations.metrics.frechet import frechet_distance, statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 

@@ -12,13 +12,13 @@ import tiny
 import torch
 from data_helpers import tree
 
-from captions import open_captions
-from dataset import LatentLoader, SeekableSampler
-from models.errors import InputError
+from common.errors import InputError
+from dataset import open_captions
 from models.text import TextEncoder, TextSpec, encoder_family
 from preprocessing.info import describe
 from preprocessing.text import Captions, write_captions
 from preprocessing.verify import verify
+from training.loader import LatentLoader, SeekableSampler
 
 
 @pytest.fixture(scope="module")

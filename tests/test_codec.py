@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from common.errors import InputError
 from models.codec import DEFAULT_VAE, ROOT, LatentCodec, LatentSpec, resolve_vae, to_uint8, vae_family
-from models.errors import InputError
 
 SCALE, SHIFT = 0.5, 0.25
 

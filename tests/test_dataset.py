@@ -11,10 +11,14 @@ import pytest
 import torch
 from data_helpers import SPEC, moments_of, write_folder_layout, write_images
 
-from dataset import Buffers, LatentLoader, SeekableSampler, check_labels, open_dataset, pack_names
+from common.errors import InputError
+from dataset import open_dataset
+from latents.names import pack_names
+from latents.rows import Buffers
+from latents.sets import check_labels
 from models.codec import LatentSpec
-from models.errors import InputError
 from preprocessing.pack import pack
+from training.loader import LatentLoader, SeekableSampler
 
 COUNT = 12
 

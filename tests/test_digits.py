@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from common.errors import InputError
+from digits.data import load_digits_split, upsample, write_image_folder
 from evaluations import digits_report, pictures
 from models.codec import LatentCodec
-from models.errors import InputError
-from preprocessing.digits import load_digits_split, upsample, write_image_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_SHA256 = "f3c09072673c0ccb"  # of the held-out indices; another split would show the VAE its own training data

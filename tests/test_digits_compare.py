@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from test_digits import write_samples
 
+from common.errors import InputError
+from digits.data import load_digits_split, upsample
 from evaluations import digits_compare
-from models.errors import InputError
-from preprocessing.digits import load_digits_split, upsample
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from common.errors import InputError
 from models import encoders
 from models.encoders import ENCODERS, Encoder, check_grid, load_network, parse_enc_ckpt, parse_enc_type
-from models.errors import InputError
 
 WIDTH, HEADS, DEPTH = 24, 2, 2
 RESOLUTION = 32  # 2 × 2 tokens

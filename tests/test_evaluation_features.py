@@ -7,13 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from evaluations.features import (
-    ImageNetwork,
-    load_dinov2,
-    load_features,
-    resample_position,
-)
-from models.errors import InputError
+from common.errors import InputError
+from evaluations.metrics.features import ImageNetwork, load_dinov2, load_features, resample_position
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"  # stands for ViT-L/14, which takes a gigabyte
 

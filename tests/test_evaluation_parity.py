@@ -10,9 +10,9 @@ from parity import evaluation_inputs, family
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as tf1_resize
 
 from evaluations.calculate_metrics import choose_subset, split_batches
-from evaluations.frechet import frechet_distance, statistics
-from evaluations.inception import Inception, inception_score, load_network
-from evaluations.precision_recall import HALF_MAX, PRECISIONS, memberships, radii
+from evaluations.metrics.frechet import frechet_distance, statistics
+from evaluations.metrics.inception import Inception, inception_score, load_network
+from evaluations.metrics.precision_recall import HALF_MAX, PRECISIONS, memberships, radii
 
 DATA, ARRAYS = family("evaluation")
 CASES = DATA["cases"] or {}

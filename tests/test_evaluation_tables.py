@@ -9,10 +9,10 @@ import torch
 from evaluation_helpers import pictures, save_npz, script
 from PIL import Image
 
+from common.errors import InputError
 from evaluations import count_flops, sweep, table
-from evaluations.published import PUBLISHED, TABLE_8
+from evaluations.metrics.published import PUBLISHED, TABLE_8
 from models import create_model
-from models.errors import InputError
 from models.flops import Part, count_parts
 from models.flops import count_flops as count
 

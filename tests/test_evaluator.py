@@ -10,10 +10,10 @@ import torch
 from evaluation_helpers import Broken, Wrong, numbers, pictures, save_npz, script
 from PIL import Image
 
+from common.errors import InputError
 from evaluations import evaluator, inception
-from evaluations.frechet import frechet_distance, statistics
-from evaluations.precision_recall import precision_recall
-from models.errors import InputError
+from evaluations.metrics.frechet import frechet_distance, statistics
+from evaluations.metrics.precision_recall import precision_recall
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
@@ -330,7 +330,7 @@ def test_a_full_disk_leaves_the_numbers_in_one_line(files, tmp_path, capsys, mon
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("evaluations.results.write_json", fail)
+    monkeypatch.setattr("evaluations.metrics.results.write_json", fail)
     result = tmp_path / "r.json"
     refused(f"{result} cannot be written .No space left", *files[:2], "--features", files[2], "--json", result)
     assert "FD (corners): " in capsys.readouterr().out

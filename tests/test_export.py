@@ -8,9 +8,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.errors import InputError
 from models import load_checkpoint, load_model
 from models.deepflow import DeepFlow
-from models.errors import InputError
 from models.export import export, main
 from models.flow_map import FlowMap
 

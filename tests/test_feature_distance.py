@@ -7,9 +7,9 @@ import tiny
 import torch
 from PIL import Image
 
+from common.errors import InputError
 from evaluations import feature_distance
 from models import load_model
-from models.errors import InputError
 from samplers import sample_labels, sample_noise
 
 

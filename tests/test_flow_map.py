@@ -7,11 +7,11 @@ from tiny import fill_
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.errors import InputError
 from loss import GuidedTarget, adaptive_loss, flow_map_loss, flow_map_targets, flow_map_times, guided_samples
 from models import PRESETS, create_model, load_checkpoint
 from models.attention import differentiating, flash, fused, set_attention, written_out
 from models.checkpoints import config_from_state, convert
-from models.errors import InputError
 from models.flow_map import FlowMap, to_flow_map
 from models.paths import PATHS
 from models.presets import build

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from evaluations.frechet import RunningStatistics, frechet_distance, statistics
-from evaluations.processes import ProcessGroup
+from common.processes import Processes
+from evaluations.metrics.frechet import RunningStatistics, frechet_distance, statistics
 
 # Value of the published implementation (scipy's sqrtm) for dense, well conditioned covariances.
 DENSE_MU1, DENSE_MU2 = [-0.827, 0.143, 0.937, 0.018], [0.693, 0.315, 1.504, -2.007]
@@ -126,7 +126,7 @@ def merged(rank, world, folder):
     running, rows = RunningStatistics(7), rows_with_large_mean()
     running.add(rows[rank :: world - 1] if rank < world - 1 else rows[:0])
     running.merge_processes()
-    gathered = ProcessGroup(rank, world, torch.device("cpu")).gather_rows(torch.full((rank, 2), float(rank)))
+    gathered = Processes(rank, world, torch.device("cpu"), None).gather_rows(torch.full((rank, 2), float(rank)))
     torch.save((*map(torch.from_numpy, running.finish()), gathered), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

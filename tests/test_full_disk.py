@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from models.errors import InputError
+from common.errors import InputError
 from training.checkpoint import existing_steps, save_checkpoint
 from training.logs import RunLog
 

@@ -15,13 +15,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from common.errors import InputError
 from generate import BatchNoise
 from models import model_config
 from models.codec import LatentCodec
 from models.deepflow import DeepFlow
-from models.errors import InputError
-from outputs import PngFiles, pack
 from samplers import sample_labels, sample_noise
+from sampling.stores import PngFiles, pack
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pytest
 import tiny
 import torch
 
+from common.errors import InputError
 from models import load_checkpoint
-from models.errors import InputError
 
 MAP = {"name": "DeepFlow-DMF-Ti/2", "depth": 2, "df_idxs": (1,), "dmf_depth": 1}
 

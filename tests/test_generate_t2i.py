@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import generate_t2i
+from common.errors import InputError
+from common.flags import parse_flags
 from evaluations.geneval import check_layout
-from models.errors import InputError
 from models.export import export
 from models.mmdit import MMDiT
 from samplers import Guidance, GuidedVelocity
-from training.config import parse_flags
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from common.flags import parse_flags
 from generate import GenerateConfig
 from generate_t2i import TextGenerateConfig
 from train_dmf import FlowMapConfig
 from train_t2i import TextTrainConfig
-from training.config import TrainConfig, parse_flags
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import listing
-from dataset import pack_names
+from latents.names import pack_names
 from listing import NO_LABEL, Kept, NameTable, integers_on_disk, label_json, read_labels, sorted_on_disk
 from preprocessing.sources import ImageSource
 

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
+from common.errors import InputError
 from models import PRESETS, create_model, load_model
 from models.deepflow import VeRA
-from models.errors import InputError
 from models.flops import count_flops
 from models.layers import VelocityLayer
 from models.presets import TEXT_MODELS

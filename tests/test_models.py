@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import InputError
 from loss import alignment_loss
 from models import PRESETS, create_model, model_config
 from models.deepflow import CrossSpaceAttention, DeepFlow, TimeGapAdaLN, VeRA
-from models.errors import InputError
 from models.layers import Attention, Block, TimestepEmbedder, VelocityLayer, sinusoid
 
 TINY = {

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import training.checkpoint
-from models.errors import InputError
-from outputs import BackgroundWriter, PartFiles, PngFiles, pack, prepare_folder, write_npz
+from common.errors import InputError
+from sampling.stores import BackgroundWriter, PartFiles, PngFiles, pack, prepare_folder, write_npz
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)

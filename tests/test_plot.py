@@ -7,7 +7,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from models.errors import InputError
+from common.errors import InputError
 from training import plot
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evaluations.precision_recall import distance_block, distances, memberships, precision_recall, radii
+from evaluations.metrics.precision_recall import distance_block, distances, memberships, precision_recall, radii
 
 LINE = torch.tensor([[0.0], [1.0], [3.0], [7.0], [15.0]])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

@@ -15,8 +15,8 @@ import pytest
 from data_helpers import photo, tree, write_class_folders
 from PIL import Image
 
+from common.errors import InputError
 from listing import NO_LABEL
-from models.errors import InputError
 from preprocessing.convert import convert
 from preprocessing.jobs import Job
 from preprocessing.sources import BadImageError, ImageSource, decode

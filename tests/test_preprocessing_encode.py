@@ -12,9 +12,10 @@ import torch
 from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folder_layout
 from PIL import Image
 
-from dataset import open_dataset, open_set
+from common.errors import InputError
+from dataset import open_dataset
+from latents.sets import open_set
 from models.codec import LatentCodec
-from models.errors import InputError
 from preprocessing.convert import convert
 from preprocessing.encode import encode
 from preprocessing.info import describe, write_grid

@@ -9,7 +9,7 @@ import pytest
 from parity import FIXTURES, OWN_FIXTURES, evaluation_inputs
 from PIL import Image
 
-from models.errors import InputError
+from common.errors import InputError
 from preprocessing.convert import convert
 from preprocessing.sources import ImageSource, decode
 from preprocessing.transforms import center_crop_dhariwal

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from data_helpers import photo, tiny_vae, write_class_folders, write_folder_layout, write_images
 
-from models.errors import InputError
+from common.errors import InputError
+from common.files import sha256_of_files
 from preprocessing.convert import convert
 from preprocessing.encode import encode
-from preprocessing.jobs import sha256_of_files
 from preprocessing.pack import pack
 from preprocessing.verify import verify
 

@@ -8,11 +8,12 @@ import pytest
 import tiny
 import torch
 
-from dataset import SeekableSampler
+from common.errors import InputError
+from common.flags import parse_flags
 from models import create_model
-from models.errors import InputError
 from training.checkpoint import checkpoint_path, existing_steps
-from training.config import TrainConfig, parse_flags
+from training.config import TrainConfig
+from training.loader import SeekableSampler
 
 RUN_LENGTH = ("resume", "max_train_steps", "output_dir", "checkpointing_steps", "rolling_steps")
 

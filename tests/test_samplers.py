@@ -8,7 +8,7 @@ import parity
 import pytest
 import torch
 
-from models.errors import InputError
+from common.errors import InputError
 from models.paths import PATHS
 from samplers import (
     Guidance,

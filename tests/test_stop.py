@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import train
-from models.errors import InputError
+from common.errors import InputError
 from training.checkpoint import existing_steps, lock_run
 from training.stop import EXIT_STOPPED, SIGNALS, StopRequest
 

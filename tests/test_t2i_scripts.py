@@ -6,10 +6,10 @@ import subprocess
 import pytest
 import tiny
 
+from common.flags import parse_flags
 from evaluations import calculate_metrics, clip_score, evaluator, geneval
 from generate_t2i import TextGenerateConfig
 from preprocessing import dataset_tools
-from training.config import parse_flags
 
 # notes how it was called, and leaves what the real program would leave for the next one
 STUB = """#!/usr/bin/env bash

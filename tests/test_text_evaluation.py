@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import InputError
+from digits.captions import WORDS, digit_of, split_phrases, vocabulary, write_all
+from digits.data import load_digits_split, upsample, write_image_folder
 from evaluations import clip_score, digits_prompts, geneval
 from evaluations.clip_score import ClipScorer, conventions, read_prompts, score
-from evaluations.images import FolderImages
-from models.errors import InputError
+from evaluations.metrics.images import FolderImages
 from models.text import TextEncoder
-from preprocessing.digits import load_digits_split, upsample, write_image_folder
-from preprocessing.digits_text import WORDS, digit_of, split_phrases, vocabulary, write_all
 
 
 @pytest.fixture(scope="module")

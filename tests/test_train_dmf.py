@@ -13,13 +13,13 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import train_dmf
+from common.errors import InputError
+from common.flags import parse_flags
 from models import load_checkpoint
 from models.codec import LatentCodec
-from models.errors import InputError
 from models.flow_map import FlowMap, FlowMapOutput
 from models.paths import PATHS
 from samplers import GuidedVelocity, sample_map, sample_noise
-from training.config import parse_flags
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import subprocess
 import pytest
 import tiny
 
+from common.flags import parse_flags
 from models import model_config
 from train_dmf import FlowMapConfig
 from train_t2i import TextTrainConfig
-from training.config import TrainConfig, parse_flags
+from training.config import TrainConfig
 from training.stop import SIGNALS
 
 STUB = """#!/usr/bin/env bash

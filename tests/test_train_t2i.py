@@ -11,14 +11,15 @@ from PIL import Image
 
 import train
 import train_t2i
-from captions import open_captions
-from dataset import Batch, Names, read_manifest
+from common.errors import InputError
+from common.flags import parse_flags
+from dataset import Batch, open_captions
+from latents.manifest import read_manifest
+from latents.names import Names
 from models import create_model
-from models.errors import InputError
 from preprocessing.encode import STORED
 from preprocessing.jobs import Job
 from preprocessing.packed import ShardWriter
-from training.config import parse_flags
 from training.draws import draw_step
 
 SMALL = {"model": "DeepFlow-MMDiT-Ti/2", "trans_depth": 3, "df_idxs": "1,2"}

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 import train
+from common.errors import InputError
+from common.files import write_atomically
+from common.flags import parse_flags
 from dataset import Batch, open_dataset
 from models import create_model
-from models.errors import InputError
-from training.checkpoint import existing_steps, write_atomically
-from training.config import TrainConfig, parse_flags
+from training.checkpoint import existing_steps
+from training.config import TrainConfig
 from training.distributed import rows_of_rank, start_accelerator
-from training.draws import DrawAhead, draw_step
+from training.draws import draw_step
 from training.ema import EMA
 from training.logs import RunLog
 
@@ -65,14 +67,6 @@ def test_draws_are_a_function_of_seed_and_step():
     for other in (draw(6, config_of(seed=1)), draw(5, config_of(seed=2))):
         assert all(not torch.equal(first[name], getattr(other, name)) for name in ("times", "posterior", "noise"))
     assert not torch.equal(first["posterior"], first["noise"])
-
-
-def test_draw_ahead_equals_draw_step_also_after_a_jump():
-    draw = functools.partial(draw_step, config=config_of(), num_branches=2, latent_shape=LATENT)
-    ahead = DrawAhead(draw)
-    for step in (3, 4, 5, 9, 2, 3):
-        assert not tiny.differences(dataclasses.asdict(ahead(step)), dataclasses.asdict(draw(step))), step
-    ahead.close()
 
 
 def test_rows_and_parts_of_draws_are_those_of_the_whole_batch():

@@ -15,11 +15,13 @@ from accelerate.state import AcceleratorState, GradientState
 import generate
 import train
 import train_dmf
-from dataset import FORMAT, LABELS_JSON, MANIFEST, NAMES, VERSION, pack_names
+from common.flags import parse_flags
+from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, NAMES, VERSION
+from latents.names import pack_names
 from models import create_model, model_config
 from models.codec import LatentSpec
 from models.encoders import ENCODERS
-from training.config import TrainConfig, parse_flags
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 3

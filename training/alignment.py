@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from dataset import find_features, read_manifest
+from common.errors import InputError
+from latents.manifest import read_manifest
+from latents.sets import find_features
 from models.encoders import ENCODERS, Encoder, weights_id
-from models.errors import InputError
 
 
 def find_caches(config):

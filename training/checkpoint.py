@@ -3,48 +3,13 @@
 import fcntl
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 
+from common.errors import InputError
+from common.files import write_atomically, write_json
 from models.checkpoints import load_strictly, read_file
-from models.errors import InputError
-
-
-def write_atomically(path, write, durable=True):
-    """Call write(file) on a temporary name, then rename: no half file under the final name.
-
-    durable: flush to disk before the rename, so that this holds after a power cut as well.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(path, flag):
-    """Make the folder of the file `path`. Raises InputError where it cannot be written, before work is done for it."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be written ({error.strerror}); name another file") from None
-    if path.is_dir():
-        raise InputError(f"{flag} {path} is a folder; name a file")
-
-
-def write_json(path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
 def checkpoint_path(run_dir, step):

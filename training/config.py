@@ -1,47 +1,15 @@
 """Run configurations as dataclasses: the flags, their help and defaults in one place, saved as JSON with every run."""
 
-import argparse
 import dataclasses
 import json
 import math
 
+from common.errors import InputError
+from common.flags import flag, required, shown
 from loss import WEIGHTINGS
 from models.encoders import ENCODERS, parse_enc_ckpt, parse_enc_type
-from models.errors import InputError
 from models.paths import PATHS
 from models.presets import CLASS_MODELS
-
-
-def flag(default, help, kind=None, **options):
-    """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type).
-
-    options go to argparse; `also` lists other names of the flag.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, "kind": kind or type(default), **options})
-
-
-def parse_flags(cls, argv=None, description=None, epilog=None):
-    """Parse the command line into a dataclass made of `flag` fields. Unknown flags end with exit code 2."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False
-    )
-    for field in dataclasses.fields(cls):
-        options = dict(field.metadata)
-        name, kind, also = shown(field.name), options.pop("kind"), options.pop("also", ())
-        required = field.default is dataclasses.MISSING
-        if kind is bool:
-            switch = argparse.BooleanOptionalAction
-            parser.add_argument(name, *also, action=switch, default=field.default, help=options["help"])
-        else:
-            default = {} if required else {"default": field.default}
-            parser.add_argument(name, *also, dest=field.name, type=kind, required=required, **default, **options)
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def required(help, kind=str):
-    """A flag without a default."""
-    return dataclasses.field(metadata={"help": help, "kind": kind})
 
 
 @dataclasses.dataclass
@@ -177,8 +145,3 @@ class TrainConfig:
 
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=1)
-
-
-def shown(name):
-    """A field's name as the flag that sets it."""
-    return "--" + name.replace("_", "-")

@@ -1,60 +1,17 @@
 """Starting a run on one or many processes: precision, attention kernels, preflight."""
 
-import dataclasses
-import datetime
 import importlib.util
-import json
-import os
 import platform
 import sys
 import threading
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
-from models.errors import InputError
+from common.errors import InputError
 
 PREFLIGHT_SECONDS = 60
-A_DAY = datetime.timedelta(days=1)  # a resumed run may leave one process much more to do than another
-
-
-@dataclasses.dataclass
-class Processes:
-    """This process among those of torchrun, or alone; they share numbers and small values, never tensors."""
-
-    rank: int
-    world: int
-    device: torch.device
-    store: object  # torch.distributed's key-value store
-
-    @classmethod
-    def start(cls):
-        """Join the processes that RANK and WORLD_SIZE tell of. Raises InputError where they outnumber the GPUs."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        on_gpu, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-        if on_gpu and local >= torch.cuda.device_count():
-            raise InputError(f"--nproc-per-node asks for process {local + 1} on {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            torch.cuda.set_device(device)
-        store = dist.HashStore()
-        if world > 1:
-            store, rank, world = next(dist.rendezvous("env://", timeout=A_DAY))
-            store = dist.PrefixStore("generate", store)
-        store.set_timeout(A_DAY)
-        return cls(rank, world, device, store)
-
-    def share(self, key, value=None):
-        """The value, JSON-like, that the first process has; the others wait for it."""
-        if self.rank == 0:
-            self.store.set(key, json.dumps(value))
-        return json.loads(self.store.get(key))
-
-    def count(self, key, amount=0):
-        """Add to a counter of all processes; returns its sum so far."""
-        return self.store.add(key, amount)
 
 
 def set_math(allow_tf32, fused_attn=True):

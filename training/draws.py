@@ -4,7 +4,6 @@ Every rank and micro-batch takes its rows, so that a step is the same whatever t
 """
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -82,18 +81,3 @@ def draw_flow_map_step(step, config, latent_shape):
     latents = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(3))
     guided = guided_samples(config.g_type, times, drop, config.g_min, config.g_max)
     return FlowMapDraws(times, drop, *latents, guided)
-
-
-class DrawAhead:
-    """Draws of consecutive steps; those of the next step are made in a thread while the device works."""
-
-    def __init__(self, draw):
-        self.draw, self.pool, self.ahead = draw, ThreadPoolExecutor(1), {}
-
-    def __call__(self, step):
-        current = self.ahead.pop(step, None) or self.pool.submit(self.draw, step)
-        self.ahead = {step + 1: self.pool.submit(self.draw, step + 1)}
-        return current.result()
-
-    def close(self):
-        self.pool.shutdown(wait=True, cancel_futures=True)

@@ -1,50 +1,13 @@
 """Picture grids of samples, in training and elsewhere."""
 
-import textwrap
-
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
-from models.errors import InputError
+from common.errors import InputError
+from common.files import write_json
+from common.pictures import save_grid
 from samplers import GuidedVelocity, sample_map, sample_noise, sample_ode
-from training.checkpoint import write_atomically, write_json
 
 GRID_STEPS = 50
-CAPTION_WIDTH, CAPTION_HEIGHT = 160, 44  # pixels: an image at least this wide, three lines of text
-
-
-def image_grid(images, columns):
-    """uint8 images (N, H, W, 3) → one uint8 picture with `columns` images a row; missing ones are white."""
-    images = np.asarray(images)
-    rows = -(-len(images) // columns)
-    canvas = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
-    canvas[: len(images)] = images
-    height, width = images.shape[1:3]
-    return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
-
-
-def with_captions(images, captions):
-    """uint8 images (N, R, R, 3) → (N, H, W, 3), each enlarged to a readable width, with its caption below it."""
-    enlarge = -(-CAPTION_WIDTH // len(images[0]))
-    images = np.asarray(images).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
-    side = images.shape[1]
-    pictures = []
-    for image, caption in zip(images, captions, strict=True):
-        picture = Image.new("RGB", (side, side + CAPTION_HEIGHT), "white")
-        picture.paste(Image.fromarray(image))
-        lines = textwrap.wrap(caption, side // 7, max_lines=3, placeholder=" …")
-        ImageDraw.Draw(picture).multiline_text((3, side + 2), "\n".join(lines), "black", ImageFont.load_default(11))
-        pictures.append(np.asarray(picture))
-    return np.stack(pictures)
-
-
-def save_grid(images, columns, path, captions=None):
-    """Write image_grid as a PNG, whole or not at all; captions: N texts to write below the images."""
-    if captions is not None:
-        images = with_captions(images, captions)
-    picture = Image.fromarray(image_grid(images, columns))
-    write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 
 class GridSampler:

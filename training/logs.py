@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.files import write_atomically
 from models.flops import peak_flops
-from training.checkpoint import write_atomically
 
 
 class RunLog:

@@ -7,8 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
-from models.errors import InputError, exit_on_input_error
-from training.checkpoint import write_atomically
+from common.errors import InputError, exit_on_input_error
+from common.files import write_atomically
 
 DRAWN = ("loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings of names
 COLUMNS = 3

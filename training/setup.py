@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import DataInfo, SeekableSampler, open_dataset
+from dataset import DataInfo, open_dataset
 from models import create_model
 from models.codec import LatentSpec
 from models.encoders import parse_enc_type
@@ -13,6 +13,7 @@ from models.flops import count_flops
 from models.presets import IMAGENET
 from training.alignment import feature_sources, find_caches
 from training.config import TrainConfig
+from training.loader import SeekableSampler
 
 
 def open_data(config):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from dataset import LatentLoader, SeekableSampler
-from models.errors import InputError
+from common.errors import InputError
+from common.files import write_json
+from common.flags import shown
+from common.look_ahead import ordered_map
 from training.checkpoint import (
     checkpoint_path,
     existing_steps,
@@ -18,13 +20,11 @@ from training.checkpoint import (
     roll,
     save_checkpoint,
     set_aside_after,
-    write_json,
 )
-from training.config import shown
 from training.distributed import rows_of_rank
-from training.draws import DrawAhead
 from training.ema import EMA
 from training.guard import BadSteps, all_finite
+from training.loader import LatentLoader, SeekableSampler
 from training.logs import RunLog
 from training.stop import StopRequest
 
@@ -117,10 +117,10 @@ class Trainer:
         """All steps from `step` on, until the last or a stop; returns whether the last was reached."""
         device, end = self.accelerator.device, self.stop_step
         self.log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.flops_per_image)
-        draws = DrawAhead(self.draw)
+        batches = LatentLoader(self.dataset, self.sampler, self.rows.numpy(), step, end, device)
         try:
-            for batch in LatentLoader(self.dataset, self.sampler, self.rows.numpy(), step, end, device):
-                self.log.add(*self.train_step(batch, draws(batch.step).rows(self.rows, device)))
+            for batch, draws in zip(batches, ordered_map(self.draw, range(step, end)), strict=True):
+                self.log.add(*self.train_step(batch, draws.rows(self.rows, device)))
                 step, stopping = batch.step + 1, stop.agreed()
                 self.after_step(step, stopping)
                 if stopping and step < end:
@@ -128,7 +128,6 @@ class Trainer:
                     return False
             return True
         finally:
-            draws.close()
             self.log.close()
 
     def train_step(self, batch, draws):

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from models.errors import InputError, note
-from preprocessing.jobs import versions
-from training.checkpoint import check_writable, write_json
+from common.errors import InputError, note
+from common.files import check_writable, write_json
+from common.versions import versions
 
 
 def manifest_path(samples):

@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import numpy as np
 
+from common.errors import InputError, exit_on_input_error
+from common.files import write_json
+from common.pictures import save_grid
+from digits.captions import digit_of
+from digits.report import build_report, describe, load_samples
 from evaluations.clip_score import read_prompts
-from evaluations.digits_report import build_report, describe, load_samples
-from models.errors import InputError, exit_on_input_error
-from preprocessing.digits_text import digit_of
-from training.checkpoint import write_json
-from training.grids import save_grid
 
 COLUMNS = 10
 

@@ -5,8 +5,8 @@ import os
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from common.errors import InputError
 from models.checkpoints import read_file
-from models.errors import InputError
 
 SPATIAL_CHANNELS = 7  # of the 192 that branch1x1 of the fifth block of size 17 has
 

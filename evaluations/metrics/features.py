@@ -12,11 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluations.frechet import RunningStatistics
-from evaluations.images import prefetched, to_tensor
-from evaluations.inception import Inception
+from common.errors import InputError
+from evaluations.metrics.frechet import RunningStatistics
+from evaluations.metrics.images import prefetched, to_tensor
+from evaluations.metrics.inception import Inception
 from models.encoders import IMAGENET_STATISTICS
-from models.errors import InputError
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"

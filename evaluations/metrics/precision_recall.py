@@ -6,7 +6,7 @@ the distance to the point's k-th neighbour.
 
 import torch
 
-from models.errors import note
+from common.errors import note
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 BLOCK = 10_000  # rows and columns of a block: published, and it decides which distances fall back to float32

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import torch
 
-from models.errors import InputError, exit_on_input_error
+from common.errors import InputError, exit_on_input_error
+from common.files import write_atomically, write_json
 from models.text import import_transformers
-from training.checkpoint import write_atomically, write_json
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDINGS = (

@@ -23,11 +23,11 @@ import sklearn
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from evaluations.frechet import frechet_distance, statistics
-from evaluations.pictures import save_class_grid
-from models.errors import InputError, exit_on_input_error
-from preprocessing.digits import CLASSES, RESOLUTION, load_digits_split, upsample
-from training.checkpoint import write_json
+from common.errors import InputError, exit_on_input_error
+from common.files import write_json
+from common.pictures import save_class_grid
+from digits.data import CLASSES, RESOLUTION, load_digits_split, upsample
+from evaluations.metrics.frechet import frechet_distance, statistics
 from training.plot import save_curves
 
 MAX_COUNT = 400  # images a side of the Fréchet distance: as many as there are held-out digits

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from evaluations.digits_report import pixels, train_classifier
+from common.errors import InputError, exit_on_input_error
+from digits.data import RESOLUTION, load_digits_split, upsample
+from digits.report import pixels, train_classifier
 from models.codec import LatentCodec
-from models.errors import InputError, exit_on_input_error
-from preprocessing.digits import RESOLUTION, load_digits_split, upsample
 
 CHANNELS = (16, 32, 32)  # three entries: downsampling factor 4
 SHIFT = 2  # pixels (of 32) that a training image is moved by at most

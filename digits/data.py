@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from models.errors import InputError, exit_on_input_error
+from common.errors import InputError, exit_on_input_error
 from preprocessing.transforms import center_crop_dhariwal
 
 CLASSES = 10

@@ -5,8 +5,6 @@ latents) as one file per batch, deleted once the npz is there. `write_npz` strea
 """
 
 import collections
-import contextlib
-import errno
 import itertools
 import json
 import re
@@ -17,25 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from models.errors import InputError, note
-from training.checkpoint import write_atomically, write_json
+from common.errors import InputError, note
+from common.files import named_full_disk, write_atomically, write_json
 
 SETTINGS = "settings.json"
 GENEVAL_IMAGES = 4  # of each prompt
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
-
-
-@contextlib.contextmanager
-def named_full_disk(path):
-    """Turn a full disk, or a spent quota, into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"{path}: {error.strerror}; free some space and run the same again, what is finished is kept"
-        ) from None
 
 
 class PngFiles:

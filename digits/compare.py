@@ -15,12 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the f
 
 import numpy as np
 
-from evaluations.digits_report import build_report, load_labels, load_samples
-from evaluations.pictures import class_grid, enlarge_and_frame
-from models.errors import InputError, exit_on_input_error
-from preprocessing.digits import CLASSES
-from training.checkpoint import write_json
-from training.grids import save_grid
+from common.errors import InputError, exit_on_input_error
+from common.files import write_json
+from common.pictures import class_grid, enlarge_and_frame, save_grid
+from digits.data import CLASSES
+from digits.report import build_report, load_labels, load_samples
 
 PER_CLASS = 2
 

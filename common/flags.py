@@ -1,0 +1,116 @@
+"""Command lines as dataclasses: a field is a flag; its help, default, range and group stand where it is declared.
+
+@dataclasses.dataclass
+class Config:
+    ckpt: str = required("checkpoint")
+    steps: int = flag(50, "sampler steps", group="sampling")
+
+config = parse_flags(Config, description="...")
+name, options = parse_commands({"pack": PackFlags, "verify": VerifyFlags}, description="...")
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flag(default, help, kind=None, *, group=None, **options):
+    """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type).
+
+    group: heading in --help. options go to argparse; `also` lists other names of the flag.
+    """
+    metadata = {"help": help, "kind": kind or type(default), "group": group, **options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(help, kind=str, *, group=None, positional=False, **options):
+    """A flag without a default; positional: an argument without a name."""
+    metadata = {"help": help, "kind": kind, "group": group, "positional": positional, **options}
+    return dataclasses.field(metadata=metadata)
+
+
+def shown(name):
+    """A field's name as the flag that sets it."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_flags(cls, argv=None, description=None, epilog=None):
+    """Parse the command line into a dataclass of `flag` fields. Unknown flags end with exit code 2."""
+    check_checkout()
+    parser = new_parser(argparse.ArgumentParser, description=description, epilog=epilog)
+    add_flags(parser, cls)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def parse_commands(commands, argv=None, description=None, epilog=None):
+    """Parse `COMMAND FLAGS`; commands: {name: dataclass}, whose docstring's first line is the help.
+
+    Returns the command's name and its dataclass.
+    """
+    check_checkout()
+    parser = new_parser(argparse.ArgumentParser, description=description, epilog=epilog)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, cls in commands.items():
+        help = (cls.__doc__ or "").splitlines()[0] if cls.__doc__ else None  # python -OO drops docstrings
+        add_flags(new_parser(choices.add_parser, name, help=help, description=help), cls)
+    values = vars(parser.parse_args(argv))
+    name = values.pop("command")
+    return name, commands[name](**values)
+
+
+def new_parser(make, *args, **options):
+    return make(*args, formatter_class=Formatter, allow_abbrev=False, **options)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, except of flags that have none."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+def add_flags(parser, cls):
+    """Add the flags of a dataclass to a parser, under the headings of their groups."""
+    groups = {None: parser}
+    for field in dataclasses.fields(cls):
+        options = dict(field.metadata)
+        kind, group, also = options.pop("kind"), options.pop("group"), options.pop("also", ())
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        place, name = groups[group], shown(field.name)
+        if options.pop("positional", False):
+            place.add_argument(field.name, type=kind, **options)
+        elif field.default is dataclasses.MISSING:
+            place.add_argument(name, *also, dest=field.name, type=kind, required=True, **options)
+        elif kind is bool:
+            switch = argparse.BooleanOptionalAction
+            place.add_argument(name, *also, dest=field.name, action=switch, default=field.default, **options)
+        else:
+            place.add_argument(name, *also, dest=field.name, type=kind, default=field.default, **options)
+
+
+def whole(least=0):
+    """Converter of a flag's text to a whole number of at least `least`."""
+
+    def convert(text):
+        if not text.lstrip("+-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(text)
+
+    return convert
+
+
+def check_checkout():
+    """Raise InputError where a program of one checkout would run with the installed modules of another."""
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).resolve()
+    own = next((folder for folder in script.parents if (folder / "common" / "flags.py").is_file()), ROOT)
+    if own != ROOT:
+        raise InputError(
+            f"{script} would run with the modules of {ROOT}, which is installed in this environment; "
+            f"run pip install -e {own}, or start it as python -m from {own}"
+        )

@@ -1,0 +1,92 @@
+"""Joining a process to a launch: torchrun, accelerate, the Slurm recipe, or plain python."""
+
+import dataclasses
+import datetime
+import json
+import os
+
+import torch
+import torch.distributed as dist
+
+from common.errors import InputError
+
+A_WEEK = datetime.timedelta(days=7)  # resumed work may leave one process much more to do than another
+
+
+@dataclasses.dataclass
+class Processes:
+    """This process among those of a launch, which sets RANK, WORLD_SIZE and LOCAL_RANK, or alone."""
+
+    rank: int
+    world: int
+    device: torch.device
+    store: object  # torch.distributed's key-value store
+
+    @classmethod
+    def join(cls, device=None):
+        """Join the launch: NCCL on GPUs, Gloo on CPUs. device: "cuda" or "cpu" instead of the machine's.
+
+        Raises InputError where the processes of a machine outnumber its GPUs.
+        """
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = device_of_process(device)
+        if world == 1:
+            return cls(rank, world, device, dist.HashStore())
+        store, rank, world = next(dist.rendezvous("env://", timeout=A_WEEK))
+        store = dist.PrefixStore("processes", store)
+        store.set_timeout(A_WEEK)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=A_WEEK
+        )
+        return cls(rank, world, device, store)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        """Wait for all processes, for days if need be."""
+        if self.world > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def share(self, key, value=None):
+        """The value, JSON-like, that the first process has; the others wait for it. A key serves once."""
+        if self.rank == 0:
+            self.store.set(key, json.dumps(value))
+        return json.loads(self.store.get(key))
+
+    def count(self, key, amount=0):
+        """Add to a counter of all processes; returns its sum so far."""
+        return self.store.add(key, amount)
+
+    def gather_rows(self, rows):
+        """The rows (N, …) of all processes one after the other, on every process; N may differ."""
+        if self.world == 1:
+            return rows
+        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def device_of_process(device=None):
+    """This process's device, its own GPU where there are GPUs. Raises InputError where there are too few."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(f"process {local + 1} of this machine has no GPU ({count} visible); start at most {count}")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
