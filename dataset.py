@@ -1,15 +1,14 @@
-"""Datasets of VAE moments, the seekable sampler, and the loader that feeds training. docs/data.md shows the layouts.
+"""What training reads: datasets of VAE moments with labels or captions, opened from a data folder.
 
     data = open_dataset("DATA")
     sampler = SeekableSampler(len(data), batch_size=256, seed=0)
     for batch in LatentLoader(data, sampler, start_step=1000, stop_step=2000, device="cuda"):
         latents = data.info.spec.sample(batch.moments, noise)
 
-A data folder holds sets: `vae-sd` (moments), optionally `images` and `vae-sd-mirror` (moments of the flipped images).
-A set of moments is either a folder layout (one .npy per image and `dataset.json`, as others prepare it too) or packed
-(memory-mapped shards). This file is the home of both formats; preprocessing/ writes them.
+training/loader.py has the sampler and the loader, latents/ the formats on disk, docs/data.md the layouts.
 
-Letters: N images, B rows of a batch, C latent channels, h = w latent size, R image side.
+Letters: N images, B rows of a batch, C latent channels, h = w latent size, R image side, L tokens of a caption and W
+the width of their features, T tokens of an encoder and Z the width of theirs.
 """
 
 import dataclasses
@@ -22,16 +21,11 @@ import torch
 from common.errors import InputError, note
 from latents.captions import PREPARE, TEXT, CaptionRows, open_text, read_empty
 from latents.foreign import CaptionFiles, LogVarianceRows, find_empty, is_foreign, list_foreign
-from latents.manifest import LABELS_JSON, MANIFEST, MOMENTS, image_set, is_packed, spec_from_manifest, spec_of_vae
+from latents.manifest import LABELS_JSON, MANIFEST, MOMENTS, spec_of_vae
 from latents.rows import FolderRows, ImageFiles, StoredRows
-from latents.sets import Pairing, _open_mirror, check_labels, find_set, open_features, open_images, open_set
+from latents.sets import Pairing, check_labels, find_set, open_features, open_images, open_mirror, open_set
 from models.codec import LatentSpec
 from models.text import TextSpec
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,34 +56,29 @@ class DataInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """This rank's rows of one global batch: moments (B, 2C, h, w), labels int64 (B,), images uint8 or None.
+    """This rank's rows of one global batch.
 
-    In text-to-image the features of a caption, (B, L, W), are in place of the label.
-    features: one tensor (B, T, Z) per encoder whose features were opened.
+    moments (B, 2C, h, w); condition: labels int64 (B,), or features of captions (B, L, W); images uint8 (B, 3, R, R) or
+    None; features: one tensor (B, T, Z) per encoder whose features are stored.
 
-    Moments keep the precision they are stored in (packed: fp16), so that half the bytes travel; sampled with float32
-    noise they become float32.
+    Moments and features keep the precision they are stored in (packed: fp16), so that half the bytes travel; moments
+    sampled with float32 noise become float32.
     """
 
     step: int
     moments: torch.Tensor
-    labels: torch.Tensor
+    condition: torch.Tensor
     images: torch.Tensor | None
     features: tuple = ()
 
     def part(self, rows):
         """The given slice of the rows."""
         images = None if self.images is None else self.images[rows]
-        return Batch(self.step, self.moments[rows], self.labels[rows], images, tuple(f[rows] for f in self.features))
+        features = tuple(stored[rows] for stored in self.features)
+        return Batch(self.step, self.moments[rows], self.condition[rows], images, features)
 
 
-# ------------------------------------------------------------------------------------------------- files of a set
-
-
-# ------------------------------------------------------------------------------------------------------------ rows
-
-
-# --------------------------------------------------------------------------------------------------------- dataset
+# ------------------------------------------------------------------------------------------------------------- labels
 
 
 class LatentDataset:
@@ -123,7 +112,7 @@ class LatentDataset:
     def gather_stored(self, indices, flip=None, pin=False, condition=None):
         """As gather, then the features (B, T, Z) of each encoder, in the precision in which they are stored.
 
-        pin: into page-locked memory; condition: what takes the place of the labels.
+        pin: into page-locked memory; condition: instead of the labels.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
@@ -131,18 +120,18 @@ class LatentDataset:
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
         moments = self._moments.gather(indices, flip, self._pool, pin)
         features = [stored.gather(indices, flip, self._pool, pin) for stored in self.features.values()]
-        labels = torch.from_numpy(self._labels_of(indices)) if condition is None else condition
+        condition = torch.from_numpy(self._labels_of(indices)) if condition is None else condition
         images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist(), self._pool)
-        return moments, labels, images, *features
+        return moments, condition, images, *features
 
     def _labels_of(self, indices):
         labels = self.labels[indices]
         check_labels(labels, self.info.num_classes, "the labels")
         return np.asarray(labels, dtype=np.int64)
 
-    def drop(self, labels, dropped):
+    def drop(self, condition, dropped):
         """Labels (B,) with the null class where `dropped` (B,) is true."""
-        return torch.where(dropped, self.info.num_classes, labels)
+        return torch.where(dropped, self.info.num_classes, condition)
 
     def conditions(self, n):
         """n labels for a picture, in class order; the null class n times; what is written of them."""
@@ -164,38 +153,38 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
             "then convert and encode again"
         )
     classes = _count_classes(folder, manifest, labels, num_classes)
-    if not is_packed(manifest):  # packed labels are checked as they are read: start-up must not depend on their number
+    if manifest is None or not manifest.is_packed:  # packed labels are checked as they are read: start-up stays short
         check_labels(labels, classes, folder / LABELS_JSON)
-    class_names = manifest.get("class_names") if manifest else None
     info = DataInfo(
         count=len(rows),
         num_classes=classes,
         spec=spec,
         moments_shape=rows.shape,
         resolution=rows.shape[1] * spec.factor,
-        class_names=tuple(class_names) if class_names else None,
+        class_names=manifest.class_names if manifest else None,
     )
     image_files = open_images(data_dir, folder, names, info) if images else None
-    mirrored = _open_mirror(data_dir, info) if mirror else None
-    pairing = Pairing(folder, image_set(manifest), names, len(rows))
-    stored = open_features(data_dir, features, pairing, mirror)
+    mirrored = open_mirror(data_dir, info) if mirror else None
+    stored = open_features(data_dir, features, _pairing(folder, manifest, names, rows), mirror)
     return LatentDataset(info, rows, labels, image_files, mirrored, stored, workers)
 
 
 def open_moments(data_dir, data_vae=None):
-    """(folder, manifest or None, rows, labels or None, names or None, LatentSpec) of a data folder's moments."""
+    """(folder, DataManifest or None, rows, labels or None, names or None, LatentSpec) of a data folder's moments."""
     folder = find_set(data_dir, MOMENTS)
     manifest, rows, labels, names = open_set(folder)
-    if manifest is not None and "latents" not in manifest:
-        raise InputError(f"{folder} holds {manifest.get('kind', 'no')} data, not VAE moments; encode it first")
     spec = _spec(folder, manifest, data_vae)
     _check_moments_shape(rows.shape, spec, folder)
     return folder, manifest, rows, labels, names, spec
 
 
+def _pairing(folder, manifest, names, rows):
+    return Pairing(folder, manifest.image_set if manifest else None, names, len(rows))
+
+
 def _spec(folder, manifest, data_vae):
     if manifest is not None:
-        spec = spec_from_manifest(manifest, folder)
+        spec = manifest.moments_spec()
         if data_vae is not None:
             spec.check_same(spec_of_vae(data_vae), str(folder), "--data-vae")
         return spec
@@ -224,7 +213,7 @@ def _check_moments_shape(shape, spec, folder):
 
 
 def _count_classes(folder, manifest, labels, num_classes):
-    recorded = manifest.get("num_classes") if manifest else None
+    recorded = manifest.num_classes if manifest else None
     if recorded is not None:
         if num_classes not in (None, recorded):
             raise InputError(f"--num-classes {num_classes}: {folder / MANIFEST} says {recorded}; leave the flag out")
@@ -236,10 +225,7 @@ def _count_classes(folder, manifest, labels, num_classes):
     return classes
 
 
-# -------------------------------------------------------------------------------------------------------- features
-
-
-# --------------------------------------------------------------------------------------------- sampler and loader
+# ----------------------------------------------------------------------------------------------------------- captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,11 +266,11 @@ class CaptionDataset(LatentDataset):
         """Features (B, L, W) of captions by row, in the precision in which they are stored."""
         return self._text_rows.gather(np.asarray(rows), np.zeros(len(rows), bool), self._pool, pin)
 
-    def drop(self, labels, dropped):
+    def drop(self, condition, dropped):
         """Features (B, L, W), float32, with those of the empty caption where `dropped` (B,) is true."""
-        if self._empty.device != labels.device:  # once: a copy in every step would wait for the device
-            self._empty = self._empty.to(labels.device)
-        return torch.where(dropped[:, None, None], self._empty, labels.float())
+        if self._empty.device != condition.device:  # once: a copy in every step would wait for the device
+            self._empty = self._empty.to(condition.device)
+        return torch.where(dropped[:, None, None], self._empty, condition.float())
 
     def conditions(self, n):
         """Features of the first captions of n images, of the empty caption n times, and the captions."""
@@ -300,10 +286,10 @@ def open_captions(data_dir, *, images=False, features=(), data_vae=None, workers
     place = folder.parent / TEXT
     if not place.is_dir():
         raise InputError(f"{place} is missing: the captions' features are read from it; {PREPARE}")
-    text, text_spec = open_text(place, image_set(manifest), len(rows), folder)
+    pairing = _pairing(folder, manifest, names, rows)
+    text, text_spec = open_text(place, pairing)
     info = caption_info(rows, spec, text, text_spec)
     image_files = open_images(data_dir, folder, names, info) if images else None
-    pairing = Pairing(folder, image_set(manifest), names, len(rows))
     return CaptionDataset(info, rows, text, image_files, open_features(data_dir, features, pairing), workers)
 
 

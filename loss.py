@@ -1,4 +1,4 @@
-"""The training objectives: deep supervision, time gaps, acceleration (equations 5, 7 and 10), SSL alignment, flow maps.
+"""The training objectives: deep supervision and acceleration (equations 4 to 10), SSL alignment, flow maps.
 
 Letters: N batch, C latent channels, H = W latent size, k branches. Losses are fp32 whatever the autocast: the
 networks' outputs are cast here.
@@ -17,10 +17,11 @@ WEIGHTINGS = ("uniform", "lognormal")
 
 
 def sample_times(rng, n, num_branches, weighting, path, tg_upper_bound):
-    """Draw the k times of n samples (equation 7), float32 (k, N) in [0, 1].
+    """Draw the k times of n samples (section 3.2.2), float32 (k, N) in [0, 1].
 
     t_1 is uniform, or such that log σ/α is a standard normal (on the linear path the logistic of one);
     t_{i+1} = clamp(t_i ± u, 0, 1) with u ~ U(0, tg_upper_bound) and one sign for the whole batch. rng: numpy Generator.
+    Raises InputError for an unknown weighting.
     """
     if weighting == "uniform":
         t = rng.random(n)
@@ -28,7 +29,7 @@ def sample_times(rng, n, num_branches, weighting, path, tg_upper_bound):
         t = path.time_of_ratio(np.exp(rng.standard_normal(n)))
     else:
         raise InputError(f"--weighting {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
-    sign = 1 if rng.random() < 0.5 else -1
+    sign = 1 if rng.random() < 0.5 else -1  # one for the batch, as in the release: all gaps of a step point one way
     times = [t]
     for _ in range(num_branches - 1):
         times.append(np.clip(times[-1] + sign * rng.random(n) * tg_upper_bound, 0, 1))
@@ -45,9 +46,9 @@ class DeepFlowLoss:
     """Unweighted parts per branch and sample, and their weighted sums per sample."""
 
     velocity: torch.Tensor  # (k, N), mean((v_i − V)²)
-    acceleration: torch.Tensor  # (k − 1, N), mean((x_{ti} − v_i·t_i + ½·a_i·t_i² − x_0)²)
-    deep: torch.Tensor  # (N,), Σ_i β_i · velocity_i
-    total: torch.Tensor  # (N,), deep + λ · Σ_i acceleration_i
+    acceleration: torch.Tensor  # (k − 1, N), mean((x_{ti} − v_i·t_i + ½·a_i·t_i² − x_0)²), equation 7
+    deep: torch.Tensor  # (N,), Σ_i β_i · velocity_i, equation 5
+    total: torch.Tensor  # (N,), deep + λ · Σ_i acceleration_i, equation 10
 
     def parts(self):
         """Batch means by name, for the log."""
@@ -57,27 +58,28 @@ class DeepFlowLoss:
 
 
 def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff, target=None):
-    """Deep supervision with acceleration.
+    """Deep supervision with acceleration (equation 10), as DeepFlowLoss.
 
     out: DeepFlowOutput at x_{t1}; x0, noise (N, C, H, W) fp32; times (k, N); branch_weights β: k floats; acc_coeff λ;
-    target: another velocity (N, C, H, W) than the path's.
+    target: another velocity (N, C, H, W) than the path's. Times that are all equal make equation 5 equation 4; with
+    k = 1 it is flow matching (equations 2 and 3).
     """
     target = path.velocity(x0, noise, times[0]) if target is None else target
     velocities = [v.float() for v in out.velocities]
-    velocity = torch.stack([mean_square(v - target) for v in velocities])  # equation 5
+    velocity = torch.stack([mean_square(v - target) for v in velocities])  # (k, N)
     if len(branch_weights) != len(velocity):
         raise ValueError(f"{len(branch_weights)} branch weights for {len(velocity)} branches")
-    deep = sum(weight * row for weight, row in zip(branch_weights, velocity, strict=True))
-    refinements = [
-        mean_square(extrapolate(path.interpolate(x0, noise, t), v.detach(), a.float(), t) - x0)
+    deep = sum(weight * row for weight, row in zip(branch_weights, velocity, strict=True))  # equation 5
+    refinements = [  # v is detached: the step's error is for the acceleration to learn, v has a target of its own
+        mean_square(extrapolate(path.interpolate(x0, noise, t), v.detach(), a.float(), t) - x0)  # equation 7
         for v, a, t in zip(velocities[:-1], out.accelerations, times[:-1], strict=True)
     ]
-    acceleration = torch.stack(refinements) if refinements else velocity[:0]
-    return DeepFlowLoss(velocity, acceleration, deep, deep + acc_coeff * acceleration.sum(dim=0))
+    acceleration = torch.stack(refinements) if refinements else velocity[:0]  # (k − 1, N)
+    return DeepFlowLoss(velocity, acceleration, deep, deep + acc_coeff * acceleration.sum(dim=0))  # equation 10
 
 
 def extrapolate(x, v, a, t):
-    """Second-order step from time t to the data (equation 10): x + v·(0 − t) + ½·a·(0 − t)²."""
+    """Second-order step from time t to the data (equation 7): x + v·(0 − t) + ½·a·(0 − t)²."""
     dt = (0 - t).view(-1, 1, 1, 1)
     return x + v * dt + 0.5 * a * dt**2
 

@@ -1,10 +1,11 @@
-"""Samplers: one loop over a time grid, one step function per method, guidance as a wrapper round the network.
+"""Samplers: one loop over a time grid, one step function per method, guidance as a wrapper around the network.
 
 Time runs from 1 (noise) to 0 (data). State, times, guidance and update are float64 (float32 on devices without it);
 x is cast to the network's dtype for the call and its output back; t to that dtype too, but never below float32.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,20 +20,16 @@ def state_dtype(device):
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def sde_times(num_steps):
-    """linspace(1, 0.04, num_steps), then 0: num_steps model evaluations. float64 (num_steps + 1,)."""
-    return torch.cat([torch.linspace(1, SDE_LAST_TIME, num_steps, dtype=torch.float64), torch.zeros(1).double()])
+def time_grid(num_steps, last=0.0, shift=1.0):
+    """num_steps + 1 times from 1 to 0, float64: even, with t ← s·t / (1 + (s − 1)·t) for a shift s.
 
-
-def ode_times(num_steps):
-    """linspace(1, 0, num_steps + 1), float64."""
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-
-
-def map_times(num_steps, shift=1.0):
-    """A flow map's times: linspace(1, 0, num_steps + 1), then t ← s·t / (1 + (s − 1)·t). float64 (num_steps + 1,)."""
-    t = ode_times(num_steps)
-    return shift * t / (1 + (shift - 1) * t)
+    last > 0: even from 1 to `last`, and the last step goes from there to 0.
+    """
+    if last:
+        even = torch.cat([torch.linspace(1, last, num_steps, dtype=torch.float64), torch.zeros(1).double()])
+    else:
+        even = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return shift * even / (1 + (shift - 1) * even)
 
 
 @dataclasses.dataclass
@@ -153,19 +150,27 @@ def integrate(step, velocity, x, times):
     return x
 
 
-def sample_sde(velocity, x, path, noise, num_steps=250):
-    """Euler–Maruyama from noise x at t = 1; the paper's numbers use 250 steps."""
-    return integrate(EulerMaruyamaStep(path, noise), velocity, x, sde_times(num_steps))
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A time grid and a step."""
+
+    num_steps: int  # by default
+    step: Callable  # (path, noise) → step for `integrate`; noise(i): noise of step i
+    last: float = 0.0  # of the time grid
+    is_map: bool = False  # steps along a flow map's average velocity
+
+    def times(self, num_steps, shift=1.0):
+        """Time grid, float64 (num_steps + 1,)."""
+        return time_grid(num_steps, self.last, shift)
 
 
-def sample_ode(velocity, x, num_steps=50, heun=False):
-    """Probability-flow ODE from noise x at t = 1 with Euler or Heun steps."""
-    return integrate(heun_step if heun else euler_step, velocity, x, ode_times(num_steps))
-
-
-def sample_map(average_velocity, x, num_steps=1, shift=1.0, restart=None):
-    """Flow map from noise x at t = 1 to data; restart: a RestartStep instead of Euler steps."""
-    return integrate(restart or map_step, average_velocity, x, map_times(num_steps, shift))
+SAMPLERS = {
+    "sde": Sampler(250, EulerMaruyamaStep, last=SDE_LAST_TIME),
+    "ode": Sampler(50, lambda path, noise: euler_step),
+    "ode-heun": Sampler(50, lambda path, noise: heun_step),
+    "euler": Sampler(4, lambda path, noise: map_step, is_map=True),
+    "restart": Sampler(4, RestartStep, is_map=True),
+}
 
 
 def sample_noise(seed, indices, draw, shape):
@@ -183,8 +188,3 @@ def sample_noise(seed, indices, draw, shape):
 def sample_labels(seed, indices, num_classes):
     """int64 labels (N,), drawn by (seed, index) alone."""
     return torch.tensor([int(np.random.default_rng([seed, index, 0, 1]).integers(num_classes)) for index in indices])
-
-
-def labels_in_turn(indices, classes):
-    """int64 labels (N,): image i has classes[i mod length]; range(num_classes) is balanced."""
-    return torch.tensor([classes[index % len(classes)] for index in indices])

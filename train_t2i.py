@@ -6,40 +6,17 @@
 Loop, losses, alignment and the run's folder are those of train.py; an image's caption is drawn anew in every step.
 """
 
-import dataclasses
 from pathlib import Path
-from typing import ClassVar
 
 from common.errors import exit_on_input_error
-from common.flags import flag, parse_flags
+from common.flags import parse_flags
 from dataset import CaptionInfo, open_captions
 from models.codec import LatentSpec
-from models.mmdit import INITIALISATIONS
-from models.presets import COCO, TEXT_MODELS
+from models.presets import COCO
 from train import train
 from training.alignment import find_caches
-from training.config import TrainConfig
+from training.config import TextTrainConfig
 from training.stop import EXIT_CODES
-
-
-@dataclasses.dataclass
-class TextTrainConfig(TrainConfig):
-    """What train_t2i.py can be told: train.py's flags, but for classes and mirrored images (captions say left)."""
-
-    num_classes: ClassVar = None
-    mirror: ClassVar = False
-
-    data_dir: str = flag("data/coco256/train", "folder that holds vae-sd/ and text/, or a folder as U-ViT prepares it")
-    model: str = flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
-    init: str = flag(
-        None, "initial weights: of DeepFlow, or PyTorch's as REPA; default: the preset's", str, choices=INITIALISATIONS
-    )
-    cfg_prob: float = flag(0.1, "probability that a caption becomes the empty one")
-    max_train_steps: int = flag(150_000, "optimizer steps")
-
-    def model_flags(self):
-        """Constructor arguments of the model that flags give; None: as the preset says."""
-        return {**super().model_flags(), "init": self.init}
 
 
 def open_data(config):

@@ -1,34 +1,52 @@
 """Speed and memory of the evaluation: feature extraction in images/s, and seconds for each number from features.
 
-    python benchmarks/evaluation.py                          # 50,000 samples against 10,000 references, 2048 features
-    python benchmarks/evaluation.py --samples 2000 --references 1000 --images 0
+    python -m benchmarks.evaluation                          # 50,000 samples against 10,000 references, 2048 features
+    python -m benchmarks.evaluation --samples 2000 --references 1000 --images 0
 
 Features are random, with norms like InceptionV3's; the network has random weights. Nothing is downloaded.
 """
 
-import argparse
+import dataclasses
 import os
 import platform
 import resource
-import sys
 import time
-from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch_fidelity import feature_extractor_inceptionv3
 
 from common.errors import exit_on_input_error
+from common.flags import Range, flag, parse_flags
 from common.processes import Processes
 from evaluations.metrics.features import extract
 from evaluations.metrics.frechet import RunningStatistics, frechet_distance
+from evaluations.metrics.images import split
 from evaluations.metrics.inception import Inception, inception_score
 from evaluations.metrics.precision_recall import PRECISIONS, precision_recall
 from training.distributed import set_math
 
 TARGET = 300  # seconds for all distances of 50,000 against 10,000, on two CPU cores
+
+
+@dataclasses.dataclass(kw_only=True)
+class BenchmarkFlags:
+    """Flags of this program."""
+
+    samples: int = flag(50_000, "rows of the samples", range=Range(4), group="data")
+    references: int = flag(10_000, "rows of the reference", range=Range(4), group="data")
+    width: int = flag(2048, "features per image", range=Range(1), group="data")
+    images: int = flag(256, "images to carry through InceptionV3; 0 for none", range=Range(0), group="data")
+    resolution: int = flag(256, "their side", range=Range(1), group="data")
+    precision: list = flag(
+        ("float16", "float32"),
+        "of precision and recall",
+        str,
+        group="precision and speed",
+        nargs="+",
+        choices=list(PRECISIONS),
+    )
+    batch_size: int = flag(64, "images of a forward pass", range=Range(1), group="precision and speed")
 
 
 class RandomImages:
@@ -88,7 +106,7 @@ def features_like_inceptions(count, width, seed):
 def measure_extraction(args, processes, rows):
     """Images through the network, in images/s."""
     extractor = random_inception(processes.device)
-    batches = [range(start, start + args.batch_size) for start in range(0, args.images, args.batch_size)]
+    batches = split(range(args.images), args.batch_size)
     extract(RandomImages(args.resolution), batches[:1], extractor, processes)
     count = sum(map(len, batches))
     rows.time(f"features of {count} images of {args.resolution}²",
@@ -127,23 +145,15 @@ def measure_distances(args, processes, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--references", type=int, default=10_000)
-    parser.add_argument("--width", type=int, default=2048, help="features per image")
-    parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float16", "float32"])
-    parser.add_argument("--images", type=int, default=256, help="images to carry through InceptionV3; 0 for none")
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=64)
-    args = parser.parse_args()
-    processes = Processes.join()
-    set_math(allow_tf32=False)
-    rows = Rows(processes.device)
-    name = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.machine()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
-    measure_distances(args, processes, rows)
-    if args.images:
-        measure_extraction(args, processes, rows)
+    args = parse_flags(BenchmarkFlags, description=__doc__)
+    with Processes.join() as processes:
+        set_math(allow_tf32=False)
+        rows = Rows(processes.device)
+        name = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.machine()
+        print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
+        measure_distances(args, processes, rows)
+        if args.images:
+            measure_extraction(args, processes, rows)
 
 
 if __name__ == "__main__":

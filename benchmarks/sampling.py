@@ -20,16 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
 from benchmarks.train_step import diffusers_model
 from common.errors import exit_on_input_error
-from generate import DTYPES, BatchNoise
 from models import create_model, model_config
 from models.paths import PATHS
-from samplers import Guidance, GuidedVelocity, sample_sde
+from samplers import SAMPLERS, Guidance, GuidedVelocity, integrate
+from sampling.flags import DTYPES
+from sampling.noise import batch_noise
 from training.distributed import set_math
 
 CLASSES = 1000
 GUIDANCES = {"none": Guidance(), "all steps": Guidance(1.5), "[0.3, 0.7]": Guidance(1.5, 0.3, 0.7)}
 IMAGES_PER_S = {"XL": 6.5, "B": 26.0}  # to reach on one H200: compiled bf16, 250 steps, no guidance
-PAPER_STEPS = 250
+SDE = SAMPLERS["sde"]
 
 
 @dataclasses.dataclass
@@ -74,10 +75,9 @@ def sample(network, guidance, args, device):
     """One run of the sampler as generate.py drives it."""
     shape, y = (4, args.latent_size, args.latent_size), torch.arange(args.batch_size, device=device) % CLASSES
     velocity = GuidedVelocity(network, y, torch.full_like(y, CLASSES), guidance, DTYPES[args.dtype])
-    noise = BatchNoise(0, [range(args.batch_size)], args.steps, shape, device)
-    draw = noise.of(0)
-    sample_sde(velocity, draw(0), PATHS["linear"], lambda step: draw(step + 1), args.steps)
-    noise.close()
+    noise = batch_noise(0, [range(args.batch_size)], args.steps, shape, device)
+    step = SDE.step(PATHS["linear"], lambda _: next(noise))
+    integrate(step, velocity, next(noise), SDE.times(args.steps))
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def measure(cases, args, device):
 
 def images_per_second(median, args):
     """At 250 steps."""
-    return args.batch_size / median * args.steps / PAPER_STEPS
+    return args.batch_size / median * args.steps / SDE.num_steps
 
 
 def row(case, times, medians, dit, args):

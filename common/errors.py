@@ -29,3 +29,9 @@ def note(text):
     """Print a remark to stderr once, whatever the number of processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
+
+
+def say(text):
+    """Print a line to stdout once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

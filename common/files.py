@@ -11,14 +11,15 @@ from pathlib import Path
 from common.errors import InputError
 
 
-def write_atomically(path, write, durable=True):
+def write_atomically(path, write, durable=True, temporary=None):
     """Call write(file) on a temporary name, then rename: no half file under the final name.
 
     durable: flush to disk before the rename, so that this holds after a power cut as well.
+    temporary: a name on the same file system, for a caller that clears away what a killed process leaves there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = Path(temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -3,7 +3,7 @@
 @dataclasses.dataclass
 class Config:
     ckpt: str = required("checkpoint")
-    steps: int = flag(50, "sampler steps", group="sampling")
+    steps: int = flag(50, "sampler steps", group="sampling", range=Range(low=1))
 
 config = parse_flags(Config, description="...")
 name, options = parse_commands({"pack": PackFlags, "verify": VerifyFlags}, description="...")
@@ -11,6 +11,7 @@ name, options = parse_commands({"pack": PackFlags, "verify": VerifyFlags}, descr
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -19,19 +20,49 @@ from common.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def flag(default, help, kind=None, *, group=None, **options):
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Values that a flag may have: from low to high, above and below the bounds that exclude themselves, finite."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high and self.above < value < self.below
+
+    def __str__(self):
+        bounds = {"at least": self.low, "greater than": self.above, "at most": self.high, "less than": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
+
+
+def flag(default, help, kind=None, *, group=None, range=None, **options):
     """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type).
 
-    group: heading in --help. options go to argparse; `also` lists other names of the flag.
+    group: heading in --help; range: a Range, for each value of a list. options go to argparse; `also` lists other names
+    of the flag.
     """
-    metadata = {"help": help, "kind": kind or type(default), "group": group, **options}
+    metadata = {"help": help, "kind": kind or type(default), "group": group, "range": range, **options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(help, kind=str, *, group=None, positional=False, **options):
-    """A flag without a default; positional: an argument without a name."""
-    metadata = {"help": help, "kind": kind, "group": group, "positional": positional, **options}
+def required(help, kind=str, *, group=None, range=None, positional=False, **options):
+    """A flag without a default; positional: an argument without a name. The rest as of `flag`."""
+    metadata = {"help": help, "kind": kind, "group": group, "range": range, "positional": positional, **options}
     return dataclasses.field(metadata=metadata)
+
+
+def check_ranges(config):
+    """Raise InputError naming flag, value and range of a value outside its flag's range. None passes.
+
+    parse_flags and parse_commands call it.
+    """
+    for field in dataclasses.fields(config):
+        allowed, values = field.metadata.get("range"), getattr(config, field.name)
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if allowed is not None and value is not None and value not in allowed:
+                raise InputError(f"{shown(field.name)} {value} is out of range; it must be {allowed}")
 
 
 def shown(name):
@@ -40,11 +71,16 @@ def shown(name):
 
 
 def parse_flags(cls, argv=None, description=None, epilog=None):
-    """Parse the command line into a dataclass of `flag` fields. Unknown flags end with exit code 2."""
+    """Parse the command line into a dataclass of `flag` fields. Unknown flags end with exit code 2.
+
+    Raises InputError where a value is outside its flag's range.
+    """
     check_checkout()
     parser = new_parser(argparse.ArgumentParser, description=description, epilog=epilog)
     add_flags(parser, cls)
-    return cls(**vars(parser.parse_args(argv)))
+    config = cls(**vars(parser.parse_args(argv)))
+    check_ranges(config)
+    return config
 
 
 def parse_commands(commands, argv=None, description=None, epilog=None):
@@ -60,7 +96,9 @@ def parse_commands(commands, argv=None, description=None, epilog=None):
         add_flags(new_parser(choices.add_parser, name, help=help, description=help), cls)
     values = vars(parser.parse_args(argv))
     name = values.pop("command")
-    return name, commands[name](**values)
+    config = commands[name](**values)
+    check_ranges(config)
+    return name, config
 
 
 def new_parser(make, *args, **options):
@@ -80,6 +118,7 @@ def add_flags(parser, cls):
     for field in dataclasses.fields(cls):
         options = dict(field.metadata)
         kind, group, also = options.pop("kind"), options.pop("group"), options.pop("also", ())
+        options.pop("range")
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         place, name = groups[group], shown(field.name)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Pictures as PNG files: images in a grid, with captions or without, and lines over an axis."""
 
 import textwrap
 
@@ -43,21 +43,15 @@ def save_grid(images, columns, path, captions=None):
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 
-def class_grid(images, labels, classes=10, columns=10):
-    """uint8 (N, R, R, 3), labels (N,) → (classes·columns, R, R, 3): the first of each class, white where too few."""
-    chosen = np.full((classes, columns, *images.shape[1:]), 255, np.uint8)
-    for label in range(classes):
-        rows = images[labels == label][:columns]
-        chosen[label, : len(rows)] = rows
-    return chosen.reshape(-1, *images.shape[1:])
+def save_lines(lines, path, marker=None, **axes):
+    """Write a PNG of {label: [(x, y)]}; axes: what matplotlib's Axes.set takes."""
+    from matplotlib.figure import Figure  # a second to import, and few pictures need it
 
-
-def enlarge_and_frame(images, factor=2, frame=2):
-    """uint8 (N, R, R, 3) → (N, R', R', 3), R' = factor·R + 2·frame: every pixel repeated, a white frame around."""
-    larger = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    return np.pad(larger, ((0, 0), (frame, frame), (frame, frame), (0, 0)), constant_values=255)
-
-
-def save_class_grid(images, labels, path, classes=10, columns=10):
-    """Write a PNG whose rows are classes."""
-    save_grid(enlarge_and_frame(class_grid(images, labels, classes, columns)), columns, path)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    plot = figure.subplots()
+    for label, points in lines.items():
+        plot.plot(*zip(*points, strict=True), marker=marker, label=label)
+    plot.set(**axes)
+    plot.grid(alpha=0.3)
+    plot.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -1,22 +1,20 @@
 """Captions of the handwritten digits in several wordings, and a small text encoder for them: the quickstart's text.
 
-    python preprocessing/digits_text.py --digits quickstart/digits --dest quickstart/text
+    python -m digits.captions --digits quickstart/digits --dest quickstart/text
 
 writes DEST/captions.json, DEST/encoder (a CLIP text model of random weights: its features of different words differ,
 which is all that is needed of it) and DEST/prompts.txt: ten prompts of each digit that no caption says in these words.
 """
 
-import argparse
+import dataclasses
 import random
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
 
 import torch
 
 from common.errors import InputError, exit_on_input_error
 from common.files import write_atomically, write_json
+from common.flags import parse_flags, required
 from models.text import import_transformers
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -67,7 +65,7 @@ def caption_images(digits):
     for path in sorted(Path(digits).glob("[0-9]/*.png")):
         captions[f"{path.parent.name}/{path.name}"] = rng.sample(split_phrases(int(path.parent.name))[0], PER_IMAGE)
     if not captions:
-        raise InputError(f"--digits {digits} holds no digits; make them with preprocessing/digits.py")
+        raise InputError(f"--digits {digits} holds no digits; make them with python -m digits.data")
     return captions
 
 
@@ -119,11 +117,16 @@ def write_all(digits, dest):
     return sum(map(len, captions.values()))
 
 
+@dataclasses.dataclass
+class CaptionFlags:
+    """Flags of this program."""
+
+    digits: str = required("image folder that digits/data.py made")
+    dest: str = required("folder of the captions, the text encoder and the prompts")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--digits", required=True, help="image folder that preprocessing/digits.py made")
-    parser.add_argument("--dest", required=True, help="folder of the captions, the text encoder and the prompts")
-    args = parser.parse_args(argv)
+    args = parse_flags(CaptionFlags, argv, __doc__)
     print(f"wrote {write_all(args.digits, args.dest)} captions and a text encoder to {args.dest}")
 
 

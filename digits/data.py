@@ -1,26 +1,24 @@
 """Handwritten digits as real images that come with a dependency: scikit-learn's 1,797 scans of 8×8 pixels.
 
-    python preprocessing/digits.py --dest data/digits/raw
+    python -m digits.data --dest data/digits/raw
 
 writes the training digits as an image folder, one subfolder per class; the held-out digits never leave this module
 as files, so nothing is trained on them by accident. Letters: N images, R resolution.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from common.errors import InputError, exit_on_input_error
+from common.flags import parse_flags, required
 from preprocessing.transforms import center_crop_dhariwal
 
 CLASSES = 10
@@ -73,11 +71,23 @@ def file_names(digits):
     return [f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True)]
 
 
+@contextlib.contextmanager
+def whole_folder(dest):
+    """A folder beside `dest` to write in, renamed at the end: `dest` is whole or absent. An empty one is replaced."""
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        os.replace(partial, dest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_image_folder(digits, dest):
     """Write 8×8 RGB PNGs DEST/CLASS/INDEX.png; False when they are all there already.
 
-    Files are written beside DEST and renamed at the end, so DEST is whole or absent. Raises InputError when DEST holds
-    something else.
+    Raises InputError where DEST holds something else.
     """
     dest, names = Path(dest), file_names(digits)
     if dest.exists() and not dest.is_dir():
@@ -87,27 +97,22 @@ def write_image_folder(digits, dest):
         return False
     if found:
         raise InputError(f"--dest {dest} holds other files (for example {min(found)}); remove it or name a new folder")
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
-    try:
+    with whole_folder(dest) as partial:
         for name, image in zip(names, digits.images, strict=True):
             (partial / name).parent.mkdir(exist_ok=True)
             Image.fromarray(image).convert("RGB").save(partial / name)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        os.replace(partial, dest)  # an empty DEST is replaced too
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Write scikit-learn's handwritten digits (training part) as PNGs.")
-    parser.add_argument("--dest", required=True, help="image folder to make, with one subfolder per class")
-    return parser.parse_args(argv)
+@dataclasses.dataclass
+class DigitsFlags:
+    """Flags of this program."""
+
+    dest: str = required("image folder to make, with one subfolder per class")
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_flags(DigitsFlags, argv, __doc__)
     train, held_out = load_digits_split()
     written = write_image_folder(train, args.dest)
     state = "wrote" if written else "already there:"

@@ -1,22 +1,16 @@
 """Train the tiny KL autoencoder of the quickstart, and measure it. About six minutes on one CPU core.
 
-    OMP_NUM_THREADS=1 python assets/train_tiny_vae.py --dest assets/tiny-vae
+    OMP_NUM_THREADS=1 python -m digits.train_vae --dest assets/tiny-vae
 
-made the folder beside this file, and makes it again byte for byte where torch's arithmetic is the same (2.15, x86).
+made assets/tiny-vae, and makes it again byte for byte where torch's arithmetic is the same (2.15, x86).
 
 It sees the training digits only. Letters: N batch, R = 32 image size, C = 4 latent channels, h = w = 8 latent size.
 """
 
-import argparse
+import dataclasses
 import json
-import os
-import shutil
-import sys
-import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
 
 import numpy as np
 import torch
@@ -25,12 +19,25 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from common.errors import InputError, exit_on_input_error
-from digits.data import RESOLUTION, load_digits_split, upsample
-from digits.report import pixels, train_classifier
+from common.flags import Range, flag, parse_flags
+from digits.data import RESOLUTION, load_digits_split, upsample, whole_folder
+from digits.judge import pixels, train_classifier
 from models.codec import LatentCodec
 
 CHANNELS = (16, 32, 32)  # three entries: downsampling factor 4
 SHIFT = 2  # pixels (of 32) that a training image is moved by at most
+
+
+@dataclasses.dataclass(kw_only=True)
+class VaeFlags:
+    """Flags of this program."""
+
+    dest: str = flag("assets/tiny-vae", "diffusers folder to make; must not exist", group="output")
+    steps: int = flag(1200, "training steps", range=Range(1), group="optimisation")
+    batch_size: int = flag(64, "images of a step", range=Range(1), group="optimisation")
+    learning_rate: float = flag(2e-3, "of Adam, at the start of its cosine schedule", group="optimisation")
+    kl_weight: float = flag(1e-3, "weight of the KL per latent value", group="loss")
+    seed: int = flag(0, "of initial weights, batches and latents", group="optimisation")
 
 
 def build_vae():
@@ -96,18 +103,11 @@ def set_scale(vae, images, seed):
 
 
 def save(vae, dest):
-    """Write the fp16 folder beside `dest` and rename it, so that `dest` is whole or absent."""
-    dest = Path(dest)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
-    try:
+    """Write the fp16 folder, whole or not at all."""
+    with whole_folder(Path(dest)) as partial:
         vae.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp makes it private, and so does the writer of safetensors
         for path in partial.iterdir():
-            path.chmod(0o644)
-        os.replace(partial, dest)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            path.chmod(0o644)  # the writer of safetensors makes it private
 
 
 def measure(folder):
@@ -139,19 +139,8 @@ def measure(folder):
     }
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train the quickstart's VAE on the training digits.")
-    parser.add_argument("--dest", default="assets/tiny-vae", help="diffusers folder to make; must not exist")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--kl-weight", type=float, default=1e-3, help="weight of the KL per latent value")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_flags(VaeFlags, argv, __doc__)
     if Path(args.dest).exists():
         raise InputError(f"--dest {args.dest} exists; remove it or name a new folder")
     torch.manual_seed(args.seed)

@@ -1,19 +1,14 @@
 """CLIP score: how well images show their prompts, in the three conventions in use.
 
-    python evaluations/clip_score.py SAMPLES.npz                         # prompts from the manifest beside the samples
-    python evaluations/clip_score.py FOLDER --prompts prompts.txt --clip openai/clip-vit-large-patch14 --json
+    python -m evaluations.clip_score SAMPLES.npz                         # prompts from the manifest beside the samples
+    python -m evaluations.clip_score FOLDER --prompts prompts.txt --clip openai/clip-vit-large-patch14 --json
 
 raw is the mean cosine (the paper's 0.2954 … 0.3010), clipscore the mean of 2.5·max(cos, 0) with "A photo depicts"
 before every prompt (Hessel et al.), torchmetrics the mean of 100·max(cos, 0). The paper does not name its CLIP model: a
 number says little without the model, which is printed and stored with it.
 """
 
-import argparse
-import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
+import dataclasses
 
 import numpy as np
 import torch
@@ -22,14 +17,29 @@ from tqdm import tqdm
 
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines
-from evaluations.metrics.images import open_images
-from evaluations.metrics.results import manifest_path, result_path, write_result
+from common.flags import Range, flag, parse_flags, required
+from evaluations.metrics.flags import json_flag
+from evaluations.metrics.images import open_images, split
+from evaluations.metrics.results import Result, result_path, sample_labels
 from models.encoders import CLIP_STATISTICS
 from models.text import Tokens, load_clip
-from preprocessing.jobs import Batches
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 PREFIX = "A photo depicts "
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClipFlags:
+    """Flags of this program."""
+
+    samples: str = required("npz or folder of images", positional=True)
+    prompts: str | None = flag(
+        None, "a prompt per line; default: the manifest beside the samples", str, group="data", metavar="FILE"
+    )
+    clip: str = flag(DEFAULT_CLIP, "name or folder of the CLIP model", group="model")
+    batch_size: int = flag(64, "images at once", range=Range(1), group="precision and speed")
+    device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group="precision and speed")
+    json: str | None = json_flag()
 
 
 class ClipScorer:
@@ -71,7 +81,7 @@ def score(images, prompts, scorer, batch_size=64):
     """The three scores of a set of images (NpzImages, FolderImages) with one prompt each."""
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} images for {len(prompts)} prompts; name the prompts that the images are of")
-    found, batches = [], [np.array(batch) for batch in Batches(len(images), batch_size)]
+    found, batches = [], split(np.arange(len(images)), batch_size)
     for batch, pixels in zip(tqdm(batches, unit="batch"), images.batches(batches), strict=True):
         texts = [prompts[index] for index in batch]
         prefixed = [PREFIX + text for text in texts]
@@ -79,40 +89,23 @@ def score(images, prompts, scorer, batch_size=64):
     return conventions(*torch.cat(found, dim=1))
 
 
-def read_prompts(samples, path=None):
-    """A prompt per image: lines of a text file, or `labels` of the manifest beside the samples. Raises InputError."""
-    if path:
-        return [text for _, text in read_lines(path, f"--prompts {path}")]
-    source = manifest_path(samples)
-    try:
-        prompts = json.loads(source.read_text(encoding="utf-8"))["labels"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source}: no prompts can be read ({error}); name a file of them with --prompts") from None
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"{source} holds no prompts; name a file of them with --prompts, a line per image")
-    return prompts
-
-
-def parse_args(argv=None):
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("samples", help="npz or folder of images")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt per line; default: the manifest beside the samples")
-    parser.add_argument("--clip", default=DEFAULT_CLIP, help=f"name or folder of the CLIP model ({DEFAULT_CLIP})")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="cuda or cpu")
-    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write it; default results/NAME.json")
-    return parser.parse_args(argv)
+def read_prompts(samples, count, path=None):
+    """A prompt for each of `count` images: lines of a text file, or those beside the samples. Raises InputError."""
+    if path is None:
+        return sample_labels(samples, str, count, "name a file of prompts with --prompts, a line per image")
+    return [text for _, text in read_lines(path, f"--prompts {path}")]
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    images, prompts = open_images(args.samples, "samples"), read_prompts(args.samples, args.prompts)
-    scores = score(images, prompts, ClipScorer(args.clip, args.device), args.batch_size)
+    args = parse_flags(ClipFlags, argv, __doc__)
+    images, path = open_images(args.samples, "samples"), result_path(args.json, args.samples)
+    prompts = read_prompts(args.samples, len(images), args.prompts)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    scores = score(images, prompts, ClipScorer(args.clip, device), args.batch_size)
     print(f"{len(images)} images, {args.clip}")
     print("\n".join(f"{name:24} {value:.4f}" for name, value in scores.items()))
-    if args.json is not None:
-        write_result(result_path(args.json, args.samples), args.samples, scores, clip=args.clip, images=len(images))
+    if path is not None:
+        Result(scores, args.samples, clip=args.clip, images=len(images)).write(path)
 
 
 if __name__ == "__main__":

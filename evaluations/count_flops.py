@@ -1,23 +1,29 @@
 """Parameters and multiply-adds of a model, part by part, with and without attention products, beside Table 8.
 
-    python evaluations/count_flops.py DeepFlow-XL/2
-    python evaluations/count_flops.py DeepFlow-B/2 --trans-depth 10
+    python -m evaluations.count_flops DeepFlow-XL/2
+    python -m evaluations.count_flops DeepFlow-B/2 --trans-depth 10
 
 One forward pass of one sample at 32x32x4 latents, in millions of parameters and billions of multiply-adds.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
+import dataclasses
 
 import torch
 
 from common.errors import exit_on_input_error
+from common.flags import Range, flag, parse_flags, required
 from evaluations.metrics.published import TABLE_8
 from models import create_model
 from models.flops import Part, count_flops, count_parts
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlopsFlags:
+    """Flags of this program."""
+
+    model: str = required("preset name", positional=True)
+    trans_depth: int | None = flag(None, "number of blocks", int, range=Range(1))
+    df_idxs: list | None = flag(None, "blocks (from 1) after which a branch ends", str, nargs="+")
 
 
 def row(name, part):
@@ -39,11 +45,7 @@ def beside_table_8(name, model):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("model", help="preset name")
-    parser.add_argument("--trans-depth", type=int, help="number of blocks")
-    parser.add_argument("--df-idxs", nargs="+", help="blocks (from 1) after which a branch ends")
-    args = parser.parse_args(argv)
+    args = parse_flags(FlopsFlags, argv, __doc__)
     with torch.device("meta"):
         model = create_model(args.model, depth=args.trans_depth, df_idxs=args.df_idxs)
     parts = count_parts(model)

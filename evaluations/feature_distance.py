@@ -1,33 +1,51 @@
 """Distance between what a model's branches end with and its final features, over all sampling steps (Figure 2d).
 
-    python evaluations/feature_distance.py --ckpt CKPT --num-samples 64 --out results/distance.json --plot distance.png
-    python evaluations/feature_distance.py --ckpt SIT_CKPT --block 6
+    python -m evaluations.feature_distance --ckpt CKPT --num-samples 64 --out results/distance.json --plot distance.png
+    python -m evaluations.feature_distance --ckpt SIT_CKPT --block 6
 
 For every branch but the last: its tokens before VeRA (v*) and after it, against the tokens after the last block. The
 distance is Euclidean over the channels of a token, averaged over tokens and samples. A model of one branch (SiT) is
 compared at --block. The paper states 7.7 for SiT, 7.2 with deep supervision and 2.9 for DeepFlow-2T (B, 250 SDE steps).
 """
 
-import argparse
 import collections
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
+import dataclasses
 
 import torch
 from tqdm import tqdm
 
 from common.errors import InputError, exit_on_input_error
-from common.files import check_writable, write_atomically
-from common.flags import shown
-from evaluations.metrics.results import write_result
+from common.files import check_writable
+from common.flags import Range, flag, parse_flags, required
+from common.pictures import save_lines
+from evaluations.metrics.results import Result
 from models import load_checkpoint
 from models.paths import PATHS
-from samplers import GuidedVelocity, sample_labels, sample_noise, sample_ode, sample_sde
+from samplers import SAMPLERS, GuidedVelocity, integrate, sample_labels, sample_noise
 from training.distributed import set_math
 
 ROWS = 10  # of the printed table
+
+
+@dataclasses.dataclass(kw_only=True)
+class DistanceFlags:
+    """Flags of this program."""
+
+    ckpt: str = required("checkpoint of ours, or a published file", group="model")
+    weights: str = flag("ema", "averaged weights or raw ones", group="model", choices=["ema", "raw"])
+    df_idxs: list | None = flag(
+        None, "key layers of a published file, as in generate.py", str, group="model", nargs="+"
+    )
+    dmf_depth: int | None = flag(None, "of a published flow map, as in generate.py", int, group="model")
+    legacy_scaling: bool | None = flag(None, "as in generate.py", bool, group="model")
+    block: int | None = flag(None, "also the output of this block (from 1); SiT needs it", int)
+    num_samples: int = flag(64, "samples to make", range=Range(1), group="sampling")
+    batch_size: int = flag(16, "samples at once", range=Range(1), group="sampling")
+    mode: str = flag("sde", "sampler", group="sampling", choices=["sde", "ode"])
+    num_steps: int = flag(250, "sampler steps", range=Range(1), group="sampling")
+    seed: int = flag(0, "of labels and noise", group="sampling")
+    out: str | None = flag(None, "file for all steps", str, group="output", metavar="JSON")
+    plot: str | None = flag(None, "picture to write", str, group="output", metavar="PNG")
 
 
 class Probe:
@@ -44,16 +62,16 @@ class Probe:
             model.blocks[block - 1].register_forward_hook(self.keep)
 
     def keep(self, _module, _inputs, output):
-        self.block_output = output
+        self.block_output, _ = output  # tokens, text
 
     def __call__(self, x, t, y):
-        *intermediate, final = self.model.run_branches(x, self.model.branch_times(t), y)
+        *intermediate, final = self.model.run_branches(x, t, y)
         for number, branch in enumerate(intermediate, 1):
             self.record(f"branch {number}, before VeRA", t, branch.v_star, final.v_star)
             self.record(f"branch {number}, after VeRA", t, branch.aligned, final.v_star)
         if self.block is not None:
             self.record(f"block {self.block}", t, self.block_output, final.v_star)
-        return self.model.to_image(self.model.velocity_layer(final.v_star, final.condition))
+        return self.model.final_velocity(final)
 
     def record(self, name, t, features, final):
         """Add the distances of one call, (N, T, D) each; t (N,) is one time for all."""
@@ -73,22 +91,14 @@ class Probe:
 def sample(args, checkpoint, probe, device):
     """Run the sampler on all samples, in batches; what it makes is thrown away."""
     options, path = checkpoint.options, PATHS[checkpoint.run.get("path_type") or "linear"]
-    shape = (options["in_channels"], options["input_size"], options["input_size"])
+    shape, sampler = (options["in_channels"], options["input_size"], options["input_size"]), SAMPLERS[args.mode]
     for start in tqdm(range(0, args.num_samples, args.batch_size), unit="batch", mininterval=1):
         indices = range(start, min(start + args.batch_size, args.num_samples))
         y = sample_labels(args.seed, indices, options["num_classes"]).to(device)
         velocity = GuidedVelocity(probe, y, torch.full_like(y, options["num_classes"]))
-        x = sample_noise(args.seed, indices, 0, shape).to(device)
-        if args.mode == "ode":
-            x = sample_ode(velocity, x, args.num_steps)
-        else:
-            x = sample_sde(
-                velocity,
-                x,
-                path,
-                lambda step, who=indices: sample_noise(args.seed, who, step + 1, shape),
-                args.num_steps,
-            )
+        step = sampler.step(path, lambda step, who=indices: sample_noise(args.seed, who, step + 1, shape))
+        noise = sample_noise(args.seed, indices, 0, shape).to(device)
+        x = integrate(step, velocity, noise, sampler.times(args.num_steps))
         if not x.isfinite().all():
             raise InputError(f"{args.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]})")
 
@@ -110,16 +120,9 @@ def mean(curve):
 
 def save_plot(curves, path):
     """Write a PNG of the distances over t, noise on the left as in sampling."""
-    from matplotlib.figure import Figure  # a second to import, and only pictures need it
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), label=f"{name} (mean {mean(curve):.2f})")
-    axes.set(xlabel="t (1 is noise, 0 is data)", ylabel="distance to the final features", xlim=(1, 0))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in curves.items()}
+    labels = {"xlabel": "t (1 is noise, 0 is data)", "ylabel": "distance to the final features"}
+    save_lines(lines, path, **labels, xlim=(1, 0))
 
 
 def choose_block(model, block):
@@ -131,32 +134,11 @@ def choose_block(model, block):
     return block
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, help="checkpoint of ours, or a published file")
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
-    parser.add_argument("--df-idxs", nargs="+", help="key layers of a published file, as in generate.py")
-    parser.add_argument("--dmf-depth", type=int, help="of a published flow map, as in generate.py")
-    parser.add_argument("--legacy-scaling", action=argparse.BooleanOptionalAction, help="as in generate.py")
-    parser.add_argument("--block", type=int, help="also the output of this block (from 1); SiT needs it")
-    parser.add_argument("--num-samples", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--mode", choices=["sde", "ode"], default="sde")
-    parser.add_argument("--num-steps", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", metavar="JSON", help="file for all steps")
-    parser.add_argument("--plot", metavar="PNG", help="picture to write")
-    return parser.parse_args(argv)
-
-
 def main(argv=None):
-    args = parse_args(argv)
-    for name in ("num_samples", "batch_size", "num_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{shown(name)} {getattr(args, name)} must be at least 1")
-    for flag, path in (("--out", args.out), ("--plot", args.plot)):
+    args = parse_flags(DistanceFlags, argv, __doc__)
+    for name, path in (("--out", args.out), ("--plot", args.plot)):
         if path:
-            check_writable(path, flag)
+            check_writable(path, name)
     known = {"df_idxs": args.df_idxs, "dmf_depth": args.dmf_depth, "legacy_scaling": args.legacy_scaling}
     checkpoint = load_checkpoint(args.ckpt, args.weights, **known)
     if "num_classes" not in checkpoint.options:
@@ -169,8 +151,8 @@ def main(argv=None):
     print(table(curves))
     if args.out:
         metrics = {f"distance, {name}": mean(curve) for name, curve in curves.items()}
-        settings = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, **vars(args)}
-        write_result(args.out, args.ckpt, metrics, curves=curves, settings=settings)
+        settings = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, **dataclasses.asdict(args)}
+        Result(metrics, args.ckpt, curves=curves, settings=settings).write(args.out)
     if args.plot:
         save_plot(curves, args.plot)
 

@@ -1,24 +1,44 @@
 """GenEval: check a folder of images before the detector sees it, and aggregate the detector's results afterwards.
 
-    python evaluations/geneval.py check SAMPLES evaluation_metadata.jsonl
-    python evaluations/geneval.py score results.jsonl [--samples SAMPLES --json results/NAME.json]
+    python -m evaluations.geneval check SAMPLES evaluation_metadata.jsonl
+    python -m evaluations.geneval score results.jsonl [--samples SAMPLES --json results/NAME.json]
 
 The detector itself (Mask2Former, mmdet 2) is not part of this repository: docs/text_to_image.md says how to run it.
 The overall score is the mean of the accuracies of the six tags, each of which counts the same.
 """
 
-import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
-
 from common.errors import InputError, exit_on_input_error
 from common.files import read_json_lines
-from evaluations.metrics.results import result_path, write_result
+from common.flags import Range, flag, parse_commands, required
+from evaluations.metrics.flags import json_flag
+from evaluations.metrics.results import Result, result_path
 from sampling.stores import GENEVAL_IMAGES, ends_as_png
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckFlags:
+    """is the folder laid out as the detector reads it?"""
+
+    samples: str = required("folder that generate_t2i.py made of the prompts", positional=True)
+    metadata: str = required("GenEval's evaluation_metadata.jsonl", positional=True)
+    images_per_prompt: int = flag(GENEVAL_IMAGES, "images of each prompt", range=Range(1))
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScoreFlags:
+    """accuracy of each tag and their mean"""
+
+    results: str = required("the detector's JSON-lines file", positional=True)
+    samples: str | None = flag(
+        None, "folder that was scored; its manifest is copied into the result", str, group="output"
+    )
+    json: str | None = json_flag()
 
 
 def check_layout(folder, metadata, images=GENEVAL_IMAGES):
@@ -92,28 +112,14 @@ def run_score(args):
     if args.json is not None:
         samples = args.samples or args.results
         metrics = {f"geneval_{tag}": score for tag, score in scores.items()}
-        write_result(result_path(args.json, samples), samples, metrics, results=str(args.results))
+        Result(metrics, samples, results=args.results).write(result_path(args.json, samples))
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="is the folder laid out as the detector reads it?")
-    check.add_argument("samples", help="folder that generate_t2i.py made of the prompts")
-    check.add_argument("metadata", help="GenEval's evaluation_metadata.jsonl")
-    check.add_argument("--images-per-prompt", type=int, default=GENEVAL_IMAGES, help="images of each prompt")
-    check.set_defaults(run=run_check)
-    score = commands.add_parser("score", help="accuracy of each tag and their mean")
-    score.add_argument("results", help="the detector's JSON-lines file")
-    score.add_argument("--samples", help="folder that was scored; its manifest is copied into the result")
-    score.add_argument(
-        "--json", nargs="?", const="", metavar="FILE", help="write the result; default results/NAME.json"
-    )
-    score.set_defaults(run=run_score)
-    return parser.parse_args(argv)
+def main(argv=None):
+    command, args = parse_commands({"check": CheckFlags, "score": ScoreFlags}, argv, __doc__)
+    {"check": run_check, "score": run_score}[command](args)
 
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        arguments = parse_args()
-        arguments.run(arguments)
+        main()

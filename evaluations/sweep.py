@@ -1,28 +1,66 @@
 """Guidance scale × interval × steps over one checkpoint: samples each setting, measures it, writes a table and a plot.
 
-    python evaluations/sweep.py --ckpt CKPT --ref REF.npz --out results/sweep --num-samples 5000 \\
+    python -m evaluations.sweep --ckpt CKPT --ref REF.npz --out results/sweep --num-samples 5000 \\
         --cfg-scale 1.0 1.3 1.6 --interval 0,1 0.3,0.7 --num-steps 50 250 -- --mode ode --heun
 
 What follows `--` goes to generate.py. A setting that has been measured is not measured again: run the same command to
-go on after an interruption. The metrics are those of evaluations/evaluator.py; the plot shows the Fréchet distance.
+go on after an interruption. The metrics are those of evaluations.evaluator; the plot shows the Fréchet distance.
 """
 
 import argparse
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
-
 from common.errors import InputError, exit_on_input_error, note
-from common.files import check_writable, write_atomically, write_json
-from evaluations import evaluator
-from evaluations.metrics.results import read_result
+from common.files import check_writable, read_json, write_atomically, write_json
+from common.flags import ROOT, Range, flag, parse_flags, required
+from common.pictures import save_lines
+from evaluations.evaluator import label
+from evaluations.metrics.results import Result
 
-ROOT = Path(__file__).resolve().parent.parent
+SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")  # in all settings of one folder
+
+
+def interval(text):
+    """`0.3,0.7` → (0.3, 0.7)."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH, for example 0.3,0.7") from None
+    return low, high
+
+
+@dataclasses.dataclass(kw_only=True)
+class SweepFlags:
+    """Flags of this program; those of generate.py follow `--`."""
+
+    ckpt: str = required("checkpoint", group="model")
+    ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
+    out: Path = required("folder for samples, results, table.md and plot.png", Path, group="output")
+    num_samples: int = flag(5000, "samples of each setting", range=Range(1), group="sampling")
+    cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
+    interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
+    num_steps: list = flag((250,), "sampler steps", int, range=Range(1), group="sampling", nargs="+")
+    processes: int = flag(1, "of torchrun, for sampling and measuring", range=Range(1), group="precision and speed")
+    inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
+    features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
+    other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")
+
+    def check(self):
+        """Raise InputError for files that are not there."""
+        for name in ("ckpt", "ref"):
+            if not Path(getattr(self, name)).exists():
+                raise InputError(f"--{name} {getattr(self, name)} does not exist")
+        check_writable(self.out / "table.md", "--out:")
+
+    def evaluator_flags(self):
+        """Those that the evaluator takes too."""
+        values = {"--inception-weights": self.inception_weights, "--features": self.features}
+        words = [word for pair in values.items() if pair[1] for word in pair]
+        return [*words, "--other-size"] if self.other_size else words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,105 +92,67 @@ def settings(args):
     return list(found.values())
 
 
-def interval(text):
-    """`0.3,0.7` → (0.3, 0.7)."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH, for example 0.3,0.7") from None
-    return low, high
-
-
-def run_python(processes, script, flags):
-    """Run a script of the repository, under torchrun where there are several processes. Raises InputError."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], check=False)
+def run_python(processes, *command):
+    """Run a program of the repository, under torchrun where there are several processes. Raises InputError."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    words = [*(torchrun if processes > 1 else []), *command]
+    done = subprocess.run([sys.executable, *map(str, words)], check=False)
     if done.returncode:
-        raise InputError(f"{script} ended with {done.returncode}; what it said stands above")
+        name = command[1] if command[0] == "-m" else command[0]
+        raise InputError(f"{name} ended with {done.returncode}; what it said stands above")
 
 
-def measure(setting, args):
-    """Result of one setting: sampled and measured, unless it has been."""
-    result = args.out / f"{setting.name}.json"
-    if not result.exists():
+def measure(setting, args, generate):
+    """Result of one setting: sampled and measured, unless it has been. generate: more flags of generate.py."""
+    path = args.out / f"{setting.name}.json"
+    if not path.exists():
         note(f"sampling {setting.name}")
         folder = args.out / "samples" / setting.name
         flags = ["--ckpt", args.ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples, *setting.flags()]
-        run_python(args.processes, "generate.py", [*flags, *args.generate])
+        run_python(args.processes, ROOT / "generate.py", *flags, *generate)
         found = sorted(folder.glob("*.npz"))
         if len(found) != 1:
             raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
-        extractor = [("--inception-weights", args.inception_weights), ("--features", args.features)]
-        flags = [word for flag, value in extractor if value for word in (flag, value)]
-        flags += ["--other-size"] if args.other_size else []
-        run_python(args.processes, "evaluations/evaluator.py", [args.ref, found[0], "--json", result, *flags])
-    return read_result(result)
+        flags = [args.ref, found[0], "--json", path, *args.evaluator_flags()]
+        run_python(args.processes, "-m", "evaluations.evaluator", *flags)
+    return Result.read(path)
 
 
 def build_table(rows, metrics):
-    """Markdown lines of [(setting, result)]."""
-    lines = ["| steps | guidance | interval | evaluations | " + " | ".join(map(evaluator.label, metrics)) + " |"]
+    """Markdown lines of [(setting, Result)]."""
+    lines = ["| steps | guidance | interval | evaluations | " + " | ".join(map(label, metrics)) + " |"]
     lines.append("|---" * (4 + len(metrics)) + "|")
     for setting, result in rows:
         where = f"[{setting.low}, {setting.high}]" if setting.cfg_scale != 1 else ""
-        calls = (result.get("manifest") or {}).get("model_evaluations", "")
-        values = " | ".join(f"{result['metrics'][name]:.4g}" for name in metrics)
+        calls = (result.manifest or {}).get("model_evaluations", "")
+        values = " | ".join(f"{result.metrics[name]:.4g}" for name in metrics)
         lines.append(f"| {setting.num_steps} | {setting.cfg_scale} | {where} | {calls} | {values} |")
     return lines
 
 
 def save_plot(rows, metric, path):
     """Write a PNG: the metric over the guidance scale, a line for every number of steps and interval."""
-    from matplotlib.figure import Figure  # a second to import, and only pictures need it
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    unguided = {setting.num_steps: result["metrics"][metric] for setting, result in rows if setting.cfg_scale == 1}
+    unguided = {setting.num_steps: result.metrics[metric] for setting, result in rows if setting.cfg_scale == 1}
     curves = {}
     for setting, result in rows:
         if setting.cfg_scale != 1:
             key = (setting.num_steps, setting.low, setting.high)
-            curves.setdefault(key, []).append((setting.cfg_scale, result["metrics"][metric]))
+            curves.setdefault(key, []).append((setting.cfg_scale, result.metrics[metric]))
     for steps in unguided.keys() - {key[0] for key in curves}:
         curves[(steps, 0.0, 1.0)] = []
+    lines = {}
     for (steps, low, high), points in sorted(curves.items()):
         points += [(1.0, unguided[steps])] if steps in unguided else []
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{steps} steps, [{low}, {high}]")
-    axes.set(xlabel="guidance scale", ylabel=evaluator.label(metric))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+        lines[f"{steps} steps, [{low}, {high}]"] = sorted(points)
+    save_lines(lines, path, marker="o", xlabel="guidance scale", ylabel=label(metric))
 
 
-def parse_args(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True)
-    parser.add_argument("--ref", required=True, metavar="NPZ", help="reference of evaluations/evaluator.py")
-    parser.add_argument("--out", required=True, type=Path, help="folder for samples, results, table.md and plot.png")
-    parser.add_argument("--num-samples", type=int, default=5000, help="samples of each setting")
-    parser.add_argument("--cfg-scale", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--interval", type=interval, nargs="+", default=[(0.0, 1.0)], metavar="LOW,HIGH")
-    parser.add_argument("--num-steps", type=int, nargs="+", default=[250])
-    parser.add_argument("--processes", type=int, default=1, help="of torchrun, for sampling and measuring")
-    parser.add_argument("--inception-weights", metavar="FILE", help="as in evaluations/evaluator.py")
-    parser.add_argument("--features", metavar="NAME", help="as in evaluations/evaluator.py")
-    parser.add_argument("--other-size", action="store_true", help="as in evaluations/evaluator.py")
-    args = parser.parse_args(argv[:cut])
-    args.generate = argv[cut + 1 :]
-    return args
-
-
-def check_same(args):
+def check_same(args, generate):
     """Raise InputError where --out holds the results of another sweep; remember what this one is about."""
     record = args.out / "sweep.json"
-    about = {"ckpt": args.ckpt, "ref": args.ref, "num_samples": args.num_samples, "features": args.features}
-    about.update(inception_weights=args.inception_weights, generate=args.generate)
+    about = {**{name: getattr(args, name) for name in SAME}, "generate": generate}
     if record.exists():
-        found = json.loads(record.read_text())
+        found = read_json(record)
         changed = [key for key in about if found.get(key) != about[key]]
         if changed:
             raise InputError(
@@ -161,15 +161,18 @@ def check_same(args):
     write_json(record, about)
 
 
+def parse(argv):
+    """(flags, words after `--`, which generate.py gets)."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return parse_flags(SweepFlags, argv[:cut], __doc__), argv[cut + 1 :]
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    for flag, path in (("--ckpt", args.ckpt), ("--ref", args.ref)):
-        if not Path(path).exists():
-            raise InputError(f"{flag} {path} does not exist")
-    check_writable(args.out / "table.md", "--out:")
-    check_same(args)
-    rows = [(setting, measure(setting, args)) for setting in settings(args)]
-    metrics = list(rows[0][1]["metrics"])
+    args, generate = parse(sys.argv[1:] if argv is None else argv)
+    args.check()
+    check_same(args, generate)
+    rows = [(setting, measure(setting, args, generate)) for setting in settings(args)]
+    metrics = list(rows[0][1].metrics)
     table = "\n".join(build_table(rows, metrics))
     write_atomically(args.out / "table.md", lambda file: file.write(f"{table}\n".encode()))
     fid = next(name for name in metrics if name.startswith("f"))

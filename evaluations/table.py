@@ -1,84 +1,77 @@
 """Results as a markdown table, each model's followed by what its paper states for it.
 
-python evaluations/table.py results/*.json
+python -m evaluations.table results/*.json
 """
 
-import argparse
-import sys
+import dataclasses
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the file runs from anywhere
-
 from common.errors import exit_on_input_error
+from common.flags import parse_flags, required
 from evaluations.metrics.published import PUBLISHED
-from evaluations.metrics.results import read_result
+from evaluations.metrics.results import Result
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 ALWAYS = ("fid", "sfid", "inception_score")
+
+
+@dataclasses.dataclass
+class TableFlags:
+    """Flags of this program."""
+
+    results: list = required("JSON files that the evaluators wrote", positional=True, nargs="+")
 
 
 def sampling(manifest):
     """How samples were made, in words: `sde, 250 steps, cfg 1.5 in [0.3, 0.7], ema`."""
     if not manifest:
         return "no manifest"
-    scale, low, high = (manifest.get(key) for key in ("cfg_scale", "guidance_low", "guidance_high"))
-    guidance = (
-        f"cfg {scale}" + (f" in [{low}, {high}]" if (low, high) != (0.0, 1.0) else "") if is_guided(manifest) else ""
-    )
-    words = [
-        manifest.get("mode"),
-        f"{manifest.get('num_steps')} steps",
-        guidance or "no guidance",
-        manifest.get("weights"),
-    ]
+    guidance = "no guidance"
+    if is_guided(manifest):
+        low, high = manifest.get("guidance_low"), manifest.get("guidance_high")
+        guidance = f"cfg {manifest['cfg_scale']}" + (f" in [{low}, {high}]" if (low, high) != (0.0, 1.0) else "")
+    words = (manifest.get("mode"), f"{manifest.get('num_steps')} steps", guidance, manifest.get("weights"))
     return ", ".join(str(word) for word in words if word)
 
 
 def is_guided(manifest):
-    return manifest.get("cfg_scale", 1.0) != 1.0
+    return manifest.get("cfg_scale") not in (None, 1.0)
 
 
 def resolution(manifest):
     """Side of the images; None where the manifest does not say."""
-    size, factor = (
-        (manifest.get("model_options") or {}).get("input_size"),
-        (manifest.get("latents") or {}).get("factor"),
-    )
+    size = (manifest.get("model_options") or {}).get("input_size")
+    factor = (manifest.get("latents") or {}).get("factor")
     return size * factor if size and factor else None
 
 
 def measured_cells(path, result, metrics):
-    manifest, numbers = result.get("manifest") or {}, result["metrics"]
+    manifest = result.manifest or {}
     step = manifest.get("step")
     trained = f"{step} steps" if step is not None else ""
-    count = f", {result['count']} images" if "count" in result else ""
-    values = [f"{numbers[name]:.4g}" if name in numbers else "" for name in metrics]
+    count = f", {result.count} images" if result.count is not None else ""
+    values = [f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in metrics]
     return [Path(path).stem, manifest.get("model") or "", trained, sampling(manifest) + count, *values]
 
 
 def published_cells(row, metrics):
-    values = [getattr(row, name, None) for name in metrics]
+    trained = f"{row.epochs} epochs" if row.epochs else f"{row.steps} steps"
     details = [row.weighting and f"{row.weighting} t", row.alignment, "guided" if row.guided else "no guidance"]
-    about = ", ".join([row.sampled, *filter(None, details)])
-    return [
-        "*paper*",
-        row.model,
-        f"{row.epochs} epochs" if row.epochs else f"{row.steps} steps",
-        about,
-        *("" if value is None else f"{value}" for value in values),
-    ]
+    values = [getattr(row, name, None) for name in metrics]
+    cells = ["" if value is None else str(value) for value in values]
+    return ["*paper*", row.model, trained, ", ".join([row.sampled, *filter(None, details)]), *cells]
 
 
 def counterparts(result):
     """Published rows of the same model, resolution and guidance."""
-    manifest = result.get("manifest") or {}
+    manifest = result.manifest or {}
     own = (manifest.get("model"), is_guided(manifest), resolution(manifest))
     return [row for row in PUBLISHED if (row.model, row.guided, row.resolution) == own]
 
 
 def build_table(results):
-    """Lines of the table of {path: result}; results with the same counterparts stand together."""
-    names = [name for result in results.values() for name in result["metrics"]]
+    """Lines of the table of {path: Result}; results with the same counterparts stand together."""
+    names = [name for result in results.values() for name in result.metrics]
     names = [name for name in METRICS if name in (*ALWAYS, *names)] + sorted({*names} - {*METRICS})
     groups = {}
     for path, result in results.items():
@@ -91,10 +84,8 @@ def build_table(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("results", nargs="+", help="JSON files that the evaluators wrote")
-    args = parser.parse_args(argv)
-    print("\n".join(build_table({path: read_result(path) for path in args.results})))
+    args = parse_flags(TableFlags, argv, __doc__)
+    print("\n".join(build_table({path: Result.read(path) for path in args.results})))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""TODO docstring."""
+"""Captions: the set `text` of a data folder, whose rows are features of captions, and the JSON files they come from.
+
+The set is packed. Its labels are the numbers of the images, and beside the rows lie the captions' texts and the
+features of the empty caption.
+
+Letters: N images, M captions, L tokens, W width of the features.
+"""
 
 import collections
 import dataclasses
@@ -11,7 +17,6 @@ from common.files import read_json
 from latents.manifest import MANIFEST
 from latents.names import Names
 from latents.sets import find_set, open_set
-from models.text import TextSpec
 
 TEXT = "text"
 CAPTIONS = "captions.txt"  # the captions, lines padded to one width as those of names.txt
@@ -41,21 +46,27 @@ class CaptionRows:
         return ["" if self.captions is None else self.captions[int(row)] for row in rows]
 
 
-def open_text(place, images, count, moments):
-    """(CaptionRows, TextSpec) of a set of captions of `count` images with the fingerprint `images` (None: unknown)."""
+def open_text(place, pairing):
+    """(CaptionRows, TextSpec) of the set of captions in the folder `place`. Raises InputError where it does not fit.
+
+    pairing: the Pairing of the moments.
+    """
     manifest, rows, owners, _ = open_set(find_set(place, "."))
-    try:
-        spec = TextSpec(**(manifest or {})["text"])
-    except (KeyError, TypeError):
-        raise InputError(f"{place / MANIFEST} does not say which text encoder made the features; {PREPARE}") from None
+    if manifest is None or manifest.text is None:
+        raise InputError(f"{place / MANIFEST} does not say which text encoder made the features; {PREPARE}")
+    spec = manifest.text
     if rows.shape != (spec.tokens, spec.width):
-        raise InputError(f"{place}: rows have shape {rows.shape}, its text encoder gives {(spec.tokens, spec.width)}")
-    if images not in (None, manifest.get("images")) or manifest.get("image_count") != count:
         raise InputError(
-            f"{place} holds captions of other images than {moments} was made from ({manifest.get('image_count')} and "
-            f"{count}); {PREPARE}, of the same images"
+            f"{place}: rows have shape {rows.shape}, its text encoder gives {(spec.tokens, spec.width)}; {PREPARE}"
         )
-    starts = np.searchsorted(owners, np.arange(count + 1))
+    if pairing.images not in (None, manifest.images) or manifest.image_count != pairing.count:
+        raise InputError(
+            f"{place} holds captions of other images than {pairing.folder} was made from ({manifest.image_count} and "
+            f"{pairing.count}); {PREPARE}, of the same images"
+        )
+    if owners is None:
+        raise InputError(f"{place} does not say whose captions it holds; {PREPARE}")
+    starts = np.searchsorted(owners, np.arange(pairing.count + 1))
     if (np.diff(owners) < 0).any() or (np.diff(starts) < 1).any():
         raise InputError(f"{place}: captions are not in the order of the images, or an image has none; {PREPARE}")
     return CaptionRows(rows, starts, Names(place / CAPTIONS, len(rows)), read_empty(place / EMPTY, rows.shape)), spec

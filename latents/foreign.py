@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Folders of moments and captions as U-ViT prepares them: {i}.npy, {i}_{k}.npy, {i}_{k}.txt, {i}.png, no manifest."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,8 @@ FOREIGN_EMPTY = "empty_context.npy"  # of a folder as U-ViT prepares it; it lies
 class LogVarianceRows(FolderRows):
     """Moments stored as mean and log-variance, read as mean and std."""
 
-    def _load(self, name, shape=None):
-        mean, log_variance = np.split(super()._load(name, shape), 2)
+    def _load(self, name):
+        mean, log_variance = np.split(super()._load(name), 2)
         return np.concatenate([mean, np.exp(0.5 * np.clip(log_variance, -30, 20))])
 
 

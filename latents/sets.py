@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""Sets of a data folder: where they are, opening them, and what must fit the moments (mirror, images, features).
+
+A data folder holds sets: `vae-sd` (moments), optionally `images`, `vae-sd-mirror` (moments of the flipped images),
+`features-NAME` (of an encoder, for alignment) and `text` (of captions).
+"""
 
 import dataclasses
 from pathlib import Path
@@ -16,14 +20,96 @@ from latents.manifest import (
     MIRROR,
     MOMENTS,
     NAMES,
+    PARTIAL,
     PREPARE,
-    image_set,
-    is_packed,
-    read_manifest,
-    spec_from_manifest,
+    DataManifest,
 )
 from latents.names import Names, read_label_list, walk_files
 from latents.rows import FolderRows, ImageFiles, PackedRows, StoredRows
+
+# ---------------------------------------------------------------------------------------------------------- finding
+
+
+def is_set(folder):
+    """True where a folder is one set itself, not a data folder of sets."""
+    return any((Path(folder) / name).is_file() for name in (MANIFEST, LABELS_JSON))
+
+
+def is_unfinished(folder):
+    """True where a preprocessing command has begun to fill a folder and has not finished."""
+    return (Path(folder) / PARTIAL).is_dir()
+
+
+def list_sets(data_dir):
+    """Folders of all sets of a data folder, finished or not, sorted; only the folder itself where it is one set."""
+    data_dir = Path(data_dir)
+    found = [folder for folder in (data_dir, *sorted(data_dir.iterdir())) if is_set(folder) or is_unfinished(folder)]
+    return found[:1] if found[:1] == [data_dir] else found
+
+
+def find_set(data_dir, name):
+    """Folder of the set `name`: DATA/name, or DATA where the set itself is named. Raises InputError without one."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"--data-dir {data_dir} does not exist; {PREPARE}")
+    folders = (data_dir / name, data_dir)
+    if folder := next(filter(is_set, folders), None):
+        return folder
+    if folder := next(filter(is_unfinished, folders), None):
+        raise InputError(f"{folder} is not finished; run the same preprocessing command again, it resumes")
+    raise InputError(f"--data-dir {data_dir} has no {name}/{LABELS_JSON} and no {MANIFEST}; {PREPARE}")
+
+
+def find_features(data_dir, name):
+    """Folder of the features of an encoder, `features-NAME` beside the moments; None where there is none."""
+    try:
+        place = find_set(data_dir, MOMENTS).parent / f"{FEATURES}{name}"
+    except InputError:  # what is wrong is said where the moments are opened
+        return None
+    return place if place.is_dir() else None
+
+
+# ---------------------------------------------------------------------------------------------------------- opening
+
+
+def open_set(folder):
+    """(DataManifest or None, rows, labels int64 (N,) or None, names of the source images or None) of one set."""
+    folder = Path(folder)
+    manifest = DataManifest.read(folder)
+    if manifest is not None and manifest.is_packed:
+        return manifest, *_open_packed(folder, manifest)
+    return manifest, *_open_folder(folder, manifest)
+
+
+def _open_folder(folder, manifest):
+    names, labels = read_label_list(folder)
+    if names is None:
+        names = walk_files(folder, {".npy"})
+        if manifest is not None and manifest.num_classes == 1:
+            labels = np.zeros(len(names), np.int64)  # one class: published tools write null
+    if not names:
+        raise InputError(f"{folder} holds no latents; {PREPARE}")
+    if manifest is not None and manifest.count != len(names):
+        raise InputError(f"{folder} holds {len(names)} latents, its {MANIFEST} says {manifest.count}; {CHECK}")
+    sources = Names(folder / NAMES, len(names)) if manifest is not None else None
+    return FolderRows(folder, names), labels, sources
+
+
+def _open_packed(folder, manifest):
+    if not manifest.count:
+        raise InputError(f"{folder} holds no rows; {PREPARE}")
+    labels = _open_labels(folder / LABELS, manifest.count) if LABELS in manifest.files else None
+    return PackedRows(manifest), labels, Names(folder / NAMES, manifest.count)
+
+
+def _open_labels(path, count):
+    try:
+        labels = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: labels are missing or unreadable ({error}); pack again") from None
+    if labels.shape != (count,) or labels.dtype != np.int64:
+        raise InputError(f"{path} holds {labels.dtype} {labels.shape}, not {count} labels; pack again")
+    return labels
 
 
 def check_labels(labels, num_classes, where):
@@ -36,67 +122,21 @@ def check_labels(labels, num_classes, where):
         )
 
 
-def open_set(folder):
-    """(manifest or None, rows, labels int64 (N,) or None, names of the source images or None) of one set."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    try:
-        return manifest, *(_open_packed if is_packed(manifest) else _open_folder)(folder, manifest)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST} lacks {error}; {PREPARE}") from None
+# ------------------------------------------------------------------------------------------ what belongs to the moments
 
 
-def find_set(data_dir, name):
-    """Folder of the set `name`: DATA/name, or DATA where the set itself is named. Raises InputError without one."""
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise InputError(f"--data-dir {data_dir} does not exist; {PREPARE}")
-    for folder in (data_dir / name, data_dir):
-        if (folder / MANIFEST).is_file() or (folder / LABELS_JSON).is_file():
-            return folder
-    for folder in (data_dir / name, data_dir):
-        if (folder / ".partial").is_dir():
-            raise InputError(f"{folder} is not finished; run the same preprocessing command again, it resumes")
-    raise InputError(f"--data-dir {data_dir} has no {name}/{LABELS_JSON} and no {MANIFEST}; {PREPARE}")
-
-
-def _open_folder(folder, manifest):
-    names, labels = read_label_list(folder)
-    if names is None:
-        names = walk_files(folder, {".npy"})
-        if manifest is not None and manifest.get("num_classes") == 1:
-            labels = np.zeros(len(names), np.int64)  # one class: published tools write null
-    if not names:
-        raise InputError(f"{folder} holds no latents; {PREPARE}")
-    if manifest is not None and manifest["count"] != len(names):
-        raise InputError(f"{folder} holds {len(names)} latents, its {MANIFEST} says {manifest['count']}; {CHECK}")
-    sources = Names(folder / NAMES, len(names)) if manifest is not None else None
-    return FolderRows(folder, names), labels, sources
-
-
-def _open_packed(folder, manifest):
-    if not manifest["count"]:
-        raise InputError(f"{folder} holds no rows; {PREPARE}")
-    labels = None
-    if LABELS in manifest["files"]:
-        try:
-            labels = np.load(folder / LABELS, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{folder / LABELS}: labels are missing or unreadable ({error}); pack again") from None
-        if labels.shape != (manifest["count"],) or labels.dtype != np.int64:
-            raise InputError(f"{folder / LABELS} holds {labels.dtype} {labels.shape}, not {manifest['count']} labels")
-    return PackedRows(folder, manifest), labels, Names(folder / NAMES, manifest["count"])
-
-
-def _open_mirror(data_dir, info):
+def open_mirror(data_dir, info):
+    """Rows of the moments of the flipped images. Raises InputError unless they fit `info`, a DataInfo."""
     folder = Path(data_dir) / MIRROR
     if not folder.is_dir():
         raise InputError(f"{folder} is missing; encode it with preprocessing/dataset_tools.py mirror")
     manifest, rows, _, _ = open_set(folder)
     if len(rows) != info.count or rows.shape != info.moments_shape:
-        raise InputError(f"{folder} holds {len(rows)} of {rows.shape}, not {info.count} of {info.moments_shape}")
+        raise InputError(
+            f"{folder} holds {len(rows)} of {rows.shape}, not {info.count} of {info.moments_shape}; encode it again"
+        )
     if manifest is not None:
-        info.spec.check_same(spec_from_manifest(manifest, folder), MOMENTS, str(folder))
+        info.spec.check_same(manifest.moments_spec(), MOMENTS, str(folder))
     return rows
 
 
@@ -106,17 +146,23 @@ def open_images(data_dir, folder, names, info):
     if root is None:
         raise InputError(f"{Path(data_dir) / IMAGES} is missing and images are needed; link the converted images there")
     check_pairs_are_known(folder, names)
-    if names is None:  # published pairing: the i-th image file belongs to the i-th latent
-        from PIL import Image
-
-        Image.init()
-        names = walk_files(root, Image.EXTENSION.keys())
-        if len(names) != info.count:
-            raise InputError(
-                f"{root} holds {len(names)} images for {info.count} latents, and without a {MANIFEST} they are paired "
-                f"by order; remove the stray files; {CHECK}"
-            )
+    if names is None:
+        names = images_by_order(root, info.count)
     return ImageFiles(root, names.__getitem__, info.resolution)
+
+
+def images_by_order(folder, count):
+    """Sorted names of `count` image files: as published, the i-th belongs to the i-th latent. Raises InputError."""
+    from PIL import Image  # only alignment and preprocessing read images
+
+    Image.init()
+    names = walk_files(folder, Image.EXTENSION.keys())
+    if len(names) != count:
+        raise InputError(
+            f"{folder} holds {len(names)} images for {count} latents, and without a {MANIFEST} they are paired by "
+            f"order; remove the stray files; {CHECK}"
+        )
+    return names
 
 
 def check_pairs_are_known(folder, names):
@@ -133,15 +179,6 @@ class Pairing:
     images: str | None
     names: Names | None
     count: int
-
-
-def find_features(data_dir, name):
-    """Folder of the features of an encoder, `features-NAME` beside the moments; None where there is none."""
-    try:
-        place = find_set(data_dir, MOMENTS).parent / f"{FEATURES}{name}"
-    except InputError:  # what is wrong is said where the moments are opened
-        return None
-    return place if place.is_dir() else None
 
 
 def open_features(data_dir, encoders, pairing, mirror=False):
@@ -163,11 +200,10 @@ def _open_features(place, name, pairing, mirror):
 
 def _open_feature_set(place, name, pairing, flipped):
     manifest, rows, _, names = open_set(find_set(place, "."))
-    manifest = manifest or {}
-    encoder = manifest.get("encoder")
+    encoder = manifest and manifest.encoder
     facts = {
-        "encoder": (encoder.get("name") if isinstance(encoder, dict) else encoder, name),
-        "flipped images": (manifest.get("flipped"), flipped),
+        "encoder": (encoder and encoder.name, name),
+        "flipped images": (manifest and manifest.flipped, flipped),
         "number of images": (len(rows), pairing.count),
     }
     for what, (found, expected) in facts.items():
@@ -176,8 +212,8 @@ def _open_feature_set(place, name, pairing, flipped):
                 f"{place}: its {what} is {found}, not {expected}; write the features again, or move it away"
             )
     check_pairs_are_known(pairing.folder, pairing.names)
-    other = image_set(manifest)
-    if pairing.images not in (None, other) or (pairing.names is not None and not pairing.names.same(names)):
+    other_images = pairing.images not in (None, manifest.image_set)
+    if other_images or (pairing.names is not None and not pairing.names.same(names)):
         raise InputError(
             f"{place} holds features of other images than {pairing.folder} was made from; write the features again, "
             "or move it away"

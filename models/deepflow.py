@@ -6,7 +6,6 @@ Letters: N batch, C latent channels, H = W latent size, p patch size, T = (H/p)�
 k branches, P width of the acceleration MLP, E alignment encoders, Z width of an encoder's features.
 """
 
-import collections
 import dataclasses
 import itertools
 
@@ -49,17 +48,17 @@ class DeepFlowOutput:
 
 @dataclasses.dataclass
 class Branch:
-    """What one branch leaves behind; a* is None for the final branch, which no VeRA block follows."""
+    """What one branch leaves behind."""
 
-    v_star: torch.Tensor  # (N, T, D) tokens after its last block, v*
-    condition: torch.Tensor  # (N, D), c_i
-    a_star: torch.Tensor | None = None  # (N, T, D) acceleration feature, a*
-    aligned: torch.Tensor | None = None  # (N, T, D) what is projected: VeRA's output, on which the next branch starts,
-    # or of a model without VeRA the tokens after block `encoder_depth`
+    v_star: torch.Tensor  # (N, T, D) tokens after its last block: the velocity feature v*
+    condition: torch.Tensor  # (N, D) of its last block
+    a_star: torch.Tensor | None = None  # (N, T, D) acceleration feature a*; None for the final branch
+    aligned: torch.Tensor | None = None  # (N, T, D) what projectors see: the refined tokens, with which the next branch
+    # starts, or in a model of one branch the tokens after block `encoder_depth`
 
 
 class TimeGapAdaLN(nn.Module):
-    """Time-gap AdaLN-Zero: concat(v*, a*) modulated by the embedded gap, then an MLP back to width D.
+    """Time-gap conditioning (equation 8): AdaLN-Zero of concat(v*, a*) by the embedded gap, then an MLP to width D.
 
     legacy_scaling clamps the scale to [−5, 5], as the SSL-aligned release does.
     """
@@ -73,15 +72,15 @@ class TimeGapAdaLN(nn.Module):
         self.adaLN_modulation = adaln(width, 2 * width)
 
     def forward(self, h, gap):
-        """h (N, T, 2D), gap (N, 2D) → (N, T, D)."""
-        shift, scale = self.adaLN_modulation(gap).chunk(2, dim=-1)
+        """h (N, T, 2D), embedded gap (N, 2D) → (N, T, D)."""
+        shift, scale = self.adaLN_modulation(gap).chunk(2, dim=-1)  # (N, 2D) each
         if self.legacy_scaling:
             scale = scale.clamp(-5, 5)
         return self.mlp(modulate(self.norm(h), shift, scale))
 
 
 class MultiheadCrossAttention(nn.Module):
-    """Multi-head attention under the parameter names of nn.MultiheadAttention, always on the fused path."""
+    """Multi-head attention with the parameter names of nn.MultiheadAttention, which bypasses the fused kernels."""
 
     def __init__(self, hidden_size, num_heads):
         super().__init__()
@@ -92,18 +91,18 @@ class MultiheadCrossAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, query, context):
+        """query and context (N, T, D) → (N, T, D)."""
         weight_q, weight_kv = self.in_proj_weight.tensor_split([query.shape[-1]])
         bias_q, bias_kv = self.in_proj_bias.tensor_split([query.shape[-1]])
         q = F.linear(query, weight_q, bias_q)
         k, v = F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
-        q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))
+        q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))  # (N, heads, T, D/heads) each
         return self.out_proj(merge_heads(attention(q, k, v)))
 
 
 class CrossSpaceAttention(nn.Module):
-    """Cross-space attention: patch tokens (image space) look at the modulated feature (velocity space).
-
-    One LayerNorm serves both; the residual is the normalised query.
+    """Cross-space attention (equation 9): patch tokens, in image space, query the feature of equation 8, in velocity
+    space. As in the release, one LayerNorm serves both, and the residual is the normalised query.
     """
 
     def __init__(self, hidden_size, num_heads):
@@ -112,12 +111,13 @@ class CrossSpaceAttention(nn.Module):
         self.multihead_attn = MultiheadCrossAttention(hidden_size, num_heads)
 
     def forward(self, patches, feature):
+        """patches and feature (N, T, D) → (N, T, D)."""
         query = self.layer_norm(patches)
         return query + self.multihead_attn(query, self.layer_norm(feature))
 
 
 class VeRA(nn.Module):
-    """Velocity Refiner with Acceleration, between two branches (section 3 of the paper)."""
+    """Velocity Refiner with Acceleration, which leads from one branch to the next (section 3 of the paper)."""
 
     def __init__(self, hidden_size, num_heads, projector_dim, legacy_scaling=False):
         super().__init__()
@@ -130,33 +130,21 @@ class VeRA(nn.Module):
 
     def forward(self, patches, v_star, gap):
         """patches, v* (N, T, D), embedded gap (N, 2D) → acceleration feature a* and refined tokens, (N, T, D) each."""
-        a_star = self.acc_mlp(v_star)
-        feature = self.acc_norm(torch.cat([v_star, a_star], dim=-1), gap)
-        return a_star, self.cross_attention(patches, feature)
-
-
-def check_key_layers(df_idxs, depth):
-    """Raise InputError unless df_idxs are increasing 1-based blocks before the last one."""
-    shown = f"--df-idxs {list(df_idxs)}"
-    for index in df_idxs:
-        if not 1 <= index <= depth:
-            raise InputError(f"{shown}: block {index} is out of range; blocks count from 1 to {depth}")
-        if index == depth:
-            raise InputError(f"{shown}: block {index} is the last of {depth}; the final branch ends there by itself")
-    for a, b in itertools.pairwise(df_idxs):
-        if a == b:
-            raise InputError(f"{shown}: block {a} is repeated; name every key layer once")
-        if a > b:
-            raise InputError(f"{shown}: {a} stands before {b}; list the key layers in increasing order")
+        a_star = self.acc_mlp(v_star)  # equation 6
+        feature = self.acc_norm(torch.cat([v_star, a_star], dim=-1), gap)  # equation 8
+        # The network's own patches query, not the branch's tokens: v* reaches the next branch as keys and values only.
+        return a_star, self.cross_attention(patches, feature)  # equation 9
 
 
 class DeepFlow(nn.Module, PyTorchModelHubMixin):
     """The network. df_idxs: 1-based blocks after which a branch ends, the last block excluded; k = len(df_idxs) + 1.
 
-    ssl_align: projectors to the widths z_dims, one per encoder, after each VeRA block; with one branch (SiT, as REPA)
-    after block encoder_depth, counted from 1. Projector i·E + j belongs to VeRA block i and encoder j.
+    ssl_align adds projectors to the widths z_dims, one per encoder, after each VeRA block; with one branch (SiT, as in
+    REPA) after block encoder_depth, counted from 1. Projector i·E + j belongs to VeRA block i and encoder j.
     `from_pretrained(DIR)` reads a folder that models/export.py wrote.
     """
+
+    kind = "flow"  # FlowMap is a "flow map", MMDiT is "text"
 
     def __init__(
         self,
@@ -187,50 +175,30 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.add_trunk(hidden_size, depth, num_heads, qk_norm, sincos_2d(hidden_size, input_size // patch_size))
-        velocity_layers = [
-            VelocityLayer(hidden_size, patch_size, in_channels) for _ in range(min(self.num_branches, 2))
-        ]
-        self.final_layer = velocity_layers[0]
-        if self.num_branches > 1:
-            self.final_layer = nn.ModuleList(velocity_layers)  # [shared by the intermediate branches, final]
+        self.final_layer = VelocityLayer(hidden_size, patch_size, in_channels)
+        if self.df_idxs:
+            shared, final = self.final_layer, VelocityLayer(hidden_size, patch_size, in_channels)
+            self.final_layer = nn.ModuleList([shared, final])  # one for all intermediate branches, one for the final
             self.final_acc_layer = VelocityLayer(hidden_size, patch_size, in_channels)
             self.dt_embedder = TimestepEmbedder(2 * hidden_size)
-            self.df_blocks = nn.ModuleList(
-                VeRA(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in self.df_idxs
-            )
-        if ssl_align:
-            self.projectors = nn.ModuleList(
-                projector(hidden_size, projector_dim, z_dim)
-                for _ in self.df_idxs or (encoder_depth,)
-                for z_dim in z_dims
-            )
+        self.df_blocks = nn.ModuleList(
+            VeRA(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in self.df_idxs
+        )
+        aligned_places = (len(self.df_idxs) or 1) if ssl_align else 0
+        self.projectors = nn.ModuleList(
+            projector(hidden_size, projector_dim, z_dim) for _ in range(aligned_places) for z_dim in z_dims
+        )
         self.initialize_weights()
 
-    @classmethod
-    def _from_pretrained(cls, *, strict=True, **kwargs):
-        """The mixin's, strict unless told otherwise; what config.json says of the run is left out."""
-        options = {name: value for name, value in kwargs.items() if name not in ("run", "data", "steps", "weights")}
-        return super()._from_pretrained(strict=strict, **options)
-
     def add_trunk(self, hidden_size, depth, num_heads, qk_norm, pos_embed):
-        """Make what embeds the condition, the position embedding and the blocks."""
+        """Make the label table, the position embedding and the blocks; MMDiT makes its own."""
         self.y_embedder = LabelEmbedder(self.num_classes, hidden_size)
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
 
-    @property
-    def num_branches(self):
-        """k."""
-        return len(self.df_idxs) + 1
-
-    @property
-    def velocity_layer(self):
-        """The final branch's velocity layer."""
-        return self.final_layer[1] if self.num_branches > 1 else self.final_layer
-
     @torch.no_grad()
     def initialize_weights(self):
-        """Xavier for Linears, N(0, 0.02) for the embedders, zero for what adaLN-Zero wants to start as nothing."""
+        """Xavier for Linears, N(0, 0.02) for the embedders, zero for adaLN-Zero and the velocity layers."""
         xavier_linears_(self)
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
@@ -246,104 +214,120 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
             if isinstance(module, VelocityLayer):
                 zero_(module.linear)
 
-    def branch_times(self, t):
-        """t as (N,) for all branches, or k tensors (N,), → list of k tensors (N,)."""
-        times = [t] * self.num_branches if isinstance(t, torch.Tensor) and t.ndim == 1 else list(t)
-        if len(times) != self.num_branches:
-            raise ValueError(f"got {len(times)} times for {self.num_branches} branches")
-        return times
+    @classmethod
+    def _from_pretrained(cls, *, strict=True, **kwargs):
+        """The mixin's, strict by default; what config.json says of the run is left out."""
+        options = {name: value for name, value in kwargs.items() if name not in ("run", "data", "steps", "weights")}
+        return super()._from_pretrained(strict=strict, **options)
 
-    def embed_times(self, times, label):
-        """Conditions c_i, k × (N, D), and embedded gaps t_{i+1} − t_i, (k − 1) × (N, 2D).
-
-        label (N, D). Times that are one tensor, as in sampling, are embedded once, and so is their gap of 0.
-        """
-        k = self.num_branches
-        distinct = times[:1] if all(t is times[0] for t in times) else times
-        conditions = [self.t_embedder(t) + label for t in distinct]
-        if len(distinct) == k:
-            return conditions, [self.dt_embedder(b - a) for a, b in itertools.pairwise(times)]
-        return conditions * k, [self.dt_embedder(torch.zeros_like(times[0]))] * (k - 1)
-
-    def run_branches(self, x, times, y):
-        """Run the trunk and yield a Branch after each branch; x (N, C, H, W), times k × (N,), y (N,)."""
-        patches = tokens = self.x_embedder(x) + self.pos_embed
-        label, text = self.embed_condition(y)
-        conditions, gaps = self.embed_times(times, label)
-        ends = (0, *self.df_idxs, len(self.blocks))
-        for i in range(self.num_branches):
-            aligned = None
-            for number, block in enumerate(self.blocks[ends[i] : ends[i + 1]], ends[i] + 1):
-                c = self.block_condition(conditions, i, number)
-                tokens, text = self.run_block(block, tokens, text, c)
-                if number == self.encoder_depth and self.num_branches == 1:
-                    aligned = tokens
-            branch = Branch(v_star=tokens, condition=c, aligned=aligned)
-            if i < self.num_branches - 1:
-                branch.a_star, branch.aligned = self.df_blocks[i](patches, tokens, gaps[i])
-                tokens = branch.aligned
-            yield branch
-
-    def block_condition(self, conditions, branch, number):
-        """Condition (N, D) of block `number`, counted from 1, in a branch, counted from 0."""
-        return conditions[branch]
-
-    def embed_condition(self, y):
-        """Condition y → what is added to the embedded time, (N, D), and text tokens, which only text-to-image has."""
-        return self.y_embedder(y), None
-
-    def run_block(self, block, tokens, text, c):
-        """One block on image tokens (N, T, D) and text tokens; returns both."""
-        return self.call(block, tokens, c), text
-
-    def call(self, block, *inputs):
-        """block(*inputs), whose activations are recomputed later where memory is to be saved."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    @property
+    def num_branches(self):
+        """k."""
+        return len(self.df_idxs) + 1
 
     def forward(self, x, t, y):
-        """Velocities, accelerations and projections of all branches.
+        """Velocities, accelerations and projections of all branches, as DeepFlowOutput. Draws nothing random.
 
         x (N, C, H, W); t (N,) or k tensors (N,) in [0, 1]; y (N,) labels, num_classes is the null class.
-        Returns DeepFlowOutput. Draws nothing random.
         """
-        *intermediate, final = self.run_branches(x, self.branch_times(t), y)
-        out = DeepFlowOutput([], [], [])
-        for branch in intermediate:
-            self.add_supervised(out, branch)
-        out.velocities.append(self.to_image(self.velocity_layer(final.v_star, final.condition)))
-        if hasattr(self, "projectors"):
-            aligned = [branch.aligned for branch in intermediate or [final]]
-            per_block = len(self.projectors) // len(aligned)
-            out.projections = [project(aligned[i // per_block]) for i, project in enumerate(self.projectors)]
-        return out
-
-    def add_supervised(self, out, branch):
-        """Append the velocity and the acceleration of an intermediate branch to `out`."""
-        shared_layer = self.final_layer[0]
-        out.velocities.append(self.to_image(shared_layer(branch.v_star, branch.condition)))
-        out.accelerations.append(self.to_image(self.final_acc_layer(branch.a_star, branch.condition)))
+        *intermediate, final = self.run_branches(x, t, y)
+        velocities, accelerations = self.intermediate_outputs(intermediate)
+        velocities.append(self.final_velocity(final))
+        aligned = [branch.aligned for branch in intermediate or [final]]
+        per_place = len(self.projectors) // len(aligned)  # E
+        projections = [project(aligned[i // per_place]) for i, project in enumerate(self.projectors)]
+        return DeepFlowOutput(velocities, accelerations, projections)
 
     def velocity(self, x, t, y):
-        """Final velocity only, x (N, C, H, W), t (N,), y (N,) → (N, C, H, W); no intermediate layer is run."""
-        return self.final_velocity(x, self.branch_times(t), y)
+        """Final velocity, (N, C, H, W), at x (N, C, H, W), t (N,), y (N,); no intermediate velocity layer is run."""
+        for branch in self.run_branches(x, t, y):
+            final = branch  # the memory of all but the last is freed on the way
+        return self.final_velocity(final)
 
-    def final_velocity(self, x, times, y):
-        """The last branch's velocity at the times that `run_branches` takes."""
-        branches = self.run_branches(x, times, y)
-        (final,) = collections.deque(branches, maxlen=1)  # the others' memory goes as they do
-        return self.to_image(self.velocity_layer(final.v_star, final.condition))
+    def run_branches(self, x, t, y):
+        """Run the blocks and yield a Branch wherever one ends; arguments as those of `forward`."""
+        patches = tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        conditions, gaps, text = self.embed(t, y)  # one condition (N, D) per block, one gap (N, 2D) per VeRA block
+        vera, gaps, aligned = iter(self.df_blocks), iter(gaps), None
+        for number, (block, c) in enumerate(zip(self.blocks, conditions, strict=True), 1):
+            tokens, text = self.run(block, tokens, text, c)  # (N, T, D)
+            if number in self.df_idxs:  # a branch ends: VeRA leads to the next
+                a_star, refined = next(vera)(patches, tokens, next(gaps))  # equations 6, 8, 9
+                yield Branch(tokens, c, a_star, refined)
+                tokens = refined
+            elif number == self.encoder_depth and not self.df_idxs:  # where REPA aligns a model of one branch
+                aligned = tokens
+        yield Branch(tokens, c, aligned=aligned)
+
+    def run(self, block, tokens, text, c):
+        """block(tokens, text, c); with gradient checkpointing the backward pass recomputes its activations."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, text, c, use_reentrant=False)
+        return block(tokens, text, c)
+
+    def embed(self, t, y):
+        """What drives the blocks: the conditions and gaps of `embed_times`, and text tokens, which only MMDiT has."""
+        return *self.embed_times(t, self.y_embedder(y)), None
+
+    def embed_times(self, t, label):
+        """One condition c = embedded time + label, (N, D), per block; one embedded gap, (N, 2D), per VeRA block.
+
+        t (N,), one time for all branches (equation 4), or k tensors (N,), one per branch (equation 5); label (N, D).
+        """
+        if isinstance(t, torch.Tensor) and t.ndim == 1:  # as in sampling: embedded once, and so is the gap of 0
+            conditions = [self.t_embedder(t) + label] * self.num_branches
+            gaps = [self.dt_embedder(torch.zeros_like(t))] * len(self.df_idxs) if self.df_idxs else []
+        elif len(t) == self.num_branches:
+            times = list(t)
+            conditions = [self.t_embedder(time) + label for time in times]
+            gaps = [self.dt_embedder(after - before) for before, after in itertools.pairwise(times)]
+        else:
+            raise ValueError(f"got {len(t)} times for {self.num_branches} branches")
+        return per_block(conditions, (*self.df_idxs, len(self.blocks))), gaps
+
+    def intermediate_outputs(self, branches):
+        """Velocities and accelerations of intermediate branches: two lists of (N, C, H, W)."""
+        velocities, accelerations = [], []
+        for branch in branches:
+            velocities.append(self.to_image(self.final_layer[0](branch.v_star, branch.condition)))
+            accelerations.append(self.to_image(self.final_acc_layer(branch.a_star, branch.condition)))
+        return velocities, accelerations
+
+    def final_velocity(self, branch):
+        """Velocity (N, C, H, W) of the final branch."""
+        layer = self.final_layer[1] if self.df_idxs else self.final_layer
+        return self.to_image(layer(branch.v_star, branch.condition))
 
     def to_image(self, tokens):
         """Token vectors (N, T, p·p·C) → (N, C, H, W)."""
         return unpatchify(tokens, self.patch_size, self.in_channels)
 
 
+def per_block(values, ends):
+    """values[i] for each block after ends[i − 1] up to ends[i]: ("a", "b"), (2, 3) → ["a", "a", "b"]."""
+    lengths = (end - start for start, end in itertools.pairwise((0, *ends)))
+    return [value for value, length in zip(values, lengths, strict=True) for _ in range(length)]
+
+
 def projector(hidden_size, projector_dim, z_dim):
     """MLP from refined tokens to the alignment encoder's width."""
     d, p = hidden_size, projector_dim
     return nn.Sequential(nn.Linear(d, p), nn.SiLU(), nn.Linear(p, p), nn.SiLU(), nn.Linear(p, z_dim))
+
+
+def check_key_layers(df_idxs, depth):
+    """Raise InputError unless df_idxs are increasing 1-based blocks before the last one."""
+    shown = f"--df-idxs {list(df_idxs)}"
+    for index in df_idxs:
+        if not 1 <= index <= depth:
+            raise InputError(f"{shown}: block {index} is out of range; blocks count from 1 to {depth}")
+        if index == depth:
+            raise InputError(f"{shown}: block {index} is the last of {depth}; the final branch always ends there")
+    for a, b in itertools.pairwise(df_idxs):
+        if a == b:
+            raise InputError(f"{shown}: block {a} is repeated; name every key layer once")
+        if a > b:
+            raise InputError(f"{shown}: {a} stands before {b}; list the key layers in increasing order")
 
 
 def check_sizes(input_size, patch_size, hidden_size, num_heads):

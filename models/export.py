@@ -3,11 +3,11 @@
     python -m models.export exps/xl/checkpoints/2000000.pt deepflow-xl [--weights raw]
 
 DIR/model.safetensors holds the weights, DIR/config.json the constructor's arguments, the path, and the VAE and classes
-of the training data: no more is needed by `load_model(DIR)`, `generate.py --ckpt DIR`, `DeepFlow.from_pretrained(DIR)`
-and, of a flow map, `FlowMap.from_pretrained(DIR)`.
+of the training data. `load_model(DIR)`, `generate.py --ckpt DIR` and `DeepFlow.from_pretrained(DIR)` (for a flow map,
+`FlowMap.from_pretrained(DIR)`) need nothing else.
 """
 
-import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -17,22 +17,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.errors import InputError, exit_on_input_error
+from common.flags import flag, parse_flags, required
 from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 
-RUN_KEYS = ("model", "exp_name", "path_type")  # what sampling needs; folders of the training machine stay there
+RUN_KEYS = ("model", "exp_name", "path_type")  # what sampling needs; paths of the training machine are left out
 
 
 def folder_config(checkpoint, weights):
-    """Content of config.json: the constructor's arguments, and beside them what the checkpoint says of the run."""
+    """Content of config.json: the constructor's arguments and what the checkpoint says about the run."""
     run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
     facts = {"run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
     return {**checkpoint.options, **facts}
 
 
 def export(path, folder, weights="ema", **overrides):
-    """Write the model of checkpoint `path` to `folder`, complete or absent. Raises InputError.
+    """Write the model of checkpoint `path` to `folder`, complete or not at all. Raises InputError.
 
-    weights: "ema" or "raw"; overrides: constructor arguments that a published file cannot tell.
+    weights: "ema" or "raw"; overrides: constructor arguments that a published file does not determine.
     """
     folder = Path(folder)
     if folder.exists():
@@ -51,20 +52,23 @@ def export(path, folder, weights="ema", **overrides):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@dataclasses.dataclass
+class ExportFlags:
+    """Flags of this program."""
+
+    ckpt: str = required("checkpoint of ours, or a published file", positional=True)
+    dir: str = required("folder to write, which must not exist", positional=True)
+    weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
+    df_idxs: list | None = flag(None, "key layers of a published file, as in generate.py", str, nargs="+")
+    dmf_depth: int | None = flag(None, "number of blocks that see t, for a published flow map", int)
+    legacy_scaling: bool | None = flag(None, "for a published file that clamps the time-gap scale", bool)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
-    parser.add_argument("ckpt", help="checkpoint of ours, or a published file")
-    parser.add_argument("dir", help="folder to make")
-    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="which weights of the file")
-    parser.add_argument("--df-idxs", nargs="+", help="key layers of a published file, as for generate.py")
-    parser.add_argument("--dmf-depth", type=int, help="of a published flow map: number of blocks that see t")
-    parser.add_argument(
-        "--legacy-scaling", action=argparse.BooleanOptionalAction, help="the published file clamps the time-gap scale"
-    )
-    args = parser.parse_args(argv)
-    flags = {"df_idxs": args.df_idxs, "legacy_scaling": args.legacy_scaling, "dmf_depth": args.dmf_depth}
-    export(args.ckpt, args.dir, args.weights, **flags)
-    print(f"{args.ckpt} ({args.weights} weights) -> {args.dir}")
+    flags = parse_flags(ExportFlags, argv, __doc__)
+    options = {name: getattr(flags, name) for name in ("df_idxs", "dmf_depth", "legacy_scaling")}
+    export(flags.ckpt, flags.dir, flags.weights, **options)
+    print(f"{flags.ckpt} ({flags.weights} weights) -> {flags.dir}")
 
 
 if __name__ == "__main__":

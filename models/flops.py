@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.mmdit import TEXT_TOKENS, MMDiT
+from models.mmdit import TEXT_TOKENS
 
-# Dense bf16 and fp16 tensor-core FLOP/s of the vendor's data sheets, by a part of the name; the first that fits counts.
+# Dense bf16 and fp16 tensor-core FLOP/s in the vendor's data sheets, by part of the GPU's name; the first match counts.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -48,35 +48,35 @@ def count_flops(model):
 
 
 def peak_flops(device, precision):
-    """FLOP/s that the GPU's data sheet promises for bf16 and fp16; None for others and for GPUs not in the table."""
+    """Peak FLOP/s in the GPU's data sheet for bf16 and fp16; None for other precisions and GPUs not in the table."""
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
     if "V100" in name and precision == "bf16":
-        return None  # no bf16 units
+        return None  # it has no bf16 units
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def meta_inputs(model):
     """Arguments of `forward` for one training sample of the model's size, without memory.
 
-    x (1, C, H, W), a time (1,) for each branch, y (1,) or text features (1, L, W); of a flow map x, t, y, r.
+    x (1, C, H, W), a time (1,) for each branch, y (1,) or text features (1, L, W); for a flow map x, t, y, r.
     """
     size = math.isqrt(model.pos_embed.shape[1]) * model.patch_size
     dtype = model.pos_embed.dtype
     x = torch.empty(1, model.in_channels, size, size, dtype=dtype, device="meta")
     t, r = torch.empty(2, 1, dtype=dtype, device="meta")
     y = torch.empty(1, dtype=torch.long, device="meta")
-    if isinstance(model, MMDiT):
+    if model.kind == "text":
         y = torch.empty(1, TEXT_TOKENS, model.context_dim, dtype=dtype, device="meta")
-    if hasattr(model, "dmf_depth"):
+    if model.kind == "flow map":
         return x, t, y, r
     return x, [t.clone() for _ in range(model.num_branches)], y
 
 
 @contextlib.contextmanager
 def layer_macs(model):
-    """Dictionary that fills, while the model runs, with the MACs of each Linear and convolution by module name."""
+    """{module name: MACs} of each Linear and convolution, filled while the model runs."""
     macs, handles = {}, []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -94,7 +94,7 @@ def layer_macs(model):
 
 @dataclasses.dataclass
 class Part:
-    """Parameters of a part of the network (all blocks together), multiply-adds of one forward pass of one sample."""
+    """Parameters of a part of the network (over all blocks) and multiply-adds of one forward pass of one sample."""
 
     parameters: int = 0
     layer_macs: int = 0  # Linear and convolution layers
@@ -106,7 +106,7 @@ class Part:
 
 
 def count_parts(model):
-    """{name: Part} in the order of the state dict; `blocks` and `df_blocks` are given by kind of layer."""
+    """{name: Part} in the order of the state dict; `blocks` and `df_blocks` are split by kind of layer."""
     parts = collections.defaultdict(Part)
     for name, parameter in model.named_parameters():
         parts[part_of(name)].parameters += parameter.numel()
@@ -122,7 +122,7 @@ def count_parts(model):
 
 
 def own_operations(counts):
-    """{module: {operation: FLOP}} of what runs in a module but in no module of it, from FlopCounterMode's counts."""
+    """{module: {operation: FLOP}} of what runs in a module itself, not in its children; counts: FlopCounterMode's."""
     whole = {name.partition(".")[2]: collections.Counter(ops) for name, ops in counts.items()}
     own = dict(whole)
     for name, ops in whole.items():
@@ -135,14 +135,14 @@ def own_operations(counts):
 
 
 def words(name):
-    """A module's or parameter's name without the numbers of lists."""
+    """Parts of a module's or parameter's name without list indices."""
     return [word for word in name.split(".") if not word.isdigit()]
 
 
 def part_of(name):
     """The part that a parameter or module belongs to: `blocks.3.attn.qkv` → `blocks.attn`, `final_layer.1` → itself.
 
-    What runs in a block itself are the products of its attention.
+    What runs in a block itself is its attention's products.
     """
     part = ".".join(words(name)[: 2 if name.startswith(("blocks", "df_blocks")) else 1])
     return "blocks.attn" if part == "blocks" else part

@@ -1,22 +1,20 @@
 """Decoupled MeanFlow: a flow model's network that predicts average velocities u(x_t, t, r, y) (Lee, Yu, Shin).
 
-x_r = x_t + (r − t)·u, and with r = t u is the flow's velocity. The first blocks see t, the later ones and the velocity
-layer r; of a DeepFlow the branches up to a key layer see t, the later ones r, and VeRA the gap r − t between them.
+x_r = x_t + (r − t)·u; with r = t, u is the flow's velocity. The first blocks see t, the later ones and the velocity
+layer see r. In a DeepFlow, the branches up to a key layer see t, the later ones r, and the VeRA block between them sees
+the gap r − t.
 
 Letters: N batch, C latent channels, H = W latent size, T tokens, D hidden size, k branches.
 """
 
-import contextlib
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
 from models.attention import forward_mode
-from models.deepflow import DeepFlow
+from models.deepflow import DeepFlow, per_block
 from models.layers import sinusoid
 
 LOGVAR_FREQUENCIES = 64
@@ -26,106 +24,70 @@ LOGVAR_FREQUENCIES = 64
 class FlowMapOutput:
     """What one training forward pass returns."""
 
-    velocities: list  # k × (N, C, H, W); the last is u, the others are empty without deep supervision
+    velocities: list  # k × (N, C, H, W), the last is u; u alone without deep supervision
     accelerations: list  # (k − 1) × (N, C, H, W), empty without deep supervision
     log_variance: torch.Tensor | None  # (N,) float32
 
 
 def check_dmf_depth(dmf_depth, depth, df_idxs):
-    """Raise InputError unless blocks remain for r, and of a DeepFlow whole branches."""
+    """Raise InputError unless some blocks are left to see r; in a DeepFlow these must be whole branches."""
     if not 1 <= dmf_depth < depth:
         raise InputError(
-            f"--dmf-depth {dmf_depth} is out of range: of {depth} blocks the first 1 to {depth - 1} may see t"
+            f"--dmf-depth {dmf_depth} is out of range: the first 1 to {depth - 1} of {depth} blocks can see t"
         )
     if df_idxs and dmf_depth not in df_idxs:
         raise InputError(f"--dmf-depth {dmf_depth} is not a key layer of this DeepFlow; choose one of {list(df_idxs)}")
 
 
-class LinearOfConstants(torch.autograd.Function):
-    """F.linear whose weight and bias have no tangent; torch's own rule multiplies by zeros for them."""
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.weight = inputs[1]
-
-    @staticmethod
-    def jvp(ctx, dx, dweight, dbias):
-        return F.linear(dx, ctx.weight)
-
-
-class ConstantWeights(TorchFunctionMode):
-    """Within the context every F.linear is a LinearOfConstants: two products in a derivative pass instead of three.
-
-    Not for a compiled pass: the compiler drops custom rules, and the products by zeros of itself.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return LinearOfConstants.apply(*args) if func is F.linear else func(*args, **(kwargs or {}))
-
-
 class FlowMap(DeepFlow):
-    """The network. dmf_depth: number of blocks that see t; use_logvar: the head that training needs, sampling not."""
+    """The network. dmf_depth: number of blocks that see t; use_logvar: with the head that only training needs."""
+
+    kind = "flow map"
 
     def __init__(self, *args, dmf_depth=20, use_logvar=True, **options):
         super().__init__(*args, **options)
         check_dmf_depth(dmf_depth, len(self.blocks), self.df_idxs)
         self.dmf_depth = dmf_depth
-        self.derivative_compiled = False
         self.deep_supervision = self.num_branches > 1  # whether `forward` runs the intermediate layers
+        self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1) if use_logvar else None
         if use_logvar:
-            self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1)
             nn.init.xavier_uniform_(self.logvar_linear.weight)
             nn.init.zeros_(self.logvar_linear.bias)
 
-    def map_times(self, t, r):
-        """The times of `run_branches`: one for each branch, or t and r where there is one branch."""
-        ends = (*self.df_idxs, len(self.blocks))
-        return [t, r] if self.num_branches == 1 else [t if end <= self.dmf_depth else r for end in ends]
-
-    def branch_times(self, t):
-        """Those of the flow's velocity, which is the average velocity over no time."""
-        return self.map_times(t, t)
-
-    def embed_times(self, times, label):
-        """As a DeepFlow's; of a SiT the conditions of t and of r, and no gap."""
-        if self.num_branches > 1:
-            return super().embed_times(times, label)
-        t, r = times
-        c = self.t_embedder(t) + label
-        return [c, c if r is t else self.t_embedder(r) + label], []
-
-    def block_condition(self, conditions, branch, number):
-        """Condition of a block; in the one branch of a SiT it changes from t to r."""
-        return conditions[branch if self.num_branches > 1 else int(number > self.dmf_depth)]
-
     def forward(self, x, t, y, r=None):
-        """What training needs in one pass; x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,). r None is t: the flow."""
+        """FlowMapOutput at x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,); without r, r = t: the flow."""
         r = t if r is None else r
-        *intermediate, final = self.run_branches(x, self.map_times(t, r), y)
-        out = FlowMapOutput([], [], self.log_variance(t, r) if hasattr(self, "logvar_linear") else None)
-        for branch in intermediate if self.deep_supervision else ():
-            self.add_supervised(out, branch)
-        out.velocities.append(self.to_image(self.velocity_layer(final.v_star, final.condition)))
-        return out
+        *intermediate, final = self.run_branches(x, (t, r), y)
+        velocities, accelerations = self.intermediate_outputs(intermediate if self.deep_supervision else [])
+        velocities.append(self.final_velocity(final))
+        return FlowMapOutput(velocities, accelerations, self.log_variance(t, r))
 
     def average_velocity(self, x, t, r, y):
         """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,)."""
-        return self.final_velocity(x, self.map_times(t, r), y)
+        return self.velocity(x, (t, r), y)
+
+    def embed_times(self, t, label):
+        """As DeepFlow's, at t (N,) or (t, r), (N,) each: blocks up to `dmf_depth` see t, later ones r; no r means t."""
+        t, r = (t, t) if isinstance(t, torch.Tensor) else t
+        if r is t:
+            return super().embed_times(t, label)
+        if self.df_idxs:  # whole branches see t or r, and the gap r − t is the VeRA block's between them
+            ends = (*self.df_idxs, len(self.blocks))
+            return super().embed_times([t if end <= self.dmf_depth else r for end in ends], label)
+        conditions = [self.t_embedder(time) + label for time in (t, r)]
+        return per_block(conditions, (self.dmf_depth, len(self.blocks))), []
 
     def log_variance(self, t, r):
-        """Log-variance s of the loss at t, r (N,) → (N,), float32 under autocast too."""
+        """Log-variance s of the loss at t, r (N,) → (N,), float32 under autocast too; None without the head."""
+        if self.logvar_linear is None:
+            return None
         features = torch.cat([sinusoid(t, LOGVAR_FREQUENCIES), sinusoid(r, LOGVAR_FREQUENCIES)], dim=1)
         return (features * self.logvar_linear.weight).sum(dim=1) + self.logvar_linear.bias
 
     def derivative(self, x, t, r, y, tangent):
         """u and its Jacobian-vector product along (tangent, 1, 0) in (x, t, r), without gradient, (N, C, H, W) each."""
-        constants = contextlib.nullcontext() if self.derivative_compiled else ConstantWeights()
-        with torch.no_grad(), forward_mode(), constants:
-            return self.jvp(x.clone(), t.clone(), r, y, tangent)  # compiled, it takes no views of larger tensors
+        with torch.no_grad(), forward_mode():
+            return self.jvp(x.clone(), t.clone(), r, y, tangent)  # when compiled, it takes no views of larger tensors
 
     def jvp(self, x, t, r, y, tangent):
         """`derivative` without its context, so that it can be compiled in one graph."""
@@ -135,7 +97,7 @@ class FlowMap(DeepFlow):
 
     def compile_derivative(self):
         """Compile the derivative pass; nn.Module.compile does so for `forward` alone."""
-        self.jvp, self.derivative_compiled = torch.compile(self.jvp, fullgraph=True), True
+        self.jvp = torch.compile(self.jvp, fullgraph=True)
 
     def supervise_branches(self, wanted):
         """Run and train the intermediate branches' velocity and acceleration layers, or neither."""
@@ -146,9 +108,9 @@ class FlowMap(DeepFlow):
 
 
 def to_flow_map(flow_options, state, dmf_depth):
-    """A FlowMap with the weights `state` of a flow model of constructor arguments `flow_options`, and its arguments.
+    """A FlowMap with the weights `state` of a flow model (arguments: `flow_options`), and its constructor arguments.
 
-    Projectors of an alignment are dropped; the log-variance head is new. Raises InputError for a wrong dmf_depth.
+    Alignment projectors are dropped; the log-variance head is new. Raises InputError for a wrong dmf_depth.
     """
     options = {**flow_options, "ssl_align": False, "dmf_depth": dmf_depth, "use_logvar": True}
     model = FlowMap(**options)

@@ -172,7 +172,7 @@ def adaln(condition_size, out_features):
 
 
 class Block(nn.Module):
-    """DiT block with adaLN-Zero: gated attention, then a gated MLP; h (N, T, D), condition c (N, D)."""
+    """DiT block with adaLN-Zero: gated attention, then a gated MLP."""
 
     def __init__(self, hidden_size, num_heads, qk_norm=False, mlp_ratio=4):
         super().__init__()
@@ -193,9 +193,10 @@ class Block(nn.Module):
         h = torch.addcmul(h, gate_a.unsqueeze(1), self.attn.out(attended))
         return torch.addcmul(h, gate_m.unsqueeze(1), self.mlp(modulate(self.norm2(h), shift, scale)))
 
-    def forward(self, h, c):
-        heads, rest = self.before(h, c)
-        return self.after(h, attention(*heads), rest)
+    def forward(self, tokens, text, c):
+        """tokens (N, T, D), c (N, D) → tokens, and text as it came: only MMDiT's blocks have some."""
+        heads, rest = self.before(tokens, c)
+        return self.after(tokens, attention(*heads), rest), text
 
 
 class VelocityLayer(nn.Module):

@@ -1,7 +1,7 @@
-"""MMDiT: text and image tokens in one attention, weights of their own; with branches it is text-to-image DeepFlow.
+"""MMDiT: text and image tokens share one attention and nothing else; with branches it is text-to-image DeepFlow.
 
-With k = 1 branch it is REPA's text-to-image model. Branches, velocity and acceleration layers and VeRA are DeepFlow's,
-on the image tokens alone; text passes from branch to branch unchanged.
+With k = 1 branch it is REPA's text-to-image model. Branches, velocity and acceleration layers and VeRA are DeepFlow's
+and see the image tokens only; VeRA leaves the text tokens unchanged.
 
 Letters: N batch, T image tokens, L text tokens, D hidden size, W width of the text features.
 """
@@ -19,7 +19,7 @@ INITIALISATIONS = ("dit", "repa")
 
 
 class LastTextBlock(nn.Module):
-    """The text stream of the last block: the image still looks at it, and there it ends."""
+    """The text stream of the last block: image tokens still attend to it, but it is not updated."""
 
     def __init__(self, hidden_size, num_heads, qk_norm=False):
         super().__init__()
@@ -29,17 +29,17 @@ class LastTextBlock(nn.Module):
         self.adaLN_modulation = adaln(hidden_size, 2 * hidden_size)
 
     def before(self, h, c):
-        """As Block.before; nothing is left for `after`."""
+        """As Block.before, with no modulation left for `after`."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.attn.heads(modulate(self.norm1(h), shift, scale)), None
 
     def after(self, _h, _attended, _rest):
-        """Nothing."""
+        """The text ends here."""
         return None
 
 
 class JointBlock(nn.Module):
-    """Two DiT blocks, of text and of image, whose tokens share one attention; everything else is each stream's own."""
+    """A DiT block for text and one for the image, joined by one attention over both streams' tokens."""
 
     def __init__(self, hidden_size, num_heads, qk_norm=False, is_last=False):
         super().__init__()
@@ -60,8 +60,10 @@ class JointBlock(nn.Module):
 class MMDiT(DeepFlow):
     """The network. context_dim: W; init: "repa" keeps PyTorch's defaults, "dit" is DeepFlow's initialisation.
 
-    The condition y is text features (N, L, W); times, branches and outputs are those of DeepFlow.
+    The condition y is text features (N, L, W); times, branches and outputs are DeepFlow's.
     """
+
+    kind = "text"
 
     def __init__(self, *args, context_dim=768, init="dit", **options):
         if init not in INITIALISATIONS:
@@ -79,11 +81,11 @@ class MMDiT(DeepFlow):
 
     @property
     def blocks(self):
-        """The blocks, under the name that the branches know."""
+        """The joint blocks, under the name that DeepFlow's forward pass uses."""
         return self.joint_blocks
 
     def initialize_weights(self):
-        """DeepFlow's, or only what VeRA's adaLN-Zero needs."""
+        """DeepFlow's with init "dit"; with "repa" only VeRA's adaLN-Zero is set to zero."""
         if self.init == "dit":
             return super().initialize_weights()
         for module in self.modules():
@@ -91,10 +93,7 @@ class MMDiT(DeepFlow):
                 zero_(module.adaLN_modulation[1])
         return None
 
-    def embed_condition(self, y):
-        """Text features y (N, L, W) → nothing to add to the embedded time (no pooled text), text tokens (N, L, D)."""
-        return 0, self.context_embedder(y)
-
-    def run_block(self, block, tokens, text, c):
-        """One joint block on both streams."""
-        return self.call(block, tokens, text, c)
+    def embed(self, t, y):
+        """As DeepFlow's, for text features y (N, L, W) → text tokens (N, L, D); no label joins the conditions."""
+        text = self.context_embedder(y)
+        return *self.embed_times(t, 0), text

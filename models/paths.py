@@ -10,12 +10,12 @@ class Path:
     """A path x_t between data and noise; subclasses give α, σ and their derivatives at times t in [0, 1]."""
 
     def interpolate(self, x0, noise, t):
-        """x_t = α_t·x_0 + σ_t·ε, (N, C, H, W), at times t (N,)."""
+        """x_t = α_t·x_0 + σ_t·ε, (N, C, H, W), at times t (N,) (equation 1)."""
         t = t.view(-1, *[1] * (x0.ndim - 1))
         return self.alpha(t) * x0 + self.sigma(t) * noise
 
     def velocity(self, x0, noise, t):
-        """The target V = dx_t/dt = α'·x_0 + σ'·ε, (N, C, H, W), at times t (N,)."""
+        """The target V = dx_t/dt = α'·x_0 + σ'·ε of flow matching, (N, C, H, W), at times t (N,) (equations 2, 3)."""
         t = t.view(-1, *[1] * (x0.ndim - 1))
         return self.d_alpha(t) * x0 + self.d_sigma(t) * noise
 

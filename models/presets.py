@@ -9,12 +9,21 @@ from models.deepflow import DeepFlow
 from models.flow_map import FlowMap
 from models.mmdit import MMDiT
 
+NETWORKS = {network.kind: network for network in (DeepFlow, FlowMap, MMDiT)}
+
+
+def kind_of(options):
+    """The kind of network that takes these constructor arguments (a dict): "flow", "flow map" or "text"."""
+    if options.get("dmf_depth") is not None:
+        return FlowMap.kind
+    return MMDiT.kind if options.get("context_dim") is not None else DeepFlow.kind
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A row of the table; `parameters` counts the model at 32×32×4 latents and 1000 classes.
+    """A row of the table; `parameters` is the count at 32×32×4 latents and 1000 classes.
 
-    Of text-to-image without the fixed position embedding, as published.
+    Text-to-image models are counted without the fixed position embedding, as published.
     """
 
     depth: int
@@ -24,17 +33,22 @@ class Preset:
     df_idxs: tuple
     parameters: int
     projector_dim: int = 2048
-    encoder_depth: int = 8  # of the SiT baselines: the block whose tokens are aligned, as in REPA
-    dmf_depth: int | None = None  # of flow maps: blocks that see t
-    context_dim: int | None = None  # of text-to-image: width of the text features
-    init: str = "dit"  # of text-to-image
+    encoder_depth: int = 8  # models of one branch: the block whose tokens are aligned, as in REPA
+    dmf_depth: int | None = None  # flow maps: number of blocks that see t
+    context_dim: int | None = None  # text-to-image: width of the text features
+    init: str = "dit"  # text-to-image: initialisation
+
+    @property
+    def kind(self):
+        """The kind of network, as `kind_of` names it."""
+        return kind_of(vars(self))
 
 
 IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
 COCO = {"count": 82_783, "resolution": 256}  # text-to-image: the training images of 2014
-CLIP_WIDTH = 768  # of CLIP ViT-L/14's text features
+CLIP_WIDTH = 768  # width of CLIP ViT-L/14's text features
 
-# Ti is ours, for laptops and tests; S of DeepFlow and of MMDiT is ours too. The others are the papers'.
+# Ti is ours, for laptops and tests, and so are DeepFlow's and MMDiT's S. The others are the papers'.
 PRESETS = {
     #                      depth  width heads patch key layers  parameters
     "DeepFlow-Ti/2": Preset(4, 128, 4, 2, (2,), 2_262_064, projector_dim=256),
@@ -74,9 +88,9 @@ PRESETS = {
     "DeepFlow-MMDiT-S/2": Preset(12, 384, 12, 2, (6,), 85_178_160, context_dim=CLIP_WIDTH),
     "DeepFlow-MMDiT-L/2": Preset(24, 768, 24, 2, (8, 16), 571_330_608, context_dim=CLIP_WIDTH),
 }
-FLOW_MAPS = tuple(name for name, preset in PRESETS.items() if preset.dmf_depth)
-TEXT_MODELS = tuple(name for name, preset in PRESETS.items() if preset.context_dim)
-CLASS_MODELS = tuple(name for name in PRESETS if name not in (*FLOW_MAPS, *TEXT_MODELS))
+CLASS_MODELS, FLOW_MAPS, TEXT_MODELS = (
+    tuple(name for name, preset in PRESETS.items() if preset.kind == kind) for kind in NETWORKS
+)
 
 
 def parse_df_idxs(text):
@@ -97,14 +111,12 @@ def spaced_key_layers(depth, num_branches):
 
 
 def network_class(options):
-    """The class of a preset, as a dict, or of constructor arguments."""
-    if options.get("dmf_depth") is not None:
-        return FlowMap
-    return MMDiT if options.get("context_dim") else DeepFlow
+    """The class that takes these constructor arguments."""
+    return NETWORKS[kind_of(options)]
 
 
 def constructor_defaults(network):
-    """{argument: default} of a DeepFlow or a class made of it."""
+    """{argument: default} of DeepFlow or a subclass."""
     arguments = {**inspect.signature(DeepFlow).parameters, **inspect.signature(network).parameters}
     defaults = {
         name: argument.default for name, argument in arguments.items() if argument.default is not argument.empty
@@ -115,14 +127,14 @@ def constructor_defaults(network):
 
 
 def model_config(name, **overrides):
-    """Constructor arguments of a preset with overrides (None means not given), checked and complete.
+    """All constructor arguments of a preset with overrides (None: not given), checked.
 
     `depth` without `df_idxs` spaces the preset's number of branches evenly. Raises InputError.
     """
     if name not in PRESETS:
         raise InputError(f"--model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    config = constructor_defaults(network_class(dataclasses.asdict(preset)))
+    config = constructor_defaults(NETWORKS[preset.kind])
     given = {key: value for key, value in overrides.items() if value is not None}
     unknown = set(given) - set(config)
     if unknown:
@@ -134,6 +146,12 @@ def model_config(name, **overrides):
     if "depth" in given and "df_idxs" not in given:
         config["df_idxs"] = spaced_key_layers(config["depth"], len(preset.df_idxs) + 1)
     config["df_idxs"] = parse_df_idxs(config["df_idxs"])
+    if name.startswith("SiT-") and config["df_idxs"]:
+        with_branches = re.sub(r"SiT-(\w+)/\d+", r"DeepFlow-\1/2", name)
+        raise InputError(
+            f"--df-idxs {list(config['df_idxs'])} is not for --model {name}, which has one branch; "
+            f"use --model {with_branches}"
+        )
     config["z_dims"] = tuple(config["z_dims"])
     return config
 
@@ -144,5 +162,5 @@ def create_model(name, **overrides):
 
 
 def build(options):
-    """The model of complete constructor arguments."""
+    """The freshly initialised model with these constructor arguments, as `model_config` returns them."""
     return network_class(options)(**options)

@@ -1,11 +1,12 @@
-"""A command that fills one folder, can be killed at any moment, and goes on where it was when run again.
+"""A command that fills one folder, can be killed at any moment, and resumes when run again.
 
-While it runs, DEST/.partial holds the job's ticket (what it was asked to do), a journal of the finished batches and
+While it runs, DEST/.partial holds the job's ticket (what it was asked to do), a journal of the finished batches, and
 files that are not whole yet. Batches are fixed by index: one that the journal lacks is redone whole. The manifest is
 written last, so a folder with a manifest is complete, and running the command again does nothing.
 """
 
 import collections.abc
+import io
 import json
 import os
 import shutil
@@ -15,10 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError
-from common.files import read_json
-from latents.manifest import FORMAT, MANIFEST, VERSION, read_manifest
+from common.files import read_json, write_atomically
+from latents.manifest import FORMAT, MANIFEST, PARTIAL, VERSION, DataManifest
 
-PARTIAL = ".partial"
 TICKET = "job.json"
 
 
@@ -26,6 +26,13 @@ def to_json(content):
     """JSON bytes for people: one line per entry."""
     lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def to_npy(array):
+    """Bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 class Batches(collections.abc.Sequence):
@@ -51,15 +58,15 @@ class Job:
         self._journal = None
 
     def begin(self):
-        """Make or resume the folder. Returns False where everything is there already.
+        """Make or resume the folder. Returns False if everything is there already.
 
-        Raises InputError where the folder holds something else.
+        Raises InputError if the folder holds something else.
         """
         if self.dest.exists() and not self.dest.is_dir():
             raise InputError(f"--dest {self.dest} is a file; name a folder")
-        manifest = read_manifest(self.dest)
+        manifest = DataManifest.read(self.dest)
         if manifest is not None:
-            self._compare(manifest.get("job"), "holds another result")
+            self._compare(manifest.job, "holds another result")
             shutil.rmtree(self.partial, ignore_errors=True)
             return False
         if (self.partial / TICKET).is_file():
@@ -68,7 +75,7 @@ class Job:
         if self.dest.is_dir() and any(entry.name != PARTIAL for entry in self.dest.iterdir()):
             raise InputError(f"--dest folder must be empty: {self.dest} is not; empty it or name another")
         self.partial.mkdir(parents=True, exist_ok=True)
-        self.put(f"{PARTIAL}/{TICKET}", [to_json(self.ticket)], flush=True)
+        self.put(f"{PARTIAL}/{TICKET}", to_json(self.ticket), durable=True)
         return True
 
     def is_complete(self):
@@ -76,25 +83,20 @@ class Job:
         return (self.dest / MANIFEST).is_file()
 
     def _compare(self, found, what):
-        different = sorted(k for k in {*self.ticket, *(found or {})} if (found or {}).get(k) != self.ticket.get(k))
+        different = sorted(key for key in self.ticket | found if found.get(key) != self.ticket.get(key))
         if different:
             key = different[0]
             raise InputError(
-                f"--dest {self.dest} {what} ({key}: {(found or {}).get(key)!r} there, {self.ticket.get(key)!r} now); "
+                f"--dest {self.dest} {what} ({key}: {found.get(key)!r} there, {self.ticket.get(key)!r} now); "
                 "empty it, or name another folder"
             )
 
-    def put(self, name, pieces, flush=False):
-        """Write pieces of bytes to DEST/name at once: under a temporary name, then renamed; flush: to disk before."""
-        target, temporary = self.dest / name, self.partial / f"{os.getpid()}-{uuid.uuid4().hex}"
-        with open(temporary, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, target)
+    def put(self, name, data, durable=False):
+        """Write the bytes `data` to DEST/name, whole or not at all; durable: wait until the disk has them."""
+        temporary = (
+            self.partial / f"{os.getpid()}-{uuid.uuid4().hex}"
+        )  # what a killed process leaves goes with the rest
+        write_atomically(self.dest / name, lambda file: file.write(data), durable, temporary)
 
     def record(self, batch, **facts):
         """Note in the journal that batch number `batch` is finished, with facts about it."""
@@ -103,7 +105,7 @@ class Job:
         self._journal.write((json.dumps({"batch": batch, **facts}) + "\n").encode())
 
     def records(self):
-        """Facts about every finished batch, one by one, of all processes and earlier runs."""
+        """Facts about every finished batch, of all processes and earlier runs."""
         for path in self.partial.glob("done-*.jsonl"):
             with open(path, "rb") as file:
                 yield from (json.loads(line) for line in file if line.endswith(b"\n"))  # others were cut off
@@ -111,21 +113,20 @@ class Job:
     def finished(self, count):
         """bool (count,): which of `count` batches are finished."""
         done = np.zeros(count, bool)
-        for record in self.records():
-            done[record["batch"]] = True
+        done[[record["batch"] for record in self.records()]] = True
         return done
 
     def left_out(self):
-        """{position: reason} of the images that were left out, in order; the one thing that grows, with bad images."""
+        """{position: reason} of the images that were left out, in order."""
         reasons = (record["left_out"].items() for record in self.records())
         return dict(sorted((int(index), reason) for items in reasons for index, reason in items))
 
     def finish(self, files, manifest):
-        """Write the last files {name: pieces of bytes}, then the manifest, then clear away what was partial."""
-        for name, pieces in files.items():
-            self.put(name, pieces, flush=True)
+        """Write the last files {name: bytes}, then the manifest, then remove what was partial."""
+        for name, data in files.items():
+            self.put(name, data, durable=True)
         content = {"format": FORMAT, "version": VERSION, **manifest, "job": self.ticket}
-        self.put(MANIFEST, [to_json(content)], flush=True)
+        self.put(MANIFEST, to_json(content), durable=True)
         if self._journal is not None:
             self._journal.close()
         shutil.rmtree(self.partial, ignore_errors=True)

@@ -5,73 +5,77 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import sha256_of_files
+from common.flags import flag, required, whole
 from common.versions import versions
 from dataset import open_dataset
-from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, image_set
-from latents.names import walk_files
-from latents.sets import open_set
-from preprocessing.encode import STORED
+from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE
+from latents.sets import images_by_order, is_set, open_set
 from preprocessing.jobs import Batches, Job
-from preprocessing.packed import SHARD_SIZE, ShardWriter
+from preprocessing.options import StoredFlags
+from preprocessing.packed import ShardWriter
 
 BATCH = 512  # rows that are noted as done together
 
 
-def is_set(folder):
-    """True where a folder is one set itself, not a data folder of sets."""
-    return any((folder / name).is_file() for name in (MANIFEST, LABELS_JSON))
+@dataclasses.dataclass
+class PackFlags(StoredFlags):
+    """moments of either layout → memory-mapped shards with checksums"""
+
+    source: str = required("data folder, or one set of it", metavar="DIR", group="data")
+    dest: str = required("new or empty folder of the same kind", metavar="DIR", group="output")
+    _: dataclasses.KW_ONLY
+    vae: str | None = flag(None, "the VAE of a source without a manifest", str, group="data")
+    num_classes: int | None = flag(None, "classes of a source without a manifest", whole(1), group="data")
+    workers: int = flag(8, "threads that read files", whole(1), group="precision and speed")
 
 
-def pack(source, dest, stored="fp16", shard_size=SHARD_SIZE, vae=None, num_classes=None, workers=8):
+def pack(options):
     """Pack a set, or every set of moments of a data folder (`vae-sd`, `vae-sd-mirror`), into sets of the same name.
 
-    vae, num_classes: what a folder without a manifest does not say. Raises InputError on bad input.
+    Raises InputError on bad input.
     """
-    source, dest = Path(source), Path(dest)
+    source, dest = Path(options.source), Path(options.dest)
     if is_set(source) or not source.is_dir():
-        return pack_set(source, dest, stored, shard_size, vae, num_classes, workers)
+        return pack_set(source, dest, options)
     found = [name for name in (MOMENTS, MIRROR) if (source / name).is_dir()]
     if not found:
         raise InputError(f"--source {source} holds no {MOMENTS}; {PREPARE}")
     for name in found:
-        pack_set(source / name, dest / name, stored, shard_size, vae, num_classes, workers)
+        pack_set(source / name, dest / name, options)
     return None
 
 
-def pack_set(source, dest, stored, shard_size, vae, num_classes, workers):
+def pack_set(source, dest, options):
     """Pack one set of moments into the folder `dest`."""
-    data = open_dataset(source, num_classes=num_classes, data_vae=vae)
-    info = data.info
+    info = open_dataset(source, num_classes=options.num_classes, data_vae=options.vae).info
     manifest, rows, labels, names = open_set(source)
-    manifest = manifest or {}
-    names = _source_names(source, rows, names)
     facts = {
         "kind": "moments",
         "latents": dataclasses.asdict(info.spec),
-        "flipped": manifest.get("flipped", False),
-        "arithmetic": manifest.get("arithmetic"),
+        "flipped": bool(manifest and manifest.flipped),
+        "arithmetic": manifest and manifest.arithmetic,
         "moments_shape": list(info.moments_shape),
     }
     fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
-    ticket = {"command": "pack", "source": fingerprint, "stored": stored, "shard_size": shard_size, **facts}
+    ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
+    names = _source_names(source, rows, names)
     if not job.begin():
         return note(f"{dest} is complete: nothing to do")
-    writer = ShardWriter(job, rows.shape, STORED[stored], shard_size)
-    _copy(rows, names, writer, workers)
+    writer = ShardWriter.from_flags(job, rows.shape, options)
+    _copy(rows, names, writer, options.workers)
     facts |= {
-        "images": image_set(manifest),
+        "images": manifest and manifest.image_set,
         "num_classes": info.num_classes,
-        "class_names": list(info.class_names) if info.class_names else None,
+        "class_names": info.class_names,
         "resolution": info.resolution,
-        "transform": manifest.get("transform"),
-        "left_out": manifest.get("left_out", []),
-        "versions": {**manifest.get("versions", {}), "packed_with": versions()},
+        "transform": manifest and manifest.transform,
+        "left_out": manifest.left_out if manifest else (),
+        "versions": {**(manifest.versions if manifest else {}), "packed_with": versions()},
     }
     writer.finish(len(rows), range(len(rows)), names, labels, facts)
     return note(f"{dest}: {len(rows)} images packed")
@@ -84,9 +88,8 @@ def _copy(rows, names, writer, workers):
     buffer = np.empty((BATCH, *rows.shape), rows.dtype)
     initial = sum(len(batches[number]) for number in np.flatnonzero(done))
     with tqdm(total=len(rows), initial=initial, unit="img", desc="pack") as bar, ThreadPoolExecutor(workers) as pool:
-        for number, batch in enumerate(batches):
-            if done[number]:
-                continue
+        for number in np.flatnonzero(~done).tolist():
+            batch = batches[number]
             list(pool.map(rows.read, batch, buffer))  # reading small files waits for the disk: several at once
             writer.write(batch, buffer[: len(batch)], [names[index] for index in batch])
             writer.job.record(number)
@@ -98,10 +101,4 @@ def _source_names(source, rows, names):
     if names is not None:
         return names
     images = source.parent / IMAGES
-    if not images.is_dir():
-        return rows.names
-    Image.init()
-    found = walk_files(images, Image.EXTENSION.keys())
-    if len(found) != len(rows):
-        raise InputError(f"{images} holds {len(found)} images for {len(rows)} latents; remove the stray files")
-    return found
+    return images_by_order(images, len(rows)) if images.is_dir() else rows.names

@@ -1,7 +1,5 @@
-"""Writing packed sets: rows go to fixed places of raw shards, by any process and in any order. Format: dataset.py."""
+"""Writing packed sets: rows go to fixed places of raw shards, by any process and in any order."""
 
-import io
-import itertools
 import math
 import os
 
@@ -11,11 +9,9 @@ from tqdm import tqdm
 from common.errors import InputError
 from common.files import sha256_of_files
 from latents.manifest import LABELS, NAMES
-from latents.names import pack_names
-from listing import NO_LABEL
-from preprocessing.jobs import Batches
-
-SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
+from latents.names import NO_LABEL, pack_names
+from preprocessing.jobs import Batches, to_npy
+from preprocessing.options import SHARD_SIZE, STORED
 
 
 def shard_name(number):
@@ -24,21 +20,16 @@ def shard_name(number):
 
 
 def packed_labels(labels, num_classes):
-    """Pieces of labels.npy, int64 (N,), or None where labels are missing.
+    """labels.npy, int64 (N,), as bytes, or None if labels are missing.
 
     A single class, without labels as published, is class 0.
     """
-    known = all(label != NO_LABEL for label in labels)
-    if not known and num_classes != 1:
-        return None
-    return _npy(labels if known else itertools.repeat(0, len(labels)), len(labels))
-
-
-def _npy(numbers, count):
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
-    yield header.getvalue()
-    yield from (int(number).to_bytes(8, "little", signed=True) for number in numbers)
+    labels = np.asarray(labels, "<i8")
+    if (labels == NO_LABEL).any():
+        if num_classes != 1:
+            return None
+        labels = np.zeros_like(labels)
+    return to_npy(labels)
 
 
 class ShardWriter:
@@ -50,10 +41,15 @@ class ShardWriter:
         self._row_bytes = self.dtype.itemsize * math.prod(self.shape)
         self._files = {}
 
+    @classmethod
+    def from_flags(cls, job, shape, options):
+        """A writer as StoredFlags say."""
+        return cls(job, shape, STORED[options.stored_dtype], options.shard_size)
+
     def write(self, positions, rows, names):
         """Write rows (B, *shape) at the given positions and wait until the disk has them.
 
-        names: what the rows came from, for the message of the InputError that a value without a place in dtype raises.
+        names: what the rows came from. Raises InputError naming the one with a value that dtype cannot hold.
         """
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, dtype=self.dtype)
@@ -88,10 +84,9 @@ class ShardWriter:
         self._files = {}
 
     def finish(self, count, kept, names, labels, manifest, files=None):
-        """Put the shards in place, then labels, names and manifest; kept: sorted positions that hold a row.
+        """Put the shards in place, then labels, names and manifest; kept: sorted positions out of `count` with a row.
 
-        names, labels: of the kept rows, in order; a label may be NO_LABEL. All three can be gone through repeatedly.
-        files: {name: pieces of bytes} of further files.
+        names, labels: of the kept rows, in order; a label may be NO_LABEL. files: {name: bytes} of further files.
         """
         self.close()
         prefix = ""
@@ -103,8 +98,8 @@ class ShardWriter:
         labels = packed_labels(labels, manifest["num_classes"])
         if labels is not None:
             files[LABELS] = labels
-        for name, pieces in files.items():
-            self.job.put(name, pieces, flush=True)
+        for name, data in files.items():
+            self.job.put(name, data, durable=True)
         checksums = {name: sha256_of_files(self.job.dest / name) for name in files}
         content = {"layout": "packed", "count": len(kept), "shape": list(self.shape), "dtype": self.dtype.str}
         content |= {"shard_size": self.shard_size, "shards": shards}
@@ -112,11 +107,10 @@ class ShardWriter:
 
     def _compact(self, kept):
         """Copy the kept rows to shards of their own: rows that were left out leave no gap."""
-        positions = iter(kept)
         for number, rows in enumerate(Batches(len(kept), self.shard_size)):
             with open(self.job.partial / f"kept-{shard_name(number)}", "wb") as out:
-                for position in itertools.islice(positions, len(rows)):
-                    shard, row = divmod(position, self.shard_size)
+                for k in rows:
+                    shard, row = divmod(kept[k], self.shard_size)
                     out.write(os.pread(self._open(shard), self._row_bytes, row * self._row_bytes))
         self.close()
 

@@ -5,22 +5,18 @@ alpha is dropped; of animated files the first frame counts; 16-bit samples keep 
 ignored, as published. Zero bytes, unknown content, a truncated file and 32-bit samples are unreadable.
 """
 
-import contextlib
 import hashlib
 import io
-import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common.errors import InputError
-from latents.manifest import LABELS_JSON, MANIFEST, read_manifest
-from listing import NO_LABEL, NameTable, integers_on_disk, read_labels, walk
-from preprocessing.zips import ZipReader
-
-WRONG = -1  # in place of a label that is no integer from 0
+from latents.manifest import LABELS_JSON, MANIFEST, DataManifest
+from latents.names import NO_LABEL, parse_label_list, walk
 
 
 class BadImageError(Exception):
@@ -28,7 +24,7 @@ class BadImageError(Exception):
 
 
 def is_image_name(name):
-    """True where the text after the last dot, lower-cased, is an extension that Pillow knows."""
+    """True if the text after the last dot, lower-cased, is an extension that Pillow knows."""
     Image.init()
     base = name.rsplit("/", 1)[-1]
     return "." in base and "." + base.rsplit(".", 1)[1].lower() in Image.EXTENSION
@@ -66,148 +62,148 @@ def class_of(name):
     return name.split("/", 1)[0] if "/" in name else ""
 
 
+class FolderFiles:
+    """The files under a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def sizes(self):
+        """{relative name: bytes}."""
+        return dict(walk(self.path))
+
+    def read(self, name):
+        return (self.path / name).read_bytes()
+
+    def reopen(self):
+        """Nothing is kept open."""
+
+
+class ZipFiles:
+    """The members of a zip; of equal names the last counts. Threads may read at the same time."""
+
+    def __init__(self, path):
+        self.path = path
+        self._archive = zipfile.ZipFile(open(path, "rb"))
+
+    def sizes(self):
+        return {info.filename: info.file_size for info in self._archive.infolist()}
+
+    def read(self, name):
+        """Bytes of a member. Raises BadImageError if it is damaged, encrypted or compressed in an unknown way."""
+        try:
+            return self._archive.read(name)
+        except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
+            raise BadImageError(f"unreadable in the zip: {error}") from None
+
+    def reopen(self):
+        """Own file handle for a forked process, since a shared one shares its position."""
+        self._archive.fp = open(self.path, "rb")
+
+
 class ImageSource:
     """Images of a folder or a zip: `names` (sorted), `labels`, `class_names`, `num_classes`, `manifest` or None.
 
-    labels: int64 (N,), NO_LABEL where an image has none. Names and labels are on disk: memory does not grow with N.
+    labels: int64 (N,), NO_LABEL for an image without one; flag: what named the path, for messages.
     """
 
     def __init__(self, path, published_labels=False, max_images=None, flag="--source"):
         self.path, self.flag = Path(path), flag
-        self._zip, self._root_files = None, {}
-        self.names = self._list()
-        self.manifest = self._read_manifest()
-        if not self.names and not published_labels:
+        self._files = self._open()
+        sizes = self._files.sizes()
+        names = sorted(filter(is_image_name, sizes))
+        if not names and not published_labels:
             raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
-        self.labels = integers_on_disk(len(self.names))
-        groups = self._label(published_labels)
-        self.class_names = groups or (self.manifest or {}).get("class_names")
-        self.num_classes = self._count_classes(groups)
-        self.names.cut(max_images)
-        self.labels = self.labels[:max_images]
+        root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in sizes}
+        self.manifest = DataManifest.parse(root[MANIFEST], self.path / MANIFEST) if MANIFEST in root else None
+        labels, groups = self._label(names, root.get(LABELS_JSON), published_labels)
+        recorded = self.manifest.class_names if self.manifest else None
+        self.class_names = groups or (list(recorded) if recorded else None)
+        self.num_classes = len(groups) if groups else self._count_classes(labels)
+        self.names, self.labels = names[:max_images], labels[:max_images]
+        self._sizes = [sizes[name] for name in self.names]
 
     def __len__(self):
         return len(self.names)
 
     def read(self, index):
         """Image `index` as PIL RGB. Raises BadImageError with the reason."""
-        return decode(self._read(index))
+        return decode(self._files.read(self.names[index]))
+
+    def read_or_skip(self, index, skip_bad):
+        """(image, None), or (None, reason) for an unreadable one if `skip_bad`. Raises InputError otherwise."""
+        try:
+            return self.read(index), None
+        except BadImageError as error:
+            if skip_bad:
+                return None, str(error)
+            raise InputError(f"{self.where(index)} cannot be read ({error}); repair it, or pass --skip-bad") from None
+
+    def where(self, index):
+        """Path of image `index`, for messages."""
+        return f"{self.path}/{self.names[index]}"
 
     def reopen(self):
-        """Own file handle for a forked process: a shared one shares its position."""
-        if self._zip is not None:
-            self._zip.reopen()
+        """Prepare for reading in a forked process."""
+        self._files.reopen()
 
     def fingerprint(self):
         """sha256 of names, sizes and labels: tells whether this is still the same source."""
         digest = hashlib.sha256()
-        for name, size, label in zip(self.names, self.names.column(0), self.labels, strict=True):
+        for name, size, label in zip(self.names, self._sizes, self.labels.tolist(), strict=True):
             text = None if label == NO_LABEL else label
             digest.update(f"{name}\0{size}\0{text}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def _list(self):
-        """Table of relative names with their bytes; of a zip also where its directory has them."""
+    def _open(self):
         if self.path.is_dir():
-            return NameTable(((name, size) for name, size in walk(self.path) if is_image_name(name)), columns=1)
-        if self.path.suffix.lower() == ".zip" and self.path.is_file():
-            try:
-                self._zip = ZipReader(self.path)
-                return NameTable(self._list_zip(), columns=2, unique=True)
-            except zipfile.BadZipFile as error:
-                raise InputError(f"{self.flag} {self.path} is no readable zip ({error}); download it again") from None
-        raise InputError(f"{self.flag} {self.path} is neither a folder nor a .zip file; give one that exists")
-
-    def _list_zip(self):
-        for name, size, position in self._zip.entries():
-            if name in (MANIFEST, LABELS_JSON):
-                self._root_files[name] = position
-            elif is_image_name(name):
-                yield name, size, position
-
-    def _read(self, index):
-        if self._zip is None:
-            return (self.path / self.names[index]).read_bytes()
+            return FolderFiles(self.path)
+        if self.path.suffix.lower() != ".zip" or not self.path.is_file():
+            raise InputError(f"{self.flag} {self.path} is neither a folder nor a .zip file; give one that exists")
         try:
-            return self._zip.read(self.names.column(1)[index])
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise BadImageError(f"damaged in the zip: {error}") from None
+            return ZipFiles(self.path)
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise InputError(f"{self.flag} {self.path} is no readable zip ({error}); download it again") from None
 
-    def _open(self, name):
-        """Binary file in the root, or None."""
-        if self._zip is not None:
-            return self._zip.open(self._root_files[name]) if name in self._root_files else None
-        path = self.path / name
-        return open(path, "rb") if path.is_file() else None
+    def _read_root(self, name):
+        try:
+            return self._files.read(name)
+        except (BadImageError, OSError) as error:
+            raise InputError(f"{self.path / name} cannot be read ({error}); restore it, or remove it") from None
 
-    def _read_manifest(self):
-        if self._zip is None:
-            return read_manifest(self.path)
-        file = self._open(MANIFEST)
-        with file or contextlib.nullcontext():
-            return json.load(file) if file else None
+    def _label(self, names, listed, published):
+        """(labels, class names or None): by dataset.json, whose bytes are `listed`, or by top-level folder."""
+        if listed is not None:
+            listed_names, listed_labels = parse_label_list(listed, self.path / LABELS_JSON)
+            if listed_names:
+                label_of = dict(zip(listed_names, listed_labels.tolist(), strict=True))
+                return np.array([label_of.get(name, NO_LABEL) for name in names], np.int64), None
+            if not published:  # null is what a converted set of one class says: no classes from 00000/ …
+                return np.full(len(names), NO_LABEL), None
+        return self._label_by_folder(names, published)
 
-    def _label(self, published):
-        """Fill `labels`; returns the class names, or None where they are not known."""
-        file = self._open(LABELS_JSON)
-        if file is None:
-            return self._label_by_folder(published)
-        with file:
-            try:
-                pairs = read_labels(file)
-                listed = NameTable(map(_listed_label, pairs or ()), columns=1, unique=True)
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}/{LABELS_JSON} does not hold 'labels': [[name, integer], …]") from None
-        if listed:
-            return self._label_by_list(listed)
-        if published:
-            return self._label_by_folder(published)
-        self.labels[:] = NO_LABEL  # null is what a converted set of one class says: no classes from 00000/ …
-        return None
-
-    def _label_by_list(self, listed):
-        """Labels of the source's dataset.json, where it has the image."""
-        numbers = listed.column(0)
-        for k, name in enumerate(self.names):
-            found = listed.find(name)
-            self.labels[k] = NO_LABEL if found is None else numbers[found]
-
-    def _label_by_folder(self, published):
+    def _label_by_folder(self, names, published):
         """Classes are the sorted top-level folders; a single one gives no labels.
 
         published: a file in the root is a class '' that sorts first and shifts all others; without it such a file
         beside class folders raises InputError.
         """
-        groups = sorted(set(map(class_of, self.names)))
+        groups = sorted(set(map(class_of, names)))
         if "" in groups and len(groups) > 1 and not published:
-            stray = next(name for name in self.names if class_of(name) == "")
+            stray = next(name for name in names if class_of(name) == "")
             raise InputError(
                 f"{self.path}/{stray} lies beside the class folders and would be a class of its own; move it away, "
                 "or pass --published-labels for the labels of the published tool"
             )
         if len(groups) <= 1:
-            self.labels[:] = NO_LABEL
-            return groups if groups != [""] else None
+            return np.full(len(names), NO_LABEL), groups if groups != [""] else None
         index = {group: i for i, group in enumerate(groups)}
-        for k, name in enumerate(self.names):
-            self.labels[k] = index[class_of(name)]
-        return groups
+        return np.array([index[class_of(name)] for name in names], np.int64), groups
 
-    def _count_classes(self, groups):
-        if groups:
-            return len(groups)
-        recorded = (self.manifest or {}).get("num_classes")
-        if (self.labels == WRONG).any():
+    def _count_classes(self, labels):
+        """Number of classes as the manifest says, else the largest label + 1; None without labels."""
+        known = labels[labels != NO_LABEL]
+        if (known < 0).any():
             raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0")
-        largest = int(self.labels.max(initial=NO_LABEL))
-        return recorded or (None if largest == NO_LABEL else largest + 1)
-
-
-def _listed_label(pair):
-    """(name, label) of an entry of dataset.json; null is NO_LABEL, and what cannot be a label is WRONG."""
-    name, label = pair
-    if not isinstance(name, str):
-        raise TypeError(f"{name!r} is no file name")
-    if label is None:
-        return name, NO_LABEL
-    return name, label if type(label) is int and 0 <= label < -NO_LABEL else WRONG
+        recorded = self.manifest and self.manifest.num_classes
+        return recorded or (int(known.max()) + 1 if len(known) else None)

@@ -1,35 +1,43 @@
-"""captions: a JSON of captions and the images that they describe → text features of every caption, packed.
-
-Batches are fixed by index and dealt to the processes in turn, as those of images.
-"""
+"""captions: a JSON of captions and the images that they describe → text features of every caption, packed."""
 
 import dataclasses
 import hashlib
-import io
 import json
 from pathlib import Path
 
-import numpy as np
-
-from common.errors import InputError, note
-from common.versions import versions
+from common.errors import InputError
+from common.flags import flag, required, whole
+from common.processes import Processes
 from latents.captions import CAPTIONS, EMPTY, read_annotations
 from latents.manifest import NAMES
 from latents.names import Names, pack_names
 from models.text import DEFAULT_TEXT_ENCODER, TextEncoder
-from preprocessing.encode import STORED, Run, processes
-from preprocessing.jobs import Job
-from preprocessing.packed import SHARD_SIZE, ShardWriter
+from preprocessing.fill import fill, ticket
+from preprocessing.jobs import Job, to_npy
+from preprocessing.options import SetFlags, StoredFlags
+from preprocessing.packed import ShardWriter
 from preprocessing.sources import ImageSource
+
+
+@dataclasses.dataclass
+class CaptionFlags(StoredFlags, SetFlags):
+    """captions of the images → features of a text encoder, as a packed set with the captions beside it"""
+
+    annotations: str = required("COCO's captions, or {file name: [captions]}", metavar="JSON", group="data")
+    text_encoder: str = flag(DEFAULT_TEXT_ENCODER, "name or folder", group="model")
+    _: dataclasses.KW_ONLY
+    batch_size: int = flag(64, "captions per batch and process", whole(1), group="precision and speed")
+    device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")
 
 
 class Captions:
     """All captions in the order of the images: texts (M,), owners (M,): numbers of the images, names of the images."""
 
+    unit = "caption"
+
     def __init__(self, source, annotations, max_images=None):
-        images = ImageSource(source, max_images=max_images)
-        self.path, self.images = Path(annotations), images
-        self.image_count, self.image_set = len(images), images.fingerprint()
+        self.images = images = ImageSource(source, max_images=max_images)
+        self.image_set = images.fingerprint()
         self.texts, self.owners = [], []
         groups, origins = read_annotations(annotations, "--annotations"), source_names(images)
         for index in range(len(images)):
@@ -41,8 +49,9 @@ class Captions:
                 )
             self.texts += group
             self.owners += [index] * len(group)
-        left_out = {part for name, _ in (images.manifest or {}).get("left_out", []) for part in (name, Path(name).name)}
-        if max_images is None and (strange := groups.keys() - left_out):
+        left_out = images.manifest.left_out if images.manifest else ()
+        known = {part for name, _ in left_out for part in (name, Path(name).name)}
+        if max_images is None and (strange := groups.keys() - known):
             raise InputError(
                 f"--annotations {annotations}: {source} has no image {min(strange)}, though the file has captions of "
                 f"it ({len(strange)} such names); convert all images, or correct the file"
@@ -57,11 +66,33 @@ class Captions:
         listed = json.dumps([self.image_set, self.owners, self.texts])
         return hashlib.sha256(listed.encode()).hexdigest()
 
+    def read(self, batches):
+        """The texts of each batch of positions; none is left out."""
+        return ((self.texts[batch.start : batch.stop], {}) for batch in batches)
+
+    def where(self, index):
+        """What a row comes from, for messages."""
+        return self.names[index]
+
+    def labelled(self, _kept):
+        """Image names and image numbers of all rows."""
+        return self.names, self.owners
+
+    def facts(self, _left_out):
+        """What the manifest says about the captions."""
+        count = len(self.images)
+        facts = {"images": self.image_set, "image_count": count, "num_classes": count, "class_names": None}
+        return {**facts, "resolution": None, "transform": None, "left_out": []}
+
+    def files(self, encoder):
+        """The captions, and the features of the empty one."""
+        return {CAPTIONS: pack_names(self.texts), EMPTY: to_npy(encoder([""])[0].cpu().numpy())}
+
 
 def source_names(images):
     """What each image was called before convert: its file's name, with folders."""
     listed = images.path / NAMES
-    return Names(listed, images.manifest["count"]) if images.manifest and listed.is_file() else images.names
+    return Names(listed, images.manifest.count) if images.manifest and listed.is_file() else images.names
 
 
 def captions_of(groups, name):
@@ -69,50 +100,13 @@ def captions_of(groups, name):
     return groups.pop(name, None) or groups.pop(name.rsplit("/", 1)[-1], None)
 
 
-class CaptionRun(Run):
-    """All batches of captions through the text encoder."""
-
-    unit = "caption"
-
-    def __init__(self, captions, encoder, batch_size):
-        super().__init__(captions, None, encoder, batch_size, workers=1, skip_bad=False, package="transformers")
-
-    def _read_ahead(self, todo, _pool):
-        for number, batch in todo:
-            rows = slice(batch.start, batch.stop)
-            yield number, self.images.texts[rows], self.images.names[rows], {}
-
-    def _complete(self, job, writer, manifest):
-        captions = self.images
-        count = captions.image_count
-        facts = {"images": captions.image_set, "image_count": count, "num_classes": count, "class_names": None}
-        facts |= {"resolution": None, "transform": None, "left_out": [], "versions": versions("torch", self.package)}
-        empty = io.BytesIO()
-        np.save(empty, self.function([""])[0].cpu().numpy())
-        files = {CAPTIONS: pack_names(captions.texts), EMPTY: [empty.getvalue()]}
-        rows = range(len(captions))
-        writer.finish(len(captions), rows, captions.names, captions.owners, {**manifest, **facts}, files)
-        note(f"{job.dest}: {len(captions)} captions of {count} images encoded")
-
-
-def write_captions(
-    source,
-    annotations,
-    dest,
-    text_encoder=DEFAULT_TEXT_ENCODER,
-    *,
-    batch_size=64,
-    stored="fp16",
-    shard_size=SHARD_SIZE,
-    max_images=None,
-    device=None,
-):
-    """Write the features of every caption of the converted images `source`, and of the empty one, as a packed set."""
-    captions = Captions(source, annotations, max_images)
-    with processes(device) as group:
-        encoder = TextEncoder.load(text_encoder, group.device)
+def write_captions(options):
+    """Write the features of every caption of the converted images, and of the empty one, as a packed set."""
+    captions = Captions(options.source, options.annotations, options.max_images)
+    with Processes.join(options.device) as processes:
+        encoder = TextEncoder.load(options.text_encoder, processes.device)
         spec = encoder.spec
         what = {"kind": "captions", "text": dataclasses.asdict(spec)}
-        run = CaptionRun(captions, encoder, batch_size)
-        job = Job(dest, run.ticket("captions", {**what, "stored": stored, "shard_size": shard_size}))
-        run.into(job, ShardWriter(job, (spec.tokens, spec.width), STORED[stored], shard_size), group, what)
+        job = Job(options.dest, ticket("captions", captions, options, {**what, **options.stored()}))
+        writer = ShardWriter.from_flags(job, (spec.tokens, spec.width), options)
+        fill(writer, captions, encoder, processes, what, "transformers")

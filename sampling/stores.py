@@ -1,10 +1,9 @@
-"""What sampling leaves on disk: PNG files or the rows of an npz, written in the background, resumable, never half done.
+"""What sampling leaves on disk: PNG files or the rows of an npz, written in threads, resumable, never half written.
 
 A store keeps finished rows by image index: `PngFiles` as FOLDER/000000.png …, `PartFiles` (npz without PNGs, and
 latents) as one file per batch, deleted once the npz is there. `write_npz` streams the rows of either.
 """
 
-import collections
 import itertools
 import json
 import re
@@ -17,8 +16,9 @@ from PIL import Image
 
 from common.errors import InputError, note
 from common.files import named_full_disk, write_atomically, write_json
+from common.look_ahead import ordered_map
+from sampling.manifest import SETTINGS, check_settings
 
-SETTINGS = "settings.json"
 GENEVAL_IMAGES = 4  # of each prompt
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 
@@ -172,32 +172,22 @@ class PartFiles:
             path.unlink()
 
 
-class BackgroundWriter:
-    """Calls write(…) in threads; at most `ahead` calls wait.
+def write_in_threads(write, batches, threads=4):
+    """Call write(*batch) for each batch in threads; yield when it is done, in order.
 
-    An error in one is raised by a later `submit` or `drain`.
+    What the iterator `batches` gave before it failed is still written. An error of `write` is raised where it is due.
     """
+    failures = []
 
-    def __init__(self, write, threads=4, ahead=4):
-        self.write, self.ahead = write, ahead
-        self.pool, self.pending = ThreadPoolExecutor(threads), collections.deque()
+    def until_failure():
+        try:
+            yield from batches
+        except BaseException as error:  # a keyboard interrupt as well
+            failures.append(error)
 
-    def submit(self, *args):
-        """Queue a call; waits for the oldest where too many are queued."""
-        while len(self.pending) >= self.ahead or (self.pending and self.pending[0].done()):
-            self.pending.popleft().result()
-        self.pending.append(self.pool.submit(self.write, *args))
-
-    def drain(self):
-        """Wait for all calls."""
-        while self.pending:
-            self.pending.popleft().result()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.pool.shutdown(wait=True)  # also after an error: what was sampled is not lost
+    yield from ordered_map(lambda batch: write(*batch), until_failure(), ahead=threads, threads=threads)
+    if failures:
+        raise failures[0]
 
 
 def write_npz(path, name, rows, count):
@@ -249,26 +239,18 @@ def remove_leftovers(folder):
 
 
 def prepare_folder(folder, settings, resume=True):
-    """Make the folder of a result, or make sure that what is in it is of the same settings. Raises InputError.
+    """Make the folder of a result, or check that what is in it has the same settings. Raises InputError.
 
-    settings: what decides the images, JSON-like, flags first; resume False refuses a folder with finished images.
+    settings: of a SampleManifest; resume False refuses a folder with finished images.
     """
     record = folder / SETTINGS
-    settings = json.loads(json.dumps(settings))
     has_images = any(path.suffix in (".png", ".npy") for path in folder.rglob("*"))
     if has_images and not record.exists():
         raise InputError(f"{folder} holds images of unknown settings (no {record.name}); pass another --sample-dir")
     if not resume and (has_images or folder.with_name(folder.name + ".npz").exists()):
-        raise InputError(f"{folder} holds finished images; go on with --resume, or pass another --sample-dir")
+        raise InputError(f"{folder} holds finished images; resume with --resume, or pass another --sample-dir")
     if record.exists():
-        found = json.loads(record.read_text())
-        changed = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
-        if changed:
-            key = changed[0]
-            raise InputError(
-                f"{folder} holds images made with another {key} ({found.get(key)}, now {settings.get(key)}); "
-                "delete the folder or pass another --sample-dir"
-            )
+        check_settings(folder, settings)
     remove_leftovers(folder)
     with named_full_disk(folder):
         write_json(record, settings)

@@ -1,35 +1,39 @@
-# Sourced by */eval.sh: what measuring needs, checked before anything is sampled, and the measuring.
-# Environment: REF                reference npz (docs/evaluation.md says where to get one), or none: sample only
-#              INCEPTION_WEIGHTS  file of the network's weights; empty: torch-fidelity downloads them
-#              RESULTS            folder of the results (results)
-
+# Sourced by the eval.sh recipes: checks what measuring needs before anything is sampled, samples, and measures.
+# Environment, beside that of launch.sh:
+#   CKPT               checkpoint (the last one of the run)
+#   SAMPLE_DIR         folder of the samples (inside the run's)
+#   REF                reference npz (docs/evaluation.md says where to get one), or none: sample only
+#   INCEPTION_WEIGHTS  file of the network's weights; empty: torch-fidelity downloads them
+#   RESULTS            folder of the results (results)
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+CKPT=${CKPT:-$OUTPUT_DIR/$EXP_NAME/checkpoints/$LAST_STEP.pt}
 REF=${REF:-}
 INCEPTION_WEIGHTS=${INCEPTION_WEIGHTS:-}
 RESULTS=${RESULTS:-results}
+weights=(${INCEPTION_WEIGHTS:+--inception-weights "$INCEPTION_WEIGHTS"})
 
-fail() { echo "error: $*" >&2; exit 2; }
-
-check_files() {
-    [ -e "$CKPT" ] || fail "CKPT $CKPT does not exist; name a checkpoint with CKPT=FILE"
-    [ -n "$REF" ] || fail "REF is not set: download ADM's reference batch (docs/evaluation.md) and pass REF=VIRTUAL_imagenet256_labeled.npz, or REF=none to sample only"
-    [ "$REF" = none ] || [ -f "$REF" ] || fail "REF $REF does not exist; docs/evaluation.md says where reference files come from"
-    [ -z "$INCEPTION_WEIGHTS" ] || [ -f "$INCEPTION_WEIGHTS" ] || fail "INCEPTION_WEIGHTS $INCEPTION_WEIGHTS does not exist"
+need() { # VARIABLE [remedy]: the file that it names
+    [ -e "${!1}" ] || fail "$1 ${!1} does not exist${2:+; $2}"
 }
 
-newest_npz() { # of a folder
+check_weights() {
+    need CKPT "name a checkpoint with CKPT=FILE"
+    [ -z "$INCEPTION_WEIGHTS" ] || need INCEPTION_WEIGHTS
+}
+
+newest_npz() { # FOLDER
     ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; leave out --format png"
 }
 
-measure_newest() { # the newest npz of a folder
-    local npz json weights=()
-    if [ "$REF" = none ]; then
-        echo "REF=none: $1 is not measured"
-        return
-    fi
-    npz=$(newest_npz "$1")
-    [ -n "$INCEPTION_WEIGHTS" ] && weights=(--inception-weights "$INCEPTION_WEIGHTS")
+sample_and_measure() { # NAME [flags of generate.py]
+    local npz json folder=${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/$1}
+    check_weights
+    [ -n "$REF" ] || fail "REF is not set: download ADM's reference batch (docs/evaluation.md) and pass REF=VIRTUAL_imagenet256_labeled.npz, or REF=none to sample only"
+    [ "$REF" = none ] || need REF "docs/evaluation.md says where reference files come from"
+    launch generate.py --ckpt "$CKPT" --sample-dir "$folder" --per-proc-batch-size 64 "${@:2}"
+    [ "$REF" != none ] || { echo "REF=none: $folder is not measured"; return; }
+    npz=$(newest_npz "$folder")
     json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz).json
-    torchrun --standalone --nproc-per-node "$NUM_GPUS" evaluations/evaluator.py "$REF" "$npz" --json "$json" \
-        ${weights[@]+"${weights[@]}"}
-    python evaluations/table.py "$json"
+    launch -m evaluations.evaluator "$REF" "$npz" --json "$json" ${weights[@]+"${weights[@]}"}
+    python -m evaluations.table "$json"
 }

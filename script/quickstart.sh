@@ -7,61 +7,44 @@ usage() {
 usage: bash script/quickstart.sh [--help]
 
 Sets up .venv, then writes scikit-learn's handwritten digits as an image folder, converts and encodes them, trains a
-small DeepFlow (two branches), samples 400 digits and measures them. Minutes on two CPU cores; no GPU, no downloads
-but the packages. Everything goes to quickstart/ (another folder: WORK=...). A second run reuses finished steps;
-delete the folder to start again.
+small DeepFlow (two branches), samples 400 digits and measures them. Takes minutes on two CPU cores; needs no GPU and
+downloads nothing but the packages. Everything goes to quickstart/ (another folder: WORK=...). A second run reuses
+finished steps; delete the folder to start again.
 
-Inside an active virtual or conda environment that one is used and no .venv is made:
+Inside an active virtual or conda environment, that one is used and no .venv is made:
     source my-env/bin/activate && bash script/quickstart.sh
 Environment: TORCH_INDEX_URL  wheel index for PyTorch, e.g. https://download.pytorch.org/whl/cpu (small CPU wheels)
              PYTHON           interpreter that makes .venv (python3)
              WORK             folder of the results (quickstart)
 EOF
 }
-case "${1:-}" in
-    -h | --help) usage; exit 0 ;;
-    ?*) echo "error: unknown argument $1; see bash script/quickstart.sh --help" >&2; exit 2 ;;
-esac
-
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"
 WORK=${WORK:-quickstart}
 STEPS=3000
-SECONDS=0
-# On CPU everywhere, so that the numbers are the same; two processes of one thread beat one of two on small tensors.
-export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer OMP_NUM_THREADS
-processes=(--num_processes "$PROCESSES")
-[ "$PROCESSES" -gt 1 ] && processes+=(--multi_gpu --main_process_port 0) # accelerate's name for several processes, on CPU too
-step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
 
 step "1/6 handwritten digits as an image folder: $WORK/digits"
-python preprocessing/digits.py --dest "$WORK/digits"
+python -m digits.data --dest "$WORK/digits"
 
 step "2/6 convert to 32x32: $WORK/data/images"
-python preprocessing/dataset_tools.py convert --source "$WORK/digits" --dest "$WORK/data/images" \
+python -m preprocessing.dataset_tools convert --source "$WORK/digits" --dest "$WORK/data/images" \
     --resolution 32x32 --transform center-crop-dhariwal
 
 step "3/6 encode with assets/tiny-vae: $WORK/data/vae-sd"
-python preprocessing/dataset_tools.py encode --source "$WORK/data/images" --dest "$WORK/data/vae-sd" \
+python -m preprocessing.dataset_tools encode --source "$WORK/data/images" --dest "$WORK/data/vae-sd" \
     --vae assets/tiny-vae --batch-size 64
 
 step "4/6 train DeepFlow-Ti/2, $STEPS steps: $WORK/exps/digits"
-accelerate launch "${processes[@]}" --num_machines 1 --mixed_precision no --dynamo_backend no \
-    --num_cpu_threads_per_process 1 train.py \
-    --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
-    --model DeepFlow-Ti/2 --df-idxs "[2]" --scale-weight 0.2 1.0 \
-    --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
+train train.py --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
+    --model DeepFlow-Ti/2 --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
     --batch-size 64 --learning-rate 4e-3 --adam-beta2 0.99 --ema-decay 0.998 \
     --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --log-every 50
 
 step "5/6 sample 400 digits: $WORK/samples"
-torchrun --standalone --nproc-per-node "$PROCESSES" generate.py \
-    --ckpt "$WORK/exps/digits/checkpoints/$(printf %07d "$STEPS").pt" --sample-dir "$WORK/samples" \
+sample generate.py --ckpt "$(checkpoint "$WORK/exps/digits" "$STEPS")" --sample-dir "$WORK/samples" \
     --num-fid-samples 400 --labels balanced --per-proc-batch-size 50 --mode sde --num-steps 100
 
 step "6/6 measure"
-npz=$(ls -t "$WORK"/samples/*.npz | head -n 1)
-python evaluations/digits_report.py --samples "$npz" --out "$WORK/report.json" --grid "$WORK/grid.png" \
+python -m digits.report --samples "$(newest_npz "$WORK/samples")" --out "$WORK/report.json" --grid "$WORK/grid.png" \
     --curve "$WORK/exps/digits/log.jsonl" "$WORK/curve.png"
 
 cat <<EOF
@@ -71,6 +54,6 @@ done in $SECONDS s. Look at:
   $WORK/curve.png     the loss of each part
   $WORK/report.json   the numbers above
   $WORK/exps/digits   configuration, log, checkpoints, sample grids
-Next: edit a flag in script/quickstart.sh (--tg-upper-bound, --df-idxs, --model SiT-Ti/2) and run it with WORK=other,
+Next: edit a flag in script/quickstart.sh (--tg-upper-bound, --weighting, --model SiT-Ti/2) and run it with WORK=other,
 or take your own image folder: README.md, "From here to ImageNet".
 EOF

@@ -17,7 +17,7 @@ activate_environment() {
     fi
     local python=${PYTHON:-python3}
     command -v "$python" >/dev/null || fail "$python not found; install Python 3.10 or newer, or set PYTHON"
-    if [ ! -x .venv/bin/pip ]; then # without pip it is one that was interrupted
+    if [ ! -x .venv/bin/pip ]; then # an interrupted one has no pip
         check_version "$python"
         "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "the venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"
         echo "making .venv"
@@ -26,10 +26,14 @@ activate_environment() {
     . .venv/bin/activate
 }
 
+installs_this_checkout() { # not another one, which shares the environment
+    [ "$(cd / && python -c 'import common; print(common.__path__[0])' 2>/dev/null)" = "$PWD/common" ]
+}
+
 install_requirements() {
     local file=$1 stamp
-    stamp=$(python -c 'import sys; print(sys.prefix)')/.installed-$(cat requirements*.txt "$file" | cksum | cut -d' ' -f1)
-    [ -e "$stamp" ] && return
+    stamp=$(python -c 'import sys; print(sys.prefix)')/.installed-$(cat requirements*.txt pyproject.toml "$file" | cksum | cut -d' ' -f1)
+    [ -e "$stamp" ] && installs_this_checkout && return
     echo "installing $file (PyTorch's default wheels are several GB; TORCH_INDEX_URL takes another index)"
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
         # from the same index, because a torchvision built for another torch does not import

@@ -12,14 +12,13 @@ import tiny
 import torch
 from PIL import Image
 
-import generate
 import generate_t2i
 from common.flags import parse_flags
 from models import create_model, model_config
 from models.text import TextSpec
-from preprocessing.convert import convert
-from preprocessing.encode import encode
-from preprocessing.text import write_captions
+from preprocessing.convert import ConvertFlags, convert
+from preprocessing.encode import EncodeFlags, encode
+from preprocessing.text import CaptionFlags, write_captions
 
 PHOTOS = {
     "astronaut.png": ["an astronaut in an orange suit", "a smiling woman before a flag"],
@@ -101,10 +100,10 @@ def data_folder(root, packed=True):
     """ROOT/data with images, vae-sd and text, ROOT/vae, ROOT/clip; returns ROOT/data."""
     root = Path(root)
     data, source = root / "data", photos(root / "photos")
-    convert(source, data / "images", (RESOLUTION, RESOLUTION), "center-crop")
-    encode(data / "images", data / "vae-sd", tiny.vae_folder(root / "vae"), packed=packed, device="cpu")
+    convert(ConvertFlags(source, data / "images", (RESOLUTION, RESOLUTION), "center-crop"))
+    encode(EncodeFlags(data / "images", data / "vae-sd", tiny.vae_folder(root / "vae"), packed=packed, device="cpu"))
     annotations = coco_json(root / "captions.json")
-    write_captions(data / "images", annotations, data / "text", text_folder(root / "clip"), device="cpu")
+    write_captions(CaptionFlags(data / "images", data / "text", annotations, text_folder(root / "clip"), device="cpu"))
     return data
 
 
@@ -144,5 +143,5 @@ def run_generate(ckpt, sample_dir, *prompts, **changes):
     values = {"ckpt": ckpt, "sample_dir": sample_dir, "num_steps": 3, "per_proc_batch_size": 2, "prompts": [*prompts]}
     config = parse_flags(generate_t2i.TextGenerateConfig, tiny.flags(**{**values, **changes}))
     with tiny.one_thread():
-        generate.generate(config, generate_t2i.TextSampler)
+        generate_t2i.generate_prompts(config)
     return tiny.results(sample_dir)

@@ -21,3 +21,27 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """Folder of a tiny VAE."""
+    import tiny  # reads the environment that is set above, as does all that it imports
+
+    return tiny.vae_folder(tmp_path_factory.mktemp("vae") / "tiny-vae")
+
+
+@pytest.fixture(scope="module")
+def ckpt(vae, tmp_path_factory):
+    """Checkpoint of a tiny flow model of its latents."""
+    import tiny
+
+    return tiny.checkpoint(tmp_path_factory.mktemp("ckpt") / "0000003.pt", vae)
+
+
+@pytest.fixture(scope="module")
+def reference(ckpt, tmp_path_factory):
+    """(folder, arr_0, manifest) of five images in batches of two."""
+    import tiny
+
+    return tiny.run_generate(ckpt, tmp_path_factory.mktemp("samples"))

@@ -21,7 +21,7 @@ from models import create_model, encoders, load_model
 from models.encoders import Encoder
 from models.paths import PATHS
 from preprocessing import dataset_tools
-from preprocessing.pack import pack
+from preprocessing.pack import PackFlags, pack
 from preprocessing.sources import ImageSource
 from training import alignment
 from training.checkpoint import checkpoint_path
@@ -54,7 +54,7 @@ def data(tmp_path):
     rng = np.random.default_rng(3)
     for name in names:
         Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / "images" / name)
-    (folder / "vae-sd" / NAMES).write_bytes(b"".join(pack_names(names)))
+    (folder / "vae-sd" / NAMES).write_bytes(pack_names(names))
     change_manifest(folder / "vae-sd", images=ImageSource(folder / "images").fingerprint())
     return folder
 
@@ -183,7 +183,7 @@ def test_default_depth_of_the_baselines(name, depth):
 def test_the_projection_is_of_the_tokens_after_that_block():
     model = tiny.fill_(create_model("SiT-Ti/2", input_size=4, ssl_align=True, encoder_depth=2, z_dims=(6, 8)))
     after = []
-    model.blocks[1].register_forward_hook(lambda *args: after.append(args[-1]))
+    model.blocks[1].register_forward_hook(lambda *args: after.append(args[-1][0]))  # tokens, text
     with torch.no_grad():
         out = model(torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 1]))
         for projection, project in zip(out.projections, model.projectors, strict=True):
@@ -225,7 +225,7 @@ def test_stored_features_train_as_the_encoder_does(data, dino, tmp_path, monkeyp
 
 def test_packed_moments_keep_their_tie_to_the_features(data, dino, tmp_path, monkeypatch):
     place = store(data, dino)
-    pack(data / "vae-sd", tmp_path / "packed/vae-sd", stored="fp32")
+    pack(PackFlags(data / "vae-sd", tmp_path / "packed/vae-sd", stored_dtype="fp32"))
     shutil.copytree(place, tmp_path / "packed" / place.name)
     monkeypatch.setattr(alignment, "Encoder", no_encoder)
     assert losses(run(tmp_path / "packed", tmp_path / "a")) == losses(run(data, tmp_path / "b"))

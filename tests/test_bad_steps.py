@@ -8,6 +8,7 @@ from faulty_train import infinite_gradient, infinite_loss, injected
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+import training.run
 from common.errors import InputError
 from training.checkpoint import existing_steps
 from training.guard import BadSteps, all_finite
@@ -201,13 +202,13 @@ def test_all_finite_finds_one_element(value):
 def with_scaler(monkeypatch):
     """Runs get fp16 with its gradient scaler on CPU, where accelerate would refuse."""
 
-    def start(config, run_dir, original=train.start_accelerator):
+    def start(config, run_dir, original=training.run.start_accelerator):
         accelerator = original(config, run_dir)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         return accelerator
 
-    monkeypatch.setattr(train, "start_accelerator", start)
+    monkeypatch.setattr(training.run, "start_accelerator", start)
 
 
 def test_the_scaler_skips_with_the_optimizer_and_lowers_its_scale(data, tmp_path, monkeypatch, with_scaler):

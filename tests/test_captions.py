@@ -16,7 +16,7 @@ from common.errors import InputError
 from dataset import open_captions
 from models.text import TextEncoder, TextSpec, encoder_family
 from preprocessing.info import describe
-from preprocessing.text import Captions, write_captions
+from preprocessing.text import CaptionFlags, Captions, write_captions
 from preprocessing.verify import verify
 from training.loader import LatentLoader, SeekableSampler
 
@@ -63,7 +63,7 @@ def test_a_step_draws_one_of_the_images_captions(data):
     for batch in LatentLoader(dataset, sampler, stop_step=60):
         order = sampler.batch(batch.step)
         chosen = dataset.text.choose(order, sampler.uniforms(batch.step))
-        assert torch.equal(batch.labels, dataset.context(chosen))
+        assert torch.equal(batch.condition, dataset.context(chosen))
         for index, row in zip(order.tolist(), chosen.tolist(), strict=True):
             seen[index].add(row)
     starts = dataset.text.starts
@@ -74,7 +74,7 @@ def test_ranks_get_their_rows_of_the_same_choice(data):
     dataset, sampler = open_captions(data), SeekableSampler(captioned.COUNT, 4, seed=3)
     (whole,) = LatentLoader(dataset, sampler, start_step=2, stop_step=3)
     (half,) = LatentLoader(dataset, sampler, rows=[2, 3], start_step=2, stop_step=3)
-    assert torch.equal(whole.labels[2:], half.labels)
+    assert torch.equal(whole.condition[2:], half.condition)
 
 
 def test_dropped_captions_become_the_empty_one(data):
@@ -96,23 +96,23 @@ def test_a_plain_json_of_captions(data, tmp_path, form):
 
 
 def test_written_again_gives_the_same_bytes_and_a_second_run_does_nothing(data, tmp_path, capsys):
-    arguments = (data / "images", data.parent / "captions.json", tmp_path / "text", data.parent / "clip")
-    write_captions(*arguments, device="cpu")
+    arguments = (data / "images", tmp_path / "text", data.parent / "captions.json", data.parent / "clip")
+    write_captions(CaptionFlags(*arguments, device="cpu"))
     assert tree(tmp_path / "text") == tree(data / "text")
-    write_captions(*arguments, device="cpu")
+    write_captions(CaptionFlags(*arguments, device="cpu"))
     assert "nothing to do" in capsys.readouterr().err
 
 
 def test_features_in_full_precision(data, tmp_path):
-    arguments = (data / "images", data.parent / "captions.json", tmp_path / "text", data.parent / "clip")
-    write_captions(*arguments, batch_size=4, stored="fp32", device="cpu")
+    arguments = (data / "images", tmp_path / "text", data.parent / "captions.json", data.parent / "clip")
+    write_captions(CaptionFlags(*arguments, batch_size=4, stored_dtype="fp32", device="cpu"))
     rows = np.fromfile(tmp_path / "text/rows-00000.bin", "<f4").reshape(-1, captioned.TOKENS, captioned.WIDTH)
     texts = [text for name in sorted(captioned.PHOTOS) for text in captioned.PHOTOS[name]]
     np.testing.assert_allclose(rows, encoder(data)(texts), atol=1e-6)
 
 
 def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
-    arguments = (data / "images", data.parent / "captions.json", tmp_path / "text", data.parent / "clip")
+    arguments = (data / "images", tmp_path / "text", data.parent / "captions.json", data.parent / "clip")
     calls, call = [], TextEncoder.__call__
 
     def dying(self, texts):
@@ -123,14 +123,14 @@ def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TextEncoder, "__call__", dying)
     with pytest.raises(KeyboardInterrupt):
-        write_captions(*arguments, batch_size=4, device="cpu")
+        write_captions(CaptionFlags(*arguments, batch_size=4, device="cpu"))
     with pytest.raises(InputError, match="not finished"):
         shutil.copytree(data, tmp_path / "d", ignore=shutil.ignore_patterns("text"))
         (tmp_path / "text").rename(tmp_path / "d/text")
         open_captions(tmp_path / "d")
     monkeypatch.setattr(TextEncoder, "__call__", call)
     (tmp_path / "d/text").rename(tmp_path / "text")
-    write_captions(*arguments, batch_size=4, device="cpu")
+    write_captions(CaptionFlags(*arguments, batch_size=4, device="cpu"))
     assert (tmp_path / "text/rows-00000.bin").read_bytes() == (data / "text/rows-00000.bin").read_bytes()
 
 

@@ -10,8 +10,8 @@ import torch
 
 from common.errors import InputError
 from models import PRESETS, create_model, load_checkpoint, load_model
-from models.checkpoints import config_from_state
 from models.deepflow import DeepFlow
+from models.published import config_from_state
 
 TINY = {"input_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 1, "num_classes": 3, "projector_dim": 16}
 

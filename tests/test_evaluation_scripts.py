@@ -1,4 +1,4 @@
-"""script/*/eval.sh: sampling, then evaluation; what is missing is said before anything is sampled."""
+"""script/*/eval.sh: sampling, then evaluation; a missing file is named before anything is sampled."""
 
 import os
 import subprocess
@@ -6,7 +6,11 @@ import subprocess
 import pytest
 import tiny
 
+from common.flags import parse_flags
+from generate import GenerateConfig
+
 SIZES = ("base", "large", "xlarge")
+MAPS = {"b": ("dmft-b", 1.0), "xl": ("dmft-xl", 1.0), "xl_512": ("dmft-xl-512", 1.5)}
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 mkdir -p "$SAMPLE_DIR"
@@ -29,58 +33,85 @@ def environment(tmp_path):
     return {name: str(value) for name, value in values.items()}
 
 
-def run(size, environment, *flags):
-    command = ["bash", f"script/{size}/eval.sh", *flags]
+def run(script, environment, *flags):
+    command = ["bash", f"script/{script}.sh", *flags]
     return subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def sampled(line):
+    """The configuration that a noted call of torchrun gives to generate.py."""
+    program, _, flags = line.partition(" generate.py ")
+    assert program == "torchrun --standalone --nproc-per-node 2"
+    return parse_flags(GenerateConfig, flags.split())
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_samples_and_measures_as_published(environment, tmp_path, size):
-    done = run(size, {**environment, "INCEPTION_WEIGHTS": str(tmp_path / "weights.pth")}, "--cfg-scale", "1.3")
+    done = run(f"{size}/eval", {**environment, "INCEPTION_WEIGHTS": str(tmp_path / "weights.pth")})
     assert done.returncode == 0, done.stderr
     sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
-    for flag in (
-        "--num-fid-samples 50000",
-        "--mode sde",
-        "--num-steps 250",
-        "--cfg-scale 1.0",
-        f"--ckpt {tmp_path}/step.pt",
-    ):
-        assert flag in sample
-    assert sample.startswith("torchrun --standalone --nproc-per-node 2 generate.py") and sample.endswith(
-        "--cfg-scale 1.3"
-    )
-    expected = f"evaluations/evaluator.py {tmp_path}/ref.npz {tmp_path}/fid/NAME.npz --json results/run-NAME.json"
+    config = sampled(sample)
+    assert (config.ckpt, config.sample_dir) == (str(tmp_path / "step.pt"), str(tmp_path / "fid"))
+    assert (config.num_fid_samples, config.mode, config.cfg_scale, config.labels) == (50_000, "sde", 1.0, "random")
+    assert config.num_steps in (None, 250) and config.weights == "ema"
+    # the checkpoint knows its model
+    assert [config.model, config.trans_depth, config.df_idxs, config.path_type, config.legacy_scaling] == [None] * 5
+    expected = f"-m evaluations.evaluator {tmp_path}/ref.npz {tmp_path}/fid/NAME.npz --json results/run-NAME.json"
     assert evaluate == f"torchrun --standalone --nproc-per-node 2 {expected} --inception-weights {tmp_path}/weights.pth"
-    assert table == "python evaluations/table.py results/run-NAME.json"
+    assert table == "python -m evaluations.table results/run-NAME.json"
 
 
-@pytest.mark.parametrize("size", ["b", "xl", "xl_512"])
-def test_flow_maps_of_some_steps_have_their_own_results(environment, tmp_path, size):
-    command = ["bash", f"script/dmf/eval_{size}.sh", "--mode", "restart"]
-    done = subprocess.run(
-        command, cwd=tiny.ROOT, env={**environment, "NUM_STEPS": "2"}, capture_output=True, text=True, check=False
-    )
+def test_further_flags_are_passed_on(environment, tmp_path):
+    done = run("base/eval", environment, "--cfg-scale", "1.3", "--num-steps", "50")
+    assert done.returncode == 0, done.stderr
+    config = sampled((tmp_path / "calls").read_text().splitlines()[0])
+    assert (config.cfg_scale, config.num_steps) == (1.3, 50)
+
+
+@pytest.mark.parametrize("size", MAPS)
+def test_flow_maps_have_results_per_number_of_steps(environment, tmp_path, size):
+    done = run(f"dmf/eval_{size}", {**environment, "NUM_STEPS": "2"}, "--mode", "restart")
     assert done.returncode == 0, done.stderr
     sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
-    assert "--num-fid-samples 50000" in sample and "--num-steps 2 " in sample and sample.endswith("--mode restart")
+    config = sampled(sample)
+    assert (config.num_fid_samples, config.num_steps, config.mode) == (50_000, 2, "restart")
+    assert (config.shift, config.dmf_depth, config.cfg_scale) == (MAPS[size][1], None, 1.0)
     assert evaluate.endswith("--json results/steps-2/run-NAME.json")
-    assert table == "python evaluations/table.py results/steps-2/run-NAME.json"
+    assert table == "python -m evaluations.table results/steps-2/run-NAME.json"
+
+
+@pytest.mark.parametrize(
+    ("script", "run_and_step"),
+    [
+        ("base/eval", "deepflow-b-2t/checkpoints/0400000"),
+        ("large/eval", "deepflow-l-3t/checkpoints/0400000"),
+        ("xlarge/eval", "deepflow-xl-3t/checkpoints/2000000"),
+        ("dmf/eval_b", "dmft-b/checkpoints/0400000"),
+        ("dmf/eval_xl", "dmft-xl/checkpoints/0400000"),
+        ("dmf/eval_xl_512", "dmft-xl-512/checkpoints/0800000"),
+        ("t2i/eval", "deepflow-t2i-3t/checkpoints/0150000"),
+    ],
+)
+def test_the_last_checkpoint_of_the_recipe_is_the_default(environment, tmp_path, script, run_and_step):
+    own = {name: value for name, value in environment.items() if name not in ("CKPT", "EXP_NAME")}
+    done = run(script, {**own, "OUTPUT_DIR": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: CKPT {tmp_path}/{run_and_step}.pt does not exist")
 
 
 def test_sampling_alone(environment, tmp_path):
-    done = run("base", {**environment, "REF": "none"}, "--format", "png")
+    done = run("base/eval", {**environment, "REF": "none"}, "--format", "png")
     assert done.returncode == 0 and "fid is not measured" in done.stdout
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
 
 
 def test_without_an_npz_there_is_nothing_to_measure(environment, tmp_path):
-    done = run("base", environment, "--format", "png")
+    done = run("base/eval", environment, "--format", "png")
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}/fid holds no npz to measure; leave out --format png\n"
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("script", ["base/eval", "dmf/eval_xl"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -90,8 +121,8 @@ def test_without_an_npz_there_is_nothing_to_measure(environment, tmp_path):
         ({"INCEPTION_WEIGHTS": "/nowhere.pth"}, "error: INCEPTION_WEIGHTS /nowhere.pth does not exist"),
     ],
 )
-def test_what_is_missing_is_said_first(environment, tmp_path, size, changes, message):
-    done = run(size, {**environment, **changes})
+def test_a_missing_file_is_named_before_anything_is_sampled(environment, tmp_path, script, changes, message):
+    done = run(script, {**environment, **changes})
     assert done.returncode == 2
     assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "calls").exists()

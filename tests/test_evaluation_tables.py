@@ -111,10 +111,10 @@ def test_results_without_a_manifest_and_other_files(tmp_path, capsys):
             table.main([str(tmp_path / name)])
 
 
-def test_published_numbers_are_those_of_the_readme():
-    readme = (tiny.ROOT / "README.md").read_text()
+def test_published_numbers_are_those_of_the_documentation():
+    page = (tiny.ROOT / "docs" / "paper.md").read_text()
     numbers = {f"{row.fid:g}" for row in PUBLISHED}
-    assert len(numbers) >= 19 and all(number in readme for number in numbers)
+    assert len(numbers) >= 19 and all(number in page for number in numbers)
 
 
 # ------------------------------------------------------------------------------------------------- sweeps
@@ -151,9 +151,9 @@ def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd):
 
 
 def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
-    def run_python(processes, name, flags):
-        calls.append((name, [str(flag) for flag in flags]))
-        if name == "generate.py":
+    def run_python(processes, *command):
+        calls.append([str(word) for word in command])
+        if command[0] != "-m":
             (tmp_path / "samples/steps-2-cfg-1.0").mkdir(parents=True)
             (tmp_path / "samples/steps-2-cfg-1.0/a.npz").touch()
         else:
@@ -162,10 +162,9 @@ def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(sweep, "run_python", run_python)
     flags = ["--ckpt", "c", "--ref", "r", "--out", str(tmp_path), "--features", "f", "--other-size", "--", "--heun"]
-    args = sweep.parse_args(flags)
-    assert sweep.measure(sweep.Setting(2, 1.0, 0.0, 1.0), args)["metrics"] == {"fid": 1.0}
-    (sample, sampled), (evaluate, evaluated) = calls
-    assert (sample, evaluate) == ("generate.py", "evaluations/evaluator.py")
+    assert sweep.measure(sweep.Setting(2, 1.0, 0.0, 1.0), *sweep.parse(flags)).metrics == {"fid": 1.0}
+    sampled, evaluated = calls
+    assert sampled[0].endswith("generate.py") and evaluated[:2] == ["-m", "evaluations.evaluator"]
     assert sampled[-1] == "--heun" and "--other-size" not in sampled
     assert evaluated[-3:] == ["--features", "f", "--other-size"]
 
@@ -173,11 +172,11 @@ def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
 def test_settings_without_guidance_are_taken_once(tmp_path):
     np.savez(tmp_path / "ref.npz", arr_0=pictures(1, 0))
     flags = ["--ckpt", "x", "--ref", "y", "--out", "z", "--cfg-scale", "1", "1.5", "--interval", "0,1", "0.3,0.7"]
-    settings = sweep.settings(sweep.parse_args([*flags, "--num-steps", "50", "250"]))
+    settings = sweep.settings(sweep.parse([*flags, "--num-steps", "50", "250"])[0])
     assert [setting.name for setting in settings] == [
         f"steps-{steps}-cfg-{rest}" for steps in (50, 250) for rest in ("1.0", "1.5-0.0-1.0", "1.5-0.3-0.7")
     ]
     with pytest.raises(SystemExit):
-        sweep.parse_args([*flags[:6], "--interval", "0.3"])
+        sweep.parse([*flags[:6], "--interval", "0.3"])
     with pytest.raises(InputError, match="--ckpt x does not exist"):
         sweep.main(flags)

@@ -82,7 +82,7 @@ def test_probing_does_not_change_the_velocity(checkpoints, name):
     [
         ("SiT", (), "one branch; name a block with --block .1 to 3."),
         ("SiT", ("--block", 4), "--block 4 is out of range"),
-        ("DeepFlow", ("--num-steps", 0), "--num-steps 0 must be at least 1"),
+        ("DeepFlow", ("--num-steps", 0), "--num-steps 0 is out of range"),
         ("DeepFlow", ("--plot", "."), "--plot . is a folder; name a file"),
     ],
 )

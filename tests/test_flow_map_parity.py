@@ -14,7 +14,7 @@ from models.checkpoints import load_strictly
 from models.deepflow import DeepFlow
 from models.flow_map import FlowMap
 from models.paths import PATHS
-from samplers import Guidance, GuidedVelocity, RestartStep, sample_map
+from samplers import SAMPLERS, Guidance, GuidedVelocity, integrate
 
 
 def build_map(case, dtype=torch.float32):
@@ -106,8 +106,9 @@ def test_parity_dmf_samplers(prefix, restart, steps, shift, scale):
 
     y = values["y"]
     u = GuidedVelocity(network, y, torch.full_like(y, 1000), Guidance(scale, 0.1, 0.8))
-    step = RestartStep(PATHS["linear"], lambda i: values["noise"][i]) if restart else None
-    result = sample_map(u, values["latents"], steps, shift, step)
+    sampler = SAMPLERS["restart" if restart else "euler"]
+    step = sampler.step(PATHS["linear"], lambda i: values["noise"][i])
+    result = integrate(step, u, values["latents"], sampler.times(steps, shift))
     assert result.dtype == torch.float64
     assert parity.relative_error(result, values["result"]) < 5e-7
     assert u.calls == steps

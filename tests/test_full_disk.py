@@ -50,7 +50,7 @@ def test_a_lasting_checkpoint_that_does_not_fit_ends_the_run_in_one_line(data, t
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
     before = files(run_dir)
     culprit = (
-        r"0000003.pt is not written \(File too large\); the checkpoints before it stay; free space .*--resume latest"
+        r"0000003.pt is not written \(File too large\); earlier checkpoints are kept; free space .*--resume latest"
     )
     with largest_file(1_000_000), pytest.raises(InputError, match=culprit) as caught:
         tiny.run_train(data, tmp_path, max_train_steps=8, checkpointing_steps=3, resume="auto")
@@ -78,7 +78,8 @@ def test_a_log_that_cannot_be_written_costs_its_lines_only(data, tmp_path, capsy
     warnings = [line for line in capsys.readouterr().out.splitlines() if "is not written" in line]
     assert (
         warnings
-        == [f"warning: {run_dir}/log.jsonl is not written (No space left on device); free space, training goes on"] * 2
+        == [f"warning: {run_dir}/log.jsonl is not written (No space left on device); free space, training continues"]
+        * 2
     )
     assert existing_steps(run_dir) == [2, 4]
 

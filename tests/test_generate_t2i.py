@@ -1,5 +1,6 @@
 """Sampling of prompts: what a prompt does, guidance, sources of prompts, GenEval's folders, bad input."""
 
+import functools
 import json
 
 import captioned
@@ -9,13 +10,16 @@ import tiny
 import torch
 from PIL import Image
 
-import generate_t2i
 from common.errors import InputError
 from common.flags import parse_flags
 from evaluations.geneval import check_layout
+from generate_t2i import TextGenerateConfig, generate_prompts
 from models.export import export
 from models.mmdit import MMDiT
 from samplers import Guidance, GuidedVelocity
+from sampling.conditions import Prompts
+from sampling.prompts import PromptList, read_prompts
+from sampling.sampler import ImageSampler
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +30,15 @@ def ckpt(tmp_path_factory):
 
 def sampler(ckpt, **changes):
     values = {"ckpt": ckpt, "prompts": ["a cat", "a cup"], "num_steps": 3, **changes}
-    return generate_t2i.TextSampler(
-        parse_flags(generate_t2i.TextGenerateConfig, tiny.flags(**values)), torch.device("cpu")
-    )
+    config = parse_flags(TextGenerateConfig, tiny.flags(**values))
+    source = read_prompts(config.prompts, config.global_seed)
+    config = config.resolve(source)
+    config.check()
+    return ImageSampler(config, functools.partial(Prompts.load, source=source), torch.device("cpu"))
 
 
 def test_defaults():
-    config = parse_flags(generate_t2i.TextGenerateConfig, ["--ckpt", "x", "--prompts", "a cat"])
+    config = parse_flags(TextGenerateConfig, ["--ckpt", "x", "--prompts", "a cat"]).resolve(PromptList(["a cat"]))
     config.check()
     assert (config.mode, config.num_steps, config.cfg_scale, config.num_fid_samples) == ("sde", 250, 2.0, 1)
 
@@ -55,7 +61,7 @@ def test_images_do_not_depend_on_the_batch(ckpt, tmp_path):
 
 def test_an_empty_prompt_is_the_unconditional_path(ckpt):
     made = sampler(ckpt, prompts=["a cat", ""])
-    conditional, unconditional = made.conditions([0, 1])
+    conditional, unconditional = made.condition.of([0, 1])
     assert torch.equal(conditional[1], unconditional[1])
     assert not torch.equal(conditional[0], unconditional[0])
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.5])
@@ -67,7 +73,7 @@ def test_an_empty_prompt_is_the_unconditional_path(ckpt):
 
 def test_guidance_of_one_is_the_conditional_velocity_and_more_is_one_call_of_twice_the_rows(ckpt):
     made = sampler(ckpt)
-    y, y_null = made.conditions([0, 1])
+    y, y_null = made.condition.of([0, 1])
     calls = []
 
     def network(x, t, condition):
@@ -105,15 +111,14 @@ def test_captions_of_a_validation_set_one_per_image_in_order(ckpt, tmp_path):
     assert len(images) == 4
     for name, prompt in zip(sorted(captioned.PHOTOS), manifest["labels"], strict=False):
         assert prompt in captioned.PHOTOS[name]
-    seeds = {tuple(generate_t2i.read_prompts([str(path)], seed).texts) for seed in range(8)}
+    seeds = {tuple(read_prompts([str(path)], seed).texts) for seed in range(8)}
     assert len(seeds) > 1
-    assert seeds == {tuple(generate_t2i.read_prompts([str(path)], seed).texts) for seed in range(8)}
+    assert seeds == {tuple(read_prompts([str(path)], seed).texts) for seed in range(8)}
 
 
 def test_a_picture_with_its_prompts(ckpt, tmp_path):
     prompts = {"prompts": ["a cat", "a cup"], "ckpt": ckpt, "num_steps": 2, "grid": "2x2", "out": tmp_path / "g.png"}
-    config = parse_flags(generate_t2i.TextGenerateConfig, tiny.flags(**prompts))
-    generate_t2i.generate(config, generate_t2i.TextSampler)
+    generate_prompts(parse_flags(TextGenerateConfig, tiny.flags(**prompts)))
     with Image.open(tmp_path / "g.png") as picture:
         assert picture.height > picture.width
     assert json.loads((tmp_path / "g.json").read_text())["labels"] == ["a cat", "a cat", "a cup", "a cup"]
@@ -167,7 +172,7 @@ def test_files_that_hold_no_prompts(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        generate_t2i.read_prompts([str(tmp_path / name)], 0)
+        read_prompts([str(tmp_path / name)], 0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from models import create_model
 from models.paths import PATHS
-from samplers import GuidedVelocity, sample_noise, sample_sde
+from samplers import SAMPLERS, GuidedVelocity, integrate, sample_noise
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +66,8 @@ def test_sampler_on_the_device_agrees_with_the_cpu():
         velocity = GuidedVelocity(model.to(device).velocity, y, torch.full_like(y, 3))
         start = sample_noise(0, range(4), 0, (4, 8, 8)).to(device)
         noise = lambda step: sample_noise(0, range(4), step + 1, (4, 8, 8))  # noqa: E731
-        result = sample_sde(velocity, start, PATHS["linear"], noise, num_steps=20)
+        sde = SAMPLERS["sde"]
+        result = integrate(sde.step(PATHS["linear"], noise), velocity, start, sde.times(20))
         assert result.dtype == torch.float64
         results.append(result.cpu().numpy())
     np.testing.assert_allclose(*results, rtol=1e-3, atol=1e-4)

@@ -5,9 +5,10 @@ import parity
 import pytest
 import torch
 
-from models.checkpoints import config_from_state, convert, load_strictly
+from models.checkpoints import load_strictly
 from models.mmdit import MMDiT
 from models.presets import build
+from models.published import config_from_state, convert
 
 TOLERANCE = 2e-6
 

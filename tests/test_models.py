@@ -13,6 +13,7 @@ from loss import alignment_loss
 from models import PRESETS, create_model, model_config
 from models.deepflow import CrossSpaceAttention, DeepFlow, TimeGapAdaLN, VeRA
 from models.layers import Attention, Block, TimestepEmbedder, VelocityLayer, sinusoid
+from models.presets import kind_of
 
 TINY = {
     "input_size": 4,
@@ -175,6 +176,21 @@ def test_key_layers_that_do_not_fit_are_refused_by_name(df_idxs, named):
     with pytest.raises(InputError, match=named) as caught:
         meta_model("DeepFlow-B/2", df_idxs=df_idxs)
     assert str(caught.value).startswith("--df-idxs") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "taken"), [("SiT-B/2", "DeepFlow-B/2"), ("SiT-XL/4", "DeepFlow-XL/2")])
+def test_key_layers_of_a_sit_are_refused_with_the_preset_to_take(name, taken):
+    with pytest.raises(InputError, match=f"--df-idxs .*--model {name}, .*--model {taken}"):
+        model_config(name, df_idxs="4 8")
+    assert model_config(name, df_idxs="[]")["df_idxs"] == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("SiT-Ti/2", "flow"), ("DMFT-Ti/2", "flow map"), ("DeepFlow-MMDiT-Ti/2", "text")]
+)
+def test_kind_of_network(name, kind):
+    options = model_config(name)
+    assert (PRESETS[name].kind, kind_of(options), create_model(name).kind) == (kind, kind, kind)
 
 
 @pytest.mark.parametrize(("name", "depth"), [("DeepFlow-B/2", 11), ("DeepFlow-XL/2", 20)])

@@ -6,10 +6,11 @@ import parity
 import pytest
 import torch
 
-from models.checkpoints import config_from_state, convert, load_strictly
+from models.checkpoints import load_strictly
 from models.deepflow import DeepFlow
 from models.flow_map import FlowMap
 from models.presets import build as build_model
+from models.published import config_from_state, convert
 
 TOLERANCE = 2e-6
 

@@ -16,10 +16,10 @@ from common.errors import InputError
 from dataset import open_dataset
 from latents.sets import open_set
 from models.codec import LatentCodec
-from preprocessing.convert import convert
-from preprocessing.encode import encode
+from preprocessing.convert import ConvertFlags, convert
+from preprocessing.encode import EncodeFlags, MirrorFlags, encode
 from preprocessing.info import describe, write_grid
-from preprocessing.pack import pack
+from preprocessing.pack import PackFlags, pack
 
 ROOT = Path(__file__).parent.parent
 COUNT = 18
@@ -29,7 +29,7 @@ COUNT = 18
 def data(tmp_path):
     """A data folder with 18 converted 16×16 images of three classes."""
     source = write_class_folders(tmp_path / "source", per_class=6)
-    convert(source, tmp_path / "data/images", (16, 16), "center-crop-dhariwal")
+    convert(ConvertFlags(source, tmp_path / "data/images", (16, 16), "center-crop-dhariwal"))
     return tmp_path / "data"
 
 
@@ -51,7 +51,7 @@ def test_moments_do_not_depend_on_the_batch(data, tmp_path):
     expected = direct_moments(data)
     assert expected.std() > 0.1
     for batch_size in (1, 16):
-        encode(data / "images", tmp_path / f"b{batch_size}", tiny_vae(), batch_size=batch_size)
+        encode(EncodeFlags(data / "images", tmp_path / f"b{batch_size}", tiny_vae(), batch_size=batch_size))
         moments = all_moments(tmp_path / f"b{batch_size}")
         torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-5)
     names = [name for name, _ in json.loads((tmp_path / "b16/dataset.json").read_text())["labels"]]
@@ -62,8 +62,8 @@ def test_moments_do_not_depend_on_the_batch(data, tmp_path):
 
 def test_packed_is_the_same_within_half_precision(data, tmp_path):
     expected = direct_moments(data)
-    encode(data / "images", tmp_path / "fp16", tiny_vae(), packed=True, shard_size=7)
-    encode(data / "images", tmp_path / "fp32", tiny_vae(), packed=True, stored="fp32", batch_size=5)
+    encode(EncodeFlags(data / "images", tmp_path / "fp16", tiny_vae(), packed=True, shard_size=7))
+    encode(EncodeFlags(data / "images", tmp_path / "fp32", tiny_vae(), packed=True, stored_dtype="fp32", batch_size=5))
     torch.testing.assert_close(all_moments(tmp_path / "fp16"), expected, rtol=2**-10, atol=1e-4)
     torch.testing.assert_close(all_moments(tmp_path / "fp32"), expected, rtol=1e-4, atol=1e-5)
     assert sorted(tree(tmp_path / "fp16")) == ["labels.npy", "manifest.json", "names.txt"] + [
@@ -75,17 +75,17 @@ def test_packed_is_the_same_within_half_precision(data, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_arithmetic_is_close(dtype, data, tmp_path):
-    encode(data / "images", tmp_path / "half", tiny_vae(), dtype=dtype)
+    encode(EncodeFlags(data / "images", tmp_path / "half", tiny_vae(), dtype=dtype))
     expected, moments = direct_moments(data), all_moments(tmp_path / "half")
     error = ((moments - expected).square().mean() / expected.square().mean()).sqrt()
     assert 0 < error < 0.03
 
 
 def test_pack_equals_direct_packing(data, tmp_path):
-    encode(data / "images", data / "vae-sd", tiny_vae())
-    encode(data / "images", tmp_path / "direct", tiny_vae(), packed=True, shard_size=7)
-    pack(data, tmp_path / "packed", shard_size=7)
-    pack(tmp_path / "packed/vae-sd", tmp_path / "again", shard_size=18)
+    encode(EncodeFlags(data / "images", data / "vae-sd", tiny_vae()))
+    encode(EncodeFlags(data / "images", tmp_path / "direct", tiny_vae(), packed=True, shard_size=7))
+    pack(PackFlags(data, tmp_path / "packed", shard_size=7))
+    pack(PackFlags(tmp_path / "packed/vae-sd", tmp_path / "again", shard_size=18))
     files = tree(tmp_path / "direct")
     assert {**tree(tmp_path / "packed/vae-sd"), "manifest.json": files["manifest.json"]} == files
     rows = [(tmp_path / f"direct/rows-{i:05d}.bin").read_bytes() for i in range(3)]
@@ -97,16 +97,16 @@ def test_pack_equals_direct_packing(data, tmp_path):
 
 def test_pack_of_a_foreign_folder_records_what_is_assumed(tmp_path):
     write_folder_layout(tmp_path / "foreign")
-    pack(tmp_path / "foreign", tmp_path / "packed", num_classes=7)
+    pack(PackFlags(tmp_path / "foreign", tmp_path / "packed", num_classes=7))
     info = open_dataset(tmp_path / "packed").info
     assert info.num_classes == 7 and info.spec.family == "sd-vae-ft" and info.spec.scale == 0.18215
     with pytest.raises(InputError, match=r"holds another result \(num_classes: 7 there, 5 now\)"):
-        pack(tmp_path / "foreign", tmp_path / "packed", num_classes=5)
+        pack(PackFlags(tmp_path / "foreign", tmp_path / "packed", num_classes=5))
 
 
 def test_mirror_encodes_flipped_images(data):
-    encode(data / "images", data / "vae-sd", tiny_vae())
-    encode(data / "images", data / "vae-sd-mirror", tiny_vae(), flip=True, packed=True)
+    encode(EncodeFlags(data / "images", data / "vae-sd", tiny_vae()))
+    encode(MirrorFlags(data / "images", data / "vae-sd-mirror", tiny_vae(), packed=True))
     dataset = open_dataset(data, images=True, mirror=True)
     moments, _, images = dataset.gather(range(COUNT), flip=np.ones(COUNT, bool))
     expected = direct_moments(data, flip=True)
@@ -119,9 +119,9 @@ def test_round_trip_costs_nothing_beyond_the_vae(tmp_path):
     """Image → moments → packed → pixels, against the VAE alone."""
     vae = ROOT / "assets/tiny-vae"
     source = write_class_folders(tmp_path / "source", per_class=3, size=(32, 32))
-    convert(source, tmp_path / "images", (32, 32), "center-crop-dhariwal")
-    encode(tmp_path / "images", tmp_path / "vae-sd", vae)
-    pack(tmp_path / "vae-sd", tmp_path / "packed")
+    convert(ConvertFlags(source, tmp_path / "images", (32, 32), "center-crop-dhariwal"))
+    encode(EncodeFlags(tmp_path / "images", tmp_path / "vae-sd", vae))
+    pack(PackFlags(tmp_path / "vae-sd", tmp_path / "packed"))
     images = torch.stack(
         [
             torch.from_numpy(np.asarray(Image.open(path)).transpose(2, 0, 1).copy())
@@ -140,10 +140,10 @@ def test_round_trip_costs_nothing_beyond_the_vae(tmp_path):
 def test_a_second_run_does_nothing(data, tmp_path, capsys):
     for folder, options in (("folder", {}), ("packed", {"packed": True})):
         for _ in range(2):
-            encode(data / "images", tmp_path / folder, tiny_vae(), **options)
+            encode(EncodeFlags(data / "images", tmp_path / folder, tiny_vae(), **options))
         assert "nothing to do" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"holds another result \(batch_size: 16 there, 8 now\)"):
-        encode(data / "images", tmp_path / "folder", tiny_vae(), batch_size=8)
+        encode(EncodeFlags(data / "images", tmp_path / "folder", tiny_vae(), batch_size=8))
 
 
 def test_unreadable_images_are_left_out_without_a_gap(data, tmp_path):
@@ -151,10 +151,14 @@ def test_unreadable_images_are_left_out_without_a_gap(data, tmp_path):
     (data / "images/00000/img00000005.png").write_bytes(b"")
     (data / "images/00000/img00000017.png").write_bytes(b"x")
     with pytest.raises(InputError, match=r"img00000005\.png cannot be read \(the file is empty\)"):
-        encode(data / "images", tmp_path / "packed", tiny_vae(), packed=True, shard_size=7, batch_size=4)
+        encode(EncodeFlags(data / "images", tmp_path / "packed", tiny_vae(), packed=True, shard_size=7, batch_size=4))
     kept = [i for i in range(COUNT) if i not in (5, 17)]
     for folder, packed in (("packed", True), ("folder", False)):
-        encode(data / "images", tmp_path / folder, tiny_vae(), packed=packed, shard_size=7, batch_size=4, skip_bad=True)
+        encode(
+            EncodeFlags(
+                data / "images", tmp_path / folder, tiny_vae(), packed=packed, shard_size=7, batch_size=4, skip_bad=True
+            )
+        )
         dataset = open_dataset(tmp_path / folder)
         moments, labels, _ = dataset.gather(range(16))
         torch.testing.assert_close(moments, expected[kept], rtol=2**-10, atol=1e-4)
@@ -169,15 +173,15 @@ def test_unreadable_images_are_left_out_without_a_gap(data, tmp_path):
 
 def test_one_class_trains(tmp_path):
     source = write_class_folders(tmp_path / "source", classes=1)
-    convert(source, tmp_path / "data/images", (16, 16), "center-crop-dhariwal")
+    convert(ConvertFlags(source, tmp_path / "data/images", (16, 16), "center-crop-dhariwal"))
     for folder, packed in (("vae-sd", False), ("packed", True)):
-        encode(tmp_path / "data/images", tmp_path / "data" / folder, tiny_vae(), packed=packed)
+        encode(EncodeFlags(tmp_path / "data/images", tmp_path / "data" / folder, tiny_vae(), packed=packed))
         dataset = open_dataset(tmp_path / "data" / folder)
         assert dataset.info.num_classes == 1 and dataset.labels.tolist() == [0] * 4
 
 
 def test_info_says_ten_lines_and_draws(data, tmp_path):
-    encode(data / "images", data / "vae-sd", tiny_vae(), packed=True)
+    encode(EncodeFlags(data / "images", data / "vae-sd", tiny_vae(), packed=True))
     text = "\n".join(describe(data))
     assert len(describe(data)) == 10 and "18" in text and "n0000, n0001, n0002" in text and "random-vae" in text
     write_grid(data, tmp_path / "grid.png", columns=4)
@@ -191,7 +195,6 @@ def test_info_says_ten_lines_and_draws(data, tmp_path):
 ENCODE_FAULTS = {
     "no source": ({"source": "nowhere"}, "--source .*nowhere is neither a folder nor a .zip"),
     "no VAE": ({"vae": "/no/such/vae"}, "cannot load the VAE"),
-    "batch of none": ({"batch_size": 0}, "--batch-size 0"),
 }
 
 
@@ -199,22 +202,22 @@ ENCODE_FAULTS = {
 def test_encode_mistakes_end_in_one_line(fault, data, tmp_path):
     change, message = ENCODE_FAULTS[fault]
     with pytest.raises(InputError, match=message) as caught:
-        encode(**{"source": data / "images", "dest": tmp_path / "dest", "vae": tiny_vae(), **change})
+        encode(EncodeFlags(**{"source": data / "images", "dest": tmp_path / "dest", "vae": tiny_vae(), **change}))
     assert "\n" not in str(caught.value)
 
 
 def test_images_of_another_size_are_named(data, tmp_path):
     photo(0, 8, 8).save(data / "images/00000/img00000005.png")
     with pytest.raises(InputError, match=r"img00000005\.png is 8x8, not 16x16; convert the images first"):
-        encode(data / "images", tmp_path / "dest", tiny_vae())
+        encode(EncodeFlags(data / "images", tmp_path / "dest", tiny_vae()))
 
 
 def test_values_that_half_precision_cannot_hold_are_named(tmp_path):
     write_folder_layout(tmp_path / "data")
     np.save(tmp_path / "data/vae-sd/00000/img-mean-std-00000002.npy", np.full((8, 4, 4), 1e6, np.float32))
     with pytest.raises(InputError, match=r"00000002\.npy gives values that are not finite in float16"):
-        pack(tmp_path / "data", tmp_path / "packed")
-    pack(tmp_path / "data", tmp_path / "wide", stored="fp32")
+        pack(PackFlags(tmp_path / "data", tmp_path / "packed"))
+    pack(PackFlags(tmp_path / "data", tmp_path / "wide", stored_dtype="fp32"))
     assert open_dataset(tmp_path / "wide").gather([2])[0].max() == 1e6
 
 

@@ -14,7 +14,7 @@ def test_journal_survives_a_line_that_was_cut_off(tmp_path):
     assert again.begin() and again.finished(3).tolist() == [True, False, False]
     again.record(1, side=4)
     assert [record["side"] for record in again.records() if record["batch"] == 1] == [4]
-    again.finish({"a/b.txt": [b"te", b"xt"]}, {"count": 2})
+    again.finish({"a/b.txt": b"text"}, {"count": 2})
     assert not again.partial.exists() and (tmp_path / "dest/a/b.txt").read_bytes() == b"text"
     assert not Job(tmp_path / "dest", {"command": "x"}).begin()
 

@@ -20,9 +20,9 @@ from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folde
 import preprocessing.convert
 import preprocessing.pack
 from models.text import TextEncoder
-from preprocessing.convert import convert
-from preprocessing.pack import pack
-from preprocessing.text import write_captions
+from preprocessing.convert import ConvertFlags, convert
+from preprocessing.pack import PackFlags, pack
+from preprocessing.text import CaptionFlags, write_captions
 
 TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"
 IMAGES = 300
@@ -124,7 +124,7 @@ def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
     source = write_class_folders(tmp_path / "source", per_class=2)
 
     def job(dest):
-        convert(source, dest, (16, 16), "center-crop-dhariwal")
+        convert(ConvertFlags(source, dest, (16, 16), "center-crop-dhariwal", workers=1))
 
     # Enough moments were tried; their number differs between Python versions, which remove folders in other calls.
     assert kill_everywhere(job, tmp_path / "runs", name) > 20
@@ -135,7 +135,7 @@ def test_pack_killed_at_every_write(tmp_path, monkeypatch):
     source = write_folder_layout(tmp_path / "source", count=30)
 
     def job(dest):
-        pack(source, dest, shard_size=7)
+        pack(PackFlags(source, dest, shard_size=7))
 
     assert kill_everywhere(job, tmp_path / "runs", "dest") > 20
 
@@ -146,7 +146,7 @@ def test_captions_killed_at_every_write(tmp_path, monkeypatch):
     source, annotations = captioned.photos(tmp_path / "photos"), captioned.coco_json(tmp_path / "captions.json")
 
     def job(dest):
-        write_captions(source, annotations, dest, batch_size=4, shard_size=6, device="cpu")
+        write_captions(CaptionFlags(source, dest, annotations, batch_size=4, shard_size=6, device="cpu"))
 
     assert kill_everywhere(job, tmp_path / "runs", "dest") > 20
 

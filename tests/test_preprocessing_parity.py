@@ -10,7 +10,7 @@ from parity import FIXTURES, OWN_FIXTURES, evaluation_inputs
 from PIL import Image
 
 from common.errors import InputError
-from preprocessing.convert import convert
+from preprocessing.convert import ConvertFlags, convert
 from preprocessing.sources import ImageSource, decode
 from preprocessing.transforms import center_crop_dhariwal
 
@@ -61,7 +61,9 @@ def test_parity_labels(number, tmp_path):
     case = CASES["label_cases"][number]
     source = write_source(tmp_path / "source", case)
     count = case.get("max_images")
-    convert(source, tmp_path / "dest", (8, 8), "center-crop-dhariwal", count, published_labels=True)
+    convert(
+        ConvertFlags(source, tmp_path / "dest", (8, 8), "center-crop-dhariwal", max_images=count, published_labels=True)
+    )
     assert (tmp_path / "dest/dataset.json").read_text() == json.dumps({"labels": case["labels"]})
     if "order" in case:
         assert list(ImageSource(source).names) == case["order"]
@@ -75,8 +77,8 @@ def test_parity_labels_by_default(number, tmp_path):
     stray = [name for name in case["files"] if "/" not in name]
     if not case["files"] or 0 < len(stray) < len(case["files"]):
         with pytest.raises(InputError, match=stray[0] if stray else "holds no images"):
-            convert(source, tmp_path / "dest", (8, 8), "center-crop-dhariwal")
+            convert(ConvertFlags(source, tmp_path / "dest", (8, 8), "center-crop-dhariwal"))
         assert not (tmp_path / "dest").exists()
         return
-    convert(source, tmp_path / "dest", (8, 8), "center-crop-dhariwal", case.get("max_images"))
+    convert(ConvertFlags(source, tmp_path / "dest", (8, 8), "center-crop-dhariwal", max_images=case.get("max_images")))
     assert json.loads((tmp_path / "dest/dataset.json").read_text()) == {"labels": case["labels"]}

@@ -13,9 +13,9 @@ from data_helpers import photo, tiny_vae, write_class_folders, write_folder_layo
 
 from common.errors import InputError
 from common.files import sha256_of_files
-from preprocessing.convert import convert
-from preprocessing.encode import encode
-from preprocessing.pack import pack
+from preprocessing.convert import ConvertFlags, convert
+from preprocessing.encode import EncodeFlags, MirrorFlags, encode
+from preprocessing.pack import PackFlags, pack
 from preprocessing.verify import verify
 
 TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"
@@ -28,10 +28,10 @@ def good(tmp_path_factory):
     """A whole data folder: images, vae-sd, vae-sd-mirror of nine 16×16 images; and the same packed."""
     root = tmp_path_factory.mktemp("good")
     source = write_class_folders(root / "source", per_class=3)
-    convert(source, root / "data/images", (16, 16), "center-crop-dhariwal")
-    encode(root / "data/images", root / "data/vae-sd", tiny_vae())
-    encode(root / "data/images", root / "data/vae-sd-mirror", tiny_vae(), flip=True, packed=True)
-    pack(root / "data", root / "packed", shard_size=4)
+    convert(ConvertFlags(source, root / "data/images", (16, 16), "center-crop-dhariwal"))
+    encode(EncodeFlags(root / "data/images", root / "data/vae-sd", tiny_vae()))
+    encode(MirrorFlags(root / "data/images", root / "data/vae-sd-mirror", tiny_vae(), packed=True))
+    pack(PackFlags(root / "data", root / "packed", shard_size=4))
     shutil.copytree(root / "data/images", root / "packed/images")
     return root
 

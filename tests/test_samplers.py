@@ -11,18 +11,15 @@ import torch
 from common.errors import InputError
 from models.paths import PATHS
 from samplers import (
+    SAMPLERS,
     Guidance,
     GuidedVelocity,
     euler_step,
     heun_step,
     integrate,
-    labels_in_turn,
-    ode_times,
     sample_labels,
     sample_noise,
-    sample_ode,
-    sample_sde,
-    sde_times,
+    time_grid,
 )
 
 TOLERANCE = 5e-7
@@ -30,8 +27,14 @@ MEAN = torch.tensor([0.5, -0.3]).double()
 COVARIANCE = torch.tensor([[0.25, 0.12], [0.12, 0.16]]).double()
 
 
+def sample(name, velocity, x, num_steps, path=PATHS["linear"], noise=None):
+    """Run a sampler of the table."""
+    sampler = SAMPLERS[name]
+    return integrate(sampler.step(path, noise), velocity, x, sampler.times(num_steps))
+
+
 def velocity_of(function, guidance=None, rows=1, dtype=torch.float64):
-    """The samplers' callable round a closed-form function (x, t, y) → velocity; condition 1, null condition 0."""
+    """The samplers' callable around a closed-form function (x, t, y) → velocity; condition 1, null condition 0."""
     y = torch.ones(rows, dtype=torch.long)
     return GuidedVelocity(function, y, torch.zeros_like(y), guidance, dtype)
 
@@ -62,7 +65,7 @@ def test_parity_sde(prefix, steps, scale):
 
     y = values["y"]
     velocity = GuidedVelocity(network, y, torch.full_like(y, 1000), Guidance(scale, 0.1, 0.8))
-    result = sample_sde(velocity, values["latents"], PATHS["linear"], lambda i: values["noise"][i], steps)
+    result = sample("sde", velocity, values["latents"], steps, noise=lambda i: values["noise"][i])
     assert result.dtype == torch.float64
     assert parity.relative_error(result, values["result"]) < TOLERANCE
     assert velocity.calls == steps
@@ -101,7 +104,7 @@ def test_sde_samples_have_mean_and_covariance_of_a_gaussian(path):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, 2, 1, 1, generator=g, dtype=torch.float64)
     velocity = velocity_of(gaussian(PATHS[path]), rows=len(x))
-    result = sample_sde(velocity, x, PATHS[path], lambda _: torch.randn(x.shape, generator=g), 100).flatten(1)
+    result = sample("sde", velocity, x, 100, PATHS[path], lambda _: torch.randn(x.shape, generator=g)).flatten(1)
     torch.testing.assert_close(result.mean(0), MEAN, rtol=0, atol=0.02)
     torch.testing.assert_close(result.T.cov(), COVARIANCE, rtol=0, atol=0.02)
     assert velocity.calls == 100
@@ -120,7 +123,7 @@ def sde_moments(path, num_steps):
         unit[3 + 2 * index : 5 + 2 * index] = torch.eye(2).view(2, 2, 1, 1)
         return unit
 
-    out = sample_sde(velocity_of(gaussian(path), rows=len(x)), x, path, noise, num_steps).flatten(1)
+    out = sample("sde", velocity_of(gaussian(path), rows=len(x)), x, num_steps, path, noise).flatten(1)
     effects = out[1:] - out[0]
     return out[0], effects.T @ effects
 
@@ -155,14 +158,14 @@ def test_sde_converges_with_order_one_in_distribution(path):
         assert math.log2(coarse / fine) == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("heun", [False, True])
+@pytest.mark.parametrize("ode", ["ode", "ode-heun"])
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
-def test_ode_ends_exactly_at_a_point_target(num_steps, heun):
+def test_ode_ends_exactly_at_a_point_target(num_steps, ode):
     """All data in one point: v = (x − x_0)/t is constant along its straight path, so any number of steps is exact."""
     target = torch.tensor([0.5, -0.25, 2.0, 0.0], dtype=torch.float64).view(1, 4, 1, 1)
     velocity = velocity_of(lambda x, t, y: (x - target) / t.view(-1, 1, 1, 1), rows=3)
     x = torch.randn(3, 4, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    result = sample_ode(velocity, x, num_steps, heun)
+    result = sample(ode, velocity, x, num_steps)
     torch.testing.assert_close(result, target.expand_as(x), rtol=0, atol=1e-14)
 
 
@@ -172,7 +175,7 @@ def test_ode_maps_a_gaussian_to_a_gaussian(path):
     mean, covariance = torch.tensor([0.5]).double(), torch.tensor([[0.09]]).double()
     velocity = velocity_of(gaussian(PATHS[path], mean, covariance), rows=5)
     z = torch.linspace(-2, 2, 5, dtype=torch.float64).view(5, 1, 1, 1)
-    result = sample_ode(velocity, z, num_steps=200, heun=True)
+    result = sample("ode-heun", velocity, z, 200)
     torch.testing.assert_close(result, mean + 0.3 * z, rtol=0, atol=1e-3)
 
 
@@ -187,12 +190,12 @@ def test_order_of_convergence(step, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.05)
 
 
-@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)], ids=["euler", "heun"])
-def test_order_of_convergence_of_the_whole_ode(heun, order):
+@pytest.mark.parametrize(("ode", "order"), [("ode", 1), ("ode-heun", 2)])
+def test_order_of_convergence_of_the_whole_ode(ode, order):
     """From 1 to 0, x(0) = exp(−sin 3 / 3); one plain Euler step of size 1/n costs O(1/n²) and spoils no order."""
     exact = math.exp(-math.sin(3) / 3)
     velocity = velocity_of(lambda x, t, y: x * torch.cos(3 * t).view(-1, 1, 1, 1))
-    errors = [abs(sample_ode(velocity, torch.ones(1, 1, 1, 1), n, heun).item() - exact) for n in (100, 200, 400)]
+    errors = [abs(sample(ode, velocity, torch.ones(1, 1, 1, 1), n).item() - exact) for n in (100, 200, 400)]
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
@@ -212,11 +215,7 @@ class RecordingNetwork:
         return x * torch.cos(t).view(-1, 1, 1, 1) + 0.1 * y.view(-1, 1, 1, 1)
 
 
-SAMPLERS = {
-    "sde": lambda velocity, x, n: sample_sde(velocity, x, PATHS["linear"], step_noise(x), n),
-    "euler": lambda velocity, x, n: sample_ode(velocity, x, n),
-    "heun": lambda velocity, x, n: sample_ode(velocity, x, n, heun=True),
-}
+FLOW_SAMPLERS = [name for name, sampler in SAMPLERS.items() if not sampler.is_map]
 
 
 def step_noise(x):
@@ -230,10 +229,10 @@ def run(sampler, guidance=None, num_steps=10, n=3, dtype=torch.float32):
     y = torch.arange(1, n + 1)
     velocity = GuidedVelocity(network, y, torch.full_like(y, 7), guidance, dtype)
     x = torch.randn(n, 2, 2, 2, generator=torch.Generator().manual_seed(1))
-    return SAMPLERS[sampler](velocity, x, num_steps), network, velocity
+    return sample(sampler, velocity, x, num_steps, noise=step_noise(x)), network, velocity
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
 def test_guidance_of_one_is_bit_equal_to_none(sampler):
     plain, network, _ = run(sampler)
     off, network_off, velocity = run(sampler, Guidance(1.0, 0.2, 0.7))
@@ -242,7 +241,7 @@ def test_guidance_of_one_is_bit_equal_to_none(sampler):
     assert velocity.guided_calls == 0
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
 def test_a_guided_step_is_one_call_of_2n_rows(sampler):
     _, network, velocity = run(sampler, Guidance(2.0, 0.25, 0.75))
     assert velocity.calls == len(network.rows)
@@ -254,7 +253,7 @@ def test_a_guided_step_is_one_call_of_2n_rows(sampler):
 
 
 def test_the_ends_of_the_guidance_interval_are_guided():
-    _, network, velocity = run("euler", Guidance(2.0, 0.25, 0.75), num_steps=4)
+    _, network, velocity = run("ode", Guidance(2.0, 0.25, 0.75), num_steps=4)
     assert network.times == [1.0, 0.75, 0.5, 0.25]
     assert network.rows == [3, 6, 6, 6]
     assert velocity.guided_calls == 3
@@ -267,7 +266,7 @@ def test_guidance_is_u_plus_scale_times_difference():
     torch.testing.assert_close(velocity(x, torch.tensor(0.5)), expected, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("sde", 10), ("euler", 10), ("heun", 19)])
+@pytest.mark.parametrize(("sampler", "calls"), [("sde", 10), ("ode", 10), ("ode-heun", 19)])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_model_evaluations_are_counted(sampler, calls, scale):
     _, network, velocity = run(sampler, Guidance(scale), num_steps=10)
@@ -276,13 +275,13 @@ def test_model_evaluations_are_counted(sampler, calls, scale):
 
 
 def test_heun_evaluates_at_both_ends_except_in_the_last_step():
-    _, network, _ = run("heun", num_steps=4)
+    _, network, _ = run("ode-heun", num_steps=4)
     assert network.times == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 250])
 def test_time_grids(num_steps):
-    sde, ode = sde_times(num_steps), ode_times(num_steps)
+    sde, ode = SAMPLERS["sde"].times(num_steps), time_grid(num_steps)
     assert sde.dtype == ode.dtype == torch.float64
     assert len(sde) == len(ode) == num_steps + 1
     assert sde[0] == ode[0] == 1 and sde[-1] == ode[-1] == 0
@@ -301,7 +300,7 @@ def test_step_noise_is_asked_for_by_index_and_not_in_the_last_step(num_steps):
         asked.append(index)
         return torch.zeros(1, 1, 1, 1)
 
-    sample_sde(velocity_of(lambda x, t, y: x), torch.ones(1, 1, 1, 1), PATHS["linear"], noise, num_steps)
+    sample("sde", velocity_of(lambda x, t, y: x), torch.ones(1, 1, 1, 1), num_steps, noise=noise)
     assert asked == list(range(num_steps - 1))
 
 
@@ -315,23 +314,23 @@ def test_step_noise_has_the_size_of_the_diffusion():
 
     x = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = torch.randn(3, 1, 4, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    result = sample_sde(velocity_of(no_drift), x, path, lambda i: noise[i], num_steps=4)
-    t = sde_times(4)
+    result = sample("sde", velocity_of(no_drift), x, 4, path, lambda i: noise[i])
+    t = SAMPLERS["sde"].times(4)
     expected = x + sum((2 * t[i] * (t[i] - t[i + 1])).sqrt() * noise[i] for i in range(3))
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
 def test_state_is_float64_and_the_network_sees_its_own_dtype(sampler, dtype):
     result, network, _ = run(sampler, Guidance(1.5), dtype=dtype)
     assert result.dtype == torch.float64
     assert network.dtypes == {dtype, torch.promote_types(dtype, torch.float32)}  # x, t
 
 
-def test_a_bfloat16_network_is_told_the_right_times():
+def test_a_bfloat16_network_is_given_the_right_times():
     _, network, _ = run("sde", num_steps=250, dtype=torch.bfloat16)
-    times = sde_times(250)[:-1]
+    times = SAMPLERS["sde"].times(250)[:-1]
     torch.testing.assert_close(torch.tensor(network.times).double(), times, rtol=0, atol=1e-7)
     step = (times[0] - times[1]).item()
     assert (times.bfloat16().double() - times).abs().max() > 0.45 * step  # what casting t would do
@@ -339,21 +338,18 @@ def test_a_bfloat16_network_is_told_the_right_times():
 
 def test_sampling_builds_no_graph():
     weight = torch.ones(1, requires_grad=True)
-    result = sample_ode(velocity_of(lambda x, t, y: x * weight), torch.ones(1, 1, 1, 1), 3)
+    result = sample("ode", velocity_of(lambda x, t, y: x * weight), torch.ones(1, 1, 1, 1), 3)
     assert not result.requires_grad
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
 def test_samples_do_not_depend_on_the_batch(sampler):
     together, _, _ = run(sampler, Guidance(2.0, 0.2, 0.8))
     network = RecordingNetwork()
     x = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     for i in range(3):
         velocity = GuidedVelocity(network, torch.tensor([i + 1]), torch.tensor([7]), Guidance(2.0, 0.2, 0.8))
-        if sampler == "sde":
-            alone = sample_sde(velocity, x[i : i + 1], PATHS["linear"], lambda s, i=i: step_noise(x)(s)[i : i + 1], 10)
-        else:
-            alone = SAMPLERS[sampler](velocity, x[i : i + 1], 10)
+        alone = sample(sampler, velocity, x[i : i + 1], 10, noise=lambda s, i=i: step_noise(x)(s)[i : i + 1])
         torch.testing.assert_close(alone[0], together[i], rtol=1e-6, atol=1e-7)
 
 
@@ -374,7 +370,7 @@ def test_samples_do_not_depend_on_the_batch(sampler):
 )
 def test_guidance_that_makes_no_sense_is_refused(guidance, named):
     with pytest.raises(InputError, match=re.escape(named)) as caught:
-        guidance.check(ode_times(10))
+        guidance.check(time_grid(10))
     assert "\n" not in str(caught.value)
 
 
@@ -412,4 +408,3 @@ def test_labels_are_a_function_of_seed_and_index():
     assert not torch.equal(labels, sample_labels(4, range(1000), 10))
     counts = labels.bincount(minlength=10)
     assert len(counts) == 10 and (counts - 100).abs().max() < 4 * math.sqrt(1000 * 0.1 * 0.9)
-    assert labels_in_turn([0, 9, 10, 23], range(10)).tolist() == [0, 9, 0, 3]

@@ -1,4 +1,4 @@
-"""Signals, launchers and machines: a told run stops with a checkpoint, and the same command goes on from there."""
+"""Signals, launchers and machines: a told run stops with a checkpoint, and the same command continues from there."""
 
 import fcntl
 import os
@@ -44,7 +44,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_the_run_goes_on(data, tm
     assert caught.value.code == EXIT_STOPPED == 75
     assert existing_steps(tmp_path / "run") == [2]
     assert [line["step"] for line in tiny.log_lines(tmp_path / "run")] == [2]
-    assert "stopped by a signal after step 2; the same command with --resume auto goes on" in capsys.readouterr().out
+    assert "stopped by a signal after step 2; --resume auto continues" in capsys.readouterr().out
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
     monkeypatch.undo()
     stopped = tiny.run_train(data, tmp_path, resume="auto")
@@ -135,7 +135,7 @@ def stopped_with(command, number, data, output_dir, **environment):
 
 
 def check_stop_and_go_on(run_dir, data, output_dir):
-    """The newest checkpoint is that of the last logged step, and the run goes on from there."""
+    """The newest checkpoint is that of the last logged step, and the run continues from there."""
     (step,) = existing_steps(run_dir)
     assert tiny.log_lines(run_dir)[-1]["step"] == step
     tiny.run_train(data, output_dir, **{**LONG, "max_train_steps": step + 2}, resume="auto")

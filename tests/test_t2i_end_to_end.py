@@ -13,7 +13,7 @@ import pytest
 import tiny
 from evaluation_helpers import script
 
-TOOL, METRICS = "preprocessing/dataset_tools.py", "evaluations/calculate_metrics.py"
+TOOL, METRICS = ("-m", "preprocessing.dataset_tools"), ("-m", "evaluations.calculate_metrics")
 TRAIN = {"model": "DeepFlow-MMDiT-Ti/2", "trans_depth": 2, "df_idxs": "1", "batch_size": 3, "max_train_steps": 400}
 TRAIN.update(sampling_steps=0, rolling_steps=20, log_every=1, learning_rate=1e-3, resume="auto")
 
@@ -47,11 +47,11 @@ def test_from_photographs_to_scores(tmp_path):
     annotations = captioned.coco_json(tmp_path / "captions.json")
     vae, clip = tiny.vae_folder(tmp_path / "vae"), captioned.text_folder(tmp_path / "clip")
     size = ["--resolution", "16x16", "--transform", "center-crop", "--workers", "1"]
-    run(TOOL, "convert", "--source", photos, "--dest", data / "images", *size)
-    run(TOOL, "encode", "--source", data / "images", "--dest", data / "vae-sd", "--vae", vae, "--packed")
+    run(*TOOL, "convert", "--source", photos, "--dest", data / "images", *size)
+    run(*TOOL, "encode", "--source", data / "images", "--dest", data / "vae-sd", "--vae", vae, "--packed")
     text = ["--annotations", annotations, "--text-encoder", clip, "--batch-size", "4"]
-    run(TOOL, "captions", "--source", data / "images", "--dest", data / "text", *text)
-    assert "no fault found" in run(TOOL, "verify", data)
+    run(*TOOL, "captions", "--source", data / "images", "--dest", data / "text", *text)
+    assert "no fault found" in run(*TOOL, "verify", data)
 
     kill_after_a_checkpoint(train_command(data, tmp_path / "killed"), tmp_path / "killed")
     for folder in ("killed", "whole"):
@@ -70,14 +70,14 @@ def test_from_photographs_to_scores(tmp_path):
     assert len(np.unique(images.reshape(captioned.COUNT, -1), axis=0)) == captioned.COUNT
 
     measured = ["--features", script(tmp_path / "corners.pt"), "--json", tmp_path / "adm.json"]
-    assert "FD (corners)" in run("evaluations/evaluator.py", data / "images", f"{folder}.npz", *measured)
+    assert "FD (corners)" in run("-m", "evaluations.evaluator", data / "images", f"{folder}.npz", *measured)
     features = ["--metrics", "", "--features", tmp_path / "corners.pt"]
-    run(METRICS, "ref", "--data", data / "images", "--dest", tmp_path / "ref.pkl", *features)
-    command = [METRICS, "calc", "--images", f"{folder}.npz", "--ref", tmp_path / "ref.pkl", *features]
+    run(*METRICS, "ref", "--data", data / "images", "--dest", tmp_path / "ref.pkl", *features)
+    command = [*METRICS, "calc", "--images", f"{folder}.npz", "--ref", tmp_path / "ref.pkl", *features]
     assert "fd_corners = " in run(*command, "--num", captioned.COUNT)
 
     scored = captioned.clip_folder(tmp_path / "clip-score")
-    command = ["evaluations/clip_score.py", f"{folder}.npz", "--clip", scored, "--json", tmp_path / "r.json"]
+    command = ["-m", "evaluations.clip_score", f"{folder}.npz", "--clip", scored, "--json", tmp_path / "r.json"]
     assert "clip_score_raw" in run(*command)
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["manifest"]["step"] == 400

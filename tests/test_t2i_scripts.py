@@ -1,4 +1,4 @@
-"""script/t2i/preprocess.sh and eval.sh: flags that exist, steps in order; what is missing is said first."""
+"""script/t2i/preprocess.sh and eval.sh: flags that exist, steps in order; a missing file is named first."""
 
 import os
 import subprocess
@@ -6,11 +6,16 @@ import subprocess
 import pytest
 import tiny
 
-from common.flags import parse_flags
-from evaluations import calculate_metrics, clip_score, evaluator, geneval
+from common.flags import parse_commands, parse_flags
+from evaluations.calculate_metrics import CalcFlags, RefFlags
+from evaluations.clip_score import ClipFlags
+from evaluations.evaluator import EvaluatorFlags
+from evaluations.geneval import CheckFlags
 from generate_t2i import TextGenerateConfig
-from preprocessing import dataset_tools
+from preprocessing.dataset_tools import COMMANDS
 
+PREPARE = {name: flags for name, (flags, _) in COMMANDS.items()}
+METRICS = {"calc": CalcFlags, "ref": RefFlags}
 # notes how it was called, and leaves what the real program would leave for the next one
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -39,18 +44,20 @@ def environment(tmp_path):
 
 
 def run(script, environment, *flags):
-    """(completed process, [[program, flag, …], …] of what it started)."""
+    """(completed process, [[program or module, flag, …], …] of what it started)."""
     command = ["bash", f"script/t2i/{script}.sh", *flags]
     done = subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False)
     calls = open(environment["CALLS"]).read().splitlines() if os.path.exists(environment["CALLS"]) else []
     lines = [line.removeprefix("torchrun --standalone --nproc-per-node 2 ").split() for line in calls]
-    return done, [line[1:] if line[0] == "python" else line for line in lines]
+    return done, [[word for word in line if word not in ("python", "-m")] for line in lines]
 
 
 def programs(calls):
-    """What was started, in order: the file, or the command of one that has several."""
-    with_commands = ("dataset_tools.py", "calculate_metrics.py", "geneval.py")
-    return [line[1] if line[0].endswith(with_commands) else line[0].split("/")[-1] for line in calls]
+    """What was started, in order: the program, or the command of one that has several."""
+    with_commands = ("dataset_tools", "calculate_metrics", "geneval")
+    return [
+        line[1] if line[0].endswith(with_commands) else line[0].removesuffix(".py").split(".")[-1] for line in calls
+    ]
 
 
 def test_preprocessing_of_both_splits(environment):
@@ -60,7 +67,7 @@ def test_preprocessing_of_both_splits(environment):
     steps = ["convert", "info", "encode", "captions", "verify", "info"]
     assert programs(calls) == 2 * steps
     for split, first in (("train", 0), ("val", 6)):
-        convert, _, encode, captions, *_ = (dataset_tools.parse(line[1:]) for line in calls[first : first + 6])
+        convert, _, encode, captions, *_ = (parse_commands(PREPARE, line[1:])[1] for line in calls[first : first + 6])
         assert (convert.source, convert.dest) == (f"/c/{split}2014", f"/d/{split}/images")
         assert (convert.resolution, convert.transform) == ((256, 256), "center-crop")
         assert (encode.source, encode.dest, encode.packed) == (f"/d/{split}/images", f"/d/{split}/vae-sd", True)
@@ -69,7 +76,7 @@ def test_preprocessing_of_both_splits(environment):
         assert captions.text_encoder == "openai/clip-vit-large-patch14"
 
 
-def test_coco_with_missing_images_is_said_before_anything_is_encoded(environment):
+def test_missing_images_of_coco_end_it_before_anything_is_encoded(environment):
     done, calls = run("preprocess", environment)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -80,43 +87,44 @@ def test_coco_with_missing_images_is_said_before_anything_is_encoded(environment
 def test_evaluation_samples_and_measures_as_table_6(environment, tmp_path):
     done, calls = run("eval", environment, "--global-seed", "5")
     assert done.returncode == 0, done.stderr
-    measured = ["ref", "calc", "evaluator.py", "clip_score.py"]
-    assert programs(calls) == ["generate_t2i.py", *measured, "generate_t2i.py", "check"]
+    measured = ["ref", "calc", "evaluator", "clip_score"]
+    assert programs(calls) == ["generate_t2i", *measured, "generate_t2i", "check"]
     sampled = parse_flags(TextGenerateConfig, calls[0][1:])
-    assert (sampled.num_fid_samples, sampled.mode, sampled.num_steps) == (40192, "sde", 250)
+    assert (sampled.num_fid_samples, sampled.mode) == (40192, "sde") and sampled.num_steps in (None, 250)
     assert (sampled.cfg_scale, sampled.global_seed, sampled.prompts) == (2.0, 5, [str(tmp_path / "val.json")])
     npz, images = str(tmp_path / "samples/coco/NAME.npz"), str(tmp_path / "val/images")
-    ref, calc = (calculate_metrics.parse_args(line[1:]) for line in calls[1:3])
+    (_, ref), (_, calc) = (parse_commands(METRICS, line[1:]) for line in calls[1:3])
     assert (ref.data, ref.dest, calc.ref) == (images, str(tmp_path / "val.pkl"), str(tmp_path / "val.pkl"))
     assert (calc.images, calc.num, calc.metrics) == (npz, 40192, "fid,fd_dinov2")
-    suite = evaluator.parse_args(calls[3][1:])
+    suite = parse_flags(EvaluatorFlags, calls[3][1:])
     assert (suite.reference, suite.samples, suite.splits) == (images, npz, 10)
-    assert clip_score.parse_args(calls[4][1:]).samples == npz
+    assert parse_flags(ClipFlags, calls[4][1:]).samples == npz
     shown = parse_flags(TextGenerateConfig, calls[5][1:])
     assert (shown.prompts, shown.format) == ([str(tmp_path / "metadata.jsonl")], "png")
-    checked = geneval.parse_args(calls[6][1:])
+    _, checked = parse_commands({"check": CheckFlags}, calls[6][1:])
     assert checked.samples.rstrip("/") == str(tmp_path / "samples/geneval/NAME")
 
 
-def test_a_reference_that_is_there_is_taken(environment, tmp_path):
+def test_a_reference_that_exists_is_used(environment, tmp_path):
     (tmp_path / "own.npz").touch()
     (tmp_path / "w.pth").touch()
     own = {"REF": str(tmp_path / "own.npz"), "INCEPTION_WEIGHTS": str(tmp_path / "w.pth"), "GENEVAL": ""}
     done, calls = run("eval", {**environment, **own})
     assert done.returncode == 0, done.stderr
-    assert programs(calls) == ["generate_t2i.py", "calc", "evaluator.py", "clip_score.py"]
-    for arguments in (calculate_metrics.parse_args(calls[1][1:]), evaluator.parse_args(calls[2][1:])):
+    assert programs(calls) == ["generate_t2i", "calc", "evaluator", "clip_score"]
+    _, calc = parse_commands(METRICS, calls[1][1:])
+    for arguments in (calc, parse_flags(EvaluatorFlags, calls[2][1:])):
         assert arguments.inception_weights == str(tmp_path / "w.pth")
 
 
 def test_sampling_alone(environment):
     done, calls = run("eval", {**environment, "REF": "none", "VAL_IMAGES": "/nowhere", "GENEVAL": ""})
     assert done.returncode == 0, done.stderr
-    assert programs(calls) == ["generate_t2i.py"]
+    assert programs(calls) == ["generate_t2i"]
 
 
 @pytest.mark.parametrize("name", ["CKPT", "VAL_JSON", "VAL_IMAGES", "INCEPTION_WEIGHTS", "GENEVAL"])
-def test_what_is_missing_is_said_before_anything_is_sampled(environment, name):
+def test_a_missing_file_is_named_before_anything_is_sampled(environment, name):
     done, calls = run("eval", {**environment, name: "/nowhere"})
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {name} /nowhere does not exist") and len(done.stderr.splitlines()) == 1

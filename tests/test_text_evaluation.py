@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from common.errors import InputError
+from digits import prompts as digits_prompts
 from digits.captions import WORDS, digit_of, split_phrases, vocabulary, write_all
 from digits.data import load_digits_split, upsample, write_image_folder
-from evaluations import clip_score, digits_prompts, geneval
+from evaluations import clip_score, geneval
 from evaluations.clip_score import ClipScorer, conventions, read_prompts, score
 from evaluations.metrics.images import FolderImages
 from models.text import TextEncoder
@@ -77,12 +78,12 @@ def test_clip_score_names_its_model_in_the_result(clip, tmp_path, capsys):
 def test_prompts_that_cannot_be_read(clip, tmp_path):
     data = images(tmp_path / "s")
     with pytest.raises(InputError, match="--prompts"):
-        read_prompts(tmp_path / "s")
+        read_prompts(tmp_path / "s", 4)
     (tmp_path / "s.json").write_text(json.dumps({"labels": [1, 2]}))
-    with pytest.raises(InputError, match="no prompts"):
-        read_prompts(tmp_path / "s")
+    with pytest.raises(InputError, match="--prompts"):
+        read_prompts(tmp_path / "s", 4)
     (tmp_path / "p.txt").write_text("one\ntwo\n")
-    assert read_prompts(tmp_path / "s", tmp_path / "p.txt") == ["one", "two"]
+    assert read_prompts(tmp_path / "s", 2, tmp_path / "p.txt") == ["one", "two"]
     with pytest.raises(InputError, match="4 images for 2 prompts"):
         score(data, ["one", "two"], ClipScorer(clip))
     with pytest.raises(InputError, match="--clip"):
@@ -114,7 +115,7 @@ def test_results_that_cannot_be_aggregated(tmp_path):
     for content, message in ((b"", "empty"), (b"\n{", "line 2"), (b"\xff", "not UTF-8"), (unknown, "line 1")):
         (tmp_path / "r.jsonl").write_bytes(content)
         with pytest.raises(InputError, match=message):
-            geneval.run_score(geneval.parse_args(["score", str(tmp_path / "r.jsonl")]))
+            geneval.main(["score", str(tmp_path / "r.jsonl")])
 
 
 def test_a_folder_for_geneval_with_faults(tmp_path):
@@ -136,7 +137,7 @@ def test_a_folder_for_geneval_with_faults(tmp_path):
     (tmp_path / "s/00000/metadata.jsonl").unlink()
     assert "metadata.jsonl cannot be read" in geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")[0]
     with pytest.raises(SystemExit) as ended:
-        geneval.run_check(geneval.parse_args(["check", str(tmp_path / "s"), str(tmp_path / "m.jsonl")]))
+        geneval.main(["check", str(tmp_path / "s"), str(tmp_path / "m.jsonl")])
     assert ended.value.code == 1
 
 
@@ -190,5 +191,5 @@ def test_report_on_samples_of_prompts(tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["agreement"]["samples"]["agree"] >= 38
     assert "of 40 carry their label" in capsys.readouterr().out
     (tmp_path / "s.json").write_text(json.dumps({"labels": labels[1:]}))
-    with pytest.raises(InputError, match="39 prompts for 40 images"):
+    with pytest.raises(InputError, match="39 labels for 40 samples"):
         digits_prompts.main(["--samples", str(tmp_path / "s.npz")])

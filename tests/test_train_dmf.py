@@ -13,13 +13,14 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import train_dmf
+import training.flow_map
 from common.errors import InputError
 from common.flags import parse_flags
 from models import load_checkpoint
 from models.codec import LatentCodec
 from models.flow_map import FlowMap, FlowMapOutput
 from models.paths import PATHS
-from samplers import GuidedVelocity, sample_map, sample_noise
+from samplers import GuidedVelocity, integrate, map_step, sample_noise, time_grid
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +160,8 @@ def test_a_conversion_that_changes_the_flow_stops_the_run(data, flow, tmp_path, 
         model, options = convert(*args)
         return tiny.fill_(model, seed=9), options
 
-    convert = train_dmf.to_flow_map
-    monkeypatch.setattr(train_dmf, "to_flow_map", wrong)
+    convert = training.flow_map.to_flow_map
+    monkeypatch.setattr(training.flow_map, "to_flow_map", wrong)
     with pytest.raises(InputError, match="--pretrained is converted wrongly"):
         tiny.run_train_dmf(data, tmp_path, flow)
     assert not (tmp_path / "run").exists()
@@ -184,7 +185,8 @@ def test_grids_show_one_two_and_four_steps(data, flow, tmp_path, monkeypatch):
         assert picture.size == (12 * 16, 4 * 16)  # 16 noises, three images of each
     labels = torch.tensor(json.loads((run / "samples/0000001.json").read_text())["labels"])
     u = GuidedVelocity(load_checkpoint(run / "checkpoints/0000001.pt").model.average_velocity, labels, labels)
-    expected = [sample_map(u, sample_noise(0, range(16), 0, (4, 8, 8)), steps).float() for steps in (1, 2, 4)]
+    noise = sample_noise(0, range(16), 0, (4, 8, 8))
+    expected = [integrate(map_step, u, noise, time_grid(steps)).float() for steps in (1, 2, 4)]
     torch.testing.assert_close(decoded[0], torch.stack(expected, dim=1).flatten(0, 1), rtol=0, atol=1e-5)
 
 
@@ -229,8 +231,8 @@ def refused(data, output_dir, flow, **changes):
         ({"model": "DeepFlow-DMF-S/2"}, "has hidden_size 128"),
         ({"trans_depth": 3}, "has depth 2"),
         ({"model": "DMFT-Ti/2"}, "choose a DeepFlow-DMF preset"),
-        ({"model": "SiT-Ti/2"}, "'SiT-Ti/2' is not a flow map"),
-        ({"g_min": 0.8, "g_max": 0.2}, "--g-min 0.8 and --g-max 0.2"),
+        ({"model": "SiT-Ti/2"}, "--model SiT-Ti/2 is trained with train.py"),
+        ({"g_min": 0.8, "g_max": 0.2}, "--g-min 0.8"),
         ({"omega": -1.0}, "--omega -1.0"),
         ({"P_std_r": -1.0}, "--P-std-r -1.0"),
         ({"P_mean_t": "nan"}, "--P-mean-t nan"),

@@ -14,10 +14,9 @@ import train_t2i
 from common.errors import InputError
 from common.flags import parse_flags
 from dataset import Batch, open_captions
-from latents.manifest import read_manifest
+from latents.manifest import DataManifest
 from latents.names import Names
 from models import create_model
-from preprocessing.encode import STORED
 from preprocessing.jobs import Job
 from preprocessing.packed import ShardWriter
 from training.draws import draw_step
@@ -132,13 +131,13 @@ def test_alignment_takes_stored_features(data, tmp_path, monkeypatch):
     tiny.shrink_encoder(monkeypatch, "mocov3-vit-s")
     source = tmp_path / "data"
     shutil.copytree(data, source)
-    manifest = read_manifest(source / "vae-sd")
+    manifest = DataManifest.read(source / "vae-sd")
     job = Job(source / "features-mocov3-vit-s", {"command": "features"})
     job.begin()
-    writer, everything = ShardWriter(job, (16, 24), STORED["fp32"]), range(captioned.COUNT)
+    writer, everything = ShardWriter(job, (16, 24), "float32"), range(captioned.COUNT)
     names = Names(source / "vae-sd/names.txt", captioned.COUNT)
     writer.write(everything, torch.randn(captioned.COUNT, 16, 24).numpy(), names)
-    facts = {"kind": "features", "flipped": False, "images": manifest["images"], "num_classes": 1}
+    facts = {"kind": "features", "flipped": False, "images": manifest.images, "num_classes": 1}
     facts["encoder"] = {"name": "mocov3-vit-s", "weights": "x"}
     writer.finish(captioned.COUNT, everything, names, [0] * captioned.COUNT, facts)
     monkeypatch.setattr(train, "check_grid", lambda *_: None)  # these images are smaller than the encoder's patches

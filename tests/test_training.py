@@ -29,7 +29,9 @@ LATENT = (4, tiny.SIZE, tiny.SIZE)
 
 
 def config_of(**changes):
-    return parse_flags(TrainConfig, tiny.flags(**{"exp_name": "x", "batch_size": 8, "cfg_prob": 0.3, **changes}))
+    return parse_flags(
+        TrainConfig, tiny.flags(**{"exp_name": "x", "batch_size": 8, "cfg_prob": 0.3, **changes})
+    ).resolve()
 
 
 def weights(run_dir, step, entry="model"):

@@ -20,6 +20,7 @@ from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, NAMES, VERSION
 from latents.names import pack_names
 from models import create_model, model_config
 from models.codec import LatentSpec
+from models.deepflow import DeepFlow
 from models.encoders import ENCODERS
 from training.config import TrainConfig
 
@@ -50,8 +51,8 @@ def data_folder(folder, count=12, spec=SPEC, labels=None, shape=None, mean=None,
     (vae_sd / LABELS_JSON).write_text(json.dumps({"labels": list(zip(names, labels, strict=True))}))
     if manifest:
         content = {"format": FORMAT, "version": VERSION, "kind": "moments", "layout": "folder", "count": count}
-        content.update(num_classes=CLASSES, latents=dataclasses.asdict(spec), shape=list(shape), files=[])
-        (vae_sd / NAMES).write_bytes(b"".join(pack_names([f"img{i}.png" for i in range(count)])))
+        content.update(num_classes=CLASSES, latents=dataclasses.asdict(spec), shape=list(shape))
+        (vae_sd / NAMES).write_bytes(pack_names([f"img{i}.png" for i in range(count)]))
         (vae_sd / MANIFEST).write_text(json.dumps(content))
     return Path(folder)
 
@@ -172,7 +173,7 @@ def run_generate_only(ckpt, sample_dir, **changes):
     """Sample in this process."""
     config = parse_flags(generate.GenerateConfig, generate_flags(ckpt, sample_dir, **changes))
     with one_thread():
-        generate.generate(config)
+        generate.generate(config.resolve())
 
 
 def generate_flags(ckpt, sample_dir, **changes):
@@ -185,6 +186,23 @@ def results(sample_dir):
     """(folder of PNGs, arr_0, manifest) of the one result in a sample folder."""
     (npz,) = Path(sample_dir).glob("*.npz")
     return npz.with_suffix(""), np.load(npz)["arr_0"], json.loads(npz.with_suffix(".json").read_text())
+
+
+def count_calls(monkeypatch):
+    """List that fills with the number of rows of every DeepFlow.velocity call."""
+    rows, velocity = [], DeepFlow.velocity
+
+    def counted(self, x, t, y):
+        rows.append(len(x))
+        return velocity(self, x, t, y)
+
+    monkeypatch.setattr(DeepFlow, "velocity", counted)
+    return rows
+
+
+def file_bytes(folder):
+    """{name: content} of a folder's images."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
 def run_command(*command, **environment):

@@ -1,11 +1,12 @@
-"""SSL alignment in training (REPA): where the encoders' features of a batch come from, and what the log says of it."""
+"""SSL alignment in training (REPA): where the features of a batch come from, and what the log shows of them."""
 
 from pathlib import Path
 
 from common.errors import InputError
-from latents.manifest import read_manifest
+from latents.manifest import DataManifest
 from latents.sets import find_features
-from models.encoders import ENCODERS, Encoder, weights_id
+from models.encoders import ENCODERS, Encoder, parse_enc_type, weights_id
+from training.config import AlignmentFlags
 
 
 def find_caches(config):
@@ -28,25 +29,30 @@ def find_caches(config):
 
 def stored_weights(folder):
     """What the manifest of a set of features says of the encoder's weights, or None."""
-    encoder = (read_manifest(folder) or {}).get("encoder")
-    return encoder.get("weights") if isinstance(encoder, dict) else None
+    manifest = DataManifest.read(folder)
+    return manifest.encoder.weights if manifest and manifest.encoder else None
 
 
-def feature_sources(config):
-    """One line per encoder: where its features come from."""
-    caches = find_caches(config) if Path(config.data_dir).is_dir() else {}
-    return [
-        f"{name}, features of {caches[name]} (weights {stored_weights(caches[name])})"
-        if name in caches
-        else f"{name}, computed while training (weights {checkpoint or 'of the hub'})"
-        for name, checkpoint in config.encoders().items()
-    ]
+def describe_alignment(config):
+    """Lines on where each encoder's features come from, or that --enc-type is unused."""
+    if not isinstance(config, AlignmentFlags):
+        return []
+    if parse_enc_type(config.enc_type) and not config.ssl_align:
+        kind = "note" if config.enc_type == AlignmentFlags.enc_type else "warning"
+        return [f"{kind}: no alignment: --enc-type {config.enc_type} is unused without --ssl-align"]
+    caches, lines = find_caches(config) if Path(config.data_dir).is_dir() else {}, []
+    for name, checkpoint in config.encoders().items():
+        source = f"computed while training (weights {checkpoint or 'of the hub'})"
+        if name in caches:
+            source = f"features of {caches[name]} (weights {stored_weights(caches[name])})"
+        lines.append(f"alignment, weight {config.proj_coeff}: {name}, {source}")
+    return lines
 
 
-def make_targets(config, dataset, options, accelerator):
-    """Targets of a run, None without alignment."""
-    encoders = config.encoders()
-    return Targets(encoders, dataset, options, accelerator.device, accelerator.autocast) if encoders else None
+def make_targets(run):
+    """Targets of a Run, None without alignment."""
+    encoders, accelerator = run.config.encoders(), run.accelerator
+    return Targets(encoders, run.dataset, run.options, accelerator.device, accelerator.autocast) if encoders else None
 
 
 class Targets:

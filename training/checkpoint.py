@@ -23,7 +23,7 @@ def existing_steps(run_dir):
 
 
 def find_resume(run_dir, wanted):
-    """Checkpoint to go on from, None for a fresh start; wanted: the text of --resume. Raises InputError.
+    """Checkpoint to resume from, None for a fresh start; wanted: the text of --resume. Raises InputError.
 
     Neither a fresh start nor the checkpoint of another run ever overwrites a run that has checkpoints.
     """
@@ -38,7 +38,7 @@ def find_resume(run_dir, wanted):
         raise InputError(f"--resume {wanted}: {path} does not exist; the run has steps {steps}")
     if steps and (fresh or path.resolve().parent != checkpoint_path(run_dir, 0).resolve().parent):
         raise InputError(
-            f"{run_dir} already holds checkpoints up to step {steps[-1]}; pass --resume auto to go on, "
+            f"{run_dir} already holds checkpoints up to step {steps[-1]}; pass --resume auto to continue, "
             "or another --exp-name"
         )
     return None if fresh else path
@@ -52,7 +52,7 @@ def lock_run(run_dir):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise InputError(f"another process trains in {run_dir}; wait for it, or take another --exp-name") from None
+        raise InputError(f"another process trains in {run_dir}; wait for it, or choose another --exp-name") from None
     except OSError:
         pass  # a file system without locks
     return file
@@ -61,7 +61,7 @@ def lock_run(run_dir):
 def roll(run_dir, step, stays, keep):
     """Note the new checkpoint of `step` in rolling.json unless it stays, and delete all noted but the newest `keep`.
 
-    Only what was noted is ever deleted: a run may go on with other intervals than it began with.
+    Only noted checkpoints are ever deleted: a run may continue with other intervals than it began with.
     """
     record = checkpoint_path(run_dir, step).with_name("rolling.json")
     before = json.loads(record.read_text()) if record.exists() else []
@@ -73,9 +73,9 @@ def roll(run_dir, step, stays, keep):
 
 
 def set_aside_after(run_dir, step):
-    """Rename checkpoints later than `step`, which a run goes on from, to .pt.abandoned; returns their steps.
+    """Rename checkpoints later than `step`, where a run resumes, to .pt.abandoned; returns their steps.
 
-    Otherwise `latest` would find the branch that was left, and `roll` would count its files as the newest.
+    Otherwise `latest` would find the abandoned branch, and `roll` would count its files as the newest.
     """
     later = [other for other in existing_steps(run_dir) if other > step]
     for other in later:
@@ -88,18 +88,18 @@ def set_aside_after(run_dir, step):
 
 
 def remove_leftovers(run_dir):
-    """Delete what killed processes of this run left half-written: large files that nothing would ever read."""
+    """Delete half-written checkpoints of killed processes: large files that nothing would ever read."""
     for path in (Path(run_dir) / "checkpoints").glob(".*.pt.*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, **content):
-    """Write a checkpoint, whole or not at all. Raises OSError, of a full disk for example."""
+    """Write a checkpoint, whole or not at all. Raises OSError, for example when the disk is full."""
 
     def write(file):
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's writer complains of what it could not write after a failed write
+        except RuntimeError as error:  # after a failed write torch's writer complains in turn
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     write_atomically(path, write)

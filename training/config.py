@@ -1,147 +1,285 @@
-"""Run configurations as dataclasses: the flags, their help and defaults in one place, saved as JSON with every run."""
+"""Run configurations as dataclasses: the flags of train*.py, saved as JSON with every run.
+
+RunFlags are common to all programs. TimeFlags, ClassFlags and AlignmentFlags are added where a program has them. None
+means: taken from the preset, the data or the machine.
+"""
 
 import dataclasses
+import functools
 import json
-import math
+
+import torch
 
 from common.errors import InputError
-from common.flags import flag, required, shown
-from loss import WEIGHTINGS
+from common.flags import Range, flag, required
+from loss import GUIDED_VELOCITIES, WEIGHTINGS
+from models.attention import ATTENTION
 from models.encoders import ENCODERS, parse_enc_ckpt, parse_enc_type
+from models.mmdit import INITIALISATIONS
 from models.paths import PATHS
-from models.presets import CLASS_MODELS
+from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
+
+GROUPS = ("model", "loss", "data", "optimisation", "precision and speed", "output")
+model_flag, loss_flag, data_flag, optimisation_flag, speed_flag, output_flag = (
+    functools.partial(flag, group=group) for group in GROUPS
+)
+
+AT_LEAST_0, AT_LEAST_1, POSITIVE, FINITE = Range(low=0), Range(low=1), Range(above=0), Range()
+PROBABILITY, DECAY = Range(low=0, high=1), Range(low=0, below=1)
+PROGRAMS = {"flow": "train.py", "flow map": "train_dmf.py", "text": "train_t2i.py"}  # of each kind of model
 
 
-@dataclasses.dataclass
-class TrainConfig:
-    """What train.py can be told. None means: taken from the preset, the data or the machine."""
+@dataclasses.dataclass(kw_only=True)
+class RunFlags:
+    """The flags that all programs have. `kind` is the kind of model that a program trains, a key of PROGRAMS."""
 
-    exp_name: str = required("name of the run; results go to OUTPUT_DIR/EXP_NAME")
-    data_dir: str = flag("data/imagenet256", "folder that holds images/ and vae-sd/, or packed shards")
-    output_dir: str = flag("exps", "parent folder of all runs")
-    logging_dir: str = flag("logs", "folder of tracker files inside the run's folder")
-    report_to: str = flag("none", "tracker beside the JSONL log", choices=["none", "wandb", "tensorboard"])
-    dry_run: bool = flag(False, "print the resolved configuration, parameters and FLOPs, then stop")
+    model: str
+    trans_depth: int = model_flag(None, "number of blocks; alone it spaces the preset's branches evenly", int)
+    df_idxs: str = model_flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
+    qk_norm: bool = model_flag(False, "normalise queries and keys")
+    legacy_scaling: bool = model_flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
 
-    model: str = flag("DeepFlow-XL/2", "preset, one of " + ", ".join(CLASS_MODELS))
-    trans_depth: int = flag(None, "number of blocks; alone it spaces the preset's branches evenly", int)
-    df_idxs: str = flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
-    qk_norm: bool = flag(False, "normalise queries and keys")
-    fused_attn: bool = flag(True, "fused attention kernels")
-    legacy_scaling: bool = flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
-
-    path_type: str = flag("linear", "probability path", choices=list(PATHS))
-    prediction: str = flag("v", "what the network predicts; v is the only choice", choices=["v"])
-    weighting: str = flag("uniform", "distribution of t", choices=list(WEIGHTINGS))
-    tg_upper_bound: float = flag(0.01, "upper bound of the time gap between branches (alpha)")
-    scale_weight: float = flag(
-        None, "weight of each branch's velocity loss (beta); None is 0.2 ... 0.2 1.0", float, nargs="+"
+    path_type: str = loss_flag("linear", "probability path", choices=list(PATHS))
+    prediction: str = loss_flag("v", "what the network predicts; v is the only choice", choices=["v"])
+    scale_weight: float = loss_flag(
+        None,
+        "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0",
+        float,
+        nargs="+",
+        range=FINITE,
     )
-    acc_coeff: float = flag(1.0, "weight of the acceleration loss (lambda)")
-    cfg_prob: float = flag(0.1, "probability that a label is dropped")
-    ssl_align: bool = flag(False, "align VeRA's output (of a SiT: a block's) with a self-supervised encoder")
-    enc_type: str = flag("dinov2-vit-b", "alignment encoders, None or comma-separated of " + ", ".join(ENCODERS))
-    enc_ckpt: str = flag(None, "the encoders' weight files, comma-separated; default: the hub's", str)
-    encoder_depth: int = flag(
-        None, "block of a SiT (from 1) that is aligned; default: the preset's, 8, or 4 for B", int
+    acc_coeff: float = loss_flag(1.0, "weight of the acceleration loss (lambda)", range=AT_LEAST_0)
+    cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
+
+    data_dir: str = data_flag("data/imagenet256", "folder that holds images/ and vae-sd/, or packed shards")
+    resolution: int = data_flag(None, "image size; checked against the data", int)
+    data_vae: str = data_flag(None, "VAE that made latents without a manifest", str)
+    num_workers: int = data_flag(4, "threads that read latent files", range=AT_LEAST_0)
+
+    batch_size: int = optimisation_flag(
+        256, "global batch size: samples per optimizer step over all processes and accumulation", range=AT_LEAST_1
     )
-    proj_coeff: float = flag(0.5, "weight of the alignment loss")
+    gradient_accumulation_steps: int = optimisation_flag(1, "micro-batches per step and process", range=AT_LEAST_1)
+    max_train_steps: int = optimisation_flag(400_000, "optimizer steps", range=AT_LEAST_1)
+    epochs: int = optimisation_flag(
+        1400, "passes over the data; training ends at whichever of the two comes first", range=AT_LEAST_1
+    )
+    learning_rate: float = optimisation_flag(1e-4, "constant learning rate of AdamW", range=POSITIVE)
+    adam_beta1: float = optimisation_flag(0.9, "first moment decay", range=DECAY)
+    adam_beta2: float = optimisation_flag(0.999, "second moment decay", range=DECAY)
+    adam_weight_decay: float = optimisation_flag(0.0, "decoupled weight decay", range=AT_LEAST_0)
+    adam_epsilon: float = optimisation_flag(1e-8, "denominator offset", range=POSITIVE)
+    max_grad_norm: float = optimisation_flag(1.0, "gradients are clipped to this norm", range=POSITIVE)
+    ema_decay: float = optimisation_flag(
+        0.9999, "decay of the exponential moving average of the weights", range=PROBABILITY
+    )
+    max_bad_steps: int = optimisation_flag(
+        20, "consecutive steps with non-finite loss or gradients that end the run", range=AT_LEAST_1
+    )
+    seed: int = optimisation_flag(0, "seed of everything random", range=AT_LEAST_0)
 
-    resolution: int = flag(None, "image size; checked against the data", int)
-    num_classes: int = flag(None, "number of classes, for data without a manifest", int)
-    mirror: bool = flag(False, "take vae-sd-mirror instead of vae-sd for a coin flip's half of the images")
-    data_vae: str = flag(None, "VAE that made latents without a manifest", str)
-    vae: str = flag(None, "VAE that decodes sample grids (name or folder); default: the one of the data", str)
-    num_workers: int = flag(4, "threads that read latent files")
+    mixed_precision: str = speed_flag(
+        None, "autocast; default: bf16 on GPU, no on CPU", str, choices=["no", "fp16", "bf16"]
+    )
+    allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them")
+    fused_attn: bool = speed_flag(True, "fused attention kernels")
+    gradient_checkpointing: bool = speed_flag(False, "recompute block activations in the backward pass to save memory")
+    compile: bool = speed_flag(False, "torch.compile the network; the first step takes minutes")
 
-    batch_size: int = flag(256, "global batch size: samples per optimizer step over all processes and accumulation")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per step and process")
-    gradient_checkpointing: bool = flag(False, "recompute block activations in the backward pass to save memory")
-    compile: bool = flag(False, "torch.compile the network; the first step takes minutes")
-    max_train_steps: int = flag(400_000, "optimizer steps")
-    epochs: int = flag(1400, "passes over the data; training ends at whichever of the two comes first")
-    learning_rate: float = flag(1e-4, "constant learning rate of AdamW")
-    adam_beta1: float = flag(0.9, "first moment decay")
-    adam_beta2: float = flag(0.999, "second moment decay")
-    adam_weight_decay: float = flag(0.0, "decoupled weight decay")
-    adam_epsilon: float = flag(1e-8, "denominator offset")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    ema_decay: float = flag(0.9999, "decay of the exponential moving average of the weights")
-    mixed_precision: str = flag(None, "autocast; default bf16 on GPU, no on CPU", str, choices=["no", "fp16", "bf16"])
-    allow_tf32: bool = flag(True, "TF32 matrix products on GPUs that have them")
-    seed: int = flag(0, "seed of everything random")
-
-    max_bad_steps: int = flag(20, "steps without finite loss and gradients in a row that end the run")
-
-    log_every: int = flag(100, "interval of log lines, in steps")
-    checkpointing_steps: int = flag(200_000, "interval of checkpoints that stay, in steps; the last step is one")
-    rolling_steps: int = flag(5_000, "interval of rolling checkpoints, in steps; 0 is never")
-    keep_last: int = flag(2, "number of rolling checkpoints to keep")
-    sampling_steps: int = flag(10_000, "interval of sample grids, in steps; 0 is never")
-    resume: str = flag(
+    exp_name: str = required("name of the run; results go to OUTPUT_DIR/EXP_NAME", group="output")
+    output_dir: str = output_flag("exps", "parent folder of all runs")
+    logging_dir: str = output_flag("logs", "folder of tracker files inside the run's folder")
+    report_to: str = output_flag("none", "tracker beside the JSONL log", choices=["none", "wandb", "tensorboard"])
+    dry_run: bool = output_flag(False, "print the resolved configuration, parameters and FLOPs, then stop")
+    log_every: int = output_flag(100, "interval of log lines, in steps", range=AT_LEAST_1)
+    checkpointing_steps: int = output_flag(
+        200_000, "interval of permanent checkpoints, in steps; the last step has one too", range=AT_LEAST_1
+    )
+    rolling_steps: int = output_flag(5_000, "interval of rolling checkpoints, in steps; 0: never", range=AT_LEAST_0)
+    keep_last: int = output_flag(2, "number of rolling checkpoints to keep", range=AT_LEAST_1)
+    sampling_steps: int = output_flag(10_000, "interval of sample grids, in steps; 0: never", range=AT_LEAST_0)
+    vae: str = output_flag(None, "VAE that decodes sample grids (name or folder); default: that of the data", str)
+    resume: str = output_flag(
         "0",
-        "checkpoint to go on from: latest, auto (latest, or a fresh start where there is none), a step (0 is a fresh "
+        "checkpoint to resume from: latest, auto (latest if there is one, else a fresh start), a step (0: a fresh "
         "start) or a file, also of another run",
         also=["--resume-step"],
     )
 
     def model_flags(self):
-        """Constructor arguments of the model that flags give; None: as the preset says."""
+        """Constructor arguments of the model that flags give; None: as in the preset."""
         return {
             "depth": self.trans_depth,
             "df_idxs": self.df_idxs,
             "qk_norm": self.qk_norm,
             "legacy_scaling": self.legacy_scaling,
-            "encoder_depth": self.encoder_depth,
         }
 
     def branch_weights(self, num_branches):
         """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""
         weights = list(self.scale_weight or [0.2] * (num_branches - 1) + [1.0])
-        if not all(map(math.isfinite, weights)):
-            raise InputError(f"--scale-weight {weights} must be finite")
         if len(weights) != num_branches:
             raise InputError(
                 f"--scale-weight has {len(weights)} values for {num_branches} branches; give one per branch"
             )
         return weights
 
+    def encoders(self):
+        """{name: weights file, or None for the hub's} of the alignment encoders."""
+        return {}
+
+    def resolve(self):
+        """A copy in which defaults that depend on the machine are filled in."""
+        precision = self.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+        return dataclasses.replace(self, mixed_precision=precision)
+
     def check(self):
-        """Raise InputError for a value out of range, naming the flag."""
-        positive = ("batch_size", "gradient_accumulation_steps", "max_train_steps", "epochs", "learning_rate")
-        positive += ("max_grad_norm", "adam_epsilon", "log_every", "checkpointing_steps")
-        positive += ("keep_last", "max_bad_steps")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{shown(name)} {getattr(self, name)} must be greater than 0 and finite")
-        for name in ("cfg_prob", "ema_decay", "tg_upper_bound", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{shown(name)} {getattr(self, name)} must lie between 0 and 1")
-        for name in ("adam_beta1", "adam_beta2"):
-            if getattr(self, name) == 1:
-                raise InputError(f"{shown(name)} must be less than 1")
-        for name in (
-            "seed",
-            "sampling_steps",
-            "rolling_steps",
-            "num_workers",
-            "acc_coeff",
-            "proj_coeff",
-            "adam_weight_decay",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{shown(name)} {getattr(self, name)} must not be negative or infinite")
+        """Raise InputError for flags that contradict each other, the program or the machine."""
+        preset = PRESETS.get(self.model)
+        if preset is None:
+            names = (name for name, preset in PRESETS.items() if preset.kind == self.kind)
+            raise InputError(f"--model {self.model!r} is unknown; choose one of {', '.join(names)}")
+        if preset.kind != self.kind:
+            raise InputError(
+                f"--model {self.model} is trained with {PROGRAMS[preset.kind]}; use that, or choose another model"
+            )
         if self.prediction != "v":
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
-        if not self.encoders() and (self.enc_ckpt or self.encoder_depth is not None):
-            raise InputError("--enc-ckpt and --encoder-depth need --ssl-align and an --enc-type")
+        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
+
+    def to_json(self):
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TimeFlags:
+    """How the times of the branches are drawn."""
+
+    weighting: str = loss_flag("uniform", "distribution of t", choices=list(WEIGHTINGS))
+    tg_upper_bound: float = loss_flag(0.01, "upper bound of the time gap between branches (alpha)", range=PROBABILITY)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClassFlags:
+    """What datasets of labelled images have."""
+
+    num_classes: int = data_flag(None, "number of classes, for data without a manifest", int)
+    mirror: bool = data_flag(False, "use vae-sd-mirror instead of vae-sd for a random half of the images")
+
+
+@dataclasses.dataclass(kw_only=True)
+class AlignmentFlags(RunFlags):
+    """Alignment with self-supervised encoders (REPA)."""
+
+    ssl_align: bool = loss_flag(False, "align VeRA's output (of a SiT: a block's) with a self-supervised encoder")
+    enc_type: str = loss_flag("dinov2-vit-b", "alignment encoders, None or comma-separated of " + ", ".join(ENCODERS))
+    enc_ckpt: str = loss_flag(None, "the encoders' weight files, comma-separated; default: the hub's", str)
+    encoder_depth: int = loss_flag(
+        None, "block of a SiT (from 1) that is aligned; default: the preset's, 8, or 4 for B", int
+    )
+    proj_coeff: float = loss_flag(0.5, "weight of the alignment loss", range=AT_LEAST_0)
+
+    def model_flags(self):
+        return {**super().model_flags(), "encoder_depth": self.encoder_depth}
 
     def encoders(self):
-        """{name: weights file, or None for the hub's} of the alignment encoders; empty without alignment."""
+        """{name: weights file, or None for the hub's}; empty without --ssl-align. Raises InputError."""
         names = parse_enc_type(self.enc_type)  # a misspelling is refused without --ssl-align too
         if not (names and self.ssl_align):
             return {}
         return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True))
 
-    def to_json(self):
-        return json.dumps(dataclasses.asdict(self), indent=1)
+    def check(self):
+        super().check()
+        if not self.encoders() and (self.enc_ckpt or self.encoder_depth is not None):
+            raise InputError("--enc-ckpt and --encoder-depth need --ssl-align and an --enc-type")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig(ClassFlags, TimeFlags, AlignmentFlags):
+    """Flags of train.py."""
+
+    kind = "flow"
+
+    model: str = model_flag("DeepFlow-XL/2", "preset, one of " + ", ".join(CLASS_MODELS))
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextTrainConfig(TimeFlags, AlignmentFlags):
+    """Flags of train_t2i.py: no classes, and no mirrored images, as captions say left and right."""
+
+    kind = "text"
+
+    model: str = model_flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
+    init: str = model_flag(
+        None,
+        "initial weights: DeepFlow's, or PyTorch's as in REPA; default: the preset's",
+        str,
+        choices=INITIALISATIONS,
+    )
+    cfg_prob: float = loss_flag(0.1, "probability that a caption becomes the empty one", range=PROBABILITY)
+    data_dir: str = data_flag("data/coco256/train", "folder that holds vae-sd/ and text/, or one as U-ViT prepares it")
+    max_train_steps: int = optimisation_flag(150_000, "optimizer steps", range=AT_LEAST_1)
+
+    def model_flags(self):
+        return {**super().model_flags(), "init": self.init}
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlowMapConfig(ClassFlags, RunFlags):
+    """Flags of train_dmf.py."""
+
+    kind = "flow map"
+
+    model: str = model_flag("DMFT-XL/2", "preset, one of " + ", ".join(FLOW_MAPS))
+    qk_norm: bool = model_flag(None, "normalise queries and keys; default: as in --pretrained", bool)
+    legacy_scaling: bool = model_flag(None, "clamp the time-gap scale to [-5, 5]; default: as in --pretrained", bool)
+    adam_beta2: float = optimisation_flag(0.95, "second moment decay", range=DECAY)
+
+    pretrained: str = model_flag(None, "flow model to start from: a checkpoint of ours or a published file", str)
+    weights: str = model_flag("ema", "which weights of --pretrained and --teacher", choices=["ema", "raw"])
+    from_scratch: bool = model_flag(False, "start from random weights instead of --pretrained")
+    dmf_depth: int = model_flag(None, "number of blocks that see t; the later ones see r", int, range=AT_LEAST_1)
+    attn_func: str = speed_flag("auto", "attention kernel outside the derivative pass", choices=list(ATTENTION))
+
+    g_type: str = loss_flag(
+        "mg", "guided velocity: none, of the network itself, of a teacher", choices=GUIDED_VELOCITIES
+    )
+    teacher: str = loss_flag(None, "frozen flow model of --g-type distill; default: --pretrained", str)
+    omega: float = loss_flag(0.6, "guidance weight", range=AT_LEAST_0)
+    g_min: float = loss_flag(0.0, "guide only at t >= this (t = 0 is data)", range=PROBABILITY)
+    g_max: float = loss_flag(0.7, "guide only at t <= this (t = 1 is noise)", range=PROBABILITY)
+    P_mean: float = loss_flag(0.0, "flow part: mean of the logit of t", range=FINITE)
+    P_std: float = loss_flag(1.0, "flow part: standard deviation of the logit of t", range=AT_LEAST_0)
+    P_mean_t: float = loss_flag(0.4, "mean-flow part: mean of the first time's logit", range=FINITE)
+    P_std_t: float = loss_flag(1.0, "mean-flow part: standard deviation of the first time's logit", range=AT_LEAST_0)
+    P_mean_r: float = loss_flag(-1.2, "mean-flow part: mean of the second time's logit", range=FINITE)
+    P_std_r: float = loss_flag(1.0, "mean-flow part: standard deviation of the second time's logit", range=AT_LEAST_0)
+    deep_supervision: bool = loss_flag(True, "with a DeepFlow backbone: keep its branches' losses for the flow part")
+
+    def time_means(self):
+        """Means of the logits of t_fm and of the two times of the mean-flow part."""
+        return self.P_mean, self.P_mean_t, self.P_mean_r
+
+    def time_stds(self):
+        """Their standard deviations."""
+        return self.P_std, self.P_std_t, self.P_std_r
+
+    def resolve(self):
+        """As of every run; distillation drops no labels."""
+        config = super().resolve()
+        return dataclasses.replace(config, cfg_prob=0.0) if self.g_type == "distill" else config
+
+    def check(self):
+        super().check()
+        if self.g_min > self.g_max:
+            raise InputError(f"--g-min {self.g_min} must not exceed --g-max {self.g_max}")
+        if self.pretrained and self.from_scratch:
+            raise InputError("--pretrained and --from-scratch exclude each other; pass one of them")
+        if self.g_type == "distill" and not (self.teacher or self.pretrained):
+            raise InputError("--g-type distill needs a flow model as teacher: pass --teacher, or --pretrained")
+        if self.teacher and self.g_type != "distill":
+            raise InputError(f"--teacher is for --g-type distill, not {self.g_type}; drop it")
+        if self.g_type == "mg" and self.cfg_prob == 0 and self.from_scratch:
+            raise InputError("--g-type mg needs a null class, which --cfg-prob 0 never trains; raise it")

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
 from common.errors import InputError
+from common.processes import device_of_process
 
 PREFLIGHT_SECONDS = 60
 
@@ -24,16 +25,15 @@ def set_math(allow_tf32, fused_attn=True):
 
 
 def start_accelerator(config, run_dir):
-    """Accelerator for a run. Precision and accumulation are passed so that no accelerate configuration changes them."""
-    on_gpu = torch.cuda.is_available()
-    config.mixed_precision = config.mixed_precision or ("bf16" if on_gpu else "no")
-    if config.mixed_precision == "fp16" and not on_gpu:
-        raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
+    """Accelerator of a resolved configuration. Raises InputError for too few GPUs, or processes that do not connect.
+
+    Precision and accumulation are passed, so that no configuration of accelerate changes them.
+    """
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"--report-to {config.report_to} needs a package: pip install {config.report_to}")
     set_math(config.allow_tf32, config.fused_attn)
     accelerator = Accelerator(
-        cpu=not on_gpu,
+        cpu=device_of_process().type == "cpu",
         mixed_precision=config.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=None if config.report_to == "none" else config.report_to,

@@ -11,18 +11,16 @@ import torch
 from loss import flow_map_times, guided_samples, sample_times
 from models.paths import PATHS
 
-STREAM = 1  # apart from the data order, which draws from stream 0 of the same seed
-
-
+STREAM = 1  # the data order draws from stream 0 of the same seed
 SAMPLES_SECOND = ("times", "guided")  # draws that have the samples in their second dimension
-ON_CPU = ("guided",)  # draws that decide what is run, and stay where nothing has to wait for them
+ON_CPU = ("guided",)  # draws that decide what is run; on the CPU nothing has to wait for them
 
 
 class Rows:
     """Draws of which every rank and micro-batch takes its rows."""
 
     def rows(self, rows, device):
-        """The given rows on the given device; a GPU's copy runs beside what follows, as it comes from pinned memory."""
+        """The given rows on the given device; pinned memory lets the copy to a GPU run beside what follows."""
         pinned = torch.device(device).type == "cuda"
 
         def pick(tensor, dim, name):
@@ -55,7 +53,7 @@ class StepDraws(Rows):
 
 @dataclasses.dataclass
 class FlowMapDraws(StepDraws):
-    """As StepDraws; times (3, N): of the flow part, then t ≥ r of the mean-flow part, which has noise of its own."""
+    """As StepDraws; times (3, N): t of the flow part, then t ≥ r of the mean-flow part, which has its own noise."""
 
     map_noise: torch.Tensor  # (N, C, h, w) standard normal
     guided: torch.Tensor  # (2, N) bool, samples with guidance in the flow part and in the mean-flow part

@@ -5,7 +5,7 @@ import torch
 from common.errors import InputError
 from common.files import write_json
 from common.pictures import save_grid
-from samplers import GuidedVelocity, sample_map, sample_noise, sample_ode
+from samplers import GuidedVelocity, euler_step, integrate, map_step, sample_noise, time_grid
 
 GRID_STEPS = 50
 
@@ -37,7 +37,7 @@ class GridSampler:
     def sample(self, model, noise, y, y_null):
         """Latents of an Euler ODE, and how they were made for the manifest."""
         velocity = GuidedVelocity(model.velocity, y, y_null)
-        latents = sample_ode(velocity, noise, num_steps=GRID_STEPS)
+        latents = integrate(euler_step, velocity, noise, time_grid(GRID_STEPS))
         return latents, {"sampler": "ode-euler", "calls": velocity.calls}
 
 
@@ -49,5 +49,6 @@ class FlowMapGridSampler(GridSampler):
     def sample(self, model, noise, y, y_null):
         """Latents of Euler steps along the map, and how they were made for the manifest."""
         u = GuidedVelocity(model.average_velocity, y, y_null)
-        latents = torch.stack([sample_map(u, noise, steps) for steps in self.STEPS], dim=1).flatten(0, 1)
-        return latents, {"sampler": "map-euler", "steps": list(self.STEPS), "calls": u.calls}
+        latents = [integrate(map_step, u, noise, time_grid(steps)) for steps in self.STEPS]
+        how = {"sampler": "map-euler", "steps": list(self.STEPS), "calls": u.calls}
+        return torch.stack(latents, dim=1).flatten(0, 1), how

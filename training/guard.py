@@ -1,14 +1,14 @@
-"""Steps whose loss or gradients are not finite: counted on the device, read only where something is logged."""
+"""Steps with non-finite loss or gradients: counted on the device, read only when a log line is written."""
 
 import torch
 
 
 class BadSteps:
-    """Counters of bad steps, int64 on the device: of the whole run, the last ones in a row, the longest row."""
+    """Counters of bad steps, int64 on the device: of the whole run, currently in a row, most in a row."""
 
     def __init__(self, device):
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.seen = 0  # of the whole run, when last said
+        self.seen = 0  # of the whole run, when last reported
 
     def count(self, bad):
         """Note one step; bad: 0-d bool on the device."""

@@ -1,12 +1,13 @@
-"""TODO docstring."""
+"""The order in which training sees the data, and the loader that gathers batches ahead of the training step."""
 
-import queue
-import threading
+import contextlib
+import itertools
 
 import numpy as np
 import torch
 
 from common.errors import InputError
+from common.look_ahead import ordered_map
 from dataset import Batch
 
 
@@ -18,7 +19,7 @@ class SeekableSampler:
 
     def __init__(self, count, batch_size, seed):
         if batch_size < 1:
-            raise InputError(f"--batch-size {batch_size}: at least 1")
+            raise InputError(f"--batch-size {batch_size}: must be at least 1")
         if count < batch_size:
             raise InputError(f"--batch-size {batch_size}: the data holds only {count} images; take {count} or fewer")
         self.count, self.batch_size, self.seed = count, batch_size, seed
@@ -49,80 +50,69 @@ class SeekableSampler:
 
 
 class LatentLoader:
-    """Batches of steps start_step … stop_step − 1, gathered in a background thread while the step before runs.
+    """Batches of steps start_step … stop_step − 1, gathered in a thread while the steps before them run.
 
     rows: positions of the global batch that this rank takes (default: all); stop_step None: no end; depth: batches
-    held ready. Errors of the thread are raised at the consumer; leaving the loop ends the thread.
+    gathered ahead. Errors of the thread are raised in the loop; leaving the loop ends the thread.
     """
 
     def __init__(self, dataset, sampler, rows=None, start_step=0, stop_step=None, device="cpu", depth=2):
         self.dataset, self.sampler, self.device = dataset, sampler, torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
         self.rows = np.arange(sampler.batch_size) if rows is None else np.asarray(rows)
         self.start_step, self.stop_step, self.depth = start_step, stop_step, depth
 
     def __iter__(self):
-        ready, stop = queue.Queue(self.depth), threading.Event()
-        thread = threading.Thread(target=self._fill, args=(ready, stop), name="latent-loader", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield self._receive(*item)
-        finally:
-            stop.set()
-            while thread.is_alive():
-                _take_all(ready)
-                thread.join(0.01)
+        copy = CopyToGPU(self.device) if self.device.type == "cuda" else Copy(self.device)
+        steps = itertools.takewhile(lambda step: step != self.stop_step, itertools.count(self.start_step))
 
-    def _fill(self, ready, stop):
-        """Thread: put batches, then None, or the exception that ended it."""
-        try:
-            stream = None
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would claim memory there
-                stream = torch.cuda.Stream(self.device)
-            step = self.start_step
-            while not stop.is_set() and (self.stop_step is None or step < self.stop_step):
-                _put(ready, self._gather(step, stream), stop)
-                step += 1
-            _put(ready, None, stop)
-        except BaseException as error:
-            _put(ready, error, stop)
+        def gather(step):
+            return step, copy.start(self.dataset.gather_step(self.sampler, step, self.rows, copy.pin))
 
-    def _gather(self, step, stream):
-        tensors = self.dataset.gather_step(self.sampler, step, self.rows, pin=stream is not None)
-        if stream is None:
-            return step, tensors, None
-        with torch.cuda.stream(stream):  # a stream of its own, so that the copy runs beside the training step
-            tensors = [None if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
-        return step, tensors, stream.record_event()
-
-    def _receive(self, step, tensors, copied):
-        """Consumer: order the copy before what follows on this stream."""
-        if copied is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(copied)
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.record_stream(here)
-        tensors = [t if t is None or copied is not None else t.to(self.device) for t in tensors]
-        return Batch(step, *tensors[:3], tuple(tensors[3:]))
+        with contextlib.closing(ordered_map(gather, steps, ahead=self.depth)) as gathered:
+            for step, copies in gathered:
+                moments, condition, images, *features = copy.finish(copies)
+                yield Batch(step, moments, condition, images, tuple(features))
 
 
-def _put(ready, item, stop):
-    while not stop.is_set():
-        try:
-            return ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
+class Copy:
+    """Copies of gathered tensors (None stays None) to a device, begun by a thread and finished in the training loop."""
+
+    pin = False
+
+    def __init__(self, device):
+        self.device = device
+
+    def start(self, tensors):
+        """What `finish` takes."""
+        return tensors
+
+    def finish(self, tensors):
+        """Tensors on the device."""
+        return [t if t is None else t.to(self.device) for t in tensors]
 
 
-def _take_all(ready):
-    try:
-        while True:
-            ready.get_nowait()
-    except queue.Empty:
-        return
+class CopyToGPU(Copy):
+    """Copies from page-locked memory, on a stream of their own so that they run beside the training step."""
+
+    pin = True
+
+    def __init__(self, device):
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._stream = torch.cuda.Stream(self.device)
+
+    def start(self, tensors):
+        """(copies, event of their end)."""
+        torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would claim memory there
+        with torch.cuda.stream(self._stream):
+            copies = [t if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return copies, self._stream.record_event()
+
+    def finish(self, started):
+        """Tensors on the GPU; what follows on the caller's stream waits for the copies."""
+        copies, copied = started
+        here = torch.cuda.current_stream(self.device)
+        here.wait_event(copied)
+        for tensor in copies:
+            if tensor is not None:
+                tensor.record_stream(here)
+        return copies

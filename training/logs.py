@@ -1,4 +1,4 @@
-"""What a run says while it goes: a JSONL log that is always written, trackers, a progress bar, warnings of spikes."""
+"""What a running training reports: a JSONL log, which is always written, trackers, a progress bar, spike warnings."""
 
 import collections
 import contextlib
@@ -56,7 +56,7 @@ class RunLog:
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     def add(self, values, bad):
-        """Values of one step: name → 0-d tensor; those of a bad step (0-d bool) enter no mean. Waits for no device."""
+        """Add values of one step: name → 0-d tensor; a bad step (0-d bool) enters no mean. Waits for no device."""
         self.names = list(values)
         vector = torch.stack([value.float() for value in values.values()])
         self.sums = self.sums + torch.where(bad, 0, vector)
@@ -90,15 +90,15 @@ class RunLog:
 
     @contextlib.contextmanager
     def surviving_disk_errors(self, path):
-        """A full disk costs what was to be written, not the run: it is reported, and training goes on."""
+        """Report an OSError, for example a full disk, instead of ending the run."""
         try:
             yield
         except OSError as error:
-            self.say(f"warning: {path} is not written ({error.strerror or error}); free space, training goes on")
+            self.say(f"warning: {path} is not written ({error.strerror or error}); free space, training continues")
 
     @contextlib.contextmanager
     def paused(self):
-        """What happens within does not count as training time."""
+        """Time spent in this context does not count as training time."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start

@@ -3,15 +3,24 @@
 python -m training.plot exps/b2 exps/sit-b2 --out curves.png
 """
 
-import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error
 from common.files import write_atomically
+from common.flags import flag, parse_flags, required
 
 DRAWN = ("loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings of names
 COLUMNS = 3
+
+
+@dataclasses.dataclass
+class PlotFlags:
+    """Flags of the command."""
+
+    runs: list = required("folder of a run, or its log.jsonl", positional=True, nargs="+", metavar="RUN")
+    out: str = flag("curves.png", "picture to write")
 
 
 def log_file(path):
@@ -64,12 +73,9 @@ def save_curves(runs, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m training.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RESULTS_DIR", help="folder of a run, or its log.jsonl")
-    parser.add_argument("--out", default="curves.png", metavar="PNG", help="picture to write (curves.png)")
-    args = parser.parse_args(argv)
-    save_curves(args.runs, args.out)
-    print(f"curves of {len(args.runs)} runs: {args.out}")
+    flags = parse_flags(PlotFlags, argv, description=__doc__.splitlines()[0])
+    save_curves(flags.runs, flags.out)
+    print(f"curves of {len(flags.runs)} runs: {flags.out}")
 
 
 if __name__ == "__main__":

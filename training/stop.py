@@ -6,18 +6,18 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished, the same command with --resume auto goes on
+EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
 EXIT_CODES = (
     f"On SIGTERM and SIGUSR1 the step is finished, a checkpoint is written and the exit code is {EXIT_STOPPED}: "
-    "the same command with --resume auto goes on. 0 is the end of the run, 2 a mistake named by a line 'error: ...'."
+    "the same command with --resume auto continues. 0: the run is complete; 2: a mistake, named by a line 'error: ...'."
 )
 
 
 class StopRequest:
     """Within this context SIGTERM and SIGUSR1 are noted instead of ending the process.
 
-    Several processes exchange what they noted on the CPU while the next step runs, and look at the sum one step later:
-    all of them stop after the same step, and none waits for its device.
+    Several processes add up what they noted on the CPU while the next step runs, and read the sum one step later: all
+    of them stop after the same step, and none waits for its device.
     """
 
     def __init__(self, num_processes):
@@ -33,7 +33,7 @@ class StopRequest:
         self.noted = True
 
     def agreed(self):
-        """Whether to stop now. To be asked once per step; all processes get the same answer."""
+        """Whether to stop now. Must be called once per step; all processes get the same answer."""
         if self.group is None:
             return self.noted
         before = self._finish_exchange()

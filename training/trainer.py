@@ -1,8 +1,6 @@
-"""The training loop that every train_*.py runs: batches and draws in, one optimizer step, EMA, log, checkpoint."""
+"""The training loop of every train*.py: batches and draws in, one optimizer step, EMA, log, checkpoints, grids."""
 
 import contextlib
-import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -21,7 +19,6 @@ from training.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from training.distributed import rows_of_rank
 from training.ema import EMA
 from training.guard import BadSteps, all_finite
 from training.loader import LatentLoader, SeekableSampler
@@ -30,67 +27,25 @@ from training.stop import StopRequest
 
 
 class Trainer:
-    """Owns model, EMA, optimizer, data order and log of a run.
+    """Model, EMA, optimizer, data order and log of a run, and its loop: `fit`."""
 
-    objective(network, batch, draws) → (loss, {name: 0-d tensor}); draw(step) → the draws of a whole batch;
-    saved: entries for the checkpoint and config.json (`config`, `data`); flops_per_image: of one training step, for
-    the log's MFU.
-    """
+    def __init__(self, run, objective, draw, flops_per_image=None, on_sample=None):
+        """run: a Run. objective(network, batch, draws) → (loss, {name: 0-d tensor}).
 
-    def __init__(
-        self,
-        accelerator,
-        config,
-        run_dir,
-        model,
-        dataset,
-        objective,
-        draw,
-        saved,
-        on_sample=None,
-        flops_per_image=None,
-    ):
-        self.accelerator, self.config, self.run_dir = accelerator, config, Path(run_dir)
-        self.dataset, self.objective, self.saved, self.on_sample = dataset, objective, saved, on_sample
-        self.draw, self.flops_per_image = draw, flops_per_image
-        accumulation = config.gradient_accumulation_steps
-        self.rows = rows_of_rank(config.batch_size, accelerator.num_processes, accumulation, accelerator.process_index)
-        self.sampler = SeekableSampler(len(dataset), config.batch_size, config.seed)
+        draw(step) → the draws of a whole batch; flops_per_image: FLOP of a training step, for the log's MFU;
+        on_sample(model, step) → path of a sample grid, on the main process only.
+        """
+        self.config, self.accelerator, self.run_dir, self.dataset = run.config, run.accelerator, run.folder, run.dataset
+        self.objective, self.draw, self.flops_per_image, self.on_sample = objective, draw, flops_per_image, on_sample
+        self.rows, self.saved, config = run.rows, run.saved(), run.config
+        self.sampler = SeekableSampler(len(run.dataset), config.batch_size, config.seed)
         self.stop_step = min(config.max_train_steps, config.epochs * self.sampler.steps_per_epoch)
-        self.model = model.to(accelerator.device)
+        self.model = run.model.to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,
-        )
-        self.network, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(config, self.model))
         if config.compile:  # in place: no name in a checkpoint changes
             self.model.compile(fullgraph=True)
-        self.bad_steps = BadSteps(accelerator.device)
-
-    def resume(self):
-        """Restore the state of --resume; returns the step to go on from."""
-        step, path = 0, find_resume(self.run_dir, self.config.resume)
-        if path:
-            content = restore(path, self.model, self.ema, self.optimizer, self.accelerator.scaler, **self.saved)
-            step = content["steps"]
-            self.bad_steps.load_state_dict(content["train_state"])
-            changed = changed_flags(content["config"], self.saved["config"])
-            self.accelerator.print(f"resumed from {path}" + "".join(f"; {change}" for change in changed))
-        seen = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).unique().tolist()
-        if len(seen) > 1:
-            raise InputError(
-                f"the processes find different checkpoints in {self.run_dir} (steps {seen}); --output-dir must be on "
-                "a file system that all nodes share"
-            )
-        if step >= self.stop_step:
-            self.accelerator.print(f"{self.run_dir} is complete at step {step}; raise --max-train-steps to go on")
-        return step
+        self.bad_steps = BadSteps(self.accelerator.device)
 
     def fit(self):
         """Train from --resume to the last step; returns whether it got there, which a signal may prevent."""
@@ -106,8 +61,27 @@ class Trainer:
                 self.begin(step)
             return self.loop(step, stop)
 
+    def resume(self):
+        """Restore the state of --resume; returns the step to continue from."""
+        step, path = 0, find_resume(self.run_dir, self.config.resume)
+        if path:
+            content = restore(path, self.model, self.ema, self.optimizer, self.accelerator.scaler, **self.saved)
+            step = content["steps"]
+            self.bad_steps.load_state_dict(content["train_state"])
+            changed = changed_flags(content["config"], self.saved["config"])
+            self.accelerator.print(f"resumed from {path}" + "".join(f"; {change}" for change in changed))
+        seen = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).unique().tolist()
+        if len(seen) > 1:
+            raise InputError(
+                f"the processes find different checkpoints in {self.run_dir} (steps {seen}); --output-dir must be on "
+                "a file system that all nodes share"
+            )
+        if step >= self.stop_step:
+            self.accelerator.print(f"{self.run_dir} is complete at step {step}; raise --max-train-steps to continue")
+        return step
+
     def begin(self, step):
-        """Put the run's folder in order before it goes on from a step."""
+        """Prepare the run's folder for training from `step` on."""
         remove_leftovers(self.run_dir)
         if later := set_aside_after(self.run_dir, step):
             print(f"checkpoints of later steps {later} are set aside as .pt.abandoned", flush=True)
@@ -124,17 +98,17 @@ class Trainer:
                 step, stopping = batch.step + 1, stop.agreed()
                 self.after_step(step, stopping)
                 if stopping and step < end:
-                    self.log.say(f"stopped by a signal after step {step}; the same command with --resume auto goes on")
+                    self.log.say(f"stopped by a signal after step {step}; --resume auto continues the run")
                     return False
             return True
         finally:
             self.log.close()
 
     def train_step(self, batch, draws):
-        """One optimizer step over this rank's rows, micro-batch by micro-batch; returns values to log and whether bad.
+        """One optimizer step over this rank's rows, micro-batch by micro-batch; returns values to log and `bad`.
 
-        Bad is a 0-d bool on the device, for which nothing waits: loss or gradients are not finite. A loss that is not
-        makes all gradients NaN, and gradients are averaged over the processes, so all of them decide alike.
+        bad: 0-d bool on the device, whether loss or gradients are not finite; nothing waits for it. A non-finite loss
+        makes all gradients NaN, and gradients are averaged over the processes, so all of them agree.
         """
         accumulation, values = self.config.gradient_accumulation_steps, {}
         size = len(self.rows) // accumulation
@@ -151,9 +125,10 @@ class Trainer:
         return values, bad
 
     def update(self, bad):
-        """Optimizer and EMA step; where `bad` holds, both keep their state to the bit. Waits for no device.
+        """Optimizer and EMA step; where `bad` is true neither changes anything, to the bit. Waits for no device.
 
-        The optimizer is called without accelerate's wrapper, which would wait to see whether the fp16 scaler skipped.
+        accelerate's wrapper of the optimizer is bypassed: it would wait for the device to see whether the fp16 scaler
+        skipped the step.
         """
         optimizer, scaler = self.optimizer.optimizer, self.accelerator.scaler
         optimizer.found_inf = bad.float()  # fused AdamW then changes nothing
@@ -180,7 +155,7 @@ class Trainer:
                 self.sample(step)
 
     def check_bad_steps(self, step, bad_steps, in_a_row):
-        """Say so when there were more bad steps since the last look. Raises InputError when too many in a row."""
+        """Warn of bad steps since the last check. Raises InputError when there were too many in a row."""
         if in_a_row >= self.config.max_bad_steps:
             raise InputError(
                 f"the loss or its gradients were not finite for {in_a_row} steps in a row, up to step {step}; "
@@ -192,21 +167,21 @@ class Trainer:
         self.bad_steps.seen = bad_steps
 
     def last_checkpoint(self):
-        """In words; every checkpoint is good, as no bad step changes anything and no other weights are written."""
+        """The last checkpoint in words. Every one is good: bad steps change nothing, bad weights are not saved."""
         steps = existing_steps(self.run_dir)
         return (
             f"the last good checkpoint is {checkpoint_path(self.run_dir, steps[-1])}" if steps else "no checkpoint yet"
         )
 
     def sample(self, step):
-        """Draw a grid with the averaged weights on the main process, the only one that has `on_sample`; all wait."""
+        """Draw a grid with the averaged weights on the main process; the others wait."""
         if self.accelerator.is_main_process:
             with self.ema.swapped_into(self.model), self.log.surviving_disk_errors(self.run_dir / "samples"):
                 self.log.say(f"sample grid: {self.on_sample(self.model, step)}")
         self.accelerator.wait_for_everyone()
 
     def save(self, step, stays):
-        """Write the checkpoint of a step on the main process; one that does not stay makes way for later ones."""
+        """Write the checkpoint of a step on the main process; unless it `stays`, later ones replace it."""
         if not all_finite([*self.model.parameters(), *self.ema.shadow.values()]):
             raise InputError(
                 f"the weights at step {step} are not finite and are not saved; {self.last_checkpoint()}; "
@@ -234,30 +209,33 @@ class Trainer:
         }
 
 
+def make_optimizer(config, model):
+    """AdamW over the parameters that are trained."""
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
 @contextlib.contextmanager
 def ending_on_disk_errors(path):
-    """A checkpoint that was to stay, and cannot be written, ends the run with one line. Raises InputError."""
+    """Turn an OSError into an InputError: a permanent checkpoint that cannot be written ends the run."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} is not written ({error.strerror or error}); the checkpoints before it stay; free space and go on "
+            f"{path} is not written ({error.strerror or error}); earlier checkpoints are kept; free space and continue "
             "with --resume latest"
         ) from None
 
 
 def changed_flags(before, now):
-    """What is trained otherwise than before a resume, in words; a change of what bears on no number is left out."""
+    """Which flags differ from those before a resume, in words, without those that change no number."""
     silent = {"data_dir", "output_dir", "exp_name", "logging_dir", "report_to", "num_workers", "resume", "vae"}
     silent |= {"log_every", "keep_last"} | {name for name in now if name.endswith("_steps")} | {"model_options"}
     names = [name for name in now if name not in silent and before.get(name) != now[name]]
     return [f"{shown(name)} was {before.get(name)}, is {now[name]}" for name in names]
-
-
-def describe_data(dataset):
-    """What a checkpoint records of its data, JSON-like: classes, VAE, shapes."""
-    info = dataclasses.asdict(dataset.info)
-    spec = info.pop("spec")
-    info["moments_shape"] = list(info["moments_shape"])
-    info["class_names"] = list(info["class_names"]) if info["class_names"] else None
-    return {**info, **spec}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from evaluations.metrics.frechet import RunningStatistics
-from evaluations.metrics.images import prefetched, to_tensor
+from evaluations.metrics.images import to_tensor
 from evaluations.metrics.inception import Inception
 from models.encoders import IMAGENET_STATISTICS
 
@@ -141,7 +141,7 @@ def extract(images, batches, extractor, processes, keep=False):
     """
     statistics, kept = {}, []
     progress = tqdm(total=sum(map(len, batches)), unit="image", disable=processes.rank > 0, mininterval=1)
-    for indices, pixels in zip(batches, prefetched(images.batches(batches)), strict=True):
+    for indices, pixels in zip(batches, images.batches(batches), strict=True):
         for name, rows in extractor(to_tensor(pixels, processes.device)).items():
             if not rows.isfinite().all():
                 raise InputError(f"{images.path}: features of images {indices[0]} to {indices[-1]} are not finite")

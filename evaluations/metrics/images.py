@@ -1,12 +1,13 @@
 """Images to be measured, read in batches with bounded memory: arr_0 of an npz, a folder, or a zip. uint8 throughout."""
 
+import itertools
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from common.errors import InputError
+from common.look_ahead import ordered_map
 from preprocessing.sources import BadImageError, ImageSource
 
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError)
@@ -16,45 +17,6 @@ READ_ERRORS += (RuntimeError, SyntaxError)  # what zipfile and numpy's header pa
 def open_images(path, flag):
     """NpzImages or FolderImages. Raises InputError naming flag and file."""
     return NpzImages(path, flag) if str(path).endswith(".npz") else FolderImages(path, flag)
-
-
-def read_statistics(path, names):
-    """{name: float64 array} of an npz that has all of `names`, None of one that has none. Raises InputError."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file.files]
-            if names[0] in missing:
-                return None
-            found = {name: np.asarray(file[name], np.float64) for name in names if name not in missing}
-    except READ_ERRORS as error:
-        raise unreadable(path, error) from None
-    if missing:
-        raise InputError(f"{path} holds {names[0]} but not {missing[0]}; take a whole reference file")
-    for mean, covariance in zip(names[::2], names[1::2], strict=True):
-        check_moments(found[mean], found[covariance], f"{path}: {mean}, {covariance}")
-    return found
-
-
-def other_size(images, size, allowed):
-    """A line where images differ from the reference's size (H, W, …), None where not, or where it is not known (None).
-
-    Raises InputError where that is not allowed.
-    """
-    if size is None or tuple(size[:2]) == tuple(images.shape[:2]):
-        return None
-    sizes = ("x".join(map(str, shape[:2])) for shape in (images.shape, size))
-    line = "samples of {} are compared with a reference of {}".format(*sizes)
-    if not allowed:
-        raise InputError(f"{line}; take the reference of that size, or pass --other-size")
-    return line
-
-
-def check_moments(mean, covariance, where):
-    """Raise InputError unless they are finite and of shapes (D,) and (D, D)."""
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-        raise InputError(f"{where} have shapes {mean.shape} and {covariance.shape}, not (D,) and (D, D)")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{where} hold values that are not finite; make the statistics again")
 
 
 def unreadable(path, error):
@@ -105,17 +67,23 @@ class NpzImages:
         return self.whole.shape, self.whole.dtype
 
     def batches(self, batches):
-        """Yield uint8 (B, H, W, 3) for each array of ascending indices. Raises InputError for a damaged file."""
+        """Yield uint8 (B, H, W, 3) for each array of ascending indices, one of them read ahead.
+
+        Raises InputError for a damaged file.
+        """
         if self.whole is not None:
             yield from (self.whole[indices] for indices in batches)
             return
         try:
             with self.archive.open("arr_0.npy") as member:
-                for indices in batches:
-                    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
-                    yield np.concatenate([self.read_run(member, run[0], len(run)) for run in runs])
+                yield from ordered_map(lambda indices: self.read_rows(member, indices), batches)
         except READ_ERRORS as error:
             raise unreadable(self.path, error) from None
+
+    def read_rows(self, member, indices):
+        """Images `indices`, ascending, of the open member."""
+        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+        return np.concatenate([self.read_run(member, run[0], len(run)) for run in runs])
 
     def read_run(self, member, first, count):
         """Images first … first + count − 1 of the open member."""
@@ -152,20 +120,16 @@ class FolderImages:
         return pixels
 
     def batches(self, batches):
-        """Yield uint8 (B, H, W, 3) for each array of indices."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            for indices in batches:
-                yield np.stack(list(pool.map(self.read, indices)))
+        """Yield uint8 (B, H, W, 3) for each of a list of arrays of indices; a whole batch is read ahead."""
+        ahead = max(map(len, batches), default=1)
+        images = ordered_map(self.read, itertools.chain.from_iterable(batches), ahead, self.workers)
+        for indices in batches:
+            yield np.stack(list(itertools.islice(images, len(indices))))
 
 
-def prefetched(items):
-    """The items of an iterator, the next one being made in a thread while the caller uses this one."""
-    items, end = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
+def split(indices, size):
+    """Consecutive batches of an array, `size` each; the last may have fewer."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def to_tensor(images, device):

@@ -1,29 +1,72 @@
 """Results as JSON files: the numbers, how they were computed, and the manifest of the samples they are about."""
 
-import json
+import dataclasses
 from pathlib import Path
 
 from common.errors import InputError, note
-from common.files import check_writable, write_json
+from common.files import check_writable, read_json, write_json
 from common.versions import versions
+from sampling.manifest import manifest_path, read_manifest
+
+PACKAGES = ("torch", "scipy", "torch-fidelity", "timm")
 
 
-def manifest_path(samples):
-    """The JSON file beside an npz or a folder of samples."""
-    is_npz = str(samples).endswith(".npz")
-    return Path(samples).with_suffix(".json") if is_npz else Path(f"{samples}".rstrip("/") + ".json")
+@dataclasses.dataclass
+class Result:
+    """What a program of evaluations/ measured, as its JSON file holds it; fields that are None are left out there."""
+
+    metrics: dict  # {name: number}
+    samples: str = ""  # what was measured
+    reference: str | None = None
+    arrays: list | None = None  # lines that say which arrays served what
+    warnings: list | None = None
+    count: int | None = None  # of images
+    clip: str | None = None  # name of the CLIP model
+    images: int | None = None  # scored by it
+    results: str | None = None  # file of GenEval's detector
+    curves: dict | None = None  # {name: [(t, number)]}
+    settings: dict | None = None
+    versions: dict = dataclasses.field(default_factory=lambda: versions(*PACKAGES))
+    manifest: dict | None = None  # of the samples
+
+    @classmethod
+    def read(cls, path):
+        """The result in a file. Raises InputError naming it."""
+        content = read_json(path)
+        if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+            raise InputError(f"{path} has no 'metrics'; pass files that the evaluators wrote")
+        if not isinstance(content.get("manifest"), dict | None):
+            raise InputError(f"{path}: 'manifest' is not an object; pass files that the evaluators wrote")
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in known})
+
+    def write(self, path):
+        """Write the file, with the manifest beside the samples. Raises InputError where it cannot be written."""
+        if found := sample_manifest(self.samples):
+            self.manifest = {name: value for name, value in found.to_json().items() if name != "labels"}
+        content = dataclasses.asdict(self).items()
+        try:
+            write_json(path, {name: value for name, value in content if value is not None or name == "manifest"})
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}); the numbers stand above") from None
+        note(f"wrote {path}")
 
 
 def sample_manifest(samples):
-    """What generate.py wrote beside an npz or a folder of samples, without its list of labels; None where it is not."""
+    """SampleManifest beside an npz or a folder of samples; None where there is no file. Raises InputError."""
     path = manifest_path(samples)
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        raise InputError(f"{path} beside the samples is no JSON; move it away or make the samples again") from None
-    return {key: value for key, value in manifest.items() if key != "labels"} if isinstance(manifest, dict) else None
+    return read_manifest(path) if path.is_file() else None
+
+
+def sample_labels(samples, kind, count, remedy):
+    """The `labels` of the manifest beside samples: a list of `count` of one type. Raises InputError with the remedy."""
+    path, manifest = manifest_path(samples), sample_manifest(samples)
+    labels = manifest and manifest.labels
+    if not labels or not all(type(label) is kind for label in labels):
+        raise InputError(f"{path} does not list a {kind.__name__} for each sample under 'labels'; {remedy}")
+    if len(labels) != count:
+        raise InputError(f"{path} lists {len(labels)} labels for {count} samples; {remedy}")
+    return labels
 
 
 def result_path(given, samples, suffix=""):
@@ -36,26 +79,3 @@ def result_path(given, samples, suffix=""):
     path = Path(given) if given else Path("results") / f"{Path(samples).name.removesuffix('.npz')}{suffix}.json"
     check_writable(path, "--json")
     return path
-
-
-def write_result(path, samples, metrics, **settings):
-    """Write the JSON of a measurement; metrics: {name: number}."""
-    packages = versions("torch", "scipy", "torch-fidelity", "timm")
-    content = {"metrics": metrics, "samples": str(samples), **settings, "versions": packages}
-    manifest = sample_manifest(samples)
-    try:
-        write_json(path, {**content, "manifest": manifest})
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); the numbers stand above") from None
-    note(f"wrote {path}")
-
-
-def read_result(path):
-    """Content of a result file. Raises InputError naming it."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); pass files that the evaluators wrote") from None
-    if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
-        raise InputError(f"{path} has no 'metrics'; pass files that the evaluators wrote")
-    return content

@@ -7,7 +7,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300       # 300 s before the end of its time this shell is told
+#SBATCH --signal=B:USR1@300       # 300 s before the end of its time this shell gets SIGUSR1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
@@ -21,13 +21,13 @@ EXP_NAME=${EXP_NAME:-deepflow-xl-3t}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# No launcher in between: srun starts every process, hands it the signals that srun gets, and waits as long as it takes.
+# No launcher in between: srun starts every process, passes on the signals it gets, and waits as long as it takes.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train.py \
     --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
-    --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 --mixed-precision bf16 "$@" &
+    --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 "$@" &
 step=$!
-told=no
-trap 'told=yes; kill -USR1 "$step"' USR1
+out_of_time=no
+trap 'out_of_time=yes; kill -USR1 "$step"' USR1
 trap 'kill -TERM "$step"' TERM
 code=0
 wait "$step" || code=$?
@@ -35,7 +35,7 @@ while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` early
     code=0
     wait "$step" || code=$?
 done
-if [ "$told" = yes ] && [ "$code" -ne 0 ]; then
+if [ "$out_of_time" = yes ] && [ "$code" -ne 0 ]; then
     echo "stopped at the time limit with code $code; requeued"
     scontrol requeue "$SLURM_JOB_ID"
 fi

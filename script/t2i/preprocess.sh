@@ -4,39 +4,34 @@
 # COCO holds train2014/, val2014/ and annotations/captions_{train,val}2014.json, as they unpack.
 # Disk: features of the training captions take about 49 GB in fp16, of the validation captions 24 GB.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 COCO=${COCO:-coco}
 DATA_DIR=${DATA_DIR:-data/coco256}
-NUM_GPUS=${NUM_GPUS:-8}
 VAE=${VAE:-stabilityai/sd-vae-ft-ema}
 TEXT_ENCODER=${TEXT_ENCODER:-openai/clip-vit-large-patch14}
-STORED_DTYPE=${STORED_DTYPE:-fp16}         # fp32 doubles the disk
-TRAIN_COUNT=${TRAIN_COUNT-82783}           # images of MS-COCO 2014; set to nothing for images of your own
+STORED_DTYPE=${STORED_DTYPE:-fp16} # fp32 doubles the disk
+TRAIN_COUNT=${TRAIN_COUNT-82783}   # images of MS-COCO 2014; set to nothing for images of your own
 VAL_COUNT=${VAL_COUNT-40504}
+
+tool() { python -m preprocessing.dataset_tools "$@"; }
 
 check_count() { # FOLDER EXPECTED
     local found
-    found=$(python preprocessing/dataset_tools.py info "$1" | awk -F '[ ,]+' '$1 == "images" { print $2 }')
-    if [ -n "$2" ] && [ "$found" != "$2" ]; then
-        echo "error: $1 holds $found images instead of $2; unpack the whole set, remove $1 and run again, or pass" \
-            "TRAIN_COUNT= VAL_COUNT= for images of your own" >&2
-        exit 2
-    fi
+    found=$(tool info "$1" | awk -F '[ ,]+' '$1 == "images" { print $2 }')
+    [ -z "$2" ] || [ "$found" = "$2" ] || fail "$1 holds $found images instead of $2; unpack the whole set, remove $1" \
+        "and run again, or pass TRAIN_COUNT= VAL_COUNT= for images of your own"
 }
 
 prepare() { # SPLIT COUNT
     local dest=$DATA_DIR/$1
-    python preprocessing/dataset_tools.py convert --source "$COCO/${1}2014" --dest "$dest/images" \
-        --resolution 256x256 --transform center-crop
+    tool convert --source "$COCO/${1}2014" --dest "$dest/images" --resolution 256x256 --transform center-crop
     check_count "$dest/images" "$2"
-    torchrun --standalone --nproc-per-node "$NUM_GPUS" preprocessing/dataset_tools.py encode \
-        --source "$dest/images" --dest "$dest/vae-sd" --vae "$VAE" --batch-size 64 --packed
-    torchrun --standalone --nproc-per-node "$NUM_GPUS" preprocessing/dataset_tools.py captions \
-        --source "$dest/images" --annotations "$COCO/annotations/captions_${1}2014.json" --dest "$dest/text" \
-        --text-encoder "$TEXT_ENCODER" --stored-dtype "$STORED_DTYPE"
-    python preprocessing/dataset_tools.py verify "$dest"
-    python preprocessing/dataset_tools.py info "$dest"
+    launch -m preprocessing.dataset_tools encode --source "$dest/images" --dest "$dest/vae-sd" --vae "$VAE" \
+        --batch-size 64 --packed
+    launch -m preprocessing.dataset_tools captions --source "$dest/images" --dest "$dest/text" \
+        --annotations "$COCO/annotations/captions_${1}2014.json" --text-encoder "$TEXT_ENCODER" --stored-dtype "$STORED_DTYPE"
+    tool verify "$dest"
+    tool info "$dest"
 }
 prepare train "$TRAIN_COUNT"
 prepare val "$VAL_COUNT"

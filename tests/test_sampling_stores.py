@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import training.checkpoint
+import common.files
 from common.errors import InputError
-from sampling.stores import BackgroundWriter, PartFiles, PngFiles, pack, prepare_folder, write_npz
+from sampling.stores import PartFiles, PngFiles, pack, prepare_folder, write_in_threads, write_npz
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
@@ -147,9 +147,7 @@ def full_disk(monkeypatch):
     """Function that leaves so many bytes of room in every file that is written from then on."""
 
     def leave(room):
-        monkeypatch.setattr(
-            training.checkpoint, "open", lambda path, mode: FullDisk(open(path, mode), room), raising=False
-        )
+        monkeypatch.setattr(common.files, "open", lambda path, mode: FullDisk(open(path, mode), room), raising=False)
 
     return leave
 
@@ -175,11 +173,10 @@ def test_a_full_disk_while_packing_leaves_the_images_and_no_npz(store, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def test_a_full_disk_in_a_background_thread_reaches_the_caller(tmp_path, full_disk):
+def test_a_full_disk_in_a_thread_reaches_the_caller(tmp_path, full_disk):
     full_disk(0)
-    with pytest.raises(InputError, match="No space left"), BackgroundWriter(PngFiles(tmp_path).write) as writer:
-        writer.submit(range(3), IMAGES[:3])
-        writer.drain()
+    with pytest.raises(InputError, match="No space left"):
+        list(write_in_threads(PngFiles(tmp_path).write, [(range(3), IMAGES[:3])]))
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
@@ -191,51 +188,57 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"a", "settings.json", ".b.npz.77.tmp"}
 
 
-# ---------------------------------------------------------------------------------------- background, memory
+# ------------------------------------------------------------------------------------------- threads, memory
 
 
-def test_background_writer_bounds_what_waits_and_writes_everything():
-    gate, written = threading.Event(), []
+def test_writing_in_threads_bounds_what_waits_and_writes_everything():
+    gate, sampled, written = threading.Event(), [], []
 
     def write(item):
-        gate.wait()
+        gate.wait(60)
         written.append(item)
 
-    with BackgroundWriter(write, threads=2, ahead=3) as writer:
-        for item in range(3):
-            writer.submit(item)
-        fourth = threading.Thread(target=writer.submit, args=(3,))
-        fourth.start()
-        fourth.join(0.2)
-        waited = fourth.is_alive()
-        gate.set()  # before any assertion: the block waits for its threads
-        fourth.join()
-        writer.drain()
-    assert waited and sorted(written) == [0, 1, 2, 3]
+    def batches():
+        for item in range(6):
+            if item == 3:  # three are being written
+                gate.set()
+            sampled.append(item)
+            yield (item,)
+
+    for number, _ in enumerate(write_in_threads(write, batches(), threads=3)):
+        assert len(sampled) <= number + 1 + 3
+    assert sorted(written) == [0, 1, 2, 3, 4, 5]
 
 
-def test_background_writer_finishes_what_was_queued_when_the_caller_fails():
+class Stop(BaseException):
+    """What a test raises in the middle of things."""
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_what_was_sampled_is_written_when_sampling_fails(count):
     written = []
 
     def write(item):
         time.sleep(0.01)
         written.append(item)
 
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(write) as writer:
-        for item in range(3):
-            writer.submit(item)
-        raise KeyboardInterrupt
-    assert sorted(written) == [0, 1, 2]
+    def batches():
+        yield from ((item,) for item in range(count))
+        raise Stop
+
+    with pytest.raises(Stop):
+        list(write_in_threads(write, batches()))
+    assert sorted(written) == list(range(count))
 
 
-def test_an_error_in_the_background_ends_a_later_submit():
+def test_an_error_in_a_write_ends_the_sampling():
     def write(item):
         raise ValueError(f"item {item}")
 
-    with pytest.raises(ValueError, match="item 0"), BackgroundWriter(write) as writer:
-        for item in range(100):
-            writer.submit(item)
-            time.sleep(0.01)
+    items = iter(range(100))
+    with pytest.raises(ValueError, match="item 0"):
+        list(write_in_threads(write, ((item,) for item in items)))
+    assert next(items) < 10
 
 
 def test_packing_needs_the_memory_of_a_few_images(tmp_path):

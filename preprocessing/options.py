@@ -1,0 +1,52 @@
+"""Flags that several commands share, as dataclasses to inherit from."""
+
+import dataclasses
+
+from common.flags import flag, required, whole
+
+STORED = {"fp16": "float16", "fp32": "float32"}
+SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
+
+
+@dataclasses.dataclass
+class SetFlags:
+    """What is read and what is made."""
+
+    source: str = required("images that convert wrote (DATA/images)", metavar="DIR|ZIP", group="data")
+    dest: str = required("new or empty folder", metavar="DIR", group="output")
+    _: dataclasses.KW_ONLY
+    max_images: int | None = flag(None, "use only the first N in order", whole(1), metavar="N", group="data")
+
+
+@dataclasses.dataclass
+class ImageFlags(SetFlags):
+    """How images are read."""
+
+    _: dataclasses.KW_ONLY
+    skip_bad: bool = flag(False, "list and leave out unreadable images instead of stopping", group="data")
+    published_labels: bool = flag(
+        False,
+        "number classes as the published tool does: a file in the root is a class that shifts all others",
+        group="data",
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class StoredFlags:
+    """How packed rows are stored."""
+
+    stored_dtype: str = flag("fp16", "type of packed rows", choices=sorted(STORED), group="output")
+    shard_size: int = flag(SHARD_SIZE, "rows per shard", whole(1), group="output")
+
+    def stored(self):
+        """What a ticket says about it."""
+        return {"stored": self.stored_dtype, "shard_size": self.shard_size}
+
+
+@dataclasses.dataclass(kw_only=True)
+class NetworkFlags(StoredFlags):
+    """How a network computes the rows."""
+
+    batch_size: int = flag(16, "images per batch and process", whole(1), group="precision and speed")
+    workers: int = flag(4, "threads that read images", whole(1), group="precision and speed")
+    device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")

@@ -1,0 +1,120 @@
+"""The flags that sampling of classes and of prompts share."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+
+from common.errors import InputError
+from common.flags import flag, required, shown
+from models import PRESETS
+from models.paths import PATHS
+from samplers import SAMPLERS, Guidance
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = [name for name in SAMPLERS if name != "ode-heun"]
+STEPS = "number of steps; default: " + ", ".join(f"{SAMPLERS[mode].num_steps} for {mode}" for mode in MODES)
+MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "output"
+
+
+@dataclasses.dataclass(kw_only=True)
+class SamplingFlags:
+    """Flags of every program that samples. None: as the checkpoint says, or a default that `resolve` fills in."""
+
+    ckpt: str = required("checkpoint, exported folder, or published file (DeepFlow, SiT, REPA, DMF)", group=MODEL)
+    weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group=MODEL)
+    model: str | None = flag(None, "preset name", str, choices=list(PRESETS), group=MODEL)
+    trans_depth: int | None = flag(None, "number of blocks", int, group=MODEL)
+    df_idxs: list | None = flag(
+        None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+", group=MODEL
+    )
+    dmf_depth: int | None = flag(None, "number of blocks that see t, of a published flow map", int, group=MODEL)
+    qk_norm: bool | None = flag(None, "normalised queries and keys", bool, group=MODEL)
+    legacy_scaling: bool | None = flag(
+        None, "clamp the time-gap scale to [-5, 5] (SSL-aligned release)", bool, group=MODEL
+    )
+    ssl_align: bool | None = flag(None, "the model was trained with SSL alignment", bool, group=MODEL)
+    projector_embed_dims: str | None = flag(None, "accepted for published scripts, unused", str, group=MODEL)
+    path_type: str | None = flag(
+        None, "probability path; default: the checkpoint's, else linear", str, choices=list(PATHS), group=MODEL
+    )
+    resolution: int | None = flag(None, "image size", int, group=MODEL)
+    vae: str | None = flag(None, "ema, mse, a hub name or a folder; default: the training data's", str, group=MODEL)
+
+    mode: str = flag("sde", "sampler; euler and restart are for flow maps", choices=MODES, group=SAMPLING)
+    num_steps: int | None = flag(None, STEPS, int, group=SAMPLING)
+    shift: float = flag(1.0, "shift s of a flow map's times: s*t / (1 + (s - 1)*t)", group=SAMPLING)
+    heun: bool = flag(False, "second-order steps for ode", group=SAMPLING)
+    cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none", group=SAMPLING)
+    guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)", group=SAMPLING)
+    guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)", group=SAMPLING)
+    global_seed: int = flag(0, "seed; image i depends on it and on i", also=["--seed"], group=SAMPLING)
+
+    dtype: str = flag(
+        "fp32", "precision of the network; the sampler's state is float64", choices=list(DTYPES), group=SPEED
+    )
+    vae_dtype: str = flag("fp32", "precision of the decoder", choices=list(DTYPES), group=SPEED)
+    tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", group=SPEED)
+    fused_attn: bool = flag(True, "fused attention kernels", group=SPEED)
+    compile: bool = flag(False, "compile the network: minutes at the start, faster steps", group=SPEED)
+    per_proc_batch_size: int = flag(32, "images per forward pass and process", group=SPEED)
+    decode_batch_size: int = flag(32, "images that are decoded at once", group=SPEED)
+
+    sample_dir: str = flag("samples", "parent folder of the results", group=OUTPUT)
+    num_fid_samples: int = flag(50_000, "number of images", group=OUTPUT)
+    format: str = flag("both", "what is written", choices=["npz", "png", "both"], group=OUTPUT)
+    decode: bool = flag(True, "decode to images; --no-decode writes an npz of latents", group=OUTPUT)
+    resume: bool = flag(True, "resume an interrupted run; --no-resume refuses a folder with images", group=OUTPUT)
+    grid: str | None = flag(None, "ROWSxCOLUMNS: write one picture instead", str, group=OUTPUT)
+    out: str | None = flag(None, "file of the picture; default grid.png", str, group=OUTPUT)
+
+    @property
+    def sampler(self):
+        """Row of the table of samplers."""
+        return SAMPLERS["ode-heun" if self.heun else self.mode]
+
+    @property
+    def guidance(self):
+        return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
+
+    def model_options(self):
+        """Constructor arguments that flags give, for a file that does not hold them."""
+        names = ("df_idxs", "dmf_depth", "legacy_scaling", "ssl_align")
+        return {"depth": self.trans_depth, **{name: getattr(self, name) for name in names}}
+
+    def grid_size(self):
+        """--grid as (rows, columns). Raises InputError."""
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.grid)
+        if not match:
+            raise InputError(f"--grid {self.grid!r} is not of the form 8x8 (rows x columns)")
+        return int(match[1]), int(match[2])
+
+    def resolve(self):
+        """A copy with the number of steps, and with what --grid implies. Raises InputError."""
+        changes = {"num_steps": self.sampler.num_steps} if self.num_steps is None else {}
+        if self.grid:
+            rows, columns = self.grid_size()
+            changes.update(num_fid_samples=rows * columns, out=self.out or "grid.png")
+        return dataclasses.replace(self, **changes)
+
+    def check(self):
+        """Raise InputError for values that make no sense; to be called on a resolved configuration."""
+        for name in ("num_fid_samples", "per_proc_batch_size", "decode_batch_size", "num_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{shown(name)} {getattr(self, name)} must be at least 1")
+        if self.global_seed < 0:
+            raise InputError(f"--global-seed {self.global_seed} must not be negative")
+        if self.heun and self.mode != "ode":
+            raise InputError("--heun is a method for the ODE; pass --mode ode")
+        if not 0 < self.shift < float("inf"):
+            raise InputError(f"--shift {self.shift} must be greater than 0 and finite; 1.0 leaves the times even")
+        if self.shift != 1.0 and not self.sampler.is_map:
+            raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")
+        if not self.decode and (self.format == "png" or self.grid):
+            raise InputError("--no-decode keeps latents, in an npz; leave out --format png and --grid")
+        if self.out and not self.grid:
+            raise InputError("--out belongs to --grid; for many images pass --sample-dir")
+        if self.out and Path(self.out).suffix.lower() != ".png":
+            raise InputError(f"--out {self.out} must end in .png; its manifest lies beside it in a .json")
+        self.guidance.check(self.sampler.times(self.num_steps, self.shift))

@@ -1,0 +1,94 @@
+"""From a checkpoint and a condition to batches of images."""
+
+import contextlib
+import dataclasses
+
+import torch
+
+from common.errors import InputError
+from models.codec import LatentCodec
+from samplers import GuidedVelocity, integrate
+from sampling.checkpoint import open_checkpoint
+from sampling.flags import DTYPES
+from sampling.noise import batch_noise
+
+
+class ImageSampler:
+    """A checkpoint ready to sample with the settings of a resolved, checked SamplingFlags. Raises InputError.
+
+    load_condition: (config, Checkpoint, device) → condition, as `ClassLabels.load`.
+    """
+
+    def __init__(self, config, load_condition, device):
+        self.config, self.device = config, device
+        self.checkpoint, self.path, self.spec = open_checkpoint(config)
+        options = self.checkpoint.options
+        self.shape = (options["in_channels"], options["input_size"], options["input_size"])
+        self.condition = load_condition(config, self.checkpoint, device)
+        self.times = config.sampler.times(config.num_steps, config.shift)
+        self.cost = count_cost(config, self.path, self.times)
+        self.codec = None
+        if config.decode:
+            self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
+            self.spec.check_same(self.codec.spec, config.ckpt, "--vae")
+            self.spec = self.codec.spec
+        self.weights_sha256 = self.checkpoint.weights_sha256()  # of the file's, before they are rounded to --dtype
+        model = self.checkpoint.model.to(device, DTYPES[config.dtype])
+        network = model.average_velocity if config.sampler.is_map else model.velocity
+        # each batch shape its own graph: N and 2N rows, and the last batch's
+        self.network = torch.compile(network, dynamic=False, fullgraph=True) if config.compile else network
+
+    @property
+    def resolution(self):
+        return self.shape[1] * self.spec.factor
+
+    def latents(self, indices, noise):
+        """Latents (N, C, h, w), float32, of the images `indices`; noise: iterator of their draws, on the device."""
+        config = self.config
+        y, y_null = self.condition.of(indices)
+        velocity = GuidedVelocity(self.network, y, y_null, config.guidance, DTYPES[config.dtype])
+        step = config.sampler.step(self.path, lambda _: next(noise))
+        latents = integrate(step, velocity, next(noise), self.times)
+        if not torch.isfinite(latents).all():
+            remedy = "the weights are damaged or diverged" if config.dtype == "fp32" else "try --dtype fp32"
+            raise InputError(
+                f"{config.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]}); {remedy}"
+            )
+        return latents.float()
+
+    def batches(self, batches):
+        """Yield (indices, rows) for every batch: uint8 images (N, R, R, 3), or float32 latents with --no-decode."""
+        noise = batch_noise(self.config.global_seed, batches, self.cost.draws, self.shape, self.device)
+        with contextlib.closing(noise):
+            for indices in batches:
+                rows = self.latents(indices, noise)
+                if self.codec is not None:
+                    rows = self.codec.decode(rows, self.config.decode_batch_size)
+                yield indices, rows.cpu().numpy()
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one batch costs."""
+
+    calls: int  # forward passes
+    guided: int  # those of 2N rows
+    draws: int  # arrays of noise, the starting noise included
+
+    @property
+    def evaluations(self):
+        """Model evaluations of an image."""
+        return self.calls + self.guided
+
+
+def count_cost(config, path, times):
+    """Cost of a batch, found by running the sampler on one number."""
+    y, asked = torch.zeros(1, dtype=torch.long), []
+
+    def noise(index):
+        asked.append(index)
+        return torch.zeros(1, 1, 1, 1)
+
+    velocity = GuidedVelocity(lambda x, *_: torch.zeros_like(x), y, y, config.guidance)
+    integrate(config.sampler.step(path, noise), velocity, torch.zeros(1, 1, 1, 1), times)
+    return Cost(velocity.calls, velocity.guided_calls, draws=1 + len(asked))

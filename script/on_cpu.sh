@@ -1,0 +1,26 @@
+# Sourced by quickstart*.sh with their arguments, after they define usage: the environment, processes and helpers.
+case "${1:-}" in
+    -h | --help) usage; exit 0 ;;
+    ?*) echo "error: unknown argument $1; see bash $0 --help" >&2; exit 2 ;;
+esac
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+SECONDS=0
+
+# On CPU everywhere, so that the numbers are the same; two processes of one thread beat one of two on small tensors.
+export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer OMP_NUM_THREADS
+several=()
+[ "$PROCESSES" -gt 1 ] && several=(--multi_gpu --main_process_port 0) # accelerate's name for several processes, on CPU too
+
+step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
+
+train() { # PROGRAM [flags]
+    accelerate launch --num_processes "$PROCESSES" ${several[@]+"${several[@]}"} --num_machines 1 --mixed_precision no \
+        --dynamo_backend no --num_cpu_threads_per_process 1 "$@"
+}
+
+sample() { torchrun --standalone --nproc-per-node "$PROCESSES" "$@"; } # PROGRAM [flags]
+
+checkpoint() { printf '%s/checkpoints/%07d.pt' "$1" "$2"; } # RUN STEP
+
+newest_npz() { ls -t "$1"/*.npz | head -n 1; } # FOLDER

@@ -1,0 +1,240 @@
+"""ImageSource: odd and unreadable images, classes, and zips as others write them."""
+
+import io
+import random
+import struct
+import tracemalloc
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from data_helpers import photo, write_class_folders
+from PIL import Image
+
+import preprocessing.sources
+from common.errors import InputError
+from latents.names import label_json, pack_names
+from preprocessing.sources import BadImageError, ImageSource, decode
+
+
+def to_bytes(image, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------- odd images
+
+
+def deep_rgb_png(values):
+    """Bytes of a 1-pixel PNG with three 16-bit samples; Pillow cannot write one."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head, body = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0), zlib.compress(b"\0" + struct.pack(">HHH", *values))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def grey16(value):
+    return Image.fromarray(np.full((2, 2), value, np.uint16))
+
+
+def palette(**options):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    return to_bytes(image, "PNG", **options)
+
+
+def animation():
+    frames = [Image.new("RGB", (2, 2), color) for color in ((10, 20, 30), (200, 0, 0))]
+    return to_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90° to display
+    image = Image.new("RGB", (4, 2), (10, 20, 30))
+    return to_bytes(image, "PNG", exif=exif)
+
+
+ODD_IMAGES = {
+    "grayscale": (to_bytes(Image.new("L", (2, 2), 77)), (77, 77, 77)),
+    "one bit": (to_bytes(Image.new("1", (2, 2), 1)), (255, 255, 255)),
+    "palette": (palette(), (10, 20, 30)),
+    "palette with transparency": (palette(transparency=1), (10, 20, 30)),
+    "alpha is dropped": (to_bytes(Image.new("RGBA", (2, 2), (10, 20, 30, 0))), (10, 20, 30)),
+    "grayscale with alpha": (to_bytes(Image.new("LA", (2, 2), (77, 5))), (77, 77, 77)),
+    "first frame": (animation(), (10, 20, 30)),
+    "16-bit grey PNG": (to_bytes(grey16(0x4D12)), (0x4D, 0x4D, 0x4D)),
+    "16-bit grey TIFF": (to_bytes(grey16(0x4D12), "TIFF"), (0x4D, 0x4D, 0x4D)),
+    "16-bit RGB": (deep_rgb_png((0x0AFF, 0x1400, 0x1E80)), (10, 20, 30)),
+    "EXIF rotation is ignored": (rotated(), (10, 20, 30)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_IMAGES)
+def test_odd_images_have_their_stated_treatment(kind):
+    data, color = ODD_IMAGES[kind]
+    image = decode(data)
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == color
+    if kind.startswith("EXIF"):
+        assert image.size == (4, 2)
+
+
+UNREADABLE = {
+    "zero bytes": (b"", "the file is empty"),
+    "text": (b"<html>Not found</html>", "no image format that Pillow knows"),
+    "truncated JPEG": (to_bytes(photo(0, 64, 64), "JPEG")[:700], "truncated"),
+    "truncated PNG": (to_bytes(photo(0, 64, 64))[:-200], "truncated"),
+    "damaged PNG": (to_bytes(photo(0, 64, 64)).replace(b"IDAT", b"IDAX"), "."),
+    "32-bit float": (to_bytes(Image.new("F", (2, 2), 0.5), "TIFF"), "32-bit samples have no stated range"),
+    "32-bit integer": (to_bytes(Image.new("I", (2, 2), 70000), "TIFF"), "32-bit samples"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_images_say_why(kind):
+    data, reason = UNREADABLE[kind]
+    with pytest.raises(BadImageError, match=reason):
+        decode(data)
+
+
+# ------------------------------------------------------------------------------------------------------- classes
+
+
+def test_hundreds_of_classes_sort_as_text(tmp_path):
+    for c in range(300):
+        (tmp_path / f"source/{c}").mkdir(parents=True)
+        Image.new("RGB", (8, 8), (c % 256, 0, 0)).save(tmp_path / f"source/{c}/x.png")
+    source = ImageSource(tmp_path / "source")
+    assert source.class_names == sorted(map(str, range(300))) and source.labels.tolist() == list(range(300))
+
+
+def test_a_folder_that_links_to_its_parent_ends(tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=2)
+    (source / "n0000/loop").symlink_to(source)
+    assert len(ImageSource(source)) == 8
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", '{"labels": [1]}', '{"labels": [["n0000/0.JPEG", 1.5]]}', "{"])
+def test_a_damaged_dataset_json_is_named(text, tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=2)
+    (source / "dataset.json").write_text(text)
+    with pytest.raises(InputError, match=r"source/dataset\.json"):
+        ImageSource(source)
+
+
+def test_labels_of_a_dataset_json_are_numbers_from_zero(tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=1, per_class=2)
+    (source / "dataset.json").write_bytes(label_json(["n0000/1.png", "n0000/0.JPEG", "gone.png"], [3, 0, 7]))
+    assert ImageSource(source).labels.tolist() == [0, 3] and ImageSource(source).num_classes == 4
+    (source / "dataset.json").write_bytes(label_json(["n0000/1.png"], [-1]))
+    with pytest.raises(InputError, match="integers from 0"):
+        ImageSource(source)
+
+
+# ---------------------------------------------------------------------------------------------------------- zips
+
+CONTENT = {f"c{k % 3}/ü{k}.png": random.Random(k).randbytes(50 * k) for k in range(12)}
+
+
+def write_zip(path, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in CONTENT.items():
+            archive.writestr(name, data)
+    return path
+
+
+def read_zip(path):
+    files = ImageSource(path)._files
+    sizes = files.sizes()
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(sizes, pool.map(files.read, sizes), strict=True))
+    assert sizes == {name: len(data) for name, data in found.items()}
+    return found
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_zips_of_others_are_read_by_several_threads(compression, tmp_path):
+    path = write_zip(tmp_path / "a.zip", compression=compression)
+    assert read_zip(path) == CONTENT
+    path.write_bytes(b"#!/bin/sh\n" * 10 + path.read_bytes())  # as zips that unpack themselves begin
+    assert read_zip(path) == CONTENT
+
+
+def test_zips_of_many_members_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 4)  # from here on the directory is that of zip64
+    path = write_zip(tmp_path / "a.zip")
+    assert b"PK\6\6" in path.read_bytes() and read_zip(path) == CONTENT
+
+
+def test_of_equal_names_the_last_counts(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("folder/", b"")
+        archive.writestr("a.png", to_bytes(Image.new("RGB", (2, 2), "red")))
+        with pytest.warns(UserWarning):
+            archive.writestr("a.png", to_bytes(Image.new("RGB", (3, 3), "blue")))
+        archive.comment = b"a comment " * 100
+    source = ImageSource(tmp_path / "a.zip")
+    assert source.names == ["a.png"] and source.read(0).size == (3, 3)
+
+
+def change_directory(path, offset, value):
+    """Overwrite two bytes in the first directory entry, and in its local header."""
+    content = bytearray(path.read_bytes())
+    for start, shift in ((content.index(b"PK\1\2"), 2), (0, 0)):
+        content[start + offset + shift : start + offset + shift + 2] = value
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("offset", "value"), [(6, b"\x01\x08"), (8, b"\x61\x00")], ids=["encrypted", "unknown method"])
+def test_members_that_cannot_be_read_are_bad_images(offset, value, tmp_path):
+    path = write_zip(tmp_path / "a.zip")
+    change_directory(path, offset, value)
+    with pytest.raises(BadImageError, match="unreadable in the zip"):
+        ImageSource(path).read(0)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_members_are_bad_images(compression, tmp_path):
+    path = write_zip(tmp_path / "a.zip", compression=compression)
+    content = bytearray(path.read_bytes())
+    at = content.index(list(CONTENT)[-1].encode()) + 30
+    content[at : at + 40] = bytes(40)
+    path.write_bytes(content)
+    source = ImageSource(path)
+    with pytest.raises(BadImageError, match="unreadable in the zip"):
+        source.read(source.names.index(list(CONTENT)[-1]))
+
+
+def test_a_truncated_zip_is_named(tmp_path):
+    path = write_zip(tmp_path / "a.zip")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"a\.zip is no readable zip"):
+        ImageSource(path)
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_of_names_and_labels(tmp_path, monkeypatch):
+    """ImageNet's 1,281,167 images under 2 GB: at most 1,500 bytes per image."""
+    count = 5000
+    names = [f"n{k % 100:08d}/{k:08d}.JPEG" for k in range(count)]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    monkeypatch.setattr(preprocessing.sources, "walk", lambda _: ((name, 0) for name in names))
+    ImageSource(tmp_path)  # what is made once and stays
+    tracemalloc.start()
+    for path in (tmp_path, tmp_path / "a.zip"):
+        tracemalloc.reset_peak()
+        source = ImageSource(path)
+        source.fingerprint()
+        written = label_json(source.names, source.labels), pack_names(source.names)
+        assert len(source) == count and written and tracemalloc.get_traced_memory()[1] < 1500 * count
+        del source, written
+    tracemalloc.stop()

@@ -1,0 +1,124 @@
+"""What a flow map's training starts from: a flow model, a flow map, or random weights; and the teacher of a guide."""
+
+import dataclasses
+
+import torch
+
+from common.errors import InputError, note
+from loss import GuidedTarget
+from models import PRESETS, create_model, load_checkpoint, model_config
+from models.attention import set_attention
+from models.codec import LatentSpec
+from models.flow_map import FlowMap, to_flow_map
+
+TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
+
+
+def start(config, info, resumed):
+    """The constructor arguments of the run's flow map, and a function that returns it. Raises InputError.
+
+    resumed: the run's own checkpoint; then neither --pretrained nor --from-scratch is needed.
+    """
+    set_attention(config.attn_func)
+    torch.manual_seed(config.seed)  # of the log-variance head, or of all weights
+    if resumed:
+        model, options = start_from_file(resumed, config, info, "resume")
+    elif config.from_scratch:
+        model, options = start_from_scratch(config, info)
+    elif config.pretrained:
+        model, options = start_from_file(config.pretrained, config, info, "pretrained")
+    else:
+        raise InputError("--pretrained is missing: name the flow model to start from, or pass --from-scratch")
+    model.supervise_branches(config.deep_supervision)
+    if config.compile:
+        model.compile_derivative()
+    return options, lambda: model
+
+
+def start_from_scratch(config, info):
+    """A flow map of random weights and its constructor arguments."""
+    flags = {**config.model_flags(), "qk_norm": "rms" if config.qk_norm else False}
+    options = model_config(config.model, **flags, dmf_depth=config.dmf_depth, **info.model_options())
+    return create_model(config.model, **options), options
+
+
+def start_from_file(path, config, info, name):
+    """The flow map of a file and its constructor arguments; a flow model's conversion is checked.
+
+    name: the flag that gave `path`, pretrained or resume. Raises InputError.
+    """
+    checkpoint, source = load_flow(path, config, info, name), f"--{name} {path}"
+    check_preset(config, checkpoint.options, source)
+    own = checkpoint.options.get("dmf_depth")
+    if name == "resume" and checkpoint.kind != FlowMap.kind:
+        raise InputError(f"{source} is a flow model; start a run from it with --pretrained")
+    if own and checkpoint.run and config.dmf_depth not in (None, own):
+        raise InputError(f"--dmf-depth {config.dmf_depth} contradicts {source}, a flow map with {own}")
+    if name == "pretrained" and config.g_type == "mg" and config.cfg_prob == 0 == checkpoint.run.get("cfg_prob"):
+        raise InputError(f"--g-type mg needs a null class, which --cfg-prob 0 never trains, nor did {source}; raise it")
+    depth = config.dmf_depth or own or PRESETS[config.model].dmf_depth
+    model, options = to_flow_map(checkpoint.options, checkpoint.model.state_dict(), depth)
+    if name == "pretrained":
+        check_conversion(checkpoint.model, model)
+    return model, options
+
+
+def load_flow(path, config, info, name):
+    """Checkpoint of a flow model, made sure to fit the data; name: the flag that gave `path`. Raises InputError."""
+    checkpoint = load_checkpoint(path, config.weights, df_idxs=config.df_idxs, legacy_scaling=config.legacy_scaling)
+    for key, wanted in info.model_options().items():
+        if checkpoint.options.get(key) != wanted:
+            raise InputError(
+                f"--{name} {path} has {key} {checkpoint.options.get(key)}, --data-dir has {wanted}; choose another"
+            )
+    if checkpoint.run.get("path_type", config.path_type) != config.path_type:
+        raise InputError(
+            f"--{name} {path} was trained on another --path-type; pass --path-type {checkpoint.run['path_type']}"
+        )
+    if checkpoint.data:
+        names = {field.name for field in dataclasses.fields(LatentSpec)}
+        spec = LatentSpec(**{key: value for key, value in checkpoint.data.items() if key in names})
+        info.spec.check_same(spec, "--data-dir", f"--{name} {path}")
+    return checkpoint
+
+
+def check_preset(config, options, source):
+    """Raise InputError where --model or its flags name another network than the file `source` (with its flag) holds."""
+    preset = PRESETS[config.model]
+    wanted = {"hidden_size": preset.hidden_size, "patch_size": preset.patch_size, "num_heads": preset.num_heads}
+    wanted["depth"] = config.trans_depth or preset.depth
+    for key, value in wanted.items():
+        if options[key] != value:
+            raise InputError(f"{source} has {key} {options[key]}, --model {config.model} {value}; choose another model")
+    if bool(options["df_idxs"]) != bool(preset.df_idxs):
+        kind = "DeepFlow-DMF" if options["df_idxs"] else "DMFT"
+        raise InputError(f"{source} has key layers {options['df_idxs']}; choose a {kind} preset")
+    if config.qk_norm not in (None, bool(options["qk_norm"])):
+        raise InputError(f"--qk-norm contradicts {source}, which has {options['qk_norm']}; drop the flag")
+
+
+@torch.no_grad()
+def check_conversion(flow, model, n=4):
+    """Note how far u(x, t, t, y) is from the flow model's velocity on a batch of n; InputError if too far."""
+    g = torch.Generator().manual_seed(0)
+    side = int(model.pos_embed.shape[1] ** 0.5) * model.patch_size
+    x, t = torch.randn(n, model.in_channels, side, side, generator=g), torch.rand(n, generator=g)
+    y = torch.arange(n) % (model.num_classes + 1)
+    v = flow.velocity(x, t, y)
+    difference = ((model.average_velocity(x, t, t, y) - v).abs().max() / v.abs().max().clamp_min(1e-12)).item()
+    note(f"u(x, t, t, y) is the flow model's velocity up to a relative difference of {difference:.1e}")
+    if not difference <= TOLERANCE:
+        raise InputError("--pretrained is converted wrongly: u(x, t, t, y) is not its velocity; use another file")
+
+
+def guided_target(run):
+    """The GuidedTarget of --g-type. Raises InputError for a teacher that does not fit."""
+    config, source = run.config, run.model
+    if config.g_type == "distill":
+        path = config.teacher or config.pretrained
+        teacher = load_flow(path, config, run.info, "teacher")
+        if teacher.run.get("cfg_prob") == 0 and config.omega != 1:
+            raise InputError(f"--teacher {path} has no null class, it was trained with --cfg-prob 0; pass --omega 1")
+        source = teacher.model.to(run.accelerator.device)
+    velocity = torch.compile(source.velocity, fullgraph=True) if config.compile else source.velocity
+    return GuidedTarget(config.g_type, config.omega, velocity, run.info.num_classes)
