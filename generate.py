@@ -13,12 +13,12 @@ import dataclasses
 
 from common.errors import InputError, exit_on_input_error, note
 from common.flags import flag, parse_flags
+from common.precision import set_math
 from common.processes import Processes
 from sampling.conditions import ClassLabels
 from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
 from sampling.results import save_images, save_picture
 from sampling.sampler import ImageSampler
-from training.distributed import set_math
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
 from common.errors import exit_on_input_error
+from common.precision import set_math
 from loss import GuidedTarget, deepflow_loss, flow_map_loss, flow_map_targets, flow_map_times
 from models import create_model, model_config
 from models.deepflow import DeepFlow
 from models.paths import PATHS
-from training.distributed import set_math
 from training.draws import FlowMapDraws
 
 PATH = PATHS["linear"]

@@ -18,13 +18,13 @@ from torch_fidelity import feature_extractor_inceptionv3
 
 from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags
+from common.precision import set_math
 from common.processes import Processes
 from evaluations.metrics.features import extract
 from evaluations.metrics.frechet import RunningStatistics, frechet_distance
 from evaluations.metrics.images import split
 from evaluations.metrics.inception import Inception, inception_score
 from evaluations.metrics.precision_recall import PRECISIONS, precision_recall
-from training.distributed import set_math
 
 TARGET = 300  # seconds for all distances of 50,000 against 10,000, on two CPU cores
 

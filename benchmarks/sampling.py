@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
 from benchmarks.train_step import diffusers_model
 from common.errors import exit_on_input_error
+from common.precision import set_math
 from models import create_model, model_config
 from models.paths import PATHS
 from samplers import SAMPLERS, Guidance, GuidedVelocity, integrate
 from sampling.flags import DTYPES
 from sampling.noise import batch_noise
-from training.distributed import set_math
 
 CLASSES = 1000
 GUIDANCES = {"none": Guidance(), "all steps": Guidance(1.5), "[0.3, 0.7]": Guidance(1.5, 0.3, 0.7)}

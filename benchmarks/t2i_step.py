@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import describe_machine, interleaved_medians, print_table
 from benchmarks.train_step import Step, add_step_flags, make_batch, our_loss
 from common.errors import exit_on_input_error
+from common.precision import set_math
 from models import create_model, model_config
 from models.deepflow import DeepFlow
 from models.mmdit import TEXT_TOKENS
 from models.presets import TEXT_MODELS
-from training.distributed import set_math
 
 CLASSES = 1000
 

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import describe_machine, interleaved_medians, matmul_rate, print_table
 from common.errors import exit_on_input_error
+from common.precision import set_math
 from loss import deepflow_loss, mean_square
 from models import create_model, model_config
 from models.paths import PATHS
-from training.distributed import set_math
 from training.ema import EMA
 
 PATH = PATHS["linear"]

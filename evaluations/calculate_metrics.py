@@ -16,6 +16,7 @@ import numpy as np
 from common.errors import InputError, exit_on_input_error, note, say
 from common.files import check_writable, named_full_disk, write_atomically
 from common.flags import Range, flag, parse_commands, required
+from common.precision import set_math
 from common.processes import Processes
 from evaluations.metrics.features import extract, load_dinov2, load_features
 from evaluations.metrics.flags import MeasureFlags
@@ -24,7 +25,6 @@ from evaluations.metrics.images import open_images
 from evaluations.metrics.inception import Inception
 from evaluations.metrics.references import other_size, read_reference
 from evaluations.metrics.results import Result, result_path
-from training.distributed import set_math
 
 METRICS = ("fid", "fd_dinov2")
 FEATURES = "fd_"  # a metric of --features NAME is called fd_NAME

@@ -16,6 +16,7 @@ import torch
 
 from common.errors import InputError, exit_on_input_error, note, say
 from common.flags import Range, flag, parse_flags, required
+from common.precision import set_math
 from common.processes import Processes
 from evaluations.metrics.features import extract, load_extractor
 from evaluations.metrics.flags import MeasureFlags
@@ -25,7 +26,6 @@ from evaluations.metrics.inception import inception_score
 from evaluations.metrics.precision_recall import BLOCK, PRECISIONS, precision_recall
 from evaluations.metrics.references import other_size, read_statistics
 from evaluations.metrics.results import Result, result_path
-from training.distributed import set_math
 
 SAMPLES = 50_000  # what published numbers are computed on
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -18,11 +18,11 @@ from common.errors import InputError, exit_on_input_error
 from common.files import check_writable
 from common.flags import Range, flag, parse_flags, required
 from common.pictures import save_lines
+from common.precision import set_math
 from evaluations.metrics.results import Result
 from models import load_checkpoint
 from models.paths import PATHS
 from samplers import SAMPLERS, GuidedVelocity, integrate, sample_labels, sample_noise
-from training.distributed import set_math
 
 ROWS = 10  # of the printed table
 
