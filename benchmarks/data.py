@@ -1,6 +1,6 @@
 """Speed of data preparation and loading; prints one Markdown table, ratios and whether the targets are met.
 
-    python benchmarks/data.py --work /fast/disk/scratch
+    python -m benchmarks.data --work /fast/disk/scratch
 
 Needs 4 GB of disk. All in one run, so that the ratios compare like with like. "Cold" means that the files were dropped
 from the page cache first (a virtual disk may still be cached by its host).
@@ -26,7 +26,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common.flags import flag, parse_flags, whole
+from common.errors import exit_on_input_error
+from common.flags import Range, flag, parse_flags
 from common.versions import versions
 from dataset import open_dataset
 from preprocessing.convert import ConvertFlags, convert
@@ -256,14 +257,14 @@ def report(preparation, loading, start, listing, count):
     return "\n".join([*lines, "", f"Peak memory of the benchmark itself: {peak:.0f} MB, files in the map included."])
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class BenchmarkFlags:
     """What is measured, and where."""
 
-    work: str | None = flag(None, "scratch folder; default: the system's", str)
-    count: int = flag(50_000, "moments for the loaders", whole(1))
-    images: int = flag(400, "images to convert and encode", whole(1))
-    repeats: int = flag(3, "warm epochs, of which the median counts", whole(1))
+    work: str | None = flag(None, "scratch folder; default: the system's", str, group="output")
+    count: int = flag(50_000, "moments for the loaders", range=Range(low=1), group="data")
+    images: int = flag(400, "images to convert and encode", range=Range(low=1), group="data")
+    repeats: int = flag(3, "warm epochs, of which the median counts", range=Range(low=1), group="precision and speed")
 
 
 def main():
@@ -280,4 +281,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

@@ -1,7 +1,7 @@
 """Time and memory of a flow map's training step by its parts, beside a flow model's step, as measured in one run.
 
-    OMP_NUM_THREADS=2 python benchmarks/dmf_step.py                           # CPU, fp32
-    python benchmarks/dmf_step.py --model DMFT-XL/2 --batch-size 64            # GPU, bf16
+    OMP_NUM_THREADS=2 python -m benchmarks.dmf_step                           # CPU, fp32
+    python -m benchmarks.dmf_step --model DMFT-XL/2 --batch-size 64            # GPU, bf16
 
 Both steps are of the same network and batch, eager and compiled. Parts: guidance (one pass of 2N rows for the flow
 part, one for the mean-flow part), derivative (the Jacobian-vector product), forward and backward (2N rows). Passes are
@@ -9,40 +9,49 @@ counted in N rows: a flow step is 1 forward and 1 backward, about 3 forwards' wo
 derivative worth 2, 2 forward and 2 backward, about 12. Times are medians of interleaved repeats.
 """
 
-import argparse
-import sys
-from pathlib import Path
+import dataclasses
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
+from benchmarks.steps import PATH, StepFlags, begin, latent_shape, our_loss
+from benchmarks.timing import (
+    DEVICE,
+    ON_GPU,
+    interleaved_times,
+    median_ratio,
+    medians_of,
+    peak_gpu_memory,
+    print_table,
+)
 from common.errors import exit_on_input_error
-from common.precision import set_math
-from loss import GuidedTarget, deepflow_loss, flow_map_loss, flow_map_targets, flow_map_times
+from common.flags import Range, flag
+from loss import GuidedTarget, flow_map_loss, flow_map_targets, flow_map_times
 from models import create_model, model_config
 from models.deepflow import DeepFlow
-from models.paths import PATHS
 from training.draws import FlowMapDraws
 
-PATH = PATHS["linear"]
+
+@dataclasses.dataclass(kw_only=True)
+class FlowMapStepFlags(StepFlags):
+    """Flags of this program."""
+
+    model: str = flag("DMFT-B/2" if ON_GPU else "DMFT-S/2", "a preset of flow maps", group="model")
+    batch_size: int = flag(64 if ON_GPU else 4, "images of a step", range=Range(low=1), group="optimisation")
 
 
 class Bench:
     """A flow map and the flow model of the same sizes, with one batch."""
 
-    def __init__(self, args, device, compiled):
+    def __init__(self, args, compiled):
         options = model_config(args.model)
-        self.device, self.precision, n = device, args.precision, args.batch_size
-        self.model = create_model(args.model, **options).to(device)
+        self.autocast, n = args.autocast, args.batch_size
+        self.model = create_model(args.model, **options).to(DEVICE)
         flow_options = {name: value for name, value in options.items() if name not in ("dmf_depth", "use_logvar")}
-        self.flow = DeepFlow(**flow_options).to(device)
+        self.flow = DeepFlow(**flow_options).to(DEVICE)
         g = torch.Generator().manual_seed(0)
-        shape = (n, options["in_channels"], options["input_size"], options["input_size"])
-        self.x0, posterior, noise, map_noise = torch.randn(4, *shape, generator=g).to(device)
-        times = flow_map_times(torch.randn(3, n, generator=g), (0.0, 0.4, -1.2), (1.0, 1.0, 1.0)).to(device)
-        self.y = torch.randint(options["num_classes"], (n,), generator=g).to(device)
+        self.x0, posterior, noise, map_noise = torch.randn(4, *latent_shape(options, n), generator=g).to(DEVICE)
+        times = flow_map_times(torch.randn(3, n, generator=g), (0.0, 0.4, -1.2), (1.0, 1.0, 1.0)).to(DEVICE)
+        self.y = torch.randint(options["num_classes"], (n,), generator=g).to(DEVICE)
         drop, guided = torch.zeros(n, dtype=torch.bool), torch.ones(2, n, dtype=torch.bool)
         self.draws = FlowMapDraws(times, drop, posterior, noise, map_noise, guided)
         self.model.supervise_branches(False)
@@ -64,9 +73,6 @@ class Bench:
             return velocity(x, t, y)
 
         return call
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def make_targets(self, guide):
         with self.autocast():
@@ -98,12 +104,10 @@ class Bench:
         self.gradient()
 
     def flow_step(self):
-        k = self.flow.num_branches
-        times = self.draws.times[:1].expand(k, -1)
+        times = self.draws.times[:1].expand(self.flow.num_branches, -1)
         with self.autocast():
-            out = self.flow(PATH.interpolate(self.x0, self.draws.noise, times[0]), list(times), self.y)
-        weights = [0.2] * (k - 1) + [1.0]
-        deepflow_loss(out, self.x0, self.draws.noise, times, PATH, weights, 1.0).total.mean().backward()
+            loss = our_loss(self.flow, self.x0, self.draws.noise, times, self.y)
+        loss.backward()
         self.flow.zero_grad()
 
     def parts(self):
@@ -118,40 +122,19 @@ class Bench:
         }
 
 
-def peak_memory(run, device):
-    """Peak GPU memory of a call in MB; nothing on a CPU."""
-    if device.type != "cuda":
-        return "–"
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    return f"{torch.cuda.max_memory_allocated(device) / 1e6:,.0f}"
-
-
-def parse():
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="DMFT-B/2" if on_gpu else "DMFT-S/2", help="a preset of flow maps")
-    parser.add_argument("--batch-size", type=int, default=64 if on_gpu else 4)
-    parser.add_argument("--precision", choices=["bf16", "no"], default="bf16" if on_gpu else "no")
-    parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5, help="interleaved; medians are printed")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled too")
-    return parser.parse_args()
-
-
 def main():
-    args = parse()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    set_math(allow_tf32=True)
-    print(f"{args.model}, batch {args.batch_size}, precision {args.precision}, {describe_machine(device)}", flush=True)
+    args = begin(FlowMapStepFlags, __doc__)
     rows = []
-    for how in ("eager", "compiled") if args.compile else ("eager",):
-        bench = Bench(args, device, how == "compiled")
-        times = interleaved_times(bench.parts(), args.repeats, device)
+    for how in args.hows:
+        bench = Bench(args, how == "compiled")
+        parts = bench.parts()
+        times = interleaved_times(parts, args.repeats)
         bench.rows = 0
         bench.guidance()
         for name, seconds in medians_of(times).items():
             ratio = f"{median_ratio(times, name, 'flow step'):.2f}"
-            rows.append([name, how, f"{seconds * 1e3:.1f}", ratio, peak_memory(bench.parts()[name], device)])
+            memory = f"{peak_gpu_memory(parts[name]):,.0f}" if ON_GPU else "–"
+            rows.append([name, how, f"{seconds * 1e3:.1f}", ratio, memory])
         print(f"{how}: guidance passed {bench.rows / args.batch_size:g} N rows through the network", flush=True)
     print_table(["part", "", "ms", "x flow step", "peak MB"], rows)
 

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch_fidelity import feature_extractor_inceptionv3
 
+from benchmarks.timing import describe_machine, synchronize
 from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags
 from common.precision import set_math
@@ -70,17 +71,13 @@ class Rows:
 
     def time(self, what, run):
         """Run and note; returns what it returns."""
-        self.synchronize()
+        synchronize()
         start = time.perf_counter()
         result = run()
-        self.synchronize()
+        synchronize()
         self.rows.append((what, time.perf_counter() - start))
         print(f"| {what} | {self.rows[-1][1]:.1f} | {self.memory():.2f} |", flush=True)
         return result
-
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def memory(self):
         """Peak GB so far: of the GPU where there is one, else of the process."""
@@ -149,8 +146,7 @@ def main():
     with Processes.join() as processes:
         set_math(allow_tf32=False)
         rows = Rows(processes.device)
-        name = torch.cuda.get_device_name() if processes.device.type == "cuda" else platform.machine()
-        print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
+        print(f"{describe_machine()}, load {os.getloadavg()[0]:.1f}\n")
         measure_distances(args, processes, rows)
         if args.images:
             measure_extraction(args, processes, rows)

@@ -1,25 +1,21 @@
 """Speed of sampling: SiT and DeepFlow beside diffusers' DiT of equal size, all driven by this project's sampler loop.
 
-    python benchmarks/sampling.py                      # S/2 on a CPU; XL/2 and B/2, compiled bf16, on a GPU
-    python benchmarks/sampling.py --sizes B --batch-size 8 --steps 10 --no-compile
+    python -m benchmarks.sampling                      # S/2 on a CPU; XL/2 and B/2, compiled bf16, on a GPU
+    python -m benchmarks.sampling --sizes B --batch-size 8 --steps 10 --no-compile
 
 Every row is a median over interleaved repeats of a whole run of `--steps` SDE steps with per-image noise; decoding is
 not part of it. "Overhead" is what that run costs beyond as many calls of the bare network. Ratios are medians over the
 repeats, of runs that follow each other.
 """
 
-import argparse
 import dataclasses
-import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks.timing import describe_machine, interleaved_times, median_ratio, medians_of, print_table
+from benchmarks.timing import DEVICE, ON_GPU, describe_machine, interleaved_times, median_ratio, medians_of, print_table
 from benchmarks.train_step import diffusers_model
 from common.errors import exit_on_input_error
+from common.flags import Range, flag, parse_flags
 from common.precision import set_math
 from models import create_model, model_config
 from models.paths import PATHS
@@ -31,6 +27,23 @@ CLASSES = 1000
 GUIDANCES = {"none": Guidance(), "all steps": Guidance(1.5), "[0.3, 0.7]": Guidance(1.5, 0.3, 0.7)}
 IMAGES_PER_S = {"XL": 6.5, "B": 26.0}  # to reach on one H200: compiled bf16, 250 steps, no guidance
 SDE = SAMPLERS["sde"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class BenchmarkFlags:
+    """Flags of this program; defaults depend on whether there is a GPU."""
+
+    sizes: tuple = flag(
+        ("XL", "B") if ON_GPU else ("S",), "of the models", str, nargs="+", choices=["S", "B", "L", "XL"], group="model"
+    )
+    latent_size: int = flag(32, "side of the latents", range=Range(low=1), group="model")
+    batch_size: int = flag(64 if ON_GPU else 4, "images of a run", range=Range(low=1), group="sampling")
+    steps: int = flag(25 if ON_GPU else 10, "SDE steps of a run", range=Range(low=1), group="sampling")
+    dtype: str = flag(
+        "bf16" if ON_GPU else "fp32", "precision of the network", choices=list(DTYPES), group="precision and speed"
+    )
+    repeats: int = flag(5, "interleaved; medians are printed", range=Range(low=1), group="precision and speed")
+    compile: bool = flag(True, "measure compiled too", group="precision and speed")
 
 
 @dataclasses.dataclass
@@ -47,13 +60,13 @@ class Case:
         return self.model, self.how, self.guidance
 
 
-def build_networks(size, args, device):
+def build_networks(size, args):
     """{name: (x, t, y) → velocity} of SiT, DeepFlow and diffusers' DiT, the last of SiT's depth and width."""
     names = (f"SiT-{size}/2", f"DeepFlow-{size}/2")
     models = [create_model(name, input_size=args.latent_size) for name in names]
     models.append(diffusers_model(model_config(names[0], input_size=args.latent_size)))
     for model in models:
-        model.to(device, DTYPES[args.dtype]).eval().requires_grad_(False)
+        model.to(DEVICE, DTYPES[args.dtype]).eval().requires_grad_(False)
     sit, deepflow, dit = models
     return {
         names[0]: sit.velocity,
@@ -62,45 +75,45 @@ def build_networks(size, args, device):
     }
 
 
-def build_cases(size, args, device):
+def build_cases(size, args):
     """All rows of one size, and {(model, how): network}."""
-    networks = {(name, "eager"): network for name, network in build_networks(size, args, device).items()}
+    networks = {(name, "eager"): network for name, network in build_networks(size, args).items()}
     if args.compile:
         compiled = {(name, "compiled"): torch.compile(n, dynamic=False) for (name, _), n in networks.items()}
         networks.update(compiled)
     return [Case(*key, guidance, network) for key, network in networks.items() for guidance in GUIDANCES], networks
 
 
-def sample(network, guidance, args, device):
+def sample(network, guidance, args):
     """One run of the sampler as generate.py drives it."""
-    shape, y = (4, args.latent_size, args.latent_size), torch.arange(args.batch_size, device=device) % CLASSES
+    shape, y = (4, args.latent_size, args.latent_size), torch.arange(args.batch_size, device=DEVICE) % CLASSES
     velocity = GuidedVelocity(network, y, torch.full_like(y, CLASSES), guidance, DTYPES[args.dtype])
-    noise = batch_noise(0, [range(args.batch_size)], args.steps, shape, device)
+    noise = batch_noise(0, [range(args.batch_size)], args.steps, shape, DEVICE)
     step = SDE.step(PATHS["linear"], lambda _: next(noise))
     integrate(step, velocity, next(noise), SDE.times(args.steps))
 
 
 @torch.no_grad()
-def call_bare(network, args, device):
+def call_bare(network, args):
     """As many calls of the network as an unguided run makes, and nothing else."""
-    x = torch.randn(args.batch_size, 4, args.latent_size, args.latent_size, device=device).to(DTYPES[args.dtype])
-    y, t = torch.arange(args.batch_size, device=device) % CLASSES, torch.full((args.batch_size,), 0.5, device=device)
+    x = torch.randn(args.batch_size, 4, args.latent_size, args.latent_size, device=DEVICE).to(DTYPES[args.dtype])
+    y, t = torch.arange(args.batch_size, device=DEVICE) % CLASSES, torch.full((args.batch_size,), 0.5, device=DEVICE)
     for _ in range(args.steps):
         network(x, t, y)
 
 
-def measure(cases, args, device):
+def measure(cases, args):
     """{key: seconds of every repeat} of every row, of the bare networks, and of "free": a network that costs nothing.
 
     Runs that are compared follow each other.
     """
-    x = torch.zeros(args.batch_size, 4, args.latent_size, args.latent_size, device=device, dtype=DTYPES[args.dtype])
-    runs = {"free": lambda: sample(lambda *_: x, GUIDANCES["none"], args, device)}
+    x = torch.zeros(args.batch_size, 4, args.latent_size, args.latent_size, device=DEVICE, dtype=DTYPES[args.dtype])
+    runs = {"free": lambda: sample(lambda *_: x, GUIDANCES["none"], args)}
     for case in sorted(cases, key=lambda case: (case.how, list(GUIDANCES).index(case.guidance))):
         if case.guidance == "none":
-            runs["bare", case.key[:2]] = lambda c=case: call_bare(c.network, args, device)
-        runs[case.key] = lambda c=case: sample(c.network, GUIDANCES[c.guidance], args, device)
-    return interleaved_times(runs, args.repeats, device)
+            runs["bare", case.key[:2]] = lambda c=case: call_bare(c.network, args)
+        runs[case.key] = lambda c=case: sample(c.network, GUIDANCES[c.guidance], args)
+    return interleaved_times(runs, args.repeats)
 
 
 def images_per_second(median, args):
@@ -117,7 +130,7 @@ def row(case, times, medians, dit, args):
     return *case.key, *speed, f"{to_none:.2f}", f"{to_dit:.2f}"
 
 
-def targets(size, networks, times, medians, args, device):
+def targets(size, networks, times, medians, args):
     """Yield (what, measured, reached) for the networks of this project."""
     dit = f"diffusers DiT-{size}/2"
     for model, how in (key for key in networks if key[0] != dit):
@@ -130,46 +143,32 @@ def targets(size, networks, times, medians, args, device):
         if model.startswith("SiT"):  # DeepFlow of the same name has VeRA beside as many blocks
             to_dit = median_ratio(times, none, (dit, how, "none"))
             yield f"{name}: time per image at most diffusers'", f"{to_dit:.3f}", to_dit <= 1
-        elif device.type == "cuda" and how == "compiled" and size in IMAGES_PER_S:
+        elif ON_GPU and how == "compiled" and size in IMAGES_PER_S:
             rate, least = images_per_second(medians[none], args), IMAGES_PER_S[size]
             yield f"{name}: at least {least} images/s at 250 steps", f"{rate:.2f}", rate >= least
 
 
-def benchmark(size, args, device):
+def benchmark(size, args):
     """Measure one size and print its two tables."""
     torch.compiler.reset()  # a function is compiled for a few shapes and models at most
-    cases, networks = build_cases(size, args, device)
-    times = measure(cases, args, device)
+    cases, networks = build_cases(size, args)
+    times = measure(cases, args)
     medians = medians_of(times)
     print(f"\n## {size}/2, batch {args.batch_size}, {args.dtype}, {args.steps} steps, {args.repeats} repeats\n")
     header = ["network", "", "guidance", "s/image", "images/s at 250 steps", "to none", "to diffusers"]
     print_table(header, [row(case, times, medians, f"diffusers DiT-{size}/2", args) for case in cases])
     free = medians["free"] / args.steps * 1e3
     print(f"\nSampler loop round a network that costs nothing: {free:.3f} ms per step.\n")
-    rows = targets(size, networks, times, medians, args, device)
+    rows = targets(size, networks, times, medians, args)
     print_table(["target", "measured", "reached"], [(*cells, "yes" if reached else "no") for *cells, reached in rows])
 
 
-def parse_args(device):
-    on_gpu = device.type == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["XL", "B"] if on_gpu else ["S"], choices=["S", "B", "L", "XL"])
-    parser.add_argument("--batch-size", type=int, default=64 if on_gpu else 4)
-    parser.add_argument("--steps", type=int, default=25 if on_gpu else 10, help="SDE steps of a run")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if on_gpu else "fp32")
-    parser.add_argument("--latent-size", type=int, default=32)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compiled")
-    return parser.parse_args()
-
-
 def main():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args = parse_args(device)
-    print(describe_machine(device))
+    args = parse_flags(BenchmarkFlags, description=__doc__)
+    print(describe_machine())
     set_math(allow_tf32=True)
     for size in args.sizes:
-        benchmark(size, args, device)
+        benchmark(size, args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine's matrix-product rate, its description, tables."""
+"""What the benchmarks share: the device, interleaved timing, memory, the rate of matrix products, tables."""
 
 import ctypes
 import platform
@@ -8,18 +8,22 @@ import time
 
 import torch
 
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
-def seconds_of(run, device):
+def synchronize():
+    """Wait for what the device has been given to do."""
+    if ON_GPU:
+        torch.cuda.synchronize(DEVICE)
+
+
+def seconds_of(run):
     """Wall time of one call, seconds, the device's queue included."""
-    synchronize(device)
+    synchronize()
     start = time.perf_counter()
     run()
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -34,12 +38,12 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def interleaved_times(runs, repeats, device):
+def interleaved_times(runs, repeats):
     """{name: seconds of every repeat} of {name: callable}, called in turns, so that a busy moment hits all alike.
 
     Each is called twice before, which compiles and fills caches.
     """
-    if device.type == "cpu":
+    if not ON_GPU:
         keep_freed_memory()
     for run in runs.values():
         run()
@@ -47,7 +51,7 @@ def interleaved_times(runs, repeats, device):
     times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(seconds_of(run, device))
+            times[name].append(seconds_of(run))
     return times
 
 
@@ -56,9 +60,9 @@ def medians_of(times):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def interleaved_medians(runs, repeats, device):
+def interleaved_medians(runs, repeats):
     """{name: median seconds} of {name: callable}, called in turns as by `interleaved_times`."""
-    return medians_of(interleaved_times(runs, repeats, device))
+    return medians_of(interleaved_times(runs, repeats))
 
 
 def median_ratio(times, name, other):
@@ -66,20 +70,27 @@ def median_ratio(times, name, other):
     return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
 
 
-def matmul_rate(device, dtype, size=None, repeats=5):
+def peak_gpu_memory(run):
+    """Peak GPU memory during a call, MB."""
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    run()
+    return torch.cuda.max_memory_allocated(DEVICE) / 1e6
+
+
+def matmul_rate(dtype, repeats=5):
     """FLOP/s of a square matrix product on this machine, the best of some: what a model's rate is compared with."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
+    size = 8192 if ON_GPU else 2048
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    out = torch.empty(size, size, device=DEVICE, dtype=dtype)
     for _ in range(2):
         torch.mm(a, b, out=out)
-    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b, out=out), device) for _ in range(repeats))
+    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b, out=out)) for _ in range(repeats))
 
 
-def describe_machine(device):
+def describe_machine():
     """One line: device, threads, versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    name = torch.cuda.get_device_name(DEVICE) if ON_GPU else platform.processor() or platform.machine()
+    threads = "" if ON_GPU else f"{torch.get_num_threads()} threads, "
     return f"{name}, {threads}torch {torch.__version__}, Python {platform.python_version()}"
 
 

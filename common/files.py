@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Reading and writing small files: whole or not at all, with one-line errors that name the file."""
 
 import contextlib
 import errno

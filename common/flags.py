@@ -18,6 +18,7 @@ from pathlib import Path
 from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+FlagTextError = argparse.ArgumentTypeError  # raised by a `kind` that cannot convert the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +132,6 @@ def add_flags(parser, cls):
             place.add_argument(name, *also, dest=field.name, action=switch, default=field.default, **options)
         else:
             place.add_argument(name, *also, dest=field.name, type=kind, default=field.default, **options)
-
-
-def whole(least=0):
-    """Converter of a flag's text to a whole number of at least `least`."""
-
-    def convert(text):
-        if not text.lstrip("+-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-        return int(text)
-
-    return convert
 
 
 def check_checkout():

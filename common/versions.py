@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Versions of Python and packages, for manifests and results."""
 
 import importlib.metadata
 import platform

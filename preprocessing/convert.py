@@ -1,6 +1,5 @@
 """convert: any folder or zip of images → square RGB images of one size, with the published names and labels."""
 
-import argparse
 import concurrent.futures
 import dataclasses
 import io
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import write_atomically
-from common.flags import flag, required, whole
+from common.flags import FlagTextError, Range, flag, required
 from common.look_ahead import ordered_map
 from common.versions import versions
 from latents.manifest import LABELS_JSON, MANIFEST, NAMES, DataManifest
@@ -40,7 +39,7 @@ def width_height(text):
     """'256x256' or '256,256' → (256, 256)."""
     match = re.fullmatch(r"(\d+)[x,](\d+)", text)
     if not match or 0 in (size := tuple(map(int, match.groups()))):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, for example 256x256")
+        raise FlagTextError(f"{text!r} is not WIDTHxHEIGHT, for example 256x256")
     return size
 
 
@@ -65,7 +64,9 @@ class ConvertFlags(ImageFlags):
     )
     _: dataclasses.KW_ONLY
     format: str = flag("png", "jpeg loses detail", choices=sorted(FORMATS), group="output")
-    workers: int = flag(usable_cores(), "processes; by default one per core", whole(1), group="precision and speed")
+    workers: int = flag(
+        usable_cores(), "processes; by default one per core", range=Range(low=1), group="precision and speed"
+    )
 
 
 def image_name(index, image_format="png"):

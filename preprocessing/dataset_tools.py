@@ -12,7 +12,7 @@ import sys
 
 from common.errors import InputError, exit_on_input_error
 from common.files import named_full_disk
-from common.flags import flag, parse_commands, required, whole
+from common.flags import Range, flag, parse_commands, required
 from preprocessing.convert import ConvertFlags, convert
 from preprocessing.encode import EncodeFlags, FeatureFlags, MirrorFlags, encode, write_features
 from preprocessing.info import describe, write_grid
@@ -27,7 +27,7 @@ class VerifyFlags:
 
     data_dir: str = required("data folder, or one set of it", metavar="DIR", positional=True)
     vae: str | None = flag(None, "compare with this VAE, and encode a sample of the images again", str)
-    sample: int = flag(64, "images to encode again", whole(1))
+    sample: int = flag(64, "images to encode again", range=Range(low=1))
     decode: bool = flag(False, "read every image whole, not only its header")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from common.flags import flag, required, whole
+from common.flags import Range, flag, required
 
 STORED = {"fp16": "float16", "fp32": "float32"}
 SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
@@ -15,7 +15,9 @@ class SetFlags:
     source: str = required("images that convert wrote (DATA/images)", metavar="DIR|ZIP", group="data")
     dest: str = required("new or empty folder", metavar="DIR", group="output")
     _: dataclasses.KW_ONLY
-    max_images: int | None = flag(None, "use only the first N in order", whole(1), metavar="N", group="data")
+    max_images: int | None = flag(
+        None, "use only the first N in order", int, range=Range(low=1), metavar="N", group="data"
+    )
 
 
 @dataclasses.dataclass
@@ -36,7 +38,7 @@ class StoredFlags:
     """How packed rows are stored."""
 
     stored_dtype: str = flag("fp16", "type of packed rows", choices=sorted(STORED), group="output")
-    shard_size: int = flag(SHARD_SIZE, "rows per shard", whole(1), group="output")
+    shard_size: int = flag(SHARD_SIZE, "rows per shard", range=Range(low=1), group="output")
 
     def stored(self):
         """What a ticket says about it."""
@@ -47,6 +49,6 @@ class StoredFlags:
 class NetworkFlags(StoredFlags):
     """How a network computes the rows."""
 
-    batch_size: int = flag(16, "images per batch and process", whole(1), group="precision and speed")
-    workers: int = flag(4, "threads that read images", whole(1), group="precision and speed")
+    batch_size: int = flag(16, "images per batch and process", range=Range(low=1), group="precision and speed")
+    workers: int = flag(4, "threads that read images", range=Range(low=1), group="precision and speed")
     device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import sha256_of_files
-from common.flags import flag, required, whole
+from common.flags import Range, flag, required
 from common.versions import versions
 from dataset import open_dataset
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE
@@ -29,8 +29,10 @@ class PackFlags(StoredFlags):
     dest: str = required("new or empty folder of the same kind", metavar="DIR", group="output")
     _: dataclasses.KW_ONLY
     vae: str | None = flag(None, "the VAE of a source without a manifest", str, group="data")
-    num_classes: int | None = flag(None, "classes of a source without a manifest", whole(1), group="data")
-    workers: int = flag(8, "threads that read files", whole(1), group="precision and speed")
+    num_classes: int | None = flag(
+        None, "classes of a source without a manifest", int, range=Range(low=1), group="data"
+    )
+    workers: int = flag(8, "threads that read files", range=Range(low=1), group="precision and speed")
 
 
 def pack(options):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from common.errors import InputError
-from common.flags import flag, required, whole
+from common.flags import Range, flag, required
 from common.processes import Processes
 from latents.captions import CAPTIONS, EMPTY, read_annotations
 from latents.manifest import NAMES
@@ -26,7 +26,7 @@ class CaptionFlags(StoredFlags, SetFlags):
     annotations: str = required("COCO's captions, or {file name: [captions]}", metavar="JSON", group="data")
     text_encoder: str = flag(DEFAULT_TEXT_ENCODER, "name or folder", group="model")
     _: dataclasses.KW_ONLY
-    batch_size: int = flag(64, "captions per batch and process", whole(1), group="precision and speed")
+    batch_size: int = flag(64, "captions per batch and process", range=Range(low=1), group="precision and speed")
     device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")
 
 
