@@ -11,7 +11,7 @@ import dataclasses
 import functools
 
 from common.errors import InputError, exit_on_input_error
-from common.flags import flag, parse_flags, required
+from common.flags import Range, flag, parse_flags, required
 from generate import generate
 from sampling.conditions import Prompts
 from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
@@ -30,13 +30,19 @@ class TextGenerateConfig(SamplingFlags):
         nargs="+",
         group=SAMPLING,
     )
-    images_per_prompt: int | None = flag(None, "images of each prompt; default 1, for GenEval 4", int, group=SAMPLING)
+    images_per_prompt: int | None = flag(
+        None, "images of each prompt; default 1, for GenEval 4", int, range=Range(low=1), group=SAMPLING
+    )
     text_encoder: str | None = flag(
         None, "name or folder of the text encoder; default: the training data's", str, group=MODEL
     )
     cfg_scale: float = flag(2.0, "classifier-free guidance with the empty caption; 1.0 is none", group=SAMPLING)
     num_fid_samples: int | None = flag(
-        None, "number of images; default: all prompts, each --images-per-prompt times", int, group=OUTPUT
+        None,
+        "number of images; default: all prompts, each --images-per-prompt times",
+        int,
+        range=Range(low=1),
+        group=OUTPUT,
     )
 
     def resolve(self, source):
@@ -44,8 +50,6 @@ class TextGenerateConfig(SamplingFlags):
         config, prompts = super().resolve(), len(source.texts)
         if config.images_per_prompt is None:
             config.images_per_prompt = GENEVAL_IMAGES if source.metadata else 1
-        if config.images_per_prompt < 1:
-            raise InputError(f"--images-per-prompt {config.images_per_prompt} must be at least 1")
         if config.grid:
             if prompts > config.num_fid_samples:
                 raise InputError(f"--grid {config.grid} has no room for {prompts} prompts; pass a larger one")

@@ -21,7 +21,7 @@ from training.alignment import make_targets
 from training.config import TrainConfig
 from training.draws import draw_step
 from training.grids import GridSampler
-from training.run import Task, check_resolution, open_classes, run_task
+from training.run import Task, open_classes, run_task
 from training.stop import EXIT_CODES
 
 
@@ -45,7 +45,6 @@ def objective(network, batch, draws, *, config, dataset, weights, targets=None):
 
 def model_options(config, info):
     """Constructor arguments of the run's model: preset, flags, and what the data says. Raises InputError."""
-    check_resolution(config, info)
     encoders = config.encoders()
     options = model_config(
         config.model,

@@ -275,7 +275,7 @@ def main():
     try:
         preparation = {**measure_convert(work, options.images), **measure_encode(work, options.images)}
         loading = measure_loaders(work, options.count, options.repeats)
-        print(report(preparation, loading, measure_start(work), measure_listing(work), options.count))
+        print(report(preparation, loading, measure_start(work), measure_listing(), options.count))
     finally:
         shutil.rmtree(work)
 

@@ -14,7 +14,7 @@ class InputError(ValueError):
 def exit_on_input_error():
     """End the command with one line on stderr and exit code 2 on an InputError; anything else keeps its traceback.
 
-    Of several processes the first speaks at once. Where it does, the launcher ends the others before they repeat it.
+    The first process prints it at once; the others wait, so that the launcher ends them before they repeat it.
     """
     try:
         yield
@@ -25,13 +25,18 @@ def exit_on_input_error():
         sys.exit(2)
 
 
+def first_line(error):
+    """One line about an exception: the first of its text, else its type."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def note(text):
     """Print a remark to stderr once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)
 
 
-def say(text):
+def say(text, file=None):
     """Print a line to stdout once, whatever the number of processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(text, file=file, flush=True)

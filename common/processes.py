@@ -44,8 +44,8 @@ class Processes:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if self.world > 1:
+    def __exit__(self, error, *_):
+        if self.world > 1 and error is None:  # NCCL's end waits for all processes: an error would never be shown
             dist.destroy_process_group()
 
     @property
@@ -87,6 +87,7 @@ def device_of_process(device=None):
         return torch.device(kind)
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= count:
-        raise InputError(f"process {local + 1} of this machine has no GPU ({count} visible); start at most {count}")
+        remedy = f"start at most {count}" if count else "use the CPU"
+        raise InputError(f"process {local + 1} of this machine has no GPU ({count} visible); {remedy}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

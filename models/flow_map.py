@@ -7,10 +7,13 @@ the gap r − t.
 Letters: N batch, C latent channels, H = W latent size, T tokens, D hidden size, k branches.
 """
 
+import contextlib
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
 from models.attention import forward_mode
@@ -39,6 +42,32 @@ def check_dmf_depth(dmf_depth, depth, df_idxs):
         raise InputError(f"--dmf-depth {dmf_depth} is not a key layer of this DeepFlow; choose one of {list(df_idxs)}")
 
 
+class LinearOfConstants(torch.autograd.Function):
+    """F.linear whose weight and bias have no tangent; torch's own rule multiplies by zeros for them."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def jvp(ctx, dx, _dweight, _dbias):
+        return F.linear(dx, ctx.weight)
+
+
+class ConstantWeights(TorchFunctionMode):
+    """Within the context F.linear is LinearOfConstants: two products in a derivative pass instead of three.
+
+    Not for a compiled pass: the compiler drops custom rules, and removes the products by zeros itself.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return LinearOfConstants.apply(*args) if func is F.linear else func(*args, **(kwargs or {}))
+
+
 class FlowMap(DeepFlow):
     """The network. dmf_depth: number of blocks that see t; use_logvar: with the head that only training needs."""
 
@@ -48,6 +77,7 @@ class FlowMap(DeepFlow):
         super().__init__(*args, **options)
         check_dmf_depth(dmf_depth, len(self.blocks), self.df_idxs)
         self.dmf_depth = dmf_depth
+        self.derivative_compiled = False
         self.deep_supervision = self.num_branches > 1  # whether `forward` runs the intermediate layers
         self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1) if use_logvar else None
         if use_logvar:
@@ -86,7 +116,8 @@ class FlowMap(DeepFlow):
 
     def derivative(self, x, t, r, y, tangent):
         """u and its Jacobian-vector product along (tangent, 1, 0) in (x, t, r), without gradient, (N, C, H, W) each."""
-        with torch.no_grad(), forward_mode():
+        constants = contextlib.nullcontext() if self.derivative_compiled else ConstantWeights()
+        with torch.no_grad(), forward_mode(), constants:
             return self.jvp(x.clone(), t.clone(), r, y, tangent)  # when compiled, it takes no views of larger tensors
 
     def jvp(self, x, t, r, y, tangent):
@@ -97,7 +128,7 @@ class FlowMap(DeepFlow):
 
     def compile_derivative(self):
         """Compile the derivative pass; nn.Module.compile does so for `forward` alone."""
-        self.jvp = torch.compile(self.jvp, fullgraph=True)
+        self.jvp, self.derivative_compiled = torch.compile(self.jvp, fullgraph=True), True
 
     def supervise_branches(self, wanted):
         """Run and train the intermediate branches' velocity and acceleration layers, or neither."""

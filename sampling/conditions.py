@@ -5,13 +5,13 @@ that its images go to.
 """
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 
 import torch
 
 from common.errors import InputError
+from common.files import sha256_of_files
 from models.text import TextEncoder, TextSpec
 from samplers import sample_labels
 from sampling.flags import DTYPES
@@ -54,7 +54,7 @@ class ClassLabels:
         return {
             "label_mode": self.mode,
             "labels": self.labels(range(count)).tolist(),
-            "labels_sha256": sha256(self.mode) if is_file else None,
+            "labels_sha256": sha256_of_files(self.mode) if is_file else None,
         }
 
     def captions(self):
@@ -115,7 +115,7 @@ class Prompts:
         return {
             "label_mode": "prompts",
             "labels": self.texts[:count],
-            "labels_sha256": sha256(self.source.path) if self.source.path else None,
+            "labels_sha256": sha256_of_files(self.source.path) if self.source.path else None,
             "text": dataclasses.asdict(self.encoder.spec),
         }
 
@@ -128,7 +128,3 @@ class Prompts:
         if self.source.metadata:
             return GenEvalFiles(folder, self.source.metadata, self.per_prompt)
         return PngFiles(folder)
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError
-from common.flags import flag, required, shown
+from common.flags import Range, flag, required
 from models import PRESETS
 from models.paths import PATHS
 from samplers import SAMPLERS, Guidance
@@ -43,13 +43,17 @@ class SamplingFlags:
     vae: str | None = flag(None, "ema, mse, a hub name or a folder; default: the training data's", str, group=MODEL)
 
     mode: str = flag("sde", "sampler; euler and restart are for flow maps", choices=MODES, group=SAMPLING)
-    num_steps: int | None = flag(None, STEPS, int, group=SAMPLING)
-    shift: float = flag(1.0, "shift s of a flow map's times: s*t / (1 + (s - 1)*t)", group=SAMPLING)
+    num_steps: int | None = flag(None, STEPS, int, range=Range(low=1), group=SAMPLING)
+    shift: float = flag(
+        1.0, "shift s of a flow map's times: s*t / (1 + (s - 1)*t)", range=Range(above=0), group=SAMPLING
+    )
     heun: bool = flag(False, "second-order steps for ode", group=SAMPLING)
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none", group=SAMPLING)
     guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)", group=SAMPLING)
     guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)", group=SAMPLING)
-    global_seed: int = flag(0, "seed; image i depends on it and on i", also=["--seed"], group=SAMPLING)
+    global_seed: int = flag(
+        0, "seed; image i depends on it and on i", range=Range(low=0), also=["--seed"], group=SAMPLING
+    )
 
     dtype: str = flag(
         "fp32", "precision of the network; the sampler's state is float64", choices=list(DTYPES), group=SPEED
@@ -58,11 +62,11 @@ class SamplingFlags:
     tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", group=SPEED)
     fused_attn: bool = flag(True, "fused attention kernels", group=SPEED)
     compile: bool = flag(False, "compile the network: minutes at the start, faster steps", group=SPEED)
-    per_proc_batch_size: int = flag(32, "images per forward pass and process", group=SPEED)
-    decode_batch_size: int = flag(32, "images that are decoded at once", group=SPEED)
+    per_proc_batch_size: int = flag(32, "images per forward pass and process", range=Range(low=1), group=SPEED)
+    decode_batch_size: int = flag(32, "images that are decoded at once", range=Range(low=1), group=SPEED)
 
     sample_dir: str = flag("samples", "parent folder of the results", group=OUTPUT)
-    num_fid_samples: int = flag(50_000, "number of images", group=OUTPUT)
+    num_fid_samples: int = flag(50_000, "number of images", range=Range(low=1), group=OUTPUT)
     format: str = flag("both", "what is written", choices=["npz", "png", "both"], group=OUTPUT)
     decode: bool = flag(True, "decode to images; --no-decode writes an npz of latents", group=OUTPUT)
     resume: bool = flag(True, "resume an interrupted run; --no-resume refuses a folder with images", group=OUTPUT)
@@ -99,16 +103,9 @@ class SamplingFlags:
         return dataclasses.replace(self, **changes)
 
     def check(self):
-        """Raise InputError for values that make no sense; to be called on a resolved configuration."""
-        for name in ("num_fid_samples", "per_proc_batch_size", "decode_batch_size", "num_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{shown(name)} {getattr(self, name)} must be at least 1")
-        if self.global_seed < 0:
-            raise InputError(f"--global-seed {self.global_seed} must not be negative")
+        """Raise InputError for flags that do not go together; to be called on a resolved configuration."""
         if self.heun and self.mode != "ode":
             raise InputError("--heun is a method for the ODE; pass --mode ode")
-        if not 0 < self.shift < float("inf"):
-            raise InputError(f"--shift {self.shift} must be greater than 0 and finite; 1.0 leaves the times even")
         if self.shift != 1.0 and not self.sampler.is_map:
             raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")
         if not self.decode and (self.format == "png" or self.grid):

@@ -185,7 +185,8 @@ def write_in_threads(write, batches, threads=4):
         except BaseException as error:  # a keyboard interrupt as well
             failures.append(error)
 
-    yield from ordered_map(lambda batch: write(*batch), until_failure(), ahead=threads, threads=threads)
+    # as many calls as threads: each has begun, so that leaving the loop early cancels none
+    yield from ordered_map(lambda batch: write(*batch), until_failure(), ahead=threads - 1, threads=threads)
     if failures:
         raise failures[0]
 

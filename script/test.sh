@@ -20,4 +20,4 @@ case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 # On CPU everywhere; those that need a GPU: python -m pytest -m gpu
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m pytest "$@"
+python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@" # one process per core, for memory at most 4

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import fill_
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import InputError
 from loss import GuidedTarget, adaptive_loss, flow_map_loss, flow_map_targets, flow_map_times, guided_samples
@@ -51,6 +52,19 @@ def test_derivative_equals_central_differences(backbone, qk_norm):
         ahead, behind = (model.average_velocity(x + s * h * tangent, t + s * h, r, y) for s in (1, -1))
         torch.testing.assert_close(u, model.average_velocity(x, t, r, y))
     assert parity.relative_error((ahead - behind) / (2 * h), du_dt) < 1e-6  # the embedded sinusoids are float32
+
+
+def test_derivative_makes_no_products_for_weights_without_tangent():
+    """A linear layer costs its value and one product of the input's tangent, none of a weight's."""
+    model, (x, t, r, y, tangent) = tiny_map(), inputs()
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.average_velocity(x, t, r, y)
+    with FlopCounterMode(display=False) as derivative:
+        model.derivative(x, t, r, y, tangent)
+    ops, linear = torch.ops.aten, forward.get_flop_counts()["Global"][torch.ops.aten.addmm]
+    flops = derivative.get_flop_counts()["Global"]
+    assert flops[ops.addmm] == linear
+    assert 0.9 * linear < flops[ops.mm] < linear  # the embedding of r has none
 
 
 @pytest.mark.slow

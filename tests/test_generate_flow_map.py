@@ -59,7 +59,7 @@ def test_a_published_flow_map_with_the_published_flags(tmp_path, has_head):
     flags = {"model": "DMFT-Ti/2", "dmf_depth": 3, "path_type": "linear", "shift": 1.0}
     assert np.array_equal(latents(published, tmp_path / "published", **flags), latents(ours, tmp_path / "ours"))
     assert not np.array_equal(latents(published, tmp_path / "other", dmf_depth=1), latents(ours, tmp_path / "ours"))
-    with pytest.raises(InputError, match="--dmf-depth 4 is out of range.* 1 to 3 "):
+    with pytest.raises(InputError, match=r"--dmf-depth 4 is out of range.* 1 to 3 "):
         latents(published, tmp_path / "none", dmf_depth=4)
 
 
@@ -78,9 +78,9 @@ def test_a_compiled_flow_map_gives_the_same_latents(files, tmp_path):
         ("flow", {"mode": "restart"}, "--mode restart needs a flow map"),
         ("flow", {"dmf_depth": 1}, "flow.pt is a flow model"),
         ("map", {"mode": "euler", "dmf_depth": 2}, "--dmf-depth 2 contradicts"),
-        ("map", {"mode": "euler", "shift": 0.0}, "--shift 0.0 must be greater than 0"),
-        ("map", {"mode": "euler", "shift": -1.5}, "--shift -1.5 must be greater than 0"),
-        ("map", {"mode": "euler", "num_steps": 0}, "--num-steps 0 must be at least 1"),
+        ("map", {"mode": "euler", "shift": 0.0}, "--shift 0.0 is out of range; it must be greater than 0"),
+        ("map", {"mode": "euler", "shift": -1.5}, "--shift -1.5 is out of range; it must be greater than 0"),
+        ("map", {"mode": "euler", "num_steps": 0}, "--num-steps 0 is out of range; it must be at least 1"),
         ("map", {"mode": "ode", "shift": 1.5}, "--shift moves the times of flow maps"),
         ("map", {"mode": "euler", "model": "DeepFlow-Ti/2", "trans_depth": 2}, "--model DeepFlow-Ti/2 contradicts"),
         ("map", {"mode": "euler", "heun": True}, "--heun is a method for the ODE"),

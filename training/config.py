@@ -7,6 +7,7 @@ means: taken from the preset, the data or the machine.
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import torch
 
@@ -127,6 +128,11 @@ class RunFlags:
     def encoders(self):
         """{name: weights file, or None for the hub's} of the alignment encoders."""
         return {}
+
+    @property
+    def folder(self):
+        """Path of the run's folder."""
+        return Path(self.output_dir) / self.exp_name
 
     def resolve(self):
         """A copy in which defaults that depend on the machine are filled in."""

@@ -66,7 +66,7 @@ class LatentLoader:
         steps = itertools.takewhile(lambda step: step != self.stop_step, itertools.count(self.start_step))
 
         def gather(step):
-            return step, copy.start(self.dataset.gather_step(self.sampler, step, self.rows, copy.pin))
+            return step, copy.start(lambda pin: self.dataset.gather_step(self.sampler, step, self.rows, pin))
 
         with contextlib.closing(ordered_map(gather, steps, ahead=self.depth)) as gathered:
             for step, copies in gathered:
@@ -75,16 +75,14 @@ class LatentLoader:
 
 
 class Copy:
-    """Copies of gathered tensors (None stays None) to a device, begun by a thread and finished in the training loop."""
-
-    pin = False
+    """Gathers tensors (None stays None) in a thread and hands them over on a device, in the training loop."""
 
     def __init__(self, device):
         self.device = device
 
-    def start(self, tensors):
-        """What `finish` takes."""
-        return tensors
+    def start(self, gather):
+        """What `finish` takes; gather(pin) → tensors, pin: into page-locked memory."""
+        return gather(False)
 
     def finish(self, tensors):
         """Tensors on the device."""
@@ -94,15 +92,14 @@ class Copy:
 class CopyToGPU(Copy):
     """Copies from page-locked memory, on a stream of their own so that they run beside the training step."""
 
-    pin = True
-
     def __init__(self, device):
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._stream = torch.cuda.Stream(self.device)
 
-    def start(self, tensors):
+    def start(self, gather):
         """(copies, event of their end)."""
         torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would claim memory there
+        tensors = gather(True)
         with torch.cuda.stream(self._stream):
             copies = [t if t is None else t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return copies, self._stream.record_event()

@@ -1,7 +1,6 @@
 """A run from its flags to its end, wired once for every train*.py, which says in a Task what is trained."""
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +47,6 @@ class Run:
     weights: list  # β of each branch
     rows: torch.Tensor  # this rank's rows of the global batch
 
-    @functools.cached_property
-    def folder(self):
-        return run_folder(self.config)
-
     @property
     def latent_shape(self):
         """(C, h, w)."""
@@ -67,19 +62,16 @@ class Run:
         return {"config": config, "data": {**data, **spec}}
 
 
-def run_folder(config):
-    return Path(config.output_dir) / config.exp_name
-
-
 def run_task(config, task):
     """Train a Task as the flags say; a dry run only describes it. Raises InputError; may exit with EXIT_STOPPED."""
     config = config.resolve()
     config.check()
     info, dataset = task.open_data(config)
-    resumed = None if config.dry_run else find_resume(run_folder(config), config.resume)
+    check_resolution(config, info)
+    resumed = None if config.dry_run else find_resume(config.folder, config.resume)
     options, make_model = task.start(config, info, resumed)
     weights = config.branch_weights(len(options["df_idxs"]) + 1)
-    accelerator = start_accelerator(config, run_folder(config))
+    accelerator = start_accelerator(config, config.folder)
     world, rank = accelerator.num_processes, accelerator.process_index
     rows = rows_of_rank(config.batch_size, world, config.gradient_accumulation_steps, rank)
     accelerator.print(describe(config, options, info, world))
@@ -96,7 +88,7 @@ def open_grids(task, config, dataset, accelerator):
     if not (config.sampling_steps and accelerator.is_main_process):
         return None
     codec = LatentCodec.load(config.vae or dataset.info.spec.vae, device=accelerator.device)
-    return task.grids(codec, dataset, run_folder(config), config.seed)
+    return task.grids(codec, dataset, config.folder, config.seed)
 
 
 def train(task, run, grids):

@@ -8,8 +8,9 @@ import torch.distributed as dist
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
 EXIT_CODES = (
-    f"On SIGTERM and SIGUSR1 the step is finished, a checkpoint is written and the exit code is {EXIT_STOPPED}: "
-    "the same command with --resume auto continues. 0: the run is complete; 2: a mistake, named by a line 'error: ...'."
+    "On SIGTERM and SIGUSR1 the step is finished, a checkpoint is written and the exit code\n"
+    f"is {EXIT_STOPPED}: the same command with --resume auto continues. 0: the run is complete;\n"
+    "2: a mistake, named by a line 'error: ...'."
 )
 
 

@@ -35,9 +35,10 @@ class Trainer:
         draw(step) → the draws of a whole batch; flops_per_image: FLOP of a training step, for the log's MFU;
         on_sample(model, step) → path of a sample grid, on the main process only.
         """
-        self.config, self.accelerator, self.run_dir, self.dataset = run.config, run.accelerator, run.folder, run.dataset
+        self.config = config = run.config
+        self.accelerator, self.dataset, self.rows, self.saved = run.accelerator, run.dataset, run.rows, run.saved()
         self.objective, self.draw, self.flops_per_image, self.on_sample = objective, draw, flops_per_image, on_sample
-        self.rows, self.saved, config = run.rows, run.saved(), run.config
+        self.run_dir = config.folder
         self.sampler = SeekableSampler(len(run.dataset), config.batch_size, config.seed)
         self.stop_step = min(config.max_train_steps, config.epochs * self.sampler.steps_per_epoch)
         self.model = run.model.to(self.accelerator.device)
