@@ -87,7 +87,7 @@ def extrapolate(x, v, a, t):
 def alignment_loss(projections, features):
     """Minus the cosine similarity of matching tokens, averaged over tokens and batch (REPA): (m·E,), one per pair.
 
-    projections: m·E tensors (N, T, Z), of m places of the network, encoder by encoder; features: E tensors (N, T, Z).
+    projections: m·E tensors (N, T, Z) from m places in the network, encoder by encoder; features: E tensors (N, T, Z).
     """
     if not features or len(projections) % len(features):
         raise ValueError(f"{len(projections)} projections do not fit {len(features)} encoders")
@@ -98,7 +98,7 @@ def alignment_loss(projections, features):
 def flow_map_times(normals, means, stds):
     """Times of a flow map's two parts, float32 (3, N) in [0, 1]: t of the flow part, then t ≥ r of the mean-flow part.
 
-    Each is the logistic of a normal: normals (3, N) standard normal numbers for t_fm, t, r; means, stds: 3 floats each.
+    Each is logistic-normal. normals (3, N): standard normal numbers for t_fm, t, r; means, stds: 3 floats each.
     """
     means, stds = (torch.tensor(values, dtype=torch.float32)[:, None] for values in (means, stds))
     t_fm, t, r = torch.sigmoid(means + stds * normals)
@@ -111,8 +111,8 @@ GUIDED_VELOCITIES = ("default", "mg", "distill")
 def guided_samples(kind, times, dropped, low, high):
     """Which samples are guided in the flow part and in the mean-flow part, (2, N) bool.
 
-    kind: one of GUIDED_VELOCITIES; times (3, N) as of `flow_map_times`; dropped (N,): labels that were dropped, which
-    the network itself cannot guide; low, high: the interval, tested on the flow part's t and the mean-flow part's t.
+    kind: one of GUIDED_VELOCITIES; times (3, N) from `flow_map_times`; dropped (N,) bool: samples without their label,
+    which model guidance (mg) leaves out; low, high: interval of t, tested for each part.
     """
     if kind == "default":
         return torch.zeros(2, len(dropped), dtype=torch.bool)
@@ -124,7 +124,7 @@ def guided_samples(kind, times, dropped, low, high):
 class GuidedTarget:
     """The velocity v* that a flow map learns (`--g-type`), guided with weight ω.
 
-    velocity(x, t, y): of the flow map itself (mg) or of a frozen flow model (distill); null_class: label of no class.
+    velocity(x, t, y): the flow map's own (mg) or a frozen flow model's (distill); null_class: the null label.
     """
 
     kind: str = "default"
@@ -134,9 +134,9 @@ class GuidedTarget:
 
     @torch.no_grad()
     def __call__(self, v, x, t, y, guided):
-        """v* (N, C, H, W); v: ε − x_0; guided (N,) bool, on the CPU: no device is waited for.
+        """v* (N, C, H, W); v: dx_t/dt; guided (N,) bool on the CPU, where reading it waits for no device.
 
-        One pass of 2N rows, none of them where no sample is guided.
+        One pass of 2N rows if any sample is guided; otherwise none (mg), or one of N rows (distill).
         """
         if self.kind == "default":
             return v
@@ -179,8 +179,8 @@ class FlowMapTargets:
 def flow_map_targets(model, guide, x0, y, draws, path):
     """FlowMapTargets of a batch, without gradient: v* for the flow part, v* + (r − t)·d/dt u for the mean-flow part.
 
-    model: the bare FlowMap; guide: GuidedTarget; x0 (N, C, H, W); y (N,) labels after the drop; draws: `times` (3, N),
-    `noise` and `map_noise` (N, C, H, W), `guided` (2, N) on the CPU.
+    model: the bare FlowMap; guide: GuidedTarget; x0 (N, C, H, W); y (N,): labels after dropping; draws: `times`
+    (3, N), `noise` and `map_noise` (N, C, H, W), `guided` (2, N) on the CPU.
     """
     t_fm, t, r = draws.times
     x_fm, x = path.interpolate(x0, draws.noise, t_fm), path.interpolate(x0, draws.map_noise, t)
@@ -196,18 +196,18 @@ def flow_map_targets(model, guide, x0, y, draws, path):
 def adaptive_loss(error, log_variance):
     """log(e·exp(−s) + 0.01) + s of mean squared errors e and log-variances s, (N,) each.
 
-    Computed as log(e + 0.01·exp(s)), which is the same and stays finite: training drives s down without end.
+    Computed as log(e + 0.01·exp(s)), which is equal and stays finite: training drives s down without limit.
     """
     return torch.log(error + 0.01 * torch.exp(log_variance))
 
 
 @dataclasses.dataclass
 class FlowMapLoss:
-    """Per sample: the two parts' summed squared errors, their adaptive losses, and half the sum of these."""
+    """Per sample: squared errors of the two parts, their adaptive losses, and the mean of these."""
 
     error: torch.Tensor  # (2, N), Σ over C, H, W of (u − target)²
     adaptive: torch.Tensor  # (2, N)
-    total: torch.Tensor  # (N,)
+    total: torch.Tensor  # (N,), (adaptive_1 + adaptive_2) / 2
 
 
 def flow_map_loss(u, log_variance, target):

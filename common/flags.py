@@ -23,7 +23,7 @@ FlagTextError = argparse.ArgumentTypeError  # raised by a `kind` that cannot con
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Values that a flag may have: from low to high, above and below the bounds that exclude themselves, finite."""
+    """Finite values with low <= value <= high and above < value < below."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -48,10 +48,9 @@ def flag(default, help, kind=None, *, group=None, range=None, **options):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(help, kind=str, *, group=None, range=None, positional=False, **options):
-    """A flag without a default; positional: an argument without a name. The rest as of `flag`."""
-    metadata = {"help": help, "kind": kind, "group": group, "range": range, "positional": positional, **options}
-    return dataclasses.field(metadata=metadata)
+def required(help, kind=str, **options):
+    """A flag without a default; options as of `flag`, and positional=True: an argument without a name."""
+    return flag(dataclasses.MISSING, help, kind, **options)
 
 
 def check_ranges(config):
@@ -123,15 +122,13 @@ def add_flags(parser, cls):
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         place, name = groups[group], shown(field.name)
+        options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if options.pop("positional", False):
-            place.add_argument(field.name, type=kind, **options)
+            place.add_argument(field.name, **options)
         elif field.default is dataclasses.MISSING:
-            place.add_argument(name, *also, dest=field.name, type=kind, required=True, **options)
-        elif kind is bool:
-            switch = argparse.BooleanOptionalAction
-            place.add_argument(name, *also, dest=field.name, action=switch, default=field.default, **options)
+            place.add_argument(name, *also, dest=field.name, required=True, **options)
         else:
-            place.add_argument(name, *also, dest=field.name, type=kind, default=field.default, **options)
+            place.add_argument(name, *also, dest=field.name, default=field.default, **options)
 
 
 def check_checkout():

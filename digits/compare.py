@@ -7,14 +7,13 @@ The two numbers are those of digits/judge.py. The picture has a row per sampling
 images of every class, which are the same noises in every row where the samplings share seed and labels.
 """
 
-import argparse
 import dataclasses
 
 import numpy as np
 
 from common.errors import InputError, exit_on_input_error
 from common.files import write_json
-from common.flags import flag, parse_flags, required
+from common.flags import FlagTextError, flag, parse_flags, required
 from common.pictures import save_grid
 from digits.data import CLASSES
 from digits.judge import build_report, load_samples
@@ -28,7 +27,7 @@ def named_file(text):
     """`NAME=FILE` → (name, file)."""
     name, separator, path = text.partition("=")
     if not (name and separator and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
+        raise FlagTextError(f"{text!r} is not of the form NAME=FILE")
     return name, path
 
 

@@ -3,8 +3,7 @@
     python -m digits.report --samples samples/digits.npz --out report.json --grid grid.png \\
         --curve exps/digits/log.jsonl curve.png
 
-The npz holds `arr_0`, uint8 (N, 32, 32, 3); the JSON file beside it (same name) lists the requested labels under
-`labels`.
+The npz holds `arr_0`, uint8 (N, 32, 32, 3); its manifest lists the requested labels under `labels`.
 """
 
 import dataclasses
@@ -13,12 +12,15 @@ import numpy as np
 
 from common.errors import InputError, exit_on_input_error
 from common.flags import flag, parse_flags, required
+from common.pictures import save_grid
 from digits.data import CLASSES
 from digits.judge import load_samples, print_report
-from digits.pictures import save_class_grid
+from digits.pictures import class_grid, enlarge_and_frame
 from evaluations.metrics.results import sample_labels
 from sampling.manifest import manifest_path
 from training.plot import save_curves
+
+COLUMNS = 10  # samples of a class in the picture
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,7 +51,7 @@ def main(argv=None):
     labels = load_labels(args.samples, len(images))
     print_report(args.samples, images, labels, args.out)
     if args.grid:
-        save_class_grid(images, labels, args.grid)
+        save_grid(enlarge_and_frame(class_grid(images, labels, CLASSES, COLUMNS)), COLUMNS, args.grid)
     if args.curve:
         log, picture = args.curve
         save_curves([log], picture)

@@ -27,7 +27,6 @@ from evaluations.metrics.references import other_size, read_reference
 from evaluations.metrics.results import Result, result_path
 
 METRICS = ("fid", "fd_dinov2")
-FEATURES = "fd_"  # a metric of --features NAME is called fd_NAME
 SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  # kept in the result
 
 
@@ -55,7 +54,7 @@ class CalcFlags(MetricFlags):
         range=Range(2),
         also=("--num-images",),
     )
-    seed: int = flag(0, "of that draw", range=Range(0))
+    seed: int = flag(0, "seed of the draw", range=Range(0))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -102,7 +101,7 @@ def load_detectors(names, args, device):
     if args.features:
         say(f"Setting up {args.features}...")
         extractor = load_features(args.features, device)
-        detectors[FEATURES + extractor.name] = extractor
+        detectors[f"fd_{extractor.name}"] = extractor
     if not detectors:
         raise InputError("--metrics leaves nothing to measure; name a metric that the reference has, or --features")
     return detectors

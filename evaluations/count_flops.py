@@ -13,6 +13,7 @@ import torch
 from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags, required
 from evaluations.metrics.published import TABLE_8
+from evaluations.metrics.results import markdown
 from models import create_model
 from models.flops import Part, count_flops, count_parts
 
@@ -27,9 +28,9 @@ class FlopsFlags:
 
 
 def row(name, part):
-    """A line of the table."""
+    """Cells of a line of the table."""
     with_attention = part.layer_macs + part.attention_macs
-    return f"| {name} | {part.parameters / 1e6:.2f} | {part.layer_macs / 1e9:.3f} | {with_attention / 1e9:.3f} |"
+    return name, f"{part.parameters / 1e6:.2f}", f"{part.layer_macs / 1e9:.3f}", f"{with_attention / 1e9:.3f}"
 
 
 def beside_table_8(name, model):
@@ -49,11 +50,9 @@ def main(argv=None):
     with torch.device("meta"):
         model = create_model(args.model, depth=args.trans_depth, df_idxs=args.df_idxs)
     parts = count_parts(model)
-    print("| part | parameters (M) | G multiply-adds | with attention products |")
-    print("|---|---|---|---|")
-    for name, part in parts.items():
-        print(row(name, part))
-    print(row("all", sum(parts.values(), Part())))
+    parts["all"] = sum(parts.values(), Part())
+    header = ["part", "parameters (M)", "G multiply-adds", "with attention products"]
+    print("\n".join(markdown(header, [row(name, part) for name, part in parts.items()])))
     print(beside_table_8(args.model, model))
 
 

@@ -41,7 +41,7 @@ class EvaluatorFlags(MeasureFlags):
     reference: str = required("npz of reference images, with statistics or without; folder or zip", positional=True)
     samples: str = required("npz, folder or zip of sampled images", positional=True)
     batch_size: int = flag(64, "images per forward pass and process", range=Range(1), group="precision and speed")
-    precision: str = flag("float16", "of precision and recall", group="distances", choices=list(PRECISIONS))
+    precision: str = flag("float16", "arithmetic of precision and recall", group="distances", choices=list(PRECISIONS))
     block: int = flag(BLOCK, "rows and columns of a block of distances", range=Range(1), group="distances")
     neighbors: int = flag(3, "k of precision and recall", range=Range(1), group="distances")
     splits: int | None = flag(
@@ -76,7 +76,7 @@ class Side:
         return cls(which, path, images, stored)
 
     def compute(self, extractor, args, processes):
-        """Carry the images through the extractor; stored statistics take the place of computed ones."""
+        """Run the images through the extractor; stored statistics take the place of computed ones."""
         say(f"computing {self.which} batch activations...")
         share = np.array_split(np.arange(len(self.images)), processes.world)[processes.rank]
         batches = split(share, args.batch_size)

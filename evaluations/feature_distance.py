@@ -19,7 +19,7 @@ from common.files import check_writable
 from common.flags import Range, flag, parse_flags, required
 from common.pictures import save_lines
 from common.precision import set_math
-from evaluations.metrics.results import Result
+from evaluations.metrics.results import Result, markdown
 from models import load_checkpoint
 from models.paths import PATHS
 from samplers import SAMPLERS, GuidedVelocity, integrate, sample_labels, sample_noise
@@ -105,13 +105,11 @@ def sample(args, checkpoint, probe, device):
 
 def table(curves):
     """Markdown: the mean over all steps, then some of the steps."""
-    names, times = list(curves), [t for t, _ in next(iter(curves.values()))]
+    times = [t for t, _ in next(iter(curves.values()))]
     chosen = sorted({round(i * (len(times) - 1) / max(ROWS - 1, 1)) for i in range(ROWS)})
-    lines = ["| t | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines.append("| mean | " + " | ".join(f"{mean(curve):.3f}" for curve in curves.values()) + " |")
-    for i in chosen:
-        lines.append(f"| {times[i]:.3f} | " + " | ".join(f"{curve[i][1]:.3f}" for curve in curves.values()) + " |")
-    return "\n".join(lines)
+    means = ["mean", *(f"{mean(curve):.3f}" for curve in curves.values())]
+    rows = [[f"{times[i]:.3f}", *(f"{curve[i][1]:.3f}" for curve in curves.values())] for i in chosen]
+    return "\n".join(markdown(["t", *curves], [means, *rows]))
 
 
 def mean(curve):

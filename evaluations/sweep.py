@@ -7,7 +7,6 @@ What follows `--` goes to generate.py. A setting that has been measured is not m
 go on after an interruption. The metrics are those of evaluations.evaluator; the plot shows the Fréchet distance.
 """
 
-import argparse
 import dataclasses
 import itertools
 import subprocess
@@ -16,10 +15,10 @@ from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable, read_json, write_atomically, write_json
-from common.flags import ROOT, Range, flag, parse_flags, required
+from common.flags import ROOT, FlagTextError, Range, flag, parse_flags, required
 from common.pictures import save_lines
 from evaluations.evaluator import label
-from evaluations.metrics.results import Result
+from evaluations.metrics.results import Result, markdown
 
 SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")  # in all settings of one folder
 
@@ -29,7 +28,7 @@ def interval(text):
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH, for example 0.3,0.7") from None
+        raise FlagTextError(f"{text!r} is not LOW,HIGH, for example 0.3,0.7") from None
     return low, high
 
 
@@ -78,9 +77,8 @@ class Setting:
         return f"steps-{self.num_steps}{guided}"
 
     def flags(self):
-        values = {"num-steps": self.num_steps, "cfg-scale": self.cfg_scale}
-        values.update({"guidance-low": self.low, "guidance-high": self.high})
-        return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        steps = ["--num-steps", self.num_steps, "--cfg-scale", self.cfg_scale]
+        return [*steps, "--guidance-low", self.low, "--guidance-high", self.high]
 
 
 def settings(args):
@@ -99,7 +97,7 @@ def run_python(processes, *command):
     done = subprocess.run([sys.executable, *map(str, words)], check=False)
     if done.returncode:
         name = command[1] if command[0] == "-m" else command[0]
-        raise InputError(f"{name} ended with {done.returncode}; what it said stands above")
+        raise InputError(f"{name} ended with {done.returncode}; see its output above")
 
 
 def measure(setting, args, generate):
@@ -120,14 +118,13 @@ def measure(setting, args, generate):
 
 def build_table(rows, metrics):
     """Markdown lines of [(setting, Result)]."""
-    lines = ["| steps | guidance | interval | evaluations | " + " | ".join(map(label, metrics)) + " |"]
-    lines.append("|---" * (4 + len(metrics)) + "|")
+    cells = []
     for setting, result in rows:
         where = f"[{setting.low}, {setting.high}]" if setting.cfg_scale != 1 else ""
         calls = (result.manifest or {}).get("model_evaluations", "")
-        values = " | ".join(f"{result.metrics[name]:.4g}" for name in metrics)
-        lines.append(f"| {setting.num_steps} | {setting.cfg_scale} | {where} | {calls} | {values} |")
-    return lines
+        values = (f"{result.metrics[name]:.4g}" for name in metrics)
+        cells.append([setting.num_steps, setting.cfg_scale, where, calls, *values])
+    return markdown(["steps", "guidance", "interval", "evaluations", *map(label, metrics)], cells)
 
 
 def save_plot(rows, metric, path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import exit_on_input_error
 from common.flags import parse_flags, required
 from evaluations.metrics.published import PUBLISHED
-from evaluations.metrics.results import Result
+from evaluations.metrics.results import Result, markdown
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 ALWAYS = ("fid", "sfid", "inception_score")
@@ -57,9 +57,8 @@ def measured_cells(path, result, metrics):
 def published_cells(row, metrics):
     trained = f"{row.epochs} epochs" if row.epochs else f"{row.steps} steps"
     details = [row.weighting and f"{row.weighting} t", row.alignment, "guided" if row.guided else "no guidance"]
-    values = [getattr(row, name, None) for name in metrics]
-    cells = ["" if value is None else str(value) for value in values]
-    return ["*paper*", row.model, trained, ", ".join([row.sampled, *filter(None, details)]), *cells]
+    values = ["" if (value := getattr(row, name, None)) is None else value for name in metrics]
+    return ["*paper*", row.model, trained, ", ".join([row.sampled, *filter(None, details)]), *values]
 
 
 def counterparts(result):
@@ -76,11 +75,10 @@ def build_table(results):
     groups = {}
     for path, result in results.items():
         groups.setdefault(tuple(counterparts(result)), []).append(measured_cells(path, result, names))
-    rows = [["result", "model", "trained", "sampled", *(METRICS.get(name, name) for name in names)]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for published, measured in groups.items():
         rows += measured + [published_cells(row, names) for row in published]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown(["result", "model", "trained", "sampled", *(METRICS.get(name, name) for name in names)], rows)
 
 
 def main(argv=None):

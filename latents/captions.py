@@ -28,7 +28,7 @@ PREPARE = "make it with preprocessing/dataset_tools.py captions"
 class CaptionRows:
     """Features of captions: rows (M, L, W), starts (N + 1,), image i has the rows starts[i] … starts[i + 1] − 1.
 
-    captions: their texts, or None where the data does not say; empty: float32 (L, W), of the empty caption.
+    captions: their texts; empty: float32 (L, W), of the empty caption.
     """
 
     rows: object
@@ -43,7 +43,7 @@ class CaptionRows:
 
     def texts(self, rows):
         """The captions of rows."""
-        return ["" if self.captions is None else self.captions[int(row)] for row in rows]
+        return [self.captions[int(row)] for row in rows]
 
 
 def open_text(place, pairing):

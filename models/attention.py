@@ -1,4 +1,4 @@
-"""Attention kernels: one fused kernel per process, and attention written out where a forward-mode derivative is taken.
+"""Attention kernels: one fused kernel per process, and plain matrix products where a forward-mode derivative is taken.
 
 q, k, v and the result are (N, heads, T, D/heads).
 """
@@ -19,9 +19,9 @@ def fused(q, k, v):
 
 
 def written_out(q, k, v):
-    """softmax(q·kᵀ/√d)·v in the network's dtype, which has derivatives of every kind."""
+    """softmax(q·kᵀ/√d)·v in the network's dtype; it has derivatives of every kind."""
     device = q.device.type
-    if torch.is_autocast_enabled(device):  # or the softmax would be computed in float32
+    if torch.is_autocast_enabled(device):  # else the softmax would run in float32
         q, k, v = (part.to(torch.get_autocast_dtype(device)) for part in (q, k, v))
     with torch.autocast(device, enabled=False):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -29,7 +29,7 @@ def written_out(q, k, v):
 
 
 def flash(kernel, q, k, v):
-    """A flash-attn kernel, which takes (N, T, heads, D/heads) in half precision; other dtypes go to torch's kernel."""
+    """A flash-attn kernel, for (N, T, heads, D/heads) in half precision on a GPU; all else goes to torch's kernel."""
     device = q.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
@@ -38,7 +38,7 @@ def flash(kernel, q, k, v):
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-FLASH_PACKAGES = {  # --attn-func → module and how to install it
+FLASH_PACKAGES = {  # --attn-func → (module, how to install it)
     "fa2": ("flash_attn", "pip install flash-attn"),
     "fa3": ("flash_attn_interface", "install the hopper/ folder of the flash-attention repository"),
 }
@@ -47,7 +47,7 @@ _state = {"kernel": fused, "differentiating": False}
 
 
 def set_attention(name):
-    """Choose the process's kernel, one of ATTENTION; auto is torch's fused one. `forward_mode` overrules it.
+    """Choose the process's kernel, one of ATTENTION; auto is torch's fused one. `forward_mode` overrides it.
 
     Raises InputError for a missing package.
     """
@@ -74,9 +74,9 @@ def differentiating():
 
 @contextlib.contextmanager
 def forward_mode():
-    """Within the context attention and norms are written out.
+    """Within the context, attention and affine norms avoid fused kernels.
 
-    Fused kernels have no rule for forward-mode derivatives, and the compiler drops custom rules without a word.
+    These have no rule for forward-mode derivatives, and the compiler silently drops custom rules.
     """
     before, _state["differentiating"] = _state["differentiating"], True
     try:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.errors import InputError, note
+from common.errors import InputError, first_line, note
 from models.deepflow import DeepFlow
 from models.presets import build, constructor_defaults, kind_of, network_class, parse_df_idxs
 from models.published import from_published, published_note
@@ -73,7 +73,7 @@ def read_file(path):
                 f"checkpoint {path} holds the Python object {refused.group(1)}, which is not loaded: it could run "
                 "code; save the weights alone"
             ) from None
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:120]
         raise InputError(f"checkpoint {path} is unreadable or truncated ({reason}); copy it again") from None
 
 

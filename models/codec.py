@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -81,16 +81,15 @@ class LatentCodec:
 
     @classmethod
     def load(cls, name=DEFAULT_VAE, device="cpu", dtype=torch.float32):
-        """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError when it is not there."""
-        from diffusers import AutoencoderKL  # four seconds to import, and training without grids never needs it
+        """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
+        from diffusers import AutoencoderKL  # takes four seconds, and training without grids never needs it
 
         path = resolve_vae(name)
         try:
             vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
         except (OSError, ValueError, json.JSONDecodeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"cannot load the VAE '{name}' ({reason}); "
+                f"cannot load the VAE '{name}' ({first_line(error)}); "
                 "pass --vae with a folder that holds a diffusers AutoencoderKL, or connect to the hub once"
             ) from None
         config = vae.config
@@ -119,7 +118,7 @@ class LatentCodec:
     def decode(self, latents, chunk=32):
         """Network latents (N, C, h, w) → uint8 images (N, R, R, 3), `chunk` at a time to bound memory.
 
-        Raises InputError where the decoder's precision does not hold its values.
+        Raises InputError if values overflow in the decoder's precision.
         """
         z = latents.to(self.device) / self.spec.scale + self.spec.shift
         return torch.cat([self.decode_chunk(part.to(self.vae.dtype)) for part in z.split(chunk)])

@@ -7,8 +7,6 @@ Letters: N images, R their side, g = R/16 patch tokens per side, T = g² of them
 """
 
 import dataclasses
-import hashlib
-import mmap
 import textwrap
 import zipfile
 from collections.abc import Callable
@@ -20,25 +18,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from common.errors import InputError
+from common.errors import InputError, first_line
+from common.files import sha256_of_files
 from models.checkpoints import load_strictly, read_file, strip_prefix
 from models.layers import sincos_1d
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-STRIDE = 16  # pixels of the image per token, whatever the patch: patch-14 networks see it at 14/16 of its side
+STRIDE = 16  # image pixels per token for every encoder: patch-14 networks see the image at 14/16 of its side
 
 
 # ------------------------------------------------------------------------ state dicts of the authors → timm's names
 
 
 def unchanged(state):
-    """DINO's and timm's own names."""
+    """DINO's and timm's names stay."""
     return state
 
 
 def from_dinov2(state):
-    """DINOv2: fused SwiGLU of the giant; with registers, timm keeps the class token's position in the token itself."""
+    """DINOv2: the giant's fused SwiGLU; with registers, timm adds the class token's position to the token itself."""
     state = {name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): t for name, t in state.items()}
     state.pop("mask_token", None)
     if "register_tokens" in state:
@@ -57,7 +56,7 @@ MISNAMED = {  # in some files
 
 
 def from_mocov3(state):
-    """MoCo v3: the base encoder's weights, four misnamed keys put right, and the position embedding of 256 pixels."""
+    """MoCo v3: the base encoder's weights, four misnamed keys corrected, the position embedding for 256 pixels."""
     base = {name.removeprefix("base_encoder."): t for name, t in state.items() if name.startswith("base_encoder.")}
     for wrong, right in MISNAMED.items():
         base = {name.replace(wrong, right): tensor for name, tensor in base.items()}
@@ -67,7 +66,7 @@ def from_mocov3(state):
 
 
 def mocov3_positions(width, grid):
-    """MoCo v3's fixed embedding (1, 1 + T, Z): the slow axis in the first half of the channels, class token 0."""
+    """MoCo v3's fixed embedding (1, 1 + T, Z): rows in the first half of the channels; 0 for the class token."""
     index = torch.arange(grid * grid)
     halves = [sincos_1d(width // 2, axis.double()) for axis in (index // grid, index % grid)]
     return torch.cat([torch.zeros(1, width), torch.cat(halves, dim=1).float()]).unsqueeze(0)
@@ -94,7 +93,7 @@ CLIP_NAMES = {
 
 
 def from_clip(state):
-    """CLIP: the image tower without its projection, in fp32; a file in timm's names passes."""
+    """CLIP: the image tower without its projection, in fp32; a file with timm's names passes unchanged."""
     tower = {}
     for name, tensor in state.items():
         name = name.removeprefix("visual.") if name.startswith("visual.") else ""
@@ -117,9 +116,9 @@ class Family:
     final_norm: bool = True
     statistics: tuple = IMAGENET_STATISTICS
     resize_first: bool = False  # before the normalisation
-    entry: str = ""  # of the authors' file, in which the weights are
-    convert: Callable = unchanged  # the authors' names to timm's
-    options: dict = dataclasses.field(default_factory=dict)  # of timm.create_model
+    entry: str = ""  # key of the weights in the authors' file
+    convert: Callable = unchanged  # the authors' names → timm's
+    options: dict = dataclasses.field(default_factory=dict)  # for timm.create_model
 
 
 def dinov2(size, width, registers=""):
@@ -169,19 +168,19 @@ def parse_enc_type(text):
         if name not in ENCODERS:
             raise InputError(f"--enc-type {name!r} is unknown; choose from {', '.join(ENCODERS)}, or None")
     if len(set(names)) < len(names):
-        raise InputError(f"--enc-type {text} names an encoder twice")
+        raise InputError(f"--enc-type {text} names an encoder twice; name each once")
     return names
 
 
 def parse_enc_ckpt(text, names):
-    """--enc-ckpt as one path per encoder, None for the hub's weights; an empty place between commas is the hub's."""
+    """--enc-ckpt as one path per encoder; None, for an empty entry or without the flag, means the hub's weights."""
     if text is None:
         return (None,) * len(names)
     paths = tuple(path.strip() or None for path in text.split(","))
     if len(paths) != len(names):
         raise InputError(
             f"--enc-ckpt names {len(paths)} files for {len(names)} encoders ({', '.join(names)}); give one for each, "
-            "separated by commas (an empty place is the hub's)"
+            "separated by commas (an empty entry means the hub's weights)"
         )
     return paths
 
@@ -200,16 +199,15 @@ def check_grid(name, resolution, grid):
 
 
 def weights_id(name, checkpoint=None):
-    """What tells the weights of an encoder from others: their name on the hub, or the sha256 of the file."""
+    """Identity of an encoder's weights: their name on the hub, or the sha256 of the file."""
     if checkpoint is None:
         return ENCODERS[name].timm_name
     check_is_file(checkpoint)
-    with open(checkpoint, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return "sha256:" + hashlib.sha256(content).hexdigest()
+    return "sha256:" + sha256_of_files(checkpoint)
 
 
 def load_network(name, checkpoint=None):
-    """timm's network of an encoder with pretrained weights: the hub's, or those of a file. Raises InputError."""
+    """An encoder's timm network with pretrained weights from the hub or a file. Raises InputError."""
     import timm  # takes seconds, and only alignment needs it
 
     family = ENCODERS[name]
@@ -218,19 +216,20 @@ def load_network(name, checkpoint=None):
         load_strictly(network, read_weights(checkpoint, family), f"--enc-ckpt {checkpoint} (--enc-type {name})")
         return network
     if "." not in family.timm_name:
-        raise InputError(f"--enc-type {name}: its weights are on no hub; give the authors' file with --enc-ckpt FILE")
+        remedy = "give the authors' file with --enc-ckpt FILE"
+        raise InputError(f"--enc-type {name}: its weights are not on the hub; {remedy}")
     try:
         return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
-    except Exception as error:  # the hub's client, the network and the file system raise what they like
+    except Exception as error:  # hub client, network and file system raise all kinds
         reason = textwrap.shorten(str(error), 160) or type(error).__name__
         raise InputError(
-            f"--enc-type {name}: the weights {family.timm_name} cannot be fetched ({reason}); give the file of timm or "
-            "of the authors with --enc-ckpt FILE"
+            f"--enc-type {name}: the weights {family.timm_name} cannot be fetched ({reason}); give timm's file or "
+            "the authors' with --enc-ckpt FILE"
         ) from None
 
 
 def read_weights(path, family):
-    """State dict in timm's names of a file: the authors', or timm's own (also safetensors). Raises InputError."""
+    """State dict with timm's names from the authors' file or timm's (also safetensors). Raises InputError."""
     content = read_content(path)
     content = content.get(family.entry, content) if isinstance(content, dict) else {}
     state = {strip_prefix(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
@@ -255,8 +254,7 @@ def read_content(path):
         if is_torchscript(path):
             return torch.jit.load(path, map_location="cpu").state_dict()
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--enc-ckpt {path} is unreadable or truncated ({reason}); copy it again") from None
+        raise InputError(f"--enc-ckpt {path} is unreadable or truncated ({first_line(error)}); copy it again") from None
     return read_file(path)
 
 
@@ -272,7 +270,7 @@ def is_torchscript(path):
 
 
 class Encoder:
-    """A frozen encoder for images of one resolution, its position embedding resampled to their grid."""
+    """A frozen encoder for images of one resolution, with its position embedding resampled to their grid."""
 
     def __init__(self, name, resolution, checkpoint=None, device="cpu"):
         self.family = ENCODERS[name]
@@ -303,7 +301,7 @@ class Encoder:
         return self.resize((x - mean) / std)
 
     def resize(self, x):
-        """Bicubic without antialiasing, as published; an image of the right size stays as it is."""
+        """Bicubic without antialiasing, as published; an image of the right size is left as it is."""
         if x.shape[-1] == self.side:
             return x
         return F.interpolate(x, size=(self.side, self.side), mode="bicubic", antialias=False)

@@ -1,6 +1,6 @@
-"""The text encoder of text-to-image: captions → CLIP's features of every token. Only here is transformers imported.
+"""The text encoder of text-to-image: captions → CLIP's features of each token. transformers is imported only here.
 
-Letters: N captions, L tokens that each is padded or cut to, W width of the features.
+Letters: N captions, L tokens (a caption is padded or cut to L), W width of the features.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, note
+from common.errors import InputError, first_line, note
 
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
 
 
 def encoder_family(name):
-    """What tells a text encoder: the last part of its name or folder, also in a hub cache."""
+    """Identity of a text encoder: the last part of its name or folder, in a hub cache of the name on the hub."""
     parts = Path(str(name)).parts
     cached = [part for part in parts if re.fullmatch(r"models--.+--.+", part)]
     return cached[-1].split("--")[-1] if cached else Path(str(name)).name
@@ -44,16 +44,10 @@ class TextSpec:
 def import_transformers(flag):
     """The package, or an InputError that names the flag that needs it."""
     try:
-        import transformers  # seconds to import; training and sampling of classes never need it
+        import transformers  # takes seconds, and training and sampling of classes never need it
     except ImportError:
         raise InputError(f"{flag} needs a package: pip install transformers") from None
     return transformers
-
-
-def first_line(error):
-    """One line of an exception's text."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 class Tokens:
@@ -70,19 +64,19 @@ class Tokens:
         return self.tokenizer(list(captions), **options)["input_ids"]
 
     def warn(self, captions):
-        """Say so where a caption does not fit."""
+        """Print a warning if a caption is too long."""
         lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > self.length:
             self.has_warned = True
             note(
                 f"warning: '{captions[longest][:60]}…' has {lengths[longest]} tokens and is cut to {self.length}, "
-                "as are other captions that long (said once)"
+                "as are other long captions (said once)"
             )
 
 
 def load_clip(kind, name, device, flag):
-    """(tokenizer, model of the class `kind`) of transformers by hub name or folder, float32. Raises InputError."""
+    """(tokenizer, model of transformers' class `kind`) by hub name or folder, float32. Raises InputError."""
     transformers = import_transformers(flag)
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(str(name))
@@ -103,7 +97,7 @@ class TextEncoder:
 
     @classmethod
     def load(cls, name=DEFAULT_TEXT_ENCODER, device="cpu"):
-        """Load by hub name or folder. Raises InputError when it is not there."""
+        """Load by hub name or folder. Raises InputError if that fails."""
         tokenizer, model = load_clip("CLIPTextModel", name, device, "--text-encoder")
         config = model.config
         spec = TextSpec(str(name), encoder_family(name), config.max_position_embeddings, config.hidden_size)

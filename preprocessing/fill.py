@@ -23,15 +23,11 @@ class ImageRows:
 
     def __init__(self, images, options, mirror=False):
         self.images, self.side, self.mirror = images, side_of(images), mirror
-        self.image_set = images.fingerprint()
+        self.fingerprint = images.fingerprint()  # identifies the source
         self.batch_size, self.workers, self.skip_bad = options.batch_size, options.workers, options.skip_bad
 
     def __len__(self):
         return len(self.images)
-
-    def fingerprint(self):
-        """What identifies the source."""
-        return self.image_set
 
     def read(self, batches):
         """For each batch of positions: (images, {position: reason} of those left out); the next is read meanwhile."""
@@ -67,7 +63,7 @@ class ImageRows:
         """What the manifest says about the images."""
         images = self.images
         return {
-            "images": self.image_set,
+            "images": self.fingerprint,
             "num_classes": images.num_classes,
             "class_names": images.class_names,
             "resolution": self.side,
@@ -94,7 +90,7 @@ def side_of(images):
 
 def ticket(command, rows, options, what):
     """What identifies the work, so that a later run resumes nothing else."""
-    return {"command": command, "source": rows.fingerprint(), "batch_size": options.batch_size, **what}
+    return {"command": command, "source": rows.fingerprint, "batch_size": options.batch_size, **what}
 
 
 def fill(writer, rows, function, processes, manifest, package):

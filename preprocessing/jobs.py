@@ -93,9 +93,7 @@ class Job:
 
     def put(self, name, data, durable=False):
         """Write the bytes `data` to DEST/name, whole or not at all; durable: wait until the disk has them."""
-        temporary = (
-            self.partial / f"{os.getpid()}-{uuid.uuid4().hex}"
-        )  # what a killed process leaves goes with the rest
+        temporary = self.partial / f"{os.getpid()}-{uuid.uuid4().hex}"  # removed with the rest if the process is killed
         write_atomically(self.dest / name, lambda file: file.write(data), durable, temporary)
 
     def record(self, batch, **facts):

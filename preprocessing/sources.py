@@ -97,7 +97,7 @@ class ZipFiles:
             raise BadImageError(f"unreadable in the zip: {error}") from None
 
     def reopen(self):
-        """Own file handle for a forked process, since a shared one shares its position."""
+        """Open an own file handle in a forked process: a shared one would share its position."""
         self._archive.fp = open(self.path, "rb")
 
 
@@ -163,7 +163,7 @@ class ImageSource:
         try:
             return ZipFiles(self.path)
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise InputError(f"{self.flag} {self.path} is no readable zip ({error}); download it again") from None
+            raise InputError(f"{self.flag} {self.path} is not a readable zip ({error}); download it again") from None
 
     def _read_root(self, name):
         try:

@@ -57,14 +57,11 @@ class Captions:
                 f"it ({len(strange)} such names); convert all images, or correct the file"
             )
         self.names = [images.names[index] for index in self.owners]
+        listed = json.dumps([self.image_set, self.owners, self.texts])
+        self.fingerprint = hashlib.sha256(listed.encode()).hexdigest()  # of images, captions and their order
 
     def __len__(self):
         return len(self.texts)
-
-    def fingerprint(self):
-        """sha256 of images, captions and their order."""
-        listed = json.dumps([self.image_set, self.owners, self.texts])
-        return hashlib.sha256(listed.encode()).hexdigest()
 
     def read(self, batches):
         """The texts of each batch of positions; none is left out."""
@@ -81,8 +78,8 @@ class Captions:
     def facts(self, _left_out):
         """What the manifest says about the captions."""
         count = len(self.images)
-        facts = {"images": self.image_set, "image_count": count, "num_classes": count, "class_names": None}
-        return {**facts, "resolution": None, "transform": None, "left_out": []}
+        unknown = {"class_names": None, "resolution": None, "transform": None, "left_out": []}
+        return {"images": self.image_set, "image_count": count, "num_classes": count, **unknown}
 
     def files(self, encoder):
         """The captions, and the features of the empty one."""

@@ -118,7 +118,7 @@ def _check_manifest(manifest, report):
         report.add("class order", f"{manifest.path}: class names are not {manifest.num_classes} sorted names")
     odd = [name for name in names or () if not WORDNET.fullmatch(name)]
     if odd and len(names) == 1000 and len(odd) < 500:
-        report.add("class order", f"{manifest.path}: {odd[0]} is no WordNet id among ImageNet's")
+        report.add("class order", f"{manifest.path}: {odd[0]} is not a WordNet id, as ImageNet's classes are")
 
 
 def _check_ticket(manifest, report):
@@ -187,7 +187,7 @@ def _check_rows(folder, manifest, rows, report):
             continue
         mean, std = values[:, :channels], values[:, channels:]
         if (std < 0).any():
-            report.add("negative std", f"{folder}: a std is negative; these are no moments (mean, std)")
+            report.add("negative std", f"{folder}: a std is negative; these are not moments (mean, std)")
         total, square, count = total + mean.sum(), square + (mean**2 + std**2).sum(), count + mean.size
     if moments and count and manifest is not None and manifest.latents is not None:
         _check_statistics(folder, manifest.latents, total / count, square / count, report)
@@ -301,7 +301,8 @@ def _encode_again(folder, manifest, codec, sample, report):
     if not images.is_dir():
         return
     names = sources or image_files(images)
-    mirrored = folder.name == MIRROR if manifest is None else manifest.flipped
+    flipped = manifest and manifest.flipped
+    mirrored = folder.name == MIRROR if flipped is None else flipped
     row = np.empty(rows.shape, rows.dtype)
     for index in np.unique(np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(int)).tolist():
         rows.read(index, row)

@@ -16,7 +16,7 @@ from latents.names import pack_names
 from latents.sets import check_labels
 from models.codec import LatentSpec
 from preprocessing.pack import PackFlags, pack
-from training.loader import LatentLoader, SeekableSampler
+from training.loader import CopyToGPU, LatentLoader, SeekableSampler
 
 COUNT = 12
 
@@ -221,6 +221,7 @@ def test_loader_gives_every_step_in_order_from_any_start(layout, request, monkey
         noise = torch.zeros(4, 4, 4, 4)
         assert data.info.spec.sample(batch.moments, noise).dtype == torch.float32 and batch.images is None
     assert steps == list(range(5, 11)) and threads.all_ended()
+    assert not list(LatentLoader(data, sampler, start_step=12, stop_step=11))  # resumed beyond the last step
 
 
 def test_batches_that_are_kept_are_never_overwritten(packed):
@@ -228,6 +229,18 @@ def test_batches_that_are_kept_are_never_overwritten(packed):
     kept = [batch.moments[1:2, :1] for batch in LatentLoader(data, sampler, stop_step=30)]  # views of dropped batches
     for step, row in enumerate(kept):
         assert row[0, 0, 0, 0].item() == sampler.batch(step)[1]
+
+
+def test_cold_rows_are_asked_for_ahead_until_nothing_waits_for_the_disk(packed, monkeypatch):
+    rows, faults, asked = open_dataset(packed)._moments.rows, iter([0, 0, 0, 0, 0, 1, 1, 1]), []
+    monkeypatch.setattr("latents.rows.major_faults", lambda: next(faults))
+    monkeypatch.setattr(rows, "_ask_for", lambda indices: asked.append(list(indices)))
+    rows._cold = 1
+    out = np.empty((2, *rows.shape), rows.dtype)
+    for first in range(4):
+        rows.gather([first + 1, first], out, [0, 1], None)
+        assert out[:, 0, 0, 0].tolist() == [first + 1, first]
+    assert asked == [[1, 0], [4, 3]]  # the first, and the one after the third, which waited
 
 
 def test_ranks_together_see_the_global_batch(packed):
@@ -269,6 +282,22 @@ def test_loader_brings_the_same_rows_to_the_gpu(packed):
     for here, there in pairs:
         assert there.moments.device.type == there.condition.device.type == "cuda"
         assert torch.equal(here.moments, there.moments.cpu()) and torch.equal(here.condition, there.condition.cpu())
+
+
+def test_the_thread_chooses_its_gpu_before_it_pins_memory(monkeypatch):
+    """Memory pinned by a thread on GPU 0 would take up memory there, for every process of the machine."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    copy = CopyToGPU.__new__(CopyToGPU)  # its own constructor needs a GPU
+    copy.device = torch.device("cuda", 1)
+
+    def gather(pin):
+        calls.append(pin)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        copy.start(gather)
+    assert calls == [copy.device, True]
 
 
 def test_a_packed_set_of_imagenet_size_opens(tmp_path):
@@ -400,7 +429,7 @@ def test_images_that_do_not_fit_are_named(folder):
     cut(folder / "images" / names[1], 60)
     (folder / "images" / names[2]).unlink()
     data = open_dataset(folder, images=True)
-    for index, message in [(0, "is 8x8, the latents are of 16x16"), (1, "is no readable image"), (2, "is missing")]:
+    for index, message in [(0, "is 8x8, the latents are of 16x16"), (1, "is not a readable image"), (2, "is missing")]:
         with pytest.raises(InputError, match=f"img{index:08d}.png {message}"):
             data.gather([index])
 

@@ -406,7 +406,7 @@ def test_a_hub_that_cannot_be_reached_names_the_flag(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     message = refusal("dinov2-vit-b", None)
     assert "vit_base_patch14_dinov2.lvd142m cannot be fetched" in message and "--enc-ckpt FILE" in message
-    assert "are on no hub; give the authors' file with --enc-ckpt FILE" in refusal("mocov3-vit-b", None)
+    assert "are not on the hub; give the authors' file with --enc-ckpt FILE" in refusal("mocov3-vit-b", None)
 
 
 def test_timm_is_imported_only_where_an_encoder_is_built():

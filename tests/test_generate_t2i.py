@@ -180,6 +180,7 @@ def test_files_that_hold_no_prompts(tmp_path, name, content, message):
     [
         ({"num_fid_samples": 3}, "--images-per-prompt"),
         ({"images_per_prompt": 0}, "--images-per-prompt"),
+        ({"global_seed": -1}, "--global-seed -1"),
         ({"grid": "1x1"}, "no room"),
         ({"text_encoder": "nothing"}, "--text-encoder"),
     ],

@@ -177,7 +177,7 @@ def test_zip_out_is_idempotent_and_refuses_other_files(tmp_path, capsys):
 
 def test_broken_zip_is_named(tmp_path):
     (tmp_path / "bad.zip").write_bytes(b"PK nothing")
-    with pytest.raises(InputError, match=r"bad\.zip is no readable zip"):
+    with pytest.raises(InputError, match=r"bad\.zip is not a readable zip"):
         convert(ConvertFlags(tmp_path / "bad.zip", tmp_path / "dest", (8, 8)))
 
 

@@ -213,7 +213,7 @@ def test_damaged_members_are_bad_images(compression, tmp_path):
 def test_a_truncated_zip_is_named(tmp_path):
     path = write_zip(tmp_path / "a.zip")
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(InputError, match=r"a\.zip is no readable zip"):
+    with pytest.raises(InputError, match=r"a\.zip is not a readable zip"):
         ImageSource(path)
 
 

@@ -208,6 +208,11 @@ def test_latents_at_another_scale_are_found(data):
     assert "statistics" in verify(data).faults
 
 
+def test_a_mirrored_set_is_known_by_its_name_if_its_manifest_does_not_say(data):
+    change_json(data / "vae-sd-mirror/manifest.json", lambda manifest: (manifest.pop("flipped"), manifest.pop("job")))
+    assert verify(data, vae=tiny_vae()).faults == {}
+
+
 def test_published_layout_without_manifests(tmp_path):
     folder = write_folder_layout(tmp_path / "data")
     write_images(folder / "images", [f"00000/img{i:08d}.png" for i in range(12)], side=32)
@@ -219,7 +224,7 @@ def test_published_layout_without_manifests(tmp_path):
 def test_imagenet_classes_must_be_wordnet_ids(data):
     names = sorted(f"n{i:08d}" for i in range(999))
     change_manifest(data / "vae-sd", class_names=[*names, "thumbnails"], num_classes=1000)
-    assert "thumbnails is no WordNet id" in verify(data).faults["class order"][1]
+    assert "thumbnails is not a WordNet id" in verify(data).faults["class order"][1]
 
 
 def test_exit_codes(data):

@@ -230,6 +230,7 @@ def refused(data, output_dir, flow, **changes):
         ({"dmf_depth": 2}, "--dmf-depth 2"),
         ({"model": "DeepFlow-DMF-S/2"}, "has hidden_size 128"),
         ({"trans_depth": 3}, "has depth 2"),
+        ({"resolution": 32}, "--resolution 32 contradicts"),
         ({"model": "DMFT-Ti/2"}, "choose a DeepFlow-DMF preset"),
         ({"model": "SiT-Ti/2"}, "--model SiT-Ti/2 is trained with train.py"),
         ({"g_min": 0.8, "g_max": 0.2}, "--g-min 0.8"),

@@ -63,7 +63,8 @@ class LatentLoader:
 
     def __iter__(self):
         copy = CopyToGPU(self.device) if self.device.type == "cuda" else Copy(self.device)
-        steps = itertools.takewhile(lambda step: step != self.stop_step, itertools.count(self.start_step))
+        endless = self.stop_step is None
+        steps = itertools.count(self.start_step) if endless else range(self.start_step, self.stop_step)
 
         def gather(step):
             return step, copy.start(lambda pin: self.dataset.gather_step(self.sampler, step, self.rows, pin))

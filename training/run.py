@@ -1,4 +1,4 @@
-"""A run from its flags to its end, wired once for every train*.py, which says in a Task what is trained."""
+"""The course of a run, from its flags to its end, the same for every train*.py; a Task says what is trained."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""Feature extractors beside InceptionV3, and the loop that carries images through them.
+"""Feature extractors beside InceptionV3, and the loop that runs images through them.
 
 An extractor is called with uint8 (N, 3, H, W) on its device and returns {name: (N, D)}; "pool" is what distances are
 taken between. Letters: N images, D dimensions.
@@ -134,7 +134,7 @@ def load_extractor(features, inception_weights, device, spatial=True):
 
 
 def extract(images, batches, extractor, processes, keep=False):
-    """Carry the images of `batches` (this process's arrays of indices) through the extractor.
+    """Run the images of `batches` (this process's arrays of indices) through the extractor.
 
     Returns {name: RunningStatistics} over all processes, and the "pool" rows (N, D) float32 of all processes in their
     order, on the CPU, where keep is true, else None. Raises InputError for features that are not finite.

@@ -13,7 +13,7 @@ def json_flag():
 
 @dataclasses.dataclass(kw_only=True)
 class MeasureFlags:
-    """Flags of the programs that carry images through a network."""
+    """Flags of the programs that run images through a network."""
 
     inception_weights: str | None = flag(
         None, "torch-fidelity's file; default: its download", str, group="features", metavar="FILE"
@@ -22,5 +22,5 @@ class MeasureFlags:
         None, "timm model or TorchScript file in place of InceptionV3", str, group="features", metavar="NAME"
     )
     sqrtm: bool = flag(False, "published arithmetic of the Fréchet distance (scipy's sqrtm)", group="distances")
-    other_size: bool = flag(False, "measure against a reference of another resolution", group="distances")
+    other_size: bool = flag(False, "allow a reference of another resolution", group="distances")
     json: str | None = json_flag()

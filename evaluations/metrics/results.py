@@ -48,7 +48,7 @@ class Result:
         try:
             write_json(path, {name: value for name, value in content if value is not None or name == "manifest"})
         except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}); the numbers stand above") from None
+            raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
         note(f"wrote {path}")
 
 
@@ -67,6 +67,12 @@ def sample_labels(samples, kind, count, remedy):
     if len(labels) != count:
         raise InputError(f"{path} lists {len(labels)} labels for {count} samples; {remedy}")
     return labels
+
+
+def markdown(header, rows):
+    """Lines of a table."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def result_path(given, samples, suffix=""):
