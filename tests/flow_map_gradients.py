@@ -41,7 +41,7 @@ def gradients(rank, world, through_wrapper):
     guide = GuidedTarget("mg", config.omega, model.velocity, tiny.CLASSES)
     loss, parts = train_dmf.objective(
         network if through_wrapper else model,
-        types.SimpleNamespace(moments=moments, labels=labels),
+        types.SimpleNamespace(moments=moments, condition=labels),
         draws,
         model=model,
         guide=guide,

@@ -18,7 +18,7 @@ from common.files import write_atomically
 from common.flags import parse_flags
 from dataset import Batch, open_dataset
 from models import create_model
-from training.checkpoint import existing_steps
+from training.checkpoint import checkpoint_path, delete_old, existing_steps, note_rolling
 from training.config import TrainConfig
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import draw_step
@@ -454,3 +454,18 @@ def test_tracker_files_go_to_the_logging_folder(data, tmp_path):
     with tiny.fresh_accelerate():
         accelerator = start_accelerator(config, tmp_path)
     assert accelerator.logging_dir == os.path.join(tmp_path, "tracked")
+
+
+def test_a_kill_around_a_checkpoint_leaves_none_that_nothing_deletes(tmp_path):
+    def save(step, killed=None, stays=False):
+        note_rolling(tmp_path, step, stays)
+        if killed != "before the write":
+            checkpoint_path(tmp_path, step).write_text("")
+            if killed != "after the write":
+                delete_old(tmp_path, keep=2)
+
+    checkpoint_path(tmp_path, 0).parent.mkdir()
+    save(2), save(4, stays=True), save(6), save(8, killed="after the write")
+    assert existing_steps(tmp_path) == [2, 4, 6, 8]
+    save(9, killed="before the write"), save(10)
+    assert existing_steps(tmp_path) == [4, 8, 10]

@@ -58,32 +58,47 @@ def lock_run(run_dir):
     return file
 
 
-def roll(run_dir, step, stays, keep):
-    """Note the new checkpoint of `step` in rolling.json unless it stays, and delete all noted but the newest `keep`.
+def rolling_record(run_dir):
+    """The file that lists the steps of rolling checkpoints, ascending."""
+    return checkpoint_path(run_dir, 0).with_name("rolling.json")
 
-    Only noted checkpoints are ever deleted: a run may continue with other intervals than it began with.
+
+def read_rolling(run_dir):
+    record = rolling_record(run_dir)
+    return json.loads(record.read_text()) if record.exists() else []
+
+
+def note_rolling(run_dir, step, stays):
+    """Note in rolling.json that the checkpoint of `step` may be deleted later, unless it stays.
+
+    It is noted before it is written, so that a kill in between leaves no checkpoint that nothing deletes. Only noted
+    checkpoints are ever deleted: a run may continue with other intervals than it began with.
     """
-    record = checkpoint_path(run_dir, step).with_name("rolling.json")
-    before = json.loads(record.read_text()) if record.exists() else []
-    steps = sorted({*before, step} - ({step} if stays else set()))
-    for old in steps[:-keep]:
+    before = read_rolling(run_dir)
+    others = [old for old in before if old != step and checkpoint_path(run_dir, old).exists()]
+    noted = others if stays else sorted([*others, step])
+    if noted != before:
+        write_json(rolling_record(run_dir), noted)
+
+
+def delete_old(run_dir, keep):
+    """Delete all rolling checkpoints but the newest `keep`."""
+    noted = read_rolling(run_dir)
+    for old in noted[:-keep]:
         checkpoint_path(run_dir, old).unlink(missing_ok=True)
-    if steps[-keep:] != before:
-        write_json(record, steps[-keep:])
+    if len(noted) > keep:
+        write_json(rolling_record(run_dir), noted[-keep:])
 
 
 def set_aside_after(run_dir, step):
     """Rename checkpoints later than `step`, where a run resumes, to .pt.abandoned; returns their steps.
 
-    Otherwise `latest` would find the abandoned branch, and `roll` would count its files as the newest.
+    Otherwise `latest` would find the abandoned branch.
     """
     later = [other for other in existing_steps(run_dir) if other > step]
     for other in later:
         path = checkpoint_path(run_dir, other)
         os.replace(path, path.with_name(path.name + ".abandoned"))
-    record = checkpoint_path(run_dir, step).with_name("rolling.json")
-    if later and record.exists():
-        write_json(record, [noted for noted in json.loads(record.read_text()) if noted <= step])
     return later
 
 

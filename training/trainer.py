@@ -10,12 +10,13 @@ from common.flags import shown
 from common.look_ahead import ordered_map
 from training.checkpoint import (
     checkpoint_path,
+    delete_old,
     existing_steps,
     find_resume,
     lock_run,
+    note_rolling,
     remove_leftovers,
     restore,
-    roll,
     save_checkpoint,
     set_aside_after,
 )
@@ -191,9 +192,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             path = checkpoint_path(self.run_dir, step)
             with self.log.surviving_disk_errors(path) if not stays else ending_on_disk_errors(path):
+                note_rolling(self.run_dir, step, stays)
                 save_checkpoint(path, **self.state(step))
                 self.log.say(f"checkpoint: {path}")
-                roll(self.run_dir, step, stays, self.config.keep_last)
+                delete_old(self.run_dir, self.config.keep_last)
         self.accelerator.wait_for_everyone()
 
     def state(self, step):
