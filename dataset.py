@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from common.errors import InputError, note
-from latents.captions import PREPARE, TEXT, CaptionRows, open_text, read_empty
+from latents.captions import CaptionRows, open_text, read_empty
 from latents.foreign import CaptionFiles, LogVarianceRows, find_empty, is_foreign, list_foreign
-from latents.manifest import LABELS_JSON, MANIFEST, MOMENTS, spec_of_vae
+from latents.manifest import MANIFEST, DataManifest
 from latents.rows import FolderRows, ImageFiles, StoredRows
-from latents.sets import Pairing, check_labels, find_set, open_features, open_images, open_mirror, open_set
+from latents.sets import Moments, check_labels, open_features, open_images, open_mirror, open_moments, spec_of_vae
 from models.codec import LatentSpec
 from models.text import TextSpec
 
@@ -41,15 +41,29 @@ class DataInfo:
 
     def model_options(self):
         """Constructor arguments of a model for this data."""
-        return {
-            "num_classes": self.num_classes,
-            "in_channels": self.spec.channels,
-            "input_size": self.moments_shape[1],
-        }
+        return {"num_classes": self.num_classes, "in_channels": self.spec.channels, "input_size": self.moments_shape[1]}
 
     def __str__(self):
         return (
             f"{self.count:,} latents {self.moments_shape}, {self.num_classes} classes, "
+            f"VAE {self.spec.vae} at scale {self.spec.scale}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionInfo(DataInfo):
+    """What training must know of a dataset with captions; num_classes is 0."""
+
+    captions: int = 0
+    text: TextSpec = dataclasses.field(default_factory=TextSpec)
+
+    def model_options(self):
+        """Constructor arguments of a model for this data."""
+        return {"context_dim": self.text.width, "in_channels": self.spec.channels, "input_size": self.moments_shape[1]}
+
+    def __str__(self):
+        return (
+            f"{self.count:,} latents {self.moments_shape}, {self.captions:,} captions of {self.text.encoder}, "
             f"VAE {self.spec.vae} at scale {self.spec.scale}"
         )
 
@@ -76,9 +90,6 @@ class Batch:
         images = None if self.images is None else self.images[rows]
         features = tuple(stored[rows] for stored in self.features)
         return Batch(self.step, self.moments[rows], self.condition[rows], images, features)
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
 
 
 class LatentDataset:
@@ -120,14 +131,9 @@ class LatentDataset:
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
         moments = self._moments.gather(indices, flip, self._pool, pin)
         features = [stored.gather(indices, flip, self._pool, pin) for stored in self.features.values()]
-        condition = torch.from_numpy(self._labels_of(indices)) if condition is None else condition
+        condition = torch.from_numpy(self.labels[indices]) if condition is None else condition
         images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist(), self._pool)
         return moments, condition, images, *features
-
-    def _labels_of(self, indices):
-        labels = self.labels[indices]
-        check_labels(labels, self.info.num_classes, "the labels")
-        return np.asarray(labels, dtype=np.int64)
 
     def drop(self, condition, dropped):
         """Labels (B,) with the null class where `dropped` (B,) is true."""
@@ -137,115 +143,6 @@ class LatentDataset:
         """n labels for a picture, in class order; the null class n times; what is written of them."""
         labels = torch.arange(n) * self.info.num_classes // n
         return labels, torch.full_like(labels, self.info.num_classes), labels.tolist()
-
-
-def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_classes=None, data_vae=None, workers=4):
-    """Open a data folder of either layout, recognised by its files.
-
-    images: also read `images`; mirror: also read `vae-sd-mirror`; features: names of the encoders whose `features-NAME`
-    to read; num_classes, data_vae (name or folder of the VAE): what a folder without a manifest does not say; workers:
-    threads that read files. Raises InputError with one line for everything that does not fit.
-    """
-    folder, manifest, rows, labels, names, spec = open_moments(data_dir, data_vae)
-    if labels is None:
-        raise InputError(
-            f"{folder / LABELS_JSON}: labels are missing (null); put the images into class folders (one is enough), "
-            "then convert and encode again"
-        )
-    classes = _count_classes(folder, manifest, labels, num_classes)
-    if manifest is None or not manifest.is_packed:  # packed labels are checked as they are read: start-up stays short
-        check_labels(labels, classes, folder / LABELS_JSON)
-    info = DataInfo(
-        count=len(rows),
-        num_classes=classes,
-        spec=spec,
-        moments_shape=rows.shape,
-        resolution=rows.shape[1] * spec.factor,
-        class_names=manifest.class_names if manifest else None,
-    )
-    image_files = open_images(data_dir, folder, names, info) if images else None
-    mirrored = open_mirror(data_dir, info) if mirror else None
-    stored = open_features(data_dir, features, _pairing(folder, manifest, names, rows), mirror)
-    return LatentDataset(info, rows, labels, image_files, mirrored, stored, workers)
-
-
-def open_moments(data_dir, data_vae=None):
-    """(folder, DataManifest or None, rows, labels or None, names or None, LatentSpec) of a data folder's moments."""
-    folder = find_set(data_dir, MOMENTS)
-    manifest, rows, labels, names = open_set(folder)
-    spec = _spec(folder, manifest, data_vae)
-    _check_moments_shape(rows.shape, spec, folder)
-    return folder, manifest, rows, labels, names, spec
-
-
-def _pairing(folder, manifest, names, rows):
-    return Pairing(folder, manifest.image_set if manifest else None, names, len(rows))
-
-
-def _spec(folder, manifest, data_vae):
-    if manifest is not None:
-        spec = manifest.moments_spec()
-        if data_vae is not None:
-            spec.check_same(spec_of_vae(data_vae), str(folder), "--data-vae")
-        return spec
-    if data_vae is not None:
-        return spec_of_vae(data_vae)
-    spec = LatentSpec()
-    note(
-        f"warning: {folder} has no {MANIFEST}; its latents are taken as {spec.family} at scale {spec.scale} "
-        "(another VAE: --data-vae)"
-    )
-    return spec
-
-
-def _check_moments_shape(shape, spec, folder):
-    if len(shape) == 3 and shape[0] == 2 * spec.channels and shape[1] == shape[2]:
-        return
-    if len(shape) == 3 and shape[0] == spec.channels:
-        raise InputError(
-            f"{folder}: latents have {shape[0]} channels; {2 * spec.channels} are needed: mean and std of the VAE "
-            "posterior, sampled afresh at every step. Already sampled latents cannot be used: encode the images again"
-        )
-    raise InputError(
-        f"{folder}: latents have shape {shape}; ({2 * spec.channels}, h, h) is needed for VAE {spec.vae}; "
-        "encode again, or name the right VAE with --data-vae"
-    )
-
-
-def _count_classes(folder, manifest, labels, num_classes):
-    recorded = manifest.num_classes if manifest else None
-    if recorded is not None:
-        if num_classes not in (None, recorded):
-            raise InputError(f"--num-classes {num_classes}: {folder / MANIFEST} says {recorded}; leave the flag out")
-        return recorded
-    if num_classes is not None:
-        return num_classes
-    classes = int(labels.max()) + 1
-    note(f"{folder} does not say how many classes it has: {classes} (largest label + 1; otherwise --num-classes)")
-    return classes
-
-
-# ----------------------------------------------------------------------------------------------------------- captions
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionInfo(DataInfo):
-    """What training must know of a dataset with captions; num_classes is 0."""
-
-    captions: int = 0
-    text: TextSpec = dataclasses.field(default_factory=TextSpec)
-
-    def model_options(self):
-        """Constructor arguments of a model for this data."""
-        options = {**super().model_options(), "context_dim": self.text.width}
-        del options["num_classes"]
-        return options
-
-    def __str__(self):
-        return (
-            f"{self.count:,} latents {self.moments_shape}, {self.captions:,} captions of {self.text.encoder}, "
-            f"VAE {self.spec.vae} at scale {self.spec.scale}"
-        )
 
 
 class CaptionDataset(LatentDataset):
@@ -278,52 +175,66 @@ class CaptionDataset(LatentDataset):
         return self.context(rows).float(), self.text.empty.expand(n, -1, -1), self.text.texts(rows)
 
 
+def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_classes=None, data_vae=None, workers=4):
+    """Open a data folder of either layout, recognised by its files.
+
+    images: also read `images`; mirror: also read `vae-sd-mirror`; features: names of the encoders whose `features-NAME`
+    to read; num_classes, data_vae (name or folder of the VAE): what a folder without a manifest does not say; workers:
+    threads that read files. Raises InputError with one line for everything that does not fit.
+    """
+    moments = open_moments(data_dir, data_vae)
+    if moments.labels is None:
+        raise InputError(
+            f"{moments.labels_file}: labels are missing (null); put the images into class folders (one is enough), "
+            "then convert and encode again"
+        )
+    classes = _count_classes(moments, num_classes)
+    check_labels(moments.labels, classes, moments.labels_file)
+    rows, spec = moments.rows, moments.spec
+    info = DataInfo(len(rows), classes, spec, rows.shape, moments.resolution, moments.manifest.class_names)
+    files = open_images(data_dir, moments) if images else None
+    mirrored = open_mirror(data_dir, moments) if mirror else None
+    stored = {name: open_features(data_dir, name, moments, mirror) for name in features}
+    return LatentDataset(info, rows, moments.labels, files, mirrored, stored, workers)
+
+
+def _count_classes(moments, num_classes):
+    folder, recorded = moments.folder, moments.manifest.num_classes
+    if recorded and num_classes not in (None, recorded):
+        raise InputError(f"--num-classes {num_classes}: {folder / MANIFEST} says {recorded}; leave the flag out")
+    if known := recorded or num_classes:
+        return known
+    classes = int(moments.labels.max()) + 1
+    note(f"{folder} does not say how many classes it has: {classes} (largest label + 1; otherwise --num-classes)")
+    return classes
+
+
 def open_captions(data_dir, *, images=False, features=(), data_vae=None, workers=4):
     """Open a data folder with captions; arguments as open_dataset's. Raises InputError for what does not fit."""
     if is_foreign(data_dir):
-        return open_foreign(data_dir, images, features, data_vae, workers)
-    folder, manifest, rows, _, names, spec = open_moments(data_dir, data_vae)
-    place = folder.parent / TEXT
-    if not place.is_dir():
-        raise InputError(f"{place} is missing: the captions' features are read from it; {PREPARE}")
-    pairing = _pairing(folder, manifest, names, rows)
-    text, text_spec = open_text(place, pairing)
-    info = caption_info(rows, spec, text, text_spec)
-    image_files = open_images(data_dir, folder, names, info) if images else None
-    return CaptionDataset(info, rows, text, image_files, open_features(data_dir, features, pairing), workers)
+        if features:
+            raise InputError(f"{data_dir}: stored encoder features need DATA/vae-sd; compute them while training")
+        moments, text = open_foreign(Path(data_dir), data_vae)
+        files = ImageFiles(data_dir, "{}.png".format, moments.resolution) if images else None
+    else:
+        moments = open_moments(data_dir, data_vae)
+        text = open_text(moments)
+        files = open_images(data_dir, moments) if images else None
+    rows, spec = moments.rows, moments.spec
+    info = CaptionInfo(len(rows), 0, spec, rows.shape, moments.resolution, captions=len(text.rows), text=text.spec)
+    stored = {name: open_features(data_dir, name, moments) for name in features}
+    return CaptionDataset(info, rows, text, files, stored, workers)
 
 
-def caption_info(rows, spec, text, text_spec):
-    """CaptionInfo of moments and captions."""
-    return CaptionInfo(
-        count=len(rows),
-        num_classes=0,
-        spec=spec,
-        moments_shape=rows.shape,
-        resolution=rows.shape[1] * spec.factor,
-        captions=len(text.rows),
-        text=text_spec,
-    )
-
-
-def open_foreign(data_dir, images, features, data_vae, workers):
-    """CaptionDataset of a folder of {i}.npy (mean and log-variance), {i}_{k}.npy (features) and {i}.png."""
-    folder = Path(data_dir)
+def open_foreign(folder, data_vae):
+    """(Moments, CaptionRows) of a folder of {i}.npy (mean and log-variance) and {i}_{k}.npy (features)."""
     count, pairs = list_foreign(folder)
-    if features:
-        raise InputError(f"{folder}: stored encoder features need DATA/vae-sd; compute them while training")
     spec = spec_of_vae(data_vae) if data_vae else LatentSpec()
     rows = LogVarianceRows(folder, [f"{i}.npy" for i in range(count)])
-    if rows.shape[0] != 2 * spec.channels:
-        raise InputError(
-            f"{folder}/0.npy has shape {rows.shape}, not mean and log-variance of {spec.channels} channels"
-        )
     contexts = FolderRows(folder, ["{}_{}.npy".format(*pair) for pair in pairs])
     text_spec = TextSpec(tokens=contexts.shape[0], width=contexts.shape[1])
     note(f"warning: {folder} does not say its encoders; taken as {spec.vae} at {spec.scale} and {text_spec.encoder}")
     starts = np.searchsorted([i for i, _ in pairs], np.arange(count + 1))
     empty = read_empty(find_empty(folder), contexts.shape)
-    text = CaptionRows(contexts, starts, CaptionFiles(folder, pairs), empty)
-    info = caption_info(rows, spec, text, text_spec)
-    image_files = ImageFiles(folder, "{}.png".format, info.resolution) if images else None
-    return CaptionDataset(info, rows, text, image_files, workers=workers)
+    text = CaptionRows(contexts, starts, CaptionFiles(folder, pairs), empty, text_spec)
+    return Moments(folder, DataManifest(count=count), rows, None, None, spec), text

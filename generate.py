@@ -26,11 +26,7 @@ class GenerateConfig(SamplingFlags):
     """Flags of generate.py."""
 
     num_classes: int | None = flag(None, "number of classes", int, group=MODEL)
-    labels: str = flag(
-        "random",
-        "random, balanced, or classes to take in turn: 207,360 or a file with one per line",
-        group=SAMPLING,
-    )
+    labels: str = flag("random", "random, balanced, or in turn: 207,360 or a file with one per line", group=SAMPLING)
     classes: str | None = flag(None, "classes of the picture, 207,360: equally many images of each", str, group=OUTPUT)
 
     def model_options(self):
@@ -52,19 +48,18 @@ class GenerateConfig(SamplingFlags):
             raise InputError("--classes belongs to --grid; for many images pass --labels")
 
 
-def generate(config, load_condition=ClassLabels.load):
+def generate(config, make_condition=ClassLabels):
     """Make a picture, or many images, as a resolved configuration says; returns its path. Raises InputError.
 
-    load_condition: (config, Checkpoint, device) → condition of the images, as in sampling/conditions.py.
+    make_condition: (config, Checkpoint, device) → condition of the images, as in sampling/conditions.py.
     """
     config.check()
     if config.projector_embed_dims:
         note("--projector-embed-dims is unused: the checkpoint says what it holds")
     set_math(config.tf32, config.fused_attn)
     with Processes.join() as processes:
-        sampler = ImageSampler(config, load_condition, processes.device)
         save = save_picture if config.grid else save_images
-        return save(sampler, processes)
+        return save(ImageSampler(config, make_condition, processes.device), processes)
 
 
 if __name__ == "__main__":

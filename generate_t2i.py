@@ -18,31 +18,22 @@ from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
 from sampling.prompts import read_prompts
 from sampling.stores import GENEVAL_IMAGES
 
+PROMPTS = (
+    "prompts ('' is no text at all), or one file: text with a prompt per line, COCO's captions .json (one caption per "
+    "image, drawn by the seed), GenEval's .jsonl (its folder layout is written)"
+)
+
 
 @dataclasses.dataclass(kw_only=True)
 class TextGenerateConfig(SamplingFlags):
     """Flags of generate_t2i.py."""
 
-    prompts: list = required(
-        "prompts ('' is no text at all), or one file: text with a prompt per line, COCO's captions .json (one caption "
-        "per image, drawn by the seed), GenEval's .jsonl (its folder layout is written)",
-        str,
-        nargs="+",
-        group=SAMPLING,
-    )
-    images_per_prompt: int | None = flag(
-        None, "images of each prompt; default 1, for GenEval 4", int, range=Range(low=1), group=SAMPLING
-    )
-    text_encoder: str | None = flag(
-        None, "name or folder of the text encoder; default: the training data's", str, group=MODEL
-    )
+    prompts: list = required(PROMPTS, str, nargs="+", group=SAMPLING)
+    images_per_prompt: int | None = flag(None, "default 1, for GenEval 4", int, range=Range(low=1), group=SAMPLING)
+    text_encoder: str | None = flag(None, "name or folder; default: the training data's", str, group=MODEL)
     cfg_scale: float = flag(2.0, "classifier-free guidance with the empty caption; 1.0 is none", group=SAMPLING)
     num_fid_samples: int | None = flag(
-        None,
-        "number of images; default: all prompts, each --images-per-prompt times",
-        int,
-        range=Range(low=1),
-        group=OUTPUT,
+        None, "number of images; default: --images-per-prompt of each prompt", int, range=Range(low=1), group=OUTPUT
     )
 
     def resolve(self, source):
@@ -50,17 +41,14 @@ class TextGenerateConfig(SamplingFlags):
         config, prompts = super().resolve(), len(source.texts)
         if config.images_per_prompt is None:
             config.images_per_prompt = GENEVAL_IMAGES if source.metadata else 1
-        if config.grid:
-            if prompts > config.num_fid_samples:
-                raise InputError(f"--grid {config.grid} has no room for {prompts} prompts; pass a larger one")
-            return config
-        count = prompts * config.images_per_prompt
+        most = prompts * config.images_per_prompt
         if config.num_fid_samples is None:
-            config.num_fid_samples = count
-        if config.num_fid_samples > count:
-            raise InputError(
-                f"--num-fid-samples {config.num_fid_samples}: --prompts gives {count} images; raise --images-per-prompt"
-            )
+            config.num_fid_samples = most
+        count = config.num_fid_samples
+        if config.grid and prompts > count:
+            raise InputError(f"--grid {config.grid} has no room for {prompts} prompts; pass a larger one")
+        if count > most and not config.grid:
+            raise InputError(f"--num-fid-samples {count}: --prompts gives {most} images; raise --images-per-prompt")
         return config
 
     def prompt_of_each_image(self, texts):
@@ -73,7 +61,7 @@ class TextGenerateConfig(SamplingFlags):
 def generate_prompts(config):
     """Make a picture, or many images, of prompts; returns its path. Raises InputError."""
     source = read_prompts(config.prompts, config.global_seed)
-    return generate(config.resolve(source), functools.partial(Prompts.load, source=source))
+    return generate(config.resolve(source), functools.partial(Prompts, source=source))
 
 
 if __name__ == "__main__":

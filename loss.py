@@ -11,8 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.errors import InputError
-
 WEIGHTINGS = ("uniform", "lognormal")
 
 
@@ -20,17 +18,11 @@ def sample_times(rng, n, num_branches, weighting, path, tg_upper_bound):
     """Draw the k times of n samples (section 3.2.2), float32 (k, N) in [0, 1].
 
     t_1 is uniform, or such that log σ/α is a standard normal (on the linear path the logistic of one);
-    t_{i+1} = clamp(t_i ± u, 0, 1) with u ~ U(0, tg_upper_bound) and one sign for the whole batch. rng: numpy Generator.
-    Raises InputError for an unknown weighting.
+    t_{i+1} = clamp(t_i ± u, 0, 1) with u ~ U(0, tg_upper_bound) and one sign for the whole batch, as in the release.
+    weighting: one of WEIGHTINGS; rng: numpy Generator.
     """
-    if weighting == "uniform":
-        t = rng.random(n)
-    elif weighting == "lognormal":
-        t = path.time_of_ratio(np.exp(rng.standard_normal(n)))
-    else:
-        raise InputError(f"--weighting {weighting!r} is unknown; choose one of {', '.join(WEIGHTINGS)}")
-    sign = 1 if rng.random() < 0.5 else -1  # one for the batch, as in the release: all gaps of a step point one way
-    times = [t]
+    times = [rng.random(n) if weighting == "uniform" else path.time_of_ratio(np.exp(rng.standard_normal(n)))]
+    sign = 1 if rng.random() < 0.5 else -1
     for _ in range(num_branches - 1):
         times.append(np.clip(times[-1] + sign * rng.random(n) * tg_upper_bound, 0, 1))
     return torch.from_numpy(np.stack(times).astype(np.float32))
@@ -52,9 +44,8 @@ class DeepFlowLoss:
 
     def parts(self):
         """Batch means by name, for the log."""
-        named = {f"loss_v{i}": row for i, row in enumerate(self.velocity, 1)}
-        named.update({f"loss_a{i}": row for i, row in enumerate(self.acceleration, 1)})
-        return {name: row.detach().mean() for name, row in named.items()}
+        named = {"loss_v": self.velocity, "loss_a": self.acceleration}
+        return {f"{name}{i}": row.detach().mean() for name, rows in named.items() for i, row in enumerate(rows, 1)}
 
 
 def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff, target=None):
@@ -67,8 +58,6 @@ def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff, target
     target = path.velocity(x0, noise, times[0]) if target is None else target
     velocities = [v.float() for v in out.velocities]
     velocity = torch.stack([mean_square(v - target) for v in velocities])  # (k, N)
-    if len(branch_weights) != len(velocity):
-        raise ValueError(f"{len(branch_weights)} branch weights for {len(velocity)} branches")
     deep = sum(weight * row for weight, row in zip(branch_weights, velocity, strict=True))  # equation 5
     refinements = [  # v is detached: the step's error is for the acceleration to learn, v has a target of its own
         mean_square(extrapolate(path.interpolate(x0, noise, t), v.detach(), a.float(), t) - x0)  # equation 7
@@ -136,30 +125,20 @@ class GuidedTarget:
     def __call__(self, v, x, t, y, guided):
         """v* (N, C, H, W); v: dx_t/dt; guided (N,) bool on the CPU, where reading it waits for no device.
 
+        mg: v + ω·(u(y) − u(null)) where guided, else v; distill, the teacher's u(null) + ω·(u(y) − u(null)), else u(y).
         One pass of 2N rows if any sample is guided; otherwise none (mg), or one of N rows (distill).
         """
-        if self.kind == "default":
+        if self.kind == "default" or (self.kind == "mg" and not guided.any()):
             return v
         if not guided.any():
-            return v if self.kind == "mg" else self.velocity(x, t, y).float()
-        mix = self.add_guidance if self.kind == "mg" else self.teach
-        return mix(v, x, t, y, guided.to(x.device, non_blocking=True))
-
-    def add_guidance(self, v, x, t, y, guided):
-        """Model guidance: v + ω·(u(y) − u(null))."""
-        conditional, unconditional = self.both(x, t, y)
-        return torch.where(guided[:, None, None, None], v + self.omega * (conditional - unconditional), v)
-
-    def teach(self, _v, x, t, y, guided):
-        """The teacher's u(null) + ω·(u(y) − u(null)), outside the interval its conditional velocity."""
-        conditional, unconditional = self.both(x, t, y)
-        mixed = unconditional + self.omega * (conditional - unconditional)
-        return torch.where(guided[:, None, None, None], mixed, conditional)
-
-    def both(self, x, t, y):
-        """Conditional and unconditional velocity in one pass, float32."""
+            return self.velocity(x, t, y).float()
+        guided = guided.to(x.device, non_blocking=True)[:, None, None, None]
         labels = torch.cat([y, torch.full_like(y, self.null_class)])
-        return self.velocity(torch.cat([x, x]), torch.cat([t, t]), labels).float().chunk(2)
+        conditional, unconditional = self.velocity(torch.cat([x, x]), torch.cat([t, t]), labels).float().chunk(2)
+        difference = self.omega * (conditional - unconditional)
+        if self.kind == "mg":
+            return torch.where(guided, v + difference, v)
+        return torch.where(guided, unconditional + difference, conditional)
 
 
 @dataclasses.dataclass

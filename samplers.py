@@ -12,13 +12,6 @@ import torch
 
 from common.errors import InputError
 
-SDE_LAST_TIME = 0.04  # the noise-free last step goes from here to 0
-
-
-def state_dtype(device):
-    """float64 where the device has it (Apple's mps has not)."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
 
 def time_grid(num_steps, last=0.0, shift=1.0):
     """num_steps + 1 times from 1 to 0, float64: even, with t ← s·t / (1 + (s − 1)·t) for a shift s.
@@ -47,16 +40,11 @@ class Guidance:
         """Raise InputError where the settings make no sense or guide none of the evaluated times."""
         if not 1.0 <= self.scale < float("inf"):
             raise InputError(f"--cfg-scale {self.scale} must be finite and not below 1; 1.0 is no guidance")
+        interval = f"--guidance-low {self.low} and --guidance-high {self.high}"
         if not 0.0 <= self.low <= self.high <= 1.0:
-            raise InputError(
-                f"--guidance-low {self.low} and --guidance-high {self.high} must satisfy 0 <= low <= high <= 1 "
-                "(t = 0 is data, t = 1 is noise)"
-            )
+            raise InputError(f"{interval} must satisfy 0 <= low <= high <= 1 (t = 0 is data, t = 1 is noise)")
         if self.scale != 1.0 and not any(self.active(t) for t in times[:-1]):
-            raise InputError(
-                f"--guidance-low {self.low} --guidance-high {self.high} guide no step of this time grid although "
-                f"--cfg-scale is {self.scale}; widen the interval"
-            )
+            raise InputError(f"{interval} guide no step of this time grid; widen the interval")
 
 
 class GuidedVelocity:
@@ -76,18 +64,17 @@ class GuidedVelocity:
 
     @torch.no_grad()
     def __call__(self, x, *times):
+        is_guided, state, x = self.guidance.active(times[0]), x.dtype, x.to(self.dtype)
         self.calls += 1
-        state, x = x.dtype, x.to(self.dtype)
-        if not self.guidance.active(times[0]):
-            return self.evaluate(x, times, self.y).to(state)
-        self.guided_calls += 1
-        conditional, unconditional = self.evaluate(torch.cat([x, x]), times, self.both).to(state).chunk(2)
+        self.guided_calls += is_guided
+        x, y = (torch.cat([x, x]), self.both) if is_guided else (x, self.y)
+        time_dtype = torch.promote_types(self.dtype, torch.float32)
+        times = [torch.full((len(x),), float(t), dtype=time_dtype, device=x.device) for t in times]
+        velocity = self.network(x, *times, y).to(state)
+        if not is_guided:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
         return unconditional + self.guidance.scale * (conditional - unconditional)
-
-    def evaluate(self, x, times, y):
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        rows = [torch.full((len(x),), float(t), dtype=dtype, device=x.device) for t in times]
-        return self.network(x, *rows, y)
 
 
 def euler_step(velocity, x, t, t_next, _index):
@@ -104,21 +91,19 @@ def heun_step(velocity, x, t, t_next, _index):
     return x + (t_next - t) * 0.5 * (v + velocity(predicted, t_next))
 
 
-@dataclasses.dataclass
-class EulerMaruyamaStep:
-    """Reverse SDE with diffusion w(t) = 2t: drift v − ½·w·score, noise √(w·|Δt|); the step into t = 0 adds none.
+def sde_step(path, noise):
+    """Euler-Maruyama on the reverse SDE of diffusion w(t) = 2t: drift v − ½·w·score, noise √(w·|Δt|), none into t = 0.
 
-    noise(i): standard normal noise of step i, shaped like x. Guiding v guides the drift: the score is affine in v.
+    Guiding v guides the drift: the score is affine in v.
     """
 
-    path: object
-    noise: object
-
-    def __call__(self, velocity, x, t, t_next, index):
+    def step(velocity, x, t, t_next, index):
         dt, w = t_next - t, 2 * t
         v = velocity(x, t)
-        x = x + dt * (v - 0.5 * w * self.path.score(v, x, t))
-        return x if t_next == 0 else x + (w * dt.abs()).sqrt() * self.noise(index).to(x)
+        x = x + dt * (v - 0.5 * w * path.score(v, x, t))
+        return x if t_next == 0 else x + (w * dt.abs()).sqrt() * noise(index).to(x)
+
+    return step
 
 
 def map_step(average_velocity, x, t, t_next, _index):
@@ -126,24 +111,19 @@ def map_step(average_velocity, x, t, t_next, _index):
     return x + (t_next - t) * average_velocity(x, t, t_next)
 
 
-@dataclasses.dataclass
-class RestartStep:
-    """Jump to the data along a flow map, then back to the next time with fresh noise; none after the last jump.
+def restart_step(path, noise):
+    """Jump to the data along a flow map, then back to the next time with fresh noise; none after the last jump."""
 
-    noise(i): standard normal noise of step i, shaped like x.
-    """
-
-    path: object
-    noise: object
-
-    def __call__(self, average_velocity, x, t, t_next, index):
+    def step(average_velocity, x, t, t_next, index):
         x0 = x - t * average_velocity(x, t, 0.0)
-        return x0 if t_next == 0 else self.path.interpolate(x0, self.noise(index).to(x), t_next)
+        return x0 if t_next == 0 else path.interpolate(x0, noise(index).to(x), t_next)
+
+    return step
 
 
 def integrate(step, velocity, x, times):
     """Carry x from times[0] to times[-1]; x (N, C, H, W), times descending. Returns x in the state's dtype."""
-    x = x.to(state_dtype(x.device))
+    x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple's mps has no float64
     times = times.to(x.dtype)  # on the CPU: asking a GPU for a time would wait for the network's last call
     for index in range(len(times) - 1):
         x = step(velocity, x, times[index], times[index + 1], index)
@@ -155,7 +135,7 @@ class Sampler:
     """A time grid and a step."""
 
     num_steps: int  # by default
-    step: Callable  # (path, noise) → step for `integrate`; noise(i): noise of step i
+    step: Callable  # (path, noise) → step for `integrate`; noise(i): standard normal noise of step i, shaped like x
     last: float = 0.0  # of the time grid
     is_map: bool = False  # steps along a flow map's average velocity
 
@@ -165,11 +145,11 @@ class Sampler:
 
 
 SAMPLERS = {
-    "sde": Sampler(250, EulerMaruyamaStep, last=SDE_LAST_TIME),
+    "sde": Sampler(250, sde_step, last=0.04),
     "ode": Sampler(50, lambda path, noise: euler_step),
     "ode-heun": Sampler(50, lambda path, noise: heun_step),
     "euler": Sampler(4, lambda path, noise: map_step, is_map=True),
-    "restart": Sampler(4, RestartStep, is_map=True),
+    "restart": Sampler(4, restart_step, is_map=True),
 }
 
 

@@ -8,20 +8,17 @@ Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samp
 
 import functools
 
-import torch
-
 from common.errors import InputError, exit_on_input_error
 from common.flags import parse_flags
 from loss import alignment_loss, deepflow_loss
-from models import create_model, model_config
+from models import model_config
 from models.encoders import ENCODERS, check_grid
-from models.flops import count_flops
 from models.paths import PATHS
-from training.alignment import make_targets
+from training.alignment import Targets
 from training.config import TrainConfig
 from training.draws import draw_step
 from training.grids import GridSampler
-from training.run import Task, open_classes, run_task
+from training.run import Task, run_task
 from training.stop import EXIT_CODES
 
 
@@ -43,52 +40,31 @@ def objective(network, batch, draws, *, config, dataset, weights, targets=None):
     return total, parts
 
 
-def model_options(config, info):
-    """Constructor arguments of the run's model: preset, flags, and what the data says. Raises InputError."""
+def start(config, info, resumed):
+    """Constructor arguments of the run's model, from preset, flags and data, and no model: it is new."""
     encoders = config.encoders()
-    options = model_config(
-        config.model,
-        **config.model_flags(),
-        **info.model_options(),
-        ssl_align=bool(encoders),
-        z_dims=[ENCODERS[name].width for name in encoders] or None,
-    )
+    aligned = {"ssl_align": bool(encoders), "z_dims": [ENCODERS[name].width for name in encoders] or None}
+    options = model_config(config.model, **config.model_flags(), **info.model_options(), **aligned)
     if config.encoder_depth is not None and options["df_idxs"]:
         raise InputError("--encoder-depth is for models of one branch; drop it: here VeRA's output is aligned")
     for name in encoders:
         check_grid(name, info.resolution, options["input_size"] // options["patch_size"])
-    return options
-
-
-def start(config, info, resumed):
-    """Constructor arguments of the model, and a function that makes it with fresh weights."""
-    options = model_options(config, info)
-
-    def make_model():
-        torch.manual_seed(config.seed)
-        return create_model(config.model, **options)
-
-    return options, make_model
+    return options, None
 
 
 def objective_of(run):
-    shared = {"config": run.config, "dataset": run.dataset, "weights": run.weights}
-    return functools.partial(objective, **shared, targets=make_targets(run))
+    targets = Targets(run) if run.config.encoders() else None
+    return functools.partial(objective, config=run.config, dataset=run.dataset, weights=run.weights, targets=targets)
 
 
-def draw_of(run):
-    shape = {"num_branches": run.model.num_branches, "latent_shape": run.latent_shape}
-    return functools.partial(draw_step, config=run.config, **shape)
+def draw(run, step):
+    return draw_step(step, run.config, run.model.num_branches, run.latent_shape)
 
 
-def flops_per_image(run):
-    """FLOP of one training step for one sample: the backward pass takes two of the forward's."""
-    return 3 * 2 * count_flops(run.model).total_macs
-
-
-def train(config, open_data=open_classes):
-    """Train as the flags say; open_data(config) → DataInfo and dataset. Raises InputError."""
-    run_task(config, Task(open_data, start, objective_of, draw_of, flops_per_image, GridSampler))
+def train(config):
+    """Train as the flags say. Raises InputError."""
+    passes = 1 + 2  # the backward pass costs two
+    run_task(config, Task(start, objective_of, draw, passes, GridSampler))
 
 
 if __name__ == "__main__":

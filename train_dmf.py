@@ -15,13 +15,12 @@ from common.errors import exit_on_input_error
 from common.flags import parse_flags
 from loss import deepflow_loss, flow_map_loss, flow_map_targets
 from models.deepflow import DeepFlowOutput
-from models.flops import count_flops
 from models.paths import PATHS
 from training.config import FlowMapConfig
 from training.draws import draw_flow_map_step
 from training.flow_map import guided_target, start
 from training.grids import FlowMapGridSampler
-from training.run import Task, open_classes, run_task
+from training.run import Task, run_task
 from training.stop import EXIT_CODES
 
 
@@ -48,17 +47,10 @@ def objective(network, batch, draws, *, model, guide, autocast, config, info, we
 
 def map_parts(loss, targets, out):
     """Batch means for the log: summed errors and adaptive losses of both parts, |du/dt|, guided share, log-variance."""
-    error_flow, error_map = loss.error.detach().mean(dim=1)
-    loss_flow, loss_map = loss.adaptive.detach().mean(dim=1)
-    return {
-        "error_flow": error_flow,
-        "error_map": error_map,
-        "loss_flow": loss_flow,
-        "loss_map": loss_map,
-        "du_dt_norm": targets.derivative.flatten(1).norm(dim=1).mean(),
-        "guided_fraction": targets.guided,
-        "log_variance": out.log_variance.detach().mean(),
-    }
+    parts = dict(zip(("error_flow", "error_map"), loss.error.detach().mean(dim=1), strict=True))
+    parts |= zip(("loss_flow", "loss_map"), loss.adaptive.detach().mean(dim=1), strict=True)
+    parts["du_dt_norm"] = targets.derivative.flatten(1).norm(dim=1).mean()
+    return {**parts, "guided_fraction": targets.guided, "log_variance": out.log_variance.detach().mean()}
 
 
 def branch_losses(out, x0, draws, targets, path, weights, acc_coeff):
@@ -75,19 +67,15 @@ def objective_of(run):
     return functools.partial(objective, model=run.model, guide=guided_target(run), **shared)
 
 
-def draw_of(run):
-    return functools.partial(draw_flow_map_step, config=run.config, latent_shape=run.latent_shape)
-
-
-def flops_per_image(run):
-    """FLOP of one training step for one sample: two passes forward and backward, a derivative, guidance."""
-    guidance = 0 if run.config.g_type == "default" else 4
-    return (2 * 3 + 2 + guidance) * 2 * count_flops(run.model).total_macs
+def draw(run, step):
+    return draw_flow_map_step(step, run.config, run.latent_shape)
 
 
 def train(config):
     """Train as the flags say. Raises InputError."""
-    run_task(config, Task(open_classes, start, objective_of, draw_of, flops_per_image, FlowMapGridSampler))
+    guidance = 0 if config.g_type == "default" else 4
+    passes = 2 * (1 + 2) + 2 + guidance  # both parts forward and backward, a derivative
+    run_task(config, Task(start, objective_of, draw, passes, FlowMapGridSampler))
 
 
 if __name__ == "__main__":

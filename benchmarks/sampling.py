@@ -21,7 +21,7 @@ from models import create_model, model_config
 from models.paths import PATHS
 from samplers import SAMPLERS, Guidance, GuidedVelocity, integrate
 from sampling.flags import DTYPES
-from sampling.noise import batch_noise
+from sampling.sampler import batch_noise
 
 CLASSES = 1000
 GUIDANCES = {"none": Guidance(), "all steps": Guidance(1.5), "[0.3, 0.7]": Guidance(1.5, 0.3, 0.7)}

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -55,9 +56,8 @@ def named_full_disk(path):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise InputError(
-            f"{path}: {error.strerror}; free some space and run the same again, what is finished is kept"
-        ) from None
+        remedy = "free some space and run the same again, what is finished is kept"
+        raise InputError(f"{path}: {error.strerror}; {remedy}") from None
 
 
 def sha256_of_files(*paths, progress=None):
@@ -72,12 +72,21 @@ def sha256_of_files(*paths, progress=None):
     return digest.hexdigest()
 
 
-def read_json(path):
-    """Parse a JSON file. Raises InputError naming it when it is not JSON."""
+def read_bytes(path, remedy):
+    """Content of a file. Raises InputError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or make the set again") from None
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+
+
+def map_file(path, remedy):
+    """Memory map of a file for reading, b"" of an empty one. Raises InputError."""
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
 def read_lines(path, where=None):
@@ -96,14 +105,3 @@ def read_lines(path, where=None):
     if not found:
         raise InputError(f"{where} is empty; name another file")
     return found
-
-
-def read_json_lines(path, where=None):
-    """[(number, value)] of a JSON-lines file, as read_lines. Raises InputError naming the line."""
-    values = []
-    for number, line in read_lines(path, where):
-        try:
-            values.append((number, json.loads(line)))
-        except ValueError as error:
-            raise InputError(f"{where or path}, line {number}: no JSON ({error}); restore the file") from None
-    return values

@@ -53,56 +53,9 @@ def required(help, kind=str, **options):
     return flag(dataclasses.MISSING, help, kind, **options)
 
 
-def check_ranges(config):
-    """Raise InputError naming flag, value and range of a value outside its flag's range. None passes.
-
-    parse_flags and parse_commands call it.
-    """
-    for field in dataclasses.fields(config):
-        allowed, values = field.metadata.get("range"), getattr(config, field.name)
-        for value in values if isinstance(values, list | tuple) else [values]:
-            if allowed is not None and value is not None and value not in allowed:
-                raise InputError(f"{shown(field.name)} {value} is out of range; it must be {allowed}")
-
-
 def shown(name):
     """A field's name as the flag that sets it."""
     return "--" + name.replace("_", "-")
-
-
-def parse_flags(cls, argv=None, description=None, epilog=None):
-    """Parse the command line into a dataclass of `flag` fields. Unknown flags end with exit code 2.
-
-    Raises InputError where a value is outside its flag's range.
-    """
-    check_checkout()
-    parser = new_parser(argparse.ArgumentParser, description=description, epilog=epilog)
-    add_flags(parser, cls)
-    config = cls(**vars(parser.parse_args(argv)))
-    check_ranges(config)
-    return config
-
-
-def parse_commands(commands, argv=None, description=None, epilog=None):
-    """Parse `COMMAND FLAGS`; commands: {name: dataclass}, whose docstring's first line is the help.
-
-    Returns the command's name and its dataclass.
-    """
-    check_checkout()
-    parser = new_parser(argparse.ArgumentParser, description=description, epilog=epilog)
-    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, cls in commands.items():
-        help = (cls.__doc__ or "").splitlines()[0] if cls.__doc__ else None  # python -OO drops docstrings
-        add_flags(new_parser(choices.add_parser, name, help=help, description=help), cls)
-    values = vars(parser.parse_args(argv))
-    name = values.pop("command")
-    config = commands[name](**values)
-    check_ranges(config)
-    return name, config
-
-
-def new_parser(make, *args, **options):
-    return make(*args, formatter_class=Formatter, allow_abbrev=False, **options)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -112,23 +65,60 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
         return action.help if action.default in (None, argparse.SUPPRESS) else super()._get_help_string(action)
 
 
+STYLE = {"formatter_class": Formatter, "allow_abbrev": False}
+
+
+def parse_flags(cls, argv=None, description=None, epilog=None):
+    """Parse the command line into a dataclass of `flag` fields. Unknown flags end with exit code 2.
+
+    Raises InputError where a value is outside its flag's range.
+    """
+    check_checkout()
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, **STYLE)
+    add_flags(parser, cls)
+    return check_ranges(cls(**vars(parser.parse_args(argv))))
+
+
+def parse_commands(commands, argv=None, description=None):
+    """Parse `COMMAND FLAGS`; commands: {name: dataclass}, whose docstring's first line is the help.
+
+    Returns the command's name and its dataclass.
+    """
+    check_checkout()
+    parser = argparse.ArgumentParser(description=description, **STYLE)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, cls in commands.items():
+        help = (cls.__doc__ or "").partition("\n")[0]  # python -OO drops docstrings
+        add_flags(choices.add_parser(name, help=help, description=help, **STYLE), cls)
+    values = vars(parser.parse_args(argv))
+    name = values.pop("command")
+    return name, check_ranges(commands[name](**values))
+
+
+def check_ranges(config):
+    """The config. Raises InputError naming flag, value and range of a value outside its flag's range; None passes."""
+    for field in dataclasses.fields(config):
+        allowed, values = field.metadata["range"], getattr(config, field.name)
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if allowed is not None and value is not None and value not in allowed:
+                raise InputError(f"{shown(field.name)} {value} is out of range; it must be {allowed}")
+    return config
+
+
 def add_flags(parser, cls):
     """Add the flags of a dataclass to a parser, under the headings of their groups."""
     groups = {None: parser}
     for field in dataclasses.fields(cls):
-        options = dict(field.metadata)
-        kind, group, also = options.pop("kind"), options.pop("group"), options.pop("also", ())
-        options.pop("range")
+        options = {name: value for name, value in field.metadata.items() if name != "range"}
+        kind, group, names = options.pop("kind"), options.pop("group"), [shown(field.name), *options.pop("also", ())]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        place, name = groups[group], shown(field.name)
         options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if options.pop("positional", False):
-            place.add_argument(field.name, **options)
-        elif field.default is dataclasses.MISSING:
-            place.add_argument(name, *also, dest=field.name, required=True, **options)
-        else:
-            place.add_argument(name, *also, dest=field.name, default=field.default, **options)
+            groups[group].add_argument(field.name, **options)
+            continue
+        options |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
+        groups[group].add_argument(*names, dest=field.name, **options)
 
 
 def check_checkout():

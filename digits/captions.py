@@ -18,6 +18,7 @@ from common.flags import parse_flags, required
 from models.text import import_transformers
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = {name: digit for digit, word in enumerate(WORDS) for name in (word, str(digit))}
 WORDINGS = (
     "{}",
     "the digit {}",
@@ -35,38 +36,34 @@ TOKENS, WIDTH = 16, 64
 SEED = 0
 
 
-def phrase(digit, wording, spelled):
-    """A caption: `wording` (0 … 9) with the digit spelled out or as a figure."""
-    return WORDINGS[wording].format(WORDS[digit] if spelled else digit)
-
-
 def split_phrases(digit):
     """(trained, held out) phrases of a digit, ten each: of each wording one of the two spellings, the other held out.
 
     Every wording is trained with both spellings, and every spelling of a digit in several wordings: the held-out ones
     are new only as a whole.
     """
-    wordings = range(len(WORDINGS))
-    trained = [phrase(digit, w, spelled=(digit + w) % 2 == 0) for w in wordings]
-    return trained, [phrase(digit, w, spelled=(digit + w) % 2 == 1) for w in wordings]
+    spellings = (WORDS[digit], digit)
+    trained = [wording.format(spellings[(digit + w) % 2]) for w, wording in enumerate(WORDINGS)]
+    return trained, [wording.format(spellings[(digit + w + 1) % 2]) for w, wording in enumerate(WORDINGS)]
 
 
-def digit_of(prompt):
-    """The digit that a prompt names. Raises InputError where it names none."""
-    for word in prompt.split():
-        if word in WORDS or (word.isdigit() and len(word) == 1):
-            return WORDS.index(word) if word in WORDS else int(word)
-    raise InputError(f"the prompt '{prompt}' names no digit; write one of 0 … 9, or zero … nine")
+def digit_of(text, where="prompt"):
+    """The digit that a prompt or label names; `where` it stands is for the message. Raises InputError."""
+    found = [DIGITS[word] for word in text.split() if word in DIGITS]
+    if not found:
+        raise InputError(f"{where} {text!r} names no digit; give one from 0 to 9, or zero to nine")
+    return found[0]
 
 
 def caption_images(digits):
     """{CLASS/FILE: captions} of an image folder with a subfolder per digit; the same on every machine."""
-    rng, captions = random.Random(SEED), {}
-    for path in sorted(Path(digits).glob("[0-9]/*.png")):
-        captions[f"{path.parent.name}/{path.name}"] = rng.sample(split_phrases(int(path.parent.name))[0], PER_IMAGE)
-    if not captions:
+    paths, rng = sorted(Path(digits).glob("[0-9]/*.png")), random.Random(SEED)
+    if not paths:
         raise InputError(f"--digits {digits} holds no digits; make them with python -m digits.data")
-    return captions
+    return {
+        f"{path.parent.name}/{path.name}": rng.sample(split_phrases(int(path.parent.name))[0], PER_IMAGE)
+        for path in paths
+    }
 
 
 def vocabulary(phrases):
@@ -75,12 +72,12 @@ def vocabulary(phrases):
     letters = sorted(set("".join(words)))
     tokens, merges = [*letters, *(letter + "</w>" for letter in letters)], []
     for word in words:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        for end in range(1, len(parts)):
-            left, right = "".join(parts[:end]), parts[end]
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
             if left + right not in tokens:
                 tokens.append(left + right)
                 merges.append(f"{left} {right}")
+            left += right
     return [*tokens, "<|startoftext|>", "<|endoftext|>"], merges
 
 

@@ -17,16 +17,15 @@ from common.flags import FlagTextError, flag, parse_flags, required
 from common.pictures import save_grid
 from digits.data import CLASSES
 from digits.judge import build_report, load_samples
-from digits.pictures import class_grid, enlarge_and_frame
-from digits.report import load_labels
+from digits.report import class_grid
 
 PER_CLASS = 2
 
 
 def named_file(text):
     """`NAME=FILE` → (name, file)."""
-    name, separator, path = text.partition("=")
-    if not (name and separator and path):
+    name, _, path = text.partition("=")
+    if not (name and path):
         raise FlagTextError(f"{text!r} is not of the form NAME=FILE")
     return name, path
 
@@ -40,29 +39,24 @@ class CompareFlags:
     picture: str | None = flag(None, "picture to write: a row of digits per file", str, group="output", metavar="PNG")
 
 
-def summary(path, images, labels):
-    """The numbers of one sampling, JSON-like."""
-    report = build_report(images, labels)
-    agree, of = (report["agreement"]["samples"][name] for name in ("agree", "of"))
-    return {"samples": path, "agree": agree, "of": of, "agreement": agree / of, "frechet": report["frechet"]["samples"]}
-
-
 def main(argv=None):
     args = parse_flags(CompareFlags, argv, __doc__)
-    names, found, pictures = [name for name, _ in args.samples], {}, []
-    if len(set(names)) < len(names):
+    files, found, pictures = dict(args.samples), {}, []
+    if len(files) < len(args.samples):
         raise InputError("--samples: every file needs a name of its own")
-    for name, path in args.samples:
-        images = load_samples(path)
-        labels = load_labels(path, len(images))
-        row = found[name] = summary(path, images, labels)
-        pictures.append(class_grid(images, labels, CLASSES, PER_CLASS))
-        numbers = f"{row['agree']:4d} of {row['of']} carry their label  Fréchet distance {row['frechet']:.4f}"
-        print(f"{name:{max(map(len, names))}s}  {numbers}")
+    for name, path in files.items():
+        images, digits, _ = load_samples(path)
+        report = build_report(images, digits)
+        agree, of = (report["agreement"]["samples"][key] for key in ("agree", "of"))
+        frechet = report["frechet"]["samples"]
+        found[name] = {"samples": path, "agree": agree, "of": of, "agreement": agree / of, "frechet": frechet}
+        pictures.append(class_grid(images, digits, PER_CLASS))
+        numbers = f"{agree:4d} of {of} carry their label  Fréchet distance {frechet:.4f}"
+        print(f"{name:{max(map(len, files))}s}  {numbers}")
     if args.out:
         write_json(args.out, found)
     if args.picture:
-        save_grid(enlarge_and_frame(np.concatenate(pictures)), CLASSES * PER_CLASS, args.picture)
+        save_grid(np.concatenate(pictures), CLASSES * PER_CLASS, args.picture)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ as files, so nothing is trained on them by accident. Letters: N images, R resolu
 import contextlib
 import dataclasses
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,16 +40,14 @@ class Digits:
         return Digits(self.images[rows], self.labels[rows], self.indices[rows])
 
 
-def load_all_digits():
-    """All 1,797 digits; grey values 0..16 become 0..255, rounded."""
+def load_digits_split():
+    """(train, held_out): 1,397 and 400 digits, 40 of each class held out; the same on every machine.
+
+    Grey values 0..16 become 0..255, rounded.
+    """
     source = load_digits()
     images = np.rint(source.images * (255 / GREY_LEVELS)).astype(np.uint8)
-    return Digits(images, source.target.astype(np.int64), np.arange(len(images)))
-
-
-def load_digits_split():
-    """(train, held_out): 1,397 and 400 digits, 40 of each class held out; the same on every machine."""
-    digits = load_all_digits()
+    digits = Digits(images, source.target.astype(np.int64), np.arange(len(images)))
     # numpy's legacy generator is frozen for good; scikit-learn's own splitter may change, and with it what is held out
     rng = np.random.RandomState(SPLIT_SEED)
     held = np.zeros(len(digits.labels), dtype=bool)
@@ -66,22 +63,15 @@ def upsample(images, resolution=RESOLUTION):
     return np.stack([np.asarray(center_crop_dhariwal(picture, resolution, resolution)) for picture in pictures])
 
 
-def file_names(digits):
-    """Relative file name of each digit: class folder, index in the data set."""
-    return [f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True)]
-
-
 @contextlib.contextmanager
 def whole_folder(dest):
     """A folder beside `dest` to write in, renamed at the end: `dest` is whole or absent. An empty one is replaced."""
     dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{dest.name}-", dir=dest.parent) as private:
+        partial = Path(private, dest.name)
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
         os.replace(partial, dest)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_image_folder(digits, dest):
@@ -89,7 +79,8 @@ def write_image_folder(digits, dest):
 
     Raises InputError where DEST holds something else.
     """
-    dest, names = Path(dest), file_names(digits)
+    dest = Path(dest)
+    names = [f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True)]
     if dest.exists() and not dest.is_dir():
         raise InputError(f"--dest {dest} is a file; name a new folder")
     found = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}  # none if DEST is absent
@@ -114,8 +105,7 @@ class DigitsFlags:
 def main(argv=None):
     args = parse_flags(DigitsFlags, argv, __doc__)
     train, held_out = load_digits_split()
-    written = write_image_folder(train, args.dest)
-    state = "wrote" if written else "already there:"
+    state = "wrote" if write_image_folder(train, args.dest) else "already there:"
     print(f"{state} {len(train.labels)} digits in {args.dest} ({len(held_out.labels)} more are held out)")
 
 

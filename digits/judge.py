@@ -6,22 +6,38 @@
 Letters: N images, D = 64 pixels of an 8×8 image, K dimensions of the feature space.
 """
 
-import zipfile
-
 import numpy as np
 import sklearn
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 from common.errors import InputError
-from common.files import write_json
+from digits.captions import digit_of
 from digits.data import CLASSES, RESOLUTION, load_digits_split, upsample
 from evaluations.metrics.frechet import frechet_distance, statistics
+from evaluations.metrics.images import NpzImages
+from evaluations.metrics.results import sample_labels
+from sampling.manifest import manifest_path
 
 MAX_COUNT = 400  # images a side of the Fréchet distance: as many as there are held-out digits
 MIN_ACCURACY = 0.95  # of the classifier on held-out digits; a worse one is no judge
 FEATURES = 32
 SEED = 0
+
+
+def load_samples(path):
+    """(images, uint8 (N, 32, 32, 3), their digits (N,), their prompts or None) of an npz and the manifest beside it.
+
+    The digit of a sample is its label, or what its prompt names. Raises InputError naming the file.
+    """
+    source, side = NpzImages(path, "--samples"), RESOLUTION
+    if source.shape != (side, side, 3) or len(source) < 2:
+        shape = (len(source), *source.shape)
+        raise InputError(f"--samples {path}: arr_0 is uint8 {shape}, not (N, {side}, {side}, 3) with N of at least 2")
+    labels = sample_labels(path, (int, str), len(source), "make the samples with generate.py or generate_t2i.py")
+    digits = np.array([digit_of(str(label), f"{manifest_path(path)}: label") for label in labels])
+    (images,) = source.batches([np.arange(len(source))])
+    return images, digits, labels if isinstance(labels[0], str) else None
 
 
 def pixels(images):
@@ -32,12 +48,12 @@ def pixels(images):
 
 
 def train_classifier(train, held_out):
-    """(classifier, its accuracy on the held-out digits): an RBF support vector machine on pairs of (pixels, labels).
+    """(classifier of pixels, its accuracy on the held-out digits): an RBF support vector machine on training Digits.
 
     Raises InputError when it is right on less than 95 % of them.
     """
-    classifier = SVC().fit(*train)
-    accuracy = classifier.score(*held_out)
+    classifier = SVC().fit(pixels(upsample(train.images)), train.labels)
+    accuracy = classifier.score(pixels(upsample(held_out.images)), held_out.labels)
     if accuracy < MIN_ACCURACY:
         raise InputError(
             f"the classifier is right on only {accuracy:.1%} of the held-out digits, {MIN_ACCURACY:.0%} is needed; "
@@ -66,21 +82,6 @@ def stratified_rows(labels, count, seed=SEED):
     return np.sort(order[np.argsort(rank[order], kind="stable")][:count])
 
 
-def load_samples(path):
-    """Images of an npz, uint8 (N, 32, 32, 3). Raises InputError naming the file."""
-    try:
-        with np.load(path) as file:
-            images = file["arr_0"]
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise InputError(f"--samples {path}: cannot read member arr_0 of an npz; make it with generate.py") from None
-    if images.dtype != np.uint8 or images.shape[1:] != (RESOLUTION, RESOLUTION, 3) or len(images) < 2:
-        raise InputError(
-            f"--samples {path}: arr_0 is {images.dtype} {images.shape}, "
-            f"not uint8 (N, {RESOLUTION}, {RESOLUTION}, 3) with N of at least 2"
-        )
-    return images
-
-
 def agreement(classifier, images, labels):
     """How many of the images the classifier gives their label, as a dict with the count of each class."""
     right = classifier.predict(pixels(images)) == labels
@@ -92,9 +93,8 @@ def build_report(images, labels):
     """Both numbers for samples (N, 32, 32, 3) with requested labels (N,), and for the held-out digits, as a dict."""
     train, held_out = load_digits_split()
     train_images, held_images = upsample(train.images), upsample(held_out.images)
-    train_set, held_set = (pixels(train_images), train.labels), (pixels(held_images), held_out.labels)
-    classifier, accuracy = train_classifier(train_set, held_set)
-    features, count = fit_features(train_set[0]), min(len(images), MAX_COUNT)
+    classifier, accuracy = train_classifier(train, held_out)
+    features, count = fit_features(pixels(train_images)), min(len(images), MAX_COUNT)
 
     def fitted(pictures, classes):
         return statistics(features(pixels(pictures[stratified_rows(classes, count)])))
@@ -117,21 +117,3 @@ def build_report(images, labels):
         },
         "versions": {"numpy": np.__version__, "scikit-learn": sklearn.__version__},
     }
-
-
-def describe(report):
-    """The report as the lines that people read."""
-    lines, frechet = [], report["frechet"]
-    for key, name in (("samples", "samples"), ("held_out_digits", "held-out digits")):
-        a = report["agreement"][key]
-        lines.append(f"{name}: {a['agree']} of {a['of']} carry their label; Fréchet distance {frechet[key]:.4f}")
-    lines.append(f"(Fréchet distance to the training digits, {frechet['images_a_side']} images a side, seed {SEED})")
-    return "\n".join(lines)
-
-
-def print_report(path, images, labels, out=None):
-    """Judge the images (N, 32, 32, 3) of a file by their labels (N,): print the numbers, write them to `out`."""
-    report = build_report(images, labels)
-    print(describe(report))
-    if out:
-        write_json(out, {"samples": path, **report})

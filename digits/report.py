@@ -1,57 +1,68 @@
 """Agreement and Fréchet distance (digits/judge.py) of samples of digits, a picture of them, and a curve of the loss.
 
-    python -m digits.report --samples samples/digits.npz --out report.json --grid grid.png \\
+    python -m digits.report --samples samples/NAME.npz --out report.json --grid grid.png \\
         --curve exps/digits/log.jsonl curve.png
 
-The npz holds `arr_0`, uint8 (N, 32, 32, 3); its manifest lists the requested labels under `labels`.
+The manifest beside the npz lists the requested digits, or prompts that name them, under `labels`.
 """
 
 import dataclasses
 
 import numpy as np
 
-from common.errors import InputError, exit_on_input_error
+from common.errors import exit_on_input_error
+from common.files import write_json
 from common.flags import flag, parse_flags, required
 from common.pictures import save_grid
 from digits.data import CLASSES
-from digits.judge import load_samples, print_report
-from digits.pictures import class_grid, enlarge_and_frame
-from evaluations.metrics.results import sample_labels
-from sampling.manifest import manifest_path
+from digits.judge import build_report, load_samples
 from training.plot import save_curves
 
-COLUMNS = 10  # samples of a class in the picture
+COLUMNS = 10  # images a row
 
 
 @dataclasses.dataclass(kw_only=True)
 class ReportFlags:
     """Flags of this program."""
 
-    samples: str = required("npz with arr_0; labels in the JSON file of the same name")
+    samples: str = required("npz of generate.py or generate_t2i.py; its labels or prompts in the JSON file beside it")
     out: str | None = flag(None, "JSON file to write", str, group="output")
-    grid: str | None = flag(
-        None, "picture to write: ten samples of each class, a class a row", str, group="output", metavar="PNG"
-    )
-    curve: list | None = flag(
-        None, "JSONL log to read, loss curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG")
-    )
+    grid: str | None = flag(None, "picture: ten samples of each class, or prompts", str, group="output", metavar="PNG")
+    curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
 
 
-def load_labels(path, count):
-    """Requested labels (count,) beside the samples. Raises InputError naming the file."""
-    labels = np.array(sample_labels(path, int, count, "make the samples with generate.py"))
-    if not ((labels >= 0) & (labels < CLASSES)).all():
-        raise InputError(f"{manifest_path(path)}: 'labels' must be from 0 to {CLASSES - 1}; sample digits")
-    return labels
+def class_grid(images, digits, columns):
+    """uint8 (N, R, R, 3), digits (N,) → (10·columns, R', R', 3): the first of each digit, white where too few.
+
+    R' = 2·R + 4: every pixel is doubled, with a white frame around.
+    """
+    chosen = np.full((CLASSES, columns, *images.shape[1:]), 255, np.uint8)
+    for digit in range(CLASSES):
+        rows = images[digits == digit][:columns]
+        chosen[digit, : len(rows)] = rows
+    larger = chosen.reshape(-1, *images.shape[1:]).repeat(2, axis=1).repeat(2, axis=2)
+    return np.pad(larger, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+
+
+def describe(report):
+    """The report as the lines that people read."""
+    lines, frechet = [], report["frechet"]
+    for key, name in (("samples", "samples"), ("held_out_digits", "held-out digits")):
+        a = report["agreement"][key]
+        lines.append(f"{name}: {a['agree']} of {a['of']} carry their label; Fréchet distance {frechet[key]:.4f}")
+    side = f"{frechet['images_a_side']} images a side, seed {frechet['seed']}"
+    return "\n".join([*lines, f"(Fréchet distance to the training digits, {side})"])
 
 
 def main(argv=None):
     args = parse_flags(ReportFlags, argv, __doc__)
-    images = load_samples(args.samples)
-    labels = load_labels(args.samples, len(images))
-    print_report(args.samples, images, labels, args.out)
+    images, digits, prompts = load_samples(args.samples)
+    report = build_report(images, digits)
+    print(describe(report))
+    if args.out:
+        write_json(args.out, {"samples": args.samples, **report})
     if args.grid:
-        save_grid(enlarge_and_frame(class_grid(images, labels, CLASSES, COLUMNS)), COLUMNS, args.grid)
+        save_grid(images if prompts else class_grid(images, digits, COLUMNS), COLUMNS, args.grid, prompts)
     if args.curve:
         log, picture = args.curve
         save_curves([log], picture)

@@ -18,15 +18,14 @@ from common.files import check_writable, named_full_disk, write_atomically
 from common.flags import Range, flag, parse_commands, required
 from common.precision import set_math
 from common.processes import Processes
-from evaluations.metrics.features import extract, load_dinov2, load_features
-from evaluations.metrics.flags import MeasureFlags
+from evaluations.metrics.features import MeasureFlags, extract, features_name, load_dinov2, load_features
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.images import open_images
 from evaluations.metrics.inception import Inception
 from evaluations.metrics.references import other_size, read_reference
 from evaluations.metrics.results import Result, result_path
 
-METRICS = ("fid", "fd_dinov2")
+DETECTORS = {"fid": "InceptionV3", "fd_dinov2": "DINOv2"}  # of each metric
 SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  # kept in the result
 
 
@@ -34,10 +33,8 @@ SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  #
 class MetricFlags(MeasureFlags):
     """Flags of both commands."""
 
-    metrics: str = flag(",".join(METRICS), "comma list of " + ", ".join(METRICS), group="features")
-    dinov2_weights: str | None = flag(
-        None, "the authors' file; default: timm's download", str, group="features", metavar="FILE"
-    )
+    metrics: str = flag(",".join(DETECTORS), "comma list of " + ", ".join(DETECTORS), group="features")
+    dinov2_weights: str | None = flag(None, "the authors' file; default: timm's", str, group="features", metavar="FILE")
     batch: int = flag(64, "largest batch of a process", range=Range(1), group="precision and speed")
 
 
@@ -47,13 +44,8 @@ class CalcFlags(MetricFlags):
 
     images: str = required("folder, zip or npz", metavar="PATH")
     ref: str = required(".pkl, or .npz with mu and sigma", metavar="FILE")
-    # torchrun takes --num for an abbreviation of its own --numa-binding, wherever it stands
-    num: int = flag(
-        50_000,
-        "images to measure, drawn where there are more; under torchrun write --num-images",
-        range=Range(2),
-        also=("--num-images",),
-    )
+    # --num-images: torchrun takes --num for an abbreviation of its own --numa-binding, wherever it stands
+    num: int = flag(50_000, "images to draw; under torchrun write --num-images", range=Range(2), also=("--num-images",))
     seed: int = flag(0, "seed of the draw", range=Range(0))
 
 
@@ -69,9 +61,7 @@ def choose_subset(count, num=None, seed=0):
     """Ascending indices of `num` of `count` images, drawn as EDM2 does; all of them where num is None."""
     if num is None or num >= count:
         return np.arange(count)
-    order = np.arange(count)
-    np.random.RandomState(seed % (1 << 31)).shuffle(order)
-    return np.sort(order[:num])
+    return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(count)[:num])
 
 
 def split_batches(indices, batch_size, world=1, rank=0):
@@ -80,43 +70,41 @@ def split_batches(indices, batch_size, world=1, rank=0):
     return np.array_split(indices, number)[rank::world]
 
 
-def metric_names(text):
-    """Names of a --metrics list. Raises InputError."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(METRICS)}')
-    return names
-
-
-def load_detectors(names, args, device):
-    """{metric: extractor} of these metrics and --features."""
+def load_detectors(args, device, known=None):
+    """{metric: extractor} of --metrics and --features; a line says which are left out as they are not in `known`."""
+    names = [name.strip() for name in args.metrics.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in DETECTORS]:
+        raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(DETECTORS)}')
+    if args.features:
+        names.append(f"fd_{features_name(args.features)}")
     detectors = {}
     for name in names:
-        say(f"Setting up {'InceptionV3' if name == 'fid' else 'DINOv2'}...")
-        if name == "fid":
-            detectors[name] = Inception(args.inception_weights, device, spatial=False)
+        if known is not None and name not in known:
+            say(f"No statistics computed for {name} -- skipping.")
         else:
-            detectors[name] = load_dinov2(args.dinov2_weights, device)
-    if args.features:
-        say(f"Setting up {args.features}...")
-        extractor = load_features(args.features, device)
-        detectors[f"fd_{extractor.name}"] = extractor
+            detectors[name] = load_detector(name, args, device)
     if not detectors:
         raise InputError("--metrics leaves nothing to measure; name a metric that the reference has, or --features")
     return detectors
 
 
+def load_detector(name, args, device):
+    """The extractor of one metric."""
+    say(f"Setting up {DETECTORS.get(name, args.features)}...")
+    if name == "fid":
+        return Inception(args.inception_weights, device)
+    if name == "fd_dinov2":
+        return load_dinov2(args.dinov2_weights, device)
+    return load_features(args.features, device)
+
+
 def load_images(path, flag, num=None, seed=0):
     """Images, and the indices of those that are measured: `num` of them, all where it is None. Raises InputError."""
     say(f"Loading images from {path} ...")
-    images = open_images(path, flag)
-    if num is not None and len(images) < num:
-        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {num}; see --num")
-    indices = choose_subset(len(images), num, seed)
-    if len(indices) < 2:
-        raise InputError(f"{flag} {path}: statistics need at least 2 images, not {len(indices)}")
-    return images, indices
+    images, needed = open_images(path, flag), num or 2
+    if len(images) < needed:
+        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num")
+    return images, choose_subset(len(images), num, seed)
 
 
 def calculate_statistics(images, indices, detectors, batch_size, processes):
@@ -132,28 +120,6 @@ def calculate_statistics(images, indices, detectors, batch_size, processes):
     return {name: statistics[name].finish() for name in detectors}
 
 
-def compare(statistics, reference, args):
-    """{metric: Fréchet distance} of {metric: (mean, covariance)} and {metric: {mu, sigma}}, printed as EDM2 does."""
-    metrics = {}
-    for name, (mean, covariance) in statistics.items():
-        say(f"Calculating {name}...")
-        other = reference[name]
-        try:
-            metrics[name] = frechet_distance(mean, covariance, other["mu"], other["sigma"], sqrtm=args.sqrtm)
-        except ValueError as error:
-            raise InputError(f"--ref {args.ref} does not fit {name}: {error}") from None
-        say(f"{name} = {metrics[name]:g}")
-    return metrics
-
-
-def present(names, reference):
-    """Those of the metrics that the reference has; a line says which are left out."""
-    for name in names:
-        if name not in reference:
-            say(f"No statistics computed for {name} -- skipping.")
-    return [name for name in names if name in reference]
-
-
 def calc(args, processes):
     """Distances of --images to --ref, printed as EDM2 does; what the reference lacks is not computed."""
     say(f"Loading feature statistics from {args.ref} ...")
@@ -162,14 +128,18 @@ def calc(args, processes):
     images, indices = load_images(args.images, "--images", args.num, args.seed)
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")
-    detectors = load_detectors(present(metric_names(args.metrics), reference), args, processes.device)
-    kept = {name: detectors[name] for name in present(detectors, reference)}
-    if not kept:
-        raise InputError(f"--ref {args.ref} holds {', '.join(reference)} and none of {', '.join(detectors)}")
-    statistics = calculate_statistics(images, indices, kept, args.batch, processes)
+    detectors = load_detectors(args, processes.device, reference)
+    statistics = calculate_statistics(images, indices, detectors, args.batch, processes)
     if not processes.is_main:
         return
-    metrics = compare(statistics, reference, args)
+    metrics = {}
+    for name, moments in statistics.items():
+        say(f"Calculating {name}...")
+        try:
+            metrics[name] = frechet_distance(*moments, *reference[name], sqrtm=args.sqrtm)
+        except ValueError as error:
+            raise InputError(f"--ref {args.ref} does not fit {name}: {error}") from None
+        say(f"{name} = {metrics[name]:g}")
     if path is not None:
         settings = {name: getattr(args, name) for name in SETTINGS}
         Result(metrics, args.images, reference=args.ref, count=len(indices), settings=settings).write(path)
@@ -179,13 +149,13 @@ def ref(args, processes):
     """Statistics of --data, written to --dest."""
     check_writable(args.dest, "--dest")
     images, indices = load_images(args.data, "--data")
-    detectors = load_detectors(metric_names(args.metrics), args, processes.device)
+    detectors = load_detectors(args, processes.device)
     statistics = calculate_statistics(images, indices, detectors, args.batch, processes)
     if processes.is_main:
-        about = {"num_images": len(indices), "image_size": images.shape[:2]}
-        content = {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}
+        content = {"num_images": len(indices), "image_size": images.shape[:2]}
+        content |= {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}
         with named_full_disk(args.dest):
-            write_atomically(args.dest, lambda file: pickle.dump({**about, **content}, file))
+            write_atomically(args.dest, lambda file: pickle.dump(content, file))
         say(f"wrote {args.dest}")
 
 

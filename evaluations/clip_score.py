@@ -18,9 +18,8 @@ from tqdm import tqdm
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines
 from common.flags import Range, flag, parse_flags, required
-from evaluations.metrics.flags import json_flag
 from evaluations.metrics.images import open_images, split
-from evaluations.metrics.results import Result, result_path, sample_labels
+from evaluations.metrics.results import Result, json_flag, result_path, sample_labels
 from models.encoders import CLIP_STATISTICS
 from models.text import Tokens, load_clip
 
@@ -33,9 +32,7 @@ class ClipFlags:
     """Flags of this program."""
 
     samples: str = required("npz or folder of images", positional=True)
-    prompts: str | None = flag(
-        None, "a prompt per line; default: the manifest beside the samples", str, group="data", metavar="FILE"
-    )
+    prompts: str | None = flag(None, "a prompt per line; default: the manifest's", str, group="data", metavar="FILE")
     clip: str = flag(DEFAULT_CLIP, "name or folder of the CLIP model", group="model")
     batch_size: int = flag(64, "images at once", range=Range(1), group="precision and speed")
     device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group="precision and speed")
@@ -49,7 +46,7 @@ class ClipScorer:
         tokenizer, self.model = load_clip("CLIPModel", name, device, "--clip")
         self.tokens = Tokens(tokenizer, self.model.config.text_config.max_position_embeddings)
         self.side = self.model.config.vision_config.image_size
-        self.name, self.device = name, device
+        self.device = device
 
     def pixels(self, images):
         """uint8 (N, H, W, 3) → float32 (N, 3, S, S): the whole image, bicubic, in CLIP's statistics."""
@@ -64,8 +61,7 @@ class ClipScorer:
         model = self.model
         vision = model.vision_model(pixel_values=self.pixels(images).to(self.device)).pooler_output
         text = model.text_model(input_ids=self.tokens(prompts).to(self.device)).pooler_output
-        pair = model.visual_projection(vision), model.text_projection(text)
-        return torch.cosine_similarity(*pair, dim=-1).cpu()
+        return torch.cosine_similarity(model.visual_projection(vision), model.text_projection(text)).cpu()
 
 
 def conventions(cosines, prefixed):
@@ -81,18 +77,17 @@ def score(images, prompts, scorer, batch_size=64):
     """The three scores of a set of images (NpzImages, FolderImages) with one prompt each."""
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} images for {len(prompts)} prompts; name the prompts that the images are of")
-    found, batches = [], split(np.arange(len(images)), batch_size)
+    cosines, prefixed, batches = [], [], split(np.arange(len(images)), batch_size)
     for batch, pixels in zip(tqdm(batches, unit="batch"), images.batches(batches), strict=True):
-        texts = [prompts[index] for index in batch]
-        prefixed = [PREFIX + text for text in texts]
-        found.append(torch.stack([scorer.cosines(pixels, texts), scorer.cosines(pixels, prefixed)]))
-    return conventions(*torch.cat(found, dim=1))
+        cosines.append(scorer.cosines(pixels, [prompts[index] for index in batch]))
+        prefixed.append(scorer.cosines(pixels, [PREFIX + prompts[index] for index in batch]))
+    return conventions(torch.cat(cosines), torch.cat(prefixed))
 
 
 def read_prompts(samples, count, path=None):
     """A prompt for each of `count` images: lines of a text file, or those beside the samples. Raises InputError."""
     if path is None:
-        return sample_labels(samples, str, count, "name a file of prompts with --prompts, a line per image")
+        return sample_labels(samples, (str,), count, "name a file of prompts with --prompts, a line per image")
     return [text for _, text in read_lines(path, f"--prompts {path}")]
 
 

@@ -27,16 +27,10 @@ class FlopsFlags:
     df_idxs: list | None = flag(None, "blocks (from 1) after which a branch ends", str, nargs="+")
 
 
-def row(name, part):
-    """Cells of a line of the table."""
-    with_attention = part.layer_macs + part.attention_macs
-    return name, f"{part.parameters / 1e6:.2f}", f"{part.layer_macs / 1e9:.3f}", f"{with_attention / 1e9:.3f}"
-
-
 def beside_table_8(name, model):
     """What the paper prints for a model of this size, number of branches and depth, and the same counted here."""
-    size = name.split("-")[-1].split("/")[0]
-    printed = TABLE_8.get((size, model.num_branches), {}).get(len(model.blocks)) if name.endswith("/2") else None
+    size, _, patch = name.split("-")[-1].partition("/")
+    printed = TABLE_8.get((size, model.num_branches), {}).get(len(model.blocks)) if patch == "2" else None
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     counted = count_flops(model).paper_macs / 1e9
     here = f"counted as the paper does (no attention products, nothing of the cross-attention): {counted:.2f} G"
@@ -51,8 +45,11 @@ def main(argv=None):
         model = create_model(args.model, depth=args.trans_depth, df_idxs=args.df_idxs)
     parts = count_parts(model)
     parts["all"] = sum(parts.values(), Part())
-    header = ["part", "parameters (M)", "G multiply-adds", "with attention products"]
-    print("\n".join(markdown(header, [row(name, part) for name, part in parts.items()])))
+    rows = []
+    for name, part in parts.items():
+        macs = (part.layer_macs, part.layer_macs + part.attention_macs)
+        rows.append([name, f"{part.parameters / 1e6:.2f}", *(f"{count / 1e9:.3f}" for count in macs)])
+    print("\n".join(markdown(["part", "parameters (M)", "G multiply-adds", "with attention products"], rows)))
     print(beside_table_8(args.model, model))
 
 

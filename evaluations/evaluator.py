@@ -18,11 +18,10 @@ from common.errors import InputError, exit_on_input_error, note, say
 from common.flags import Range, flag, parse_flags, required
 from common.precision import set_math
 from common.processes import Processes
-from evaluations.metrics.features import extract, load_extractor
-from evaluations.metrics.flags import MeasureFlags
+from evaluations.metrics.features import MeasureFlags, extract, load_features
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.images import FolderImages, NpzImages, open_images, split
-from evaluations.metrics.inception import inception_score
+from evaluations.metrics.inception import Inception, inception_score
 from evaluations.metrics.precision_recall import BLOCK, PRECISIONS, precision_recall
 from evaluations.metrics.references import other_size, read_statistics
 from evaluations.metrics.results import Result, result_path
@@ -45,11 +44,7 @@ class EvaluatorFlags(MeasureFlags):
     block: int = flag(BLOCK, "rows and columns of a block of distances", range=Range(1), group="distances")
     neighbors: int = flag(3, "k of precision and recall", range=Range(1), group="distances")
     splits: int | None = flag(
-        None,
-        "number of equal splits of the Inception Score; default: ADM's, of 5,000 images each",
-        int,
-        range=Range(1),
-        group="distances",
+        None, "equal parts for the Inception Score; default: of 5,000 images", int, range=Range(1), group="distances"
     )
 
 
@@ -60,7 +55,7 @@ class Side:
     which: str  # reference or sample
     path: str
     images: NpzImages | FolderImages
-    stored: dict | None  # {"pool" or "spatial": (mean, covariance)}
+    stored: dict  # {"pool" or "spatial": (mean, covariance)}, or {}
     rows: torch.Tensor = None  # (N, D) float32
     moments: dict = None  # as stored
 
@@ -69,47 +64,35 @@ class Side:
         images = open_images(path, which.upper())
         if len(images) <= args.neighbors:
             raise InputError(f"{which} {path} holds {len(images)} images; --neighbors {args.neighbors} needs more")
-        names = [name for pair in STATISTICS.values() for name in pair]
-        stored = read_statistics(path, names) if isinstance(images, NpzImages) else None
-        if stored:
-            stored = {kind: (stored[mean], stored[cov]) for kind, (mean, cov) in STATISTICS.items()}
-        return cls(which, path, images, stored)
+        of_inception = isinstance(images, NpzImages) and not args.features
+        return cls(which, path, images, read_statistics(path, STATISTICS) if of_inception else {})
 
     def compute(self, extractor, args, processes):
         """Run the images through the extractor; stored statistics take the place of computed ones."""
         say(f"computing {self.which} batch activations...")
         share = np.array_split(np.arange(len(self.images)), processes.world)[processes.rank]
-        batches = split(share, args.batch_size)
-        running, self.rows = extract(self.images, batches, extractor, processes, keep=True)
+        running, self.rows = extract(self.images, split(share, args.batch_size), extractor, processes, keep=True)
         say(f"computing/reading {self.which} batch statistics...")
-        stored = {} if args.features else self.stored or {}
-        for kind, (mean, _) in stored.items():
-            if len(mean) != len(running[kind].mean):
-                names = ", ".join(STATISTICS[kind])
-                raise InputError(f"{self.path}: {names} are of {len(mean)} features, not {len(running[kind].mean)}")
-        self.moments = stored or {kind: statistics.finish() for kind, statistics in running.items()}
+        self.moments = self.stored or {kind: statistics.finish() for kind, statistics in running.items()}
 
-    def describe(self, with_stored):
+    def describe(self):
         """Which arrays serve what, in one line."""
         size = "x".join(map(str, self.images.shape[:2]))
-        where, whose = (" in arr_0", "its arr_0") if isinstance(self.images, NpzImages) else ("", "them")
-        from_what = "mu, sigma, mu_s, sigma_s of the file" if with_stored and self.stored else whose
-        return f"{self.which} {self.path}: {len(self.images)} images of {size}{where}; statistics from {from_what}"
+        where, own = (" in arr_0", "its arr_0") if isinstance(self.images, NpzImages) else ("", "them")
+        source = "mu, sigma, mu_s, sigma_s of the file" if self.stored else own
+        return f"{self.which} {self.path}: {len(self.images)} images of {size}{where}; statistics from {source}"
 
 
 def oddities(reference, sample, args):
     """Lines about what may make the numbers differ from published ones. InputError for a reference of another size."""
-    found = []
-    if sample.stored and not args.features:
-        found.append(
-            f"{sample.path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)"
-        )
-    if args.features and (sample.stored or reference.stored):
-        found.append(f"stored statistics are Inception's and go unused with --features {args.features}")
-    if len(sample.images) != SAMPLES:
-        found.append(f"{sample.path} holds {len(sample.images)} images; published numbers are of {SAMPLES}")
-    sizes = other_size(sample.images, reference.images.shape, args.other_size)
-    return [*found, sizes] if sizes else found
+    path, count, found = sample.path, len(sample.images), []
+    if sample.stored:
+        found.append(f"{path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)")
+    if count != SAMPLES:
+        found.append(f"{path} holds {count} images; published numbers are of {SAMPLES}")
+    if sizes := other_size(sample.images, reference.images.shape, args.other_size):
+        found.append(sizes)
+    return found
 
 
 def compare(reference, sample, extractor, args, device):
@@ -143,18 +126,19 @@ def evaluate(args, processes):
     sides = reference, sample = Side.open("reference", args.reference, args), Side.open("sample", args.samples, args)
     if (args.splits or 1) > len(sample.images):
         raise InputError(f"--splits {args.splits}: {args.samples} holds only {len(sample.images)} images")
-    lines, odd = [side.describe(not args.features) for side in sides], oddities(*sides, args)
+    lines, odd = [side.describe() for side in sides], oddities(*sides, args)
     path = result_path(args.json, args.samples, f"-{Path(args.features).stem}" if args.features else "")
     for line in [*lines, *("warning: " + line for line in odd)]:
         note(line)
-    extractor = load_extractor(args.features, args.inception_weights, processes.device)
+    device = processes.device
+    extractor = load_features(args.features, device) if args.features else Inception(args.inception_weights, device)
     for side in sides:
         side.compute(extractor, args, processes)
     if not processes.is_main:
         return
     say("Computing evaluations...")
     try:
-        metrics = compare(reference, sample, extractor, args, processes.device)
+        metrics = compare(reference, sample, extractor, args, device)
     except ValueError as error:
         raise InputError(f"{args.reference} and {args.samples} cannot be compared: {error}") from None
     for name, value in metrics.items():

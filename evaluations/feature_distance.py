@@ -10,6 +10,7 @@ compared at --block. The paper states 7.7 for SiT, 7.2 with deep supervision and
 
 import collections
 import dataclasses
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from common.files import check_writable
 from common.flags import Range, flag, parse_flags, required
 from common.pictures import save_lines
 from common.precision import set_math
+from evaluations.metrics.images import split
 from evaluations.metrics.results import Result, markdown
 from models import load_checkpoint
 from models.paths import PATHS
@@ -33,9 +35,7 @@ class DistanceFlags:
 
     ckpt: str = required("checkpoint of ours, or a published file", group="model")
     weights: str = flag("ema", "averaged weights or raw ones", group="model", choices=["ema", "raw"])
-    df_idxs: list | None = flag(
-        None, "key layers of a published file, as in generate.py", str, group="model", nargs="+"
-    )
+    df_idxs: list | None = flag(None, "of a published file, as in generate.py", str, group="model", nargs="+")
     dmf_depth: int | None = flag(None, "of a published flow map, as in generate.py", int, group="model")
     legacy_scaling: bool | None = flag(None, "as in generate.py", bool, group="model")
     block: int | None = flag(None, "also the output of this block (from 1); SiT needs it", int)
@@ -51,13 +51,12 @@ class DistanceFlags:
 class Probe:
     """The network as the sampler sees it, (x, t, y) → velocity; records every call's distances.
 
-    sums: {feature: {t: [sum over samples, samples]}}, in the order in which they appear.
+    distances: {feature: {t: [of each sample]}}, in the order in which they appear.
     """
 
     def __init__(self, model, block=None):
-        self.model, self.block_output = model, None
-        self.sums = collections.defaultdict(lambda: collections.defaultdict(lambda: [0.0, 0]))
-        self.block = block
+        self.model, self.block = model, block
+        self.distances = collections.defaultdict(lambda: collections.defaultdict(list))
         if block is not None:
             model.blocks[block - 1].register_forward_hook(self.keep)
 
@@ -76,15 +75,13 @@ class Probe:
     def record(self, name, t, features, final):
         """Add the distances of one call, (N, T, D) each; t (N,) is one time for all."""
         distances = (features - final).double().norm(dim=-1).mean(dim=1)
-        entry = self.sums[name][round(float(t[0]), 9)]
-        entry[0] += float(distances.sum())
-        entry[1] += len(distances)
+        self.distances[name][round(float(t[0]), 9)] += distances.tolist()
 
     def curves(self):
         """{feature: [(t, mean distance)]} from noise to data."""
         return {
-            name: [(t, total / count) for t, (total, count) in sorted(times.items(), reverse=True)]
-            for name, times in self.sums.items()
+            name: [(t, fmean(values)) for t, values in sorted(of_time.items(), reverse=True)]
+            for name, of_time in self.distances.items()
         }
 
 
@@ -92,13 +89,11 @@ def sample(args, checkpoint, probe, device):
     """Run the sampler on all samples, in batches; what it makes is thrown away."""
     options, path = checkpoint.options, PATHS[checkpoint.run.get("path_type") or "linear"]
     shape, sampler = (options["in_channels"], options["input_size"], options["input_size"]), SAMPLERS[args.mode]
-    for start in tqdm(range(0, args.num_samples, args.batch_size), unit="batch", mininterval=1):
-        indices = range(start, min(start + args.batch_size, args.num_samples))
+    for indices in tqdm(split(range(args.num_samples), args.batch_size), unit="batch", mininterval=1):
         y = sample_labels(args.seed, indices, options["num_classes"]).to(device)
-        velocity = GuidedVelocity(probe, y, torch.full_like(y, options["num_classes"]))
         step = sampler.step(path, lambda step, who=indices: sample_noise(args.seed, who, step + 1, shape))
         noise = sample_noise(args.seed, indices, 0, shape).to(device)
-        x = integrate(step, velocity, noise, sampler.times(args.num_steps))
+        x = integrate(step, GuidedVelocity(probe, y, y), noise, sampler.times(args.num_steps))  # without guidance
         if not x.isfinite().all():
             raise InputError(f"{args.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]})")
 
@@ -106,37 +101,31 @@ def sample(args, checkpoint, probe, device):
 def table(curves):
     """Markdown: the mean over all steps, then some of the steps."""
     times = [t for t, _ in next(iter(curves.values()))]
-    chosen = sorted({round(i * (len(times) - 1) / max(ROWS - 1, 1)) for i in range(ROWS)})
+    chosen = sorted({round(i * (len(times) - 1) / (ROWS - 1)) for i in range(ROWS)})
     means = ["mean", *(f"{mean(curve):.3f}" for curve in curves.values())]
     rows = [[f"{times[i]:.3f}", *(f"{curve[i][1]:.3f}" for curve in curves.values())] for i in chosen]
     return "\n".join(markdown(["t", *curves], [means, *rows]))
 
 
 def mean(curve):
-    return sum(distance for _, distance in curve) / len(curve)
-
-
-def save_plot(curves, path):
-    """Write a PNG of the distances over t, noise on the left as in sampling."""
-    lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in curves.items()}
-    labels = {"xlabel": "t (1 is noise, 0 is data)", "ylabel": "distance to the final features"}
-    save_lines(lines, path, **labels, xlim=(1, 0))
+    return fmean(distance for _, distance in curve)
 
 
 def choose_block(model, block):
     """The block to look at: required of a model of one branch, optional of others. Raises InputError."""
+    last = len(model.blocks) - 1
     if block is None and model.num_branches == 1:
-        raise InputError(f"this model has one branch; name a block with --block (1 to {len(model.blocks) - 1})")
-    if block is not None and not 1 <= block < len(model.blocks):
-        raise InputError(f"--block {block} is out of range; 1 to {len(model.blocks) - 1} can be compared with the last")
+        raise InputError(f"this model has one branch; name a block with --block (1 to {last})")
+    if block is not None and not 1 <= block <= last:
+        raise InputError(f"--block {block} is out of range; 1 to {last} can be compared with the last")
     return block
 
 
 def main(argv=None):
     args = parse_flags(DistanceFlags, argv, __doc__)
-    for name, path in (("--out", args.out), ("--plot", args.plot)):
-        if path:
-            check_writable(path, name)
+    for name in ("out", "plot"):
+        if path := getattr(args, name):
+            check_writable(path, f"--{name}")
     known = {"df_idxs": args.df_idxs, "dmf_depth": args.dmf_depth, "legacy_scaling": args.legacy_scaling}
     checkpoint = load_checkpoint(args.ckpt, args.weights, **known)
     if "num_classes" not in checkpoint.options:
@@ -151,8 +140,10 @@ def main(argv=None):
         metrics = {f"distance, {name}": mean(curve) for name, curve in curves.items()}
         settings = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, **dataclasses.asdict(args)}
         Result(metrics, args.ckpt, curves=curves, settings=settings).write(args.out)
-    if args.plot:
-        save_plot(curves, args.plot)
+    if args.plot:  # noise on the left, as in sampling
+        lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in curves.items()}
+        axes = {"xlabel": "t (1 is noise, 0 is data)", "ylabel": "distance to the final features"}
+        save_lines(lines, args.plot, **axes, xlim=(1, 0))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,24 @@ The overall score is the mean of the accuracies of the six tags, each of which c
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Literal, get_args
 
 from common.errors import InputError, exit_on_input_error
-from common.files import read_json_lines
 from common.flags import Range, flag, parse_commands, required
-from evaluations.metrics.flags import json_flag
-from evaluations.metrics.results import Result, result_path
+from common.records import check_record, read_record_lines
+from evaluations.metrics.results import Result, json_flag, result_path
 from sampling.stores import GENEVAL_IMAGES, ends_as_png
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+TAGS = get_args(Tag)
+
+
+@dataclasses.dataclass
+class Detection:
+    """What the detector says of an image."""
+
+    tag: Tag
+    correct: bool
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,9 +44,7 @@ class ScoreFlags:
     """accuracy of each tag and their mean"""
 
     results: str = required("the detector's JSON-lines file", positional=True)
-    samples: str | None = flag(
-        None, "folder that was scored; its manifest is copied into the result", str, group="output"
-    )
+    samples: str | None = flag(None, "folder that was scored; its manifest goes into the result", str, group="output")
     json: str | None = json_flag()
 
 
@@ -47,38 +54,29 @@ def check_layout(folder, metadata, images=GENEVAL_IMAGES):
     metadata: GenEval's JSON-lines file; images: number of images of each prompt.
     """
     folder, faults = Path(folder), []
-    records = [record for _, record in read_json_lines(metadata)]
+    places = {folder / f"{number:05d}": record for number, (_, record) in enumerate(read_record_lines(dict, metadata))}
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; make it with generate_t2i.py --prompts {metadata}")
-    for number, record in enumerate(records):
-        faults += check_prompt(folder / f"{number:05d}", record, images)
-    known = {f"{number:05d}" for number in range(len(records))}
-    faults += [
-        f"{path} is no prompt of {metadata}"
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name.isdigit() and path.name not in known
-    ]
-    return faults
+    for place, record in places.items():
+        faults += check_prompt(place, record, images)
+    others = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name.isdigit() and path not in places]
+    return faults + [f"{path} is no prompt of {metadata}" for path in others]
 
 
 def check_prompt(place, record, images):
     """Faults of the folder of one prompt."""
     if not place.is_dir():
         return [f"{place} is missing"]
-    faults = check_record(place / "metadata.jsonl", record)
+    faults, metadata = [], place / "metadata.jsonl"  # what the prompt's images show
+    try:
+        if [value for _, value in read_record_lines(dict, metadata)] != [record]:
+            faults.append(f"{metadata} is not the record of its prompt alone")
+    except InputError as error:
+        faults.append(str(error))
     found = [p for p in (place / "samples").glob("*.png") if p.stem.isdigit()]
     if len(found) != images:
         faults.append(f"{place / 'samples'} holds {len(found)} images instead of {images}")
     return faults + [f"{p} is cut off" for p in sorted(found) if not ends_as_png(p)]
-
-
-def check_record(path, record):
-    """Faults of the file that says what a prompt's images show."""
-    try:
-        found = [value for _, value in read_json_lines(path)]
-    except InputError as error:
-        return [str(error)]
-    return [] if found == [record] else [f"{path} is not the record of its prompt alone"]
 
 
 def aggregate(results):
@@ -88,26 +86,25 @@ def aggregate(results):
     """
     groups = {tag: [] for tag in TAGS}
     for number, record in results:
-        if not isinstance(record, dict) or record.get("tag") not in groups or "correct" not in record:
-            raise InputError(f"line {number} of the results has no known 'tag' or no 'correct'; restore the file")
-        groups[record["tag"]].append(bool(record["correct"]))
+        detection = check_record(Detection, record, f"line {number} of the results", "restore the file")
+        groups[detection.tag].append(detection.correct)
     if empty := [tag for tag, group in groups.items() if not group]:
         raise InputError(f"the results have no image of the tag {empty[0]}; score all prompts")
     scores = {tag: sum(group) / len(group) for tag, group in groups.items()}
     return {**scores, "overall": sum(scores.values()) / len(scores)}
 
 
-def run_check(args):
-    """check: print the faults; exit code 1 if there are any."""
+def check(args):
+    """Print the faults; exit code 1 if there are any."""
     faults = check_layout(args.samples, args.metadata, args.images_per_prompt)
     print("\n".join(faults or [f"{args.samples}: laid out as GenEval reads it"]))
     if faults:
         sys.exit(1)
 
 
-def run_score(args):
-    """score: print the accuracies, write them as JSON where asked."""
-    scores = aggregate(read_json_lines(args.results))
+def score(args):
+    """Print the accuracies, write them as JSON where asked."""
+    scores = aggregate(read_record_lines(dict, args.results))
     print("\n".join(f"{tag:14} {score:.4f}" for tag, score in scores.items()))
     if args.json is not None:
         samples = args.samples or args.results
@@ -117,7 +114,7 @@ def run_score(args):
 
 def main(argv=None):
     command, args = parse_commands({"check": CheckFlags, "score": ScoreFlags}, argv, __doc__)
-    {"check": run_check, "score": run_score}[command](args)
+    {"check": check, "score": score}[command](args)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note
-from common.files import check_writable, read_json, write_atomically, write_json
-from common.flags import ROOT, FlagTextError, Range, flag, parse_flags, required
+from common.files import check_writable, write_atomically, write_json
+from common.flags import ROOT, FlagTextError, Range, flag, parse_flags, required, shown
 from common.pictures import save_lines
+from common.records import read_record
 from evaluations.evaluator import label
 from evaluations.metrics.results import Result, markdown
 
@@ -48,19 +49,6 @@ class SweepFlags:
     features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
     other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")
 
-    def check(self):
-        """Raise InputError for files that are not there."""
-        for name in ("ckpt", "ref"):
-            if not Path(getattr(self, name)).exists():
-                raise InputError(f"--{name} {getattr(self, name)} does not exist")
-        check_writable(self.out / "table.md", "--out:")
-
-    def evaluator_flags(self):
-        """Those that the evaluator takes too."""
-        values = {"--inception-weights": self.inception_weights, "--features": self.features}
-        words = [word for pair in values.items() if pair[1] for word in pair]
-        return [*words, "--other-size"] if self.other_size else words
-
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -72,22 +60,20 @@ class Setting:
     high: float
 
     @property
-    def name(self):
-        guided = f"-cfg-{self.cfg_scale}-{self.low}-{self.high}" if self.cfg_scale != 1 else "-cfg-1.0"
-        return f"steps-{self.num_steps}{guided}"
+    def guided(self):
+        return self.cfg_scale != 1
 
-    def flags(self):
-        steps = ["--num-steps", self.num_steps, "--cfg-scale", self.cfg_scale]
-        return [*steps, "--guidance-low", self.low, "--guidance-high", self.high]
+    @property
+    def name(self):
+        guidance = f"cfg-{self.cfg_scale}-{self.low}-{self.high}" if self.guided else "cfg-1.0"
+        return f"steps-{self.num_steps}-{guidance}"
 
 
 def settings(args):
     """Every combination; without guidance the interval does not matter, so there is one."""
-    found = {}
-    for steps, scale, (low, high) in itertools.product(args.num_steps, args.cfg_scale, args.interval):
-        setting = Setting(steps, scale, *((low, high) if scale != 1 else (0.0, 1.0)))
-        found[setting.name] = setting
-    return list(found.values())
+    combinations = itertools.product(args.num_steps, args.cfg_scale, args.interval)
+    found = [Setting(steps, scale, *((0.0, 1.0) if scale == 1 else times)) for steps, scale, times in combinations]
+    return list(dict.fromkeys(found))
 
 
 def run_python(processes, *command):
@@ -102,17 +88,22 @@ def run_python(processes, *command):
 
 def measure(setting, args, generate):
     """Result of one setting: sampled and measured, unless it has been. generate: more flags of generate.py."""
-    path = args.out / f"{setting.name}.json"
-    if not path.exists():
-        note(f"sampling {setting.name}")
-        folder = args.out / "samples" / setting.name
-        flags = ["--ckpt", args.ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples, *setting.flags()]
-        run_python(args.processes, ROOT / "generate.py", *flags, *generate)
-        found = sorted(folder.glob("*.npz"))
-        if len(found) != 1:
-            raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
-        flags = [args.ref, found[0], "--json", path, *args.evaluator_flags()]
-        run_python(args.processes, "-m", "evaluations.evaluator", *flags)
+    path, folder = args.out / f"{setting.name}.json", args.out / "samples" / setting.name
+    if path.exists():
+        return Result.read(path)
+    note(f"sampling {setting.name}")
+    flags = ["--ckpt", args.ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples]
+    flags += ["--num-steps", setting.num_steps, "--cfg-scale", setting.cfg_scale]
+    flags += ["--guidance-low", setting.low, "--guidance-high", setting.high]
+    run_python(args.processes, ROOT / "generate.py", *flags, *generate)
+    found = list(folder.glob("*.npz"))
+    if len(found) != 1:
+        raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
+    flags = [args.ref, found[0], "--json", path]
+    for name in ("inception_weights", "features"):
+        flags += [shown(name), getattr(args, name)] if getattr(args, name) else []
+    flags += ["--other-size"] if args.other_size else []
+    run_python(args.processes, "-m", "evaluations.evaluator", *flags)
     return Result.read(path)
 
 
@@ -120,7 +111,7 @@ def build_table(rows, metrics):
     """Markdown lines of [(setting, Result)]."""
     cells = []
     for setting, result in rows:
-        where = f"[{setting.low}, {setting.high}]" if setting.cfg_scale != 1 else ""
+        where = f"[{setting.low}, {setting.high}]" if setting.guided else ""
         calls = (result.manifest or {}).get("model_evaluations", "")
         values = (f"{result.metrics[name]:.4g}" for name in metrics)
         cells.append([setting.num_steps, setting.cfg_scale, where, calls, *values])
@@ -129,18 +120,14 @@ def build_table(rows, metrics):
 
 def save_plot(rows, metric, path):
     """Write a PNG: the metric over the guidance scale, a line for every number of steps and interval."""
-    unguided = {setting.num_steps: result.metrics[metric] for setting, result in rows if setting.cfg_scale == 1}
-    curves = {}
-    for setting, result in rows:
-        if setting.cfg_scale != 1:
-            key = (setting.num_steps, setting.low, setting.high)
-            curves.setdefault(key, []).append((setting.cfg_scale, result.metrics[metric]))
-    for steps in unguided.keys() - {key[0] for key in curves}:
-        curves[(steps, 0.0, 1.0)] = []
+    guided = [row for row in rows if row[0].guided]
     lines = {}
-    for (steps, low, high), points in sorted(curves.items()):
-        points += [(1.0, unguided[steps])] if steps in unguided else []
-        lines[f"{steps} steps, [{low}, {high}]"] = sorted(points)
+    for steps, low, high in sorted({(setting.num_steps, setting.low, setting.high) for setting, _ in guided or rows}):
+        lines[f"{steps} steps, [{low}, {high}]"] = sorted(
+            (setting.cfg_scale, result.metrics[metric])
+            for setting, result in rows
+            if setting.num_steps == steps and (not setting.guided or (setting.low, setting.high) == (low, high))
+        )
     save_lines(lines, path, marker="o", xlabel="guidance scale", ylabel=label(metric))
 
 
@@ -148,13 +135,10 @@ def check_same(args, generate):
     """Raise InputError where --out holds the results of another sweep; remember what this one is about."""
     record = args.out / "sweep.json"
     about = {**{name: getattr(args, name) for name in SAME}, "generate": generate}
-    if record.exists():
-        found = read_json(record)
-        changed = [key for key in about if found.get(key) != about[key]]
-        if changed:
-            raise InputError(
-                f"{args.out} holds a sweep with another {changed[0]} ({found.get(changed[0])}); name another --out"
-            )
+    found = read_record(dict, record, "name another --out") if record.exists() else about
+    for key in about:
+        if found.get(key) != about[key]:
+            raise InputError(f"{args.out} holds a sweep with another {key} ({found.get(key)}); name another --out")
     write_json(record, about)
 
 
@@ -166,7 +150,10 @@ def parse(argv):
 
 def main(argv=None):
     args, generate = parse(sys.argv[1:] if argv is None else argv)
-    args.check()
+    for name in ("ckpt", "ref"):
+        if not Path(getattr(args, name)).exists():
+            raise InputError(f"--{name} {getattr(args, name)} does not exist")
+    check_writable(args.out / "table.md", "--out:")
     check_same(args, generate)
     rows = [(setting, measure(setting, args, generate)) for setting in settings(args)]
     metrics = list(rows[0][1].metrics)

@@ -38,13 +38,6 @@ def is_guided(manifest):
     return manifest.get("cfg_scale") not in (None, 1.0)
 
 
-def resolution(manifest):
-    """Side of the images; None where the manifest does not say."""
-    size = (manifest.get("model_options") or {}).get("input_size")
-    factor = (manifest.get("latents") or {}).get("factor")
-    return size * factor if size and factor else None
-
-
 def measured_cells(path, result, metrics):
     manifest = result.manifest or {}
     step = manifest.get("step")
@@ -57,14 +50,17 @@ def measured_cells(path, result, metrics):
 def published_cells(row, metrics):
     trained = f"{row.epochs} epochs" if row.epochs else f"{row.steps} steps"
     details = [row.weighting and f"{row.weighting} t", row.alignment, "guided" if row.guided else "no guidance"]
-    values = ["" if (value := getattr(row, name, None)) is None else value for name in metrics]
-    return ["*paper*", row.model, trained, ", ".join([row.sampled, *filter(None, details)]), *values]
+    values = [getattr(row, name, None) for name in metrics]
+    sampled = ", ".join([row.sampled, *filter(None, details)])
+    return ["*paper*", row.model, trained, sampled, *("" if value is None else value for value in values)]
 
 
 def counterparts(result):
     """Published rows of the same model, resolution and guidance."""
     manifest = result.manifest or {}
-    own = (manifest.get("model"), is_guided(manifest), resolution(manifest))
+    options, latents = manifest.get("model_options") or {}, manifest.get("latents") or {}
+    resolution = options.get("input_size", 0) * latents.get("factor", 0)
+    own = (manifest.get("model"), is_guided(manifest), resolution)
     return [row for row in PUBLISHED if (row.model, row.guided, row.resolution) == own]
 
 

@@ -1,15 +1,20 @@
 """Names and labels on disk: dataset.json of the folder layout, names.txt, and the walk through a folder of files."""
 
 import collections.abc
+import dataclasses
 import json
-import mmap
+import operator
 import os
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import FailFast, Field
 
 from common.errors import InputError
-from latents.manifest import CHECK, LABELS_JSON, MANIFEST, PREPARE
+from common.files import map_file, read_bytes
+from common.records import parse_record
+from latents.manifest import CHECK, LABELS_JSON, PREPARE
 
 NO_LABEL = -(2**63)  # of an image without one, among int64 labels; -1 would be a wrong label
 
@@ -33,7 +38,14 @@ def walk_files(folder, suffixes):
     return sorted(name for name, _ in walk(folder) if os.path.splitext(name)[1].lower() in suffixes)
 
 
-# ------------------------------------------------------------------------------------------------------- dataset.json
+Label = Annotated[int, Field(gt=NO_LABEL, lt=-NO_LABEL)]
+
+
+@dataclasses.dataclass
+class LabelList:
+    """Content of dataset.json."""
+
+    labels: Annotated[list[tuple[str, Label | None]] | None, FailFast()]  # [[name, label], …]; of faults the first
 
 
 def read_label_list(folder):
@@ -42,12 +54,7 @@ def read_label_list(folder):
     Raises InputError where dataset.json is missing, is not what it should be, or gives an image no label.
     """
     path = Path(folder) / LABELS_JSON
-    try:
-        names, labels = parse_label_list(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: labels are read from it; {PREPARE}") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); restore it, or make the set again") from None
+    names, labels = parse_label_list(read_bytes(path, PREPARE), path)
     if names is not None and (labels == NO_LABEL).any():
         unlabelled = names[int(np.argmax(labels == NO_LABEL))]
         raise InputError(f"{path}: the label of {unlabelled} is null, not an integer; {PREPARE}")
@@ -56,27 +63,12 @@ def read_label_list(folder):
 
 def parse_label_list(data, path):
     """read_label_list of the bytes `data` of the file `path`; an image whose label is null has NO_LABEL."""
-    try:
-        content = json.loads(data.decode("utf-8-sig", "surrogatepass"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); restore it, or make the set again") from None
-    if not isinstance(content, dict) or "labels" not in content:
-        raise InputError(f"{path} has no 'labels'; {PREPARE}")
-    if content["labels"] is None:
+    pairs = parse_record(LabelList, data, path, PREPARE).labels
+    if pairs is None:
         return None, None
-    try:
-        pairs = sorted(((str(name), label) for name, label in content["labels"]), key=lambda pair: pair[0])
-    except (TypeError, ValueError):
-        raise InputError(f"{path}: 'labels' is not a list of [file name, integer]; {PREPARE}") from None
-    return [name for name, _ in pairs], np.array([_label(*pair, path) for pair in pairs], np.int64)
-
-
-def _label(name, label, path):
-    if label is None:
-        return NO_LABEL
-    if type(label) is not int or not NO_LABEL < label < -NO_LABEL:
-        raise InputError(f"{path}: the label of {name} is {label!r}, not an integer; {PREPARE}")
-    return label
+    pairs.sort(key=operator.itemgetter(0))
+    labels = [NO_LABEL if label is None else label for _, label in pairs]
+    return [name for name, _ in pairs], np.array(labels, np.int64)
 
 
 def label_json(names, labels):
@@ -87,22 +79,14 @@ def label_json(names, labels):
     return json.dumps({"labels": list(zip(names, labels.tolist(), strict=True))}).encode()
 
 
-# ---------------------------------------------------------------------------------------------------------- names.txt
-
-
 class Names(collections.abc.Sequence):
     """names.txt, memory-mapped: names[i] is the source name of row i."""
 
     def __init__(self, path, count):
-        try:
-            with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing, though {MANIFEST} lists it; {CHECK}") from None
+        self._count, self._map = count, map_file(path, CHECK)
         self._width = self._map.find(b"\n") + 1 if count else 1
         if len(self._map) != count * self._width:
             raise InputError(f"{path} does not hold {count} lines of one width; {CHECK}")
-        self._count = count
 
     def __len__(self):
         return self._count

@@ -6,15 +6,28 @@ Letters: B rows of a batch, C latent channels, h = w latent size, R image side.
 import io
 import math
 import mmap
-import os
+import resource
 import threading
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.errors import InputError
-from latents.manifest import CHECK, LABELS_JSON, MANIFEST
+from common.errors import InputError, first_line
+from common.files import map_file, read_bytes
+from latents.manifest import CHECK
+
+PARSING = threading.Lock()  # numpy parses headers with ast, which is not safe in threads before Python 3.13
+
+
+def read_array(path, remedy):
+    """The array in a .npy file. Raises InputError."""
+    content = io.BytesIO(read_bytes(path, remedy))
+    try:
+        with PARSING:
+            return np.load(content, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is truncated or not a .npy file ({first_line(error)}); {remedy}") from None
 
 
 class FolderRows:
@@ -22,7 +35,6 @@ class FolderRows:
 
     def __init__(self, folder, names):
         self.folder, self.names = Path(folder), names
-        self._parsing = threading.Lock()
         first = self._load(names[0])
         self.shape, self.dtype = first.shape, first.dtype
 
@@ -42,24 +54,11 @@ class FolderRows:
         list(pool.map(self.read, indices, [out[place] for place in places]))
 
     def _load(self, name):
-        path = self.folder / name
-        try:
-            content = io.BytesIO(path.read_bytes())
-            with self._parsing:  # numpy parses headers with ast, which is not safe in threads before Python 3.13
-                return np.load(content, allow_pickle=False)
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing, though {LABELS_JSON} lists it; encode again; {CHECK}") from None
-        except (ValueError, EOFError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "empty"
-            raise InputError(f"{path} is truncated or not a .npy file ({reason}); delete it and encode again") from None
+        return read_array(self.folder / name, f"encode it again; {CHECK}")
 
 
 def major_faults():
-    """How often this process has waited for the disk at a memory map; 0 on systems where rows cannot be asked for."""
-    if not hasattr(mmap, "MADV_WILLNEED"):
-        return 0
-    import resource  # Windows has none
-
+    """How often this process has waited for the disk at a memory map."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
@@ -72,9 +71,15 @@ class PackedRows:
         self.shape, self.dtype = manifest.shape, np.dtype(manifest.dtype)
         self._count, self._shard_size = manifest.count, manifest.shard_size
         self._row_bytes = self.dtype.itemsize * math.prod(self.shape)
-        self._maps = [map_file(manifest.path.parent / s.file, s.count * self._row_bytes) for s in manifest.shards]
+        self._maps = [self._map(manifest.path.parent / shard.file, shard.count) for shard in manifest.shards]
         self._shards = [np.frombuffer(content, self.dtype).reshape(-1, *self.shape) for content in self._maps]
-        self._cold = self.COLD if hasattr(mmap, "MADV_WILLNEED") else 0  # asking costs a third where nothing is cold
+        self._cold = self.COLD  # asking costs a third where nothing is cold
+
+    def _map(self, path, count):
+        content, size = map_file(path, "pack or copy it again"), count * self._row_bytes
+        if len(content) != size:
+            raise InputError(f"{path} has {len(content)} bytes instead of {size}: truncated; pack or copy it again")
+        return content
 
     def __len__(self):
         return self._count
@@ -102,18 +107,6 @@ class PackedRows:
             start = row * self._row_bytes
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._maps[shard].madvise(mmap.MADV_WILLNEED, page, start + self._row_bytes - page)
-
-
-def map_file(path, size):
-    """Memory map of a file of `size` bytes. Raises InputError."""
-    try:
-        with open(path, "rb") as file:
-            actual = os.fstat(file.fileno()).st_size
-            if actual != size:
-                raise InputError(f"{path} has {actual} bytes instead of {size}: truncated; pack or copy it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing, though {MANIFEST} lists it; pack or copy it again") from None
 
 
 class StoredRows:
@@ -149,10 +142,8 @@ class ImageFiles:
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing, though the latents list it; convert again; {CHECK}") from None
         except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{path} is not a readable image ({error}); convert it again") from None
+            raise InputError(f"{path} is missing or not a readable image ({error}); convert again; {CHECK}") from None
         if pixels.shape != (side, side, 3):
             raise InputError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the latents are of {side}x{side} images")
         return pixels.transpose(2, 0, 1)[:, :, :: -1 if flip else 1]

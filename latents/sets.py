@@ -9,25 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InputError
-from latents.manifest import (
-    CHECK,
-    FEATURES,
-    IMAGES,
-    LABELS,
-    LABELS_JSON,
-    MANIFEST,
-    MIRROR,
-    MOMENTS,
-    NAMES,
-    PARTIAL,
-    PREPARE,
-    DataManifest,
-)
+from common.errors import InputError, note
+from latents.manifest import CHECK, IMAGES, LABELS, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, PREPARE, DataManifest
 from latents.names import Names, read_label_list, walk_files
-from latents.rows import FolderRows, ImageFiles, PackedRows, StoredRows
+from latents.rows import FolderRows, ImageFiles, PackedRows, StoredRows, read_array
+from models.codec import LatentCodec, LatentSpec, resolve_vae, vae_family
 
-# ---------------------------------------------------------------------------------------------------------- finding
+PARTIAL = ".partial"  # folder in a set that is not finished
 
 
 def is_set(folder):
@@ -63,13 +51,10 @@ def find_set(data_dir, name):
 def find_features(data_dir, name):
     """Folder of the features of an encoder, `features-NAME` beside the moments; None where there is none."""
     try:
-        place = find_set(data_dir, MOMENTS).parent / f"{FEATURES}{name}"
+        place = find_set(data_dir, MOMENTS).parent / f"features-{name}"
     except InputError:  # what is wrong is said where the moments are opened
         return None
     return place if place.is_dir() else None
-
-
-# ---------------------------------------------------------------------------------------------------------- opening
 
 
 def open_set(folder):
@@ -96,20 +81,80 @@ def _open_folder(folder, manifest):
 
 
 def _open_packed(folder, manifest):
-    if not manifest.count:
+    count = manifest.count
+    if not count:
         raise InputError(f"{folder} holds no rows; {PREPARE}")
-    labels = _open_labels(folder / LABELS, manifest.count) if LABELS in manifest.files else None
-    return PackedRows(manifest), labels, Names(folder / NAMES, manifest.count)
+    labels = read_array(folder / LABELS, "pack again") if LABELS in manifest.files else None
+    if labels is not None and (labels.shape, labels.dtype) != ((count,), np.int64):
+        raise InputError(f"{folder / LABELS} holds {labels.dtype} {labels.shape}, not {count} labels; pack again")
+    return PackedRows(manifest), labels, Names(folder / NAMES, count)
 
 
-def _open_labels(path, count):
-    try:
-        labels = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: labels are missing or unreadable ({error}); pack again") from None
-    if labels.shape != (count,) or labels.dtype != np.int64:
-        raise InputError(f"{path} holds {labels.dtype} {labels.shape}, not {count} labels; pack again")
-    return labels
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """The moments of a data folder as open_set gives them, and the VAE that made them; the manifest may be empty.
+
+    Raises InputError where their shape is not (2C, h, h).
+    """
+
+    folder: Path
+    manifest: DataManifest
+    rows: FolderRows | PackedRows
+    labels: np.ndarray | None
+    names: Names | None
+    spec: LatentSpec
+
+    def __post_init__(self):
+        shape, channels = self.rows.shape, 2 * self.spec.channels
+        if len(shape) != 3 or shape[0] != channels or shape[1] != shape[2]:
+            raise InputError(
+                f"{self.folder}: latents have shape {shape}, not ({channels}, h, h): mean and std by {self.spec.vae}, "
+                "to be sampled in training; encode the images again, or name the right VAE with --data-vae"
+            )
+
+    @property
+    def resolution(self):
+        """Side of the images."""
+        return self.rows.shape[1] * self.spec.factor
+
+    @property
+    def labels_file(self):
+        """Where the labels are."""
+        return self.folder / (LABELS if self.manifest.is_packed else LABELS_JSON)
+
+    def has_images(self, images):
+        """False where the moments were made from other images than the set with the fingerprint `images`."""
+        return self.manifest.image_set in (None, images)
+
+    def check_pairs_are_known(self):
+        """Raise InputError where the names are of latents instead of the images that they were made from."""
+        if self.names is not None and self.names[0].endswith(".npy"):
+            raise InputError(f"{self.folder} was packed without the images beside it, so pairs are unknown; pack again")
+
+
+def open_moments(data_dir, data_vae=None):
+    """Moments of a data folder; data_vae: the VAE (name or folder) where no manifest names it. Raises InputError."""
+    folder = find_set(data_dir, MOMENTS)
+    manifest, rows, labels, names = open_set(folder)
+    given = spec_of_vae(data_vae) if data_vae else None
+    if manifest is not None:
+        spec = manifest.moments_spec()
+        if given:
+            spec.check_same(given, str(folder), "--data-vae")
+    elif given:
+        spec = given
+    else:
+        spec = LatentSpec()
+        note(f"warning: {folder} has no {MANIFEST}; taken as {spec.family} at scale {spec.scale} (others: --data-vae)")
+    return Moments(folder, manifest or DataManifest(count=len(rows)), rows, labels, names, spec)
+
+
+def spec_of_vae(name):
+    """LatentSpec of a VAE by name or folder; only families that are not known by name are loaded."""
+    path = resolve_vae(name)
+    if vae_family(path) == LatentSpec.family and not Path(path).is_dir():
+        return LatentSpec(vae=path)
+    return LatentCodec.load(name).spec
 
 
 def check_labels(labels, num_classes, where):
@@ -122,33 +167,28 @@ def check_labels(labels, num_classes, where):
         )
 
 
-# ------------------------------------------------------------------------------------------ what belongs to the moments
-
-
-def open_mirror(data_dir, info):
-    """Rows of the moments of the flipped images. Raises InputError unless they fit `info`, a DataInfo."""
+def open_mirror(data_dir, moments):
+    """Rows of the moments of the flipped images. Raises InputError unless they fit the Moments."""
     folder = Path(data_dir) / MIRROR
     if not folder.is_dir():
         raise InputError(f"{folder} is missing; encode it with preprocessing/dataset_tools.py mirror")
     manifest, rows, _, _ = open_set(folder)
-    if len(rows) != info.count or rows.shape != info.moments_shape:
-        raise InputError(
-            f"{folder} holds {len(rows)} of {rows.shape}, not {info.count} of {info.moments_shape}; encode it again"
-        )
+    found, expected = (len(rows), rows.shape), (len(moments.rows), moments.rows.shape)
+    if found != expected:
+        raise InputError(f"{folder} holds rows of {found}, {MOMENTS} of {expected}; encode it again")
     if manifest is not None:
-        info.spec.check_same(manifest.moments_spec(), MOMENTS, str(folder))
+        moments.spec.check_same(manifest.moments_spec(), MOMENTS, str(folder))
     return rows
 
 
-def open_images(data_dir, folder, names, info):
-    """ImageFiles of the moments in `folder`. Raises InputError."""
-    root = next((f for f in (Path(data_dir) / IMAGES, folder.parent / IMAGES) if f.is_dir()), None)
+def open_images(data_dir, moments):
+    """ImageFiles of the Moments. Raises InputError."""
+    root = next((f for f in (Path(data_dir) / IMAGES, moments.folder.parent / IMAGES) if f.is_dir()), None)
     if root is None:
         raise InputError(f"{Path(data_dir) / IMAGES} is missing and images are needed; link the converted images there")
-    check_pairs_are_known(folder, names)
-    if names is None:
-        names = images_by_order(root, info.count)
-    return ImageFiles(root, names.__getitem__, info.resolution)
+    moments.check_pairs_are_known()
+    names = images_by_order(root, len(moments.rows)) if moments.names is None else moments.names
+    return ImageFiles(root, names.__getitem__, moments.resolution)
 
 
 def images_by_order(folder, count):
@@ -165,57 +205,32 @@ def images_by_order(folder, count):
     return names
 
 
-def check_pairs_are_known(folder, names):
-    """Raise InputError where a set of moments names latents instead of the images that they were made from."""
-    if names is not None and names[0].endswith(".npy"):
-        raise InputError(f"{folder} was packed without the images beside it, so pairs are unknown; pack again")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairing:
-    """What the features must share with the moments in `folder`: the image set, names (or None: by order), count."""
-
-    folder: Path
-    images: str | None
-    names: Names | None
-    count: int
-
-
-def open_features(data_dir, encoders, pairing, mirror=False):
-    """{encoder: StoredRows} of the features of these encoders. Raises InputError where they do not fit the moments."""
-    return {name: _open_features(find_features(data_dir, name), name, pairing, mirror) for name in encoders}
-
-
-def _open_features(place, name, pairing, mirror):
-    """StoredRows of the features of encoder `name`, and of the mirrored images' where `mirror`."""
-    rows = _open_feature_set(place, name, pairing, flipped=False)
+def open_features(data_dir, encoder, moments, mirror=False):
+    """StoredRows of an encoder's features; mirror: and of the mirrored images'. Raises InputError where they misfit."""
+    place = find_features(data_dir, encoder)
     twin = place.with_name(place.name + "-mirror")
     if mirror and not twin.is_dir():
         raise InputError(
             f"--mirror: {twin} is missing; write it with preprocessing/dataset_tools.py features --mirror, or move "
             f"{place} away to compute features while training"
         )
-    return StoredRows(rows, _open_feature_set(twin, name, pairing, flipped=True) if mirror else None)
+    rows = _open_features(place, encoder, moments, flipped=False)
+    return StoredRows(rows, _open_features(twin, encoder, moments, flipped=True) if mirror else None)
 
 
-def _open_feature_set(place, name, pairing, flipped):
+def _open_features(place, encoder, moments, flipped):
     manifest, rows, _, names = open_set(find_set(place, "."))
-    encoder = manifest and manifest.encoder
+    made_by = manifest and manifest.encoder
     facts = {
-        "encoder": (encoder and encoder.name, name),
+        "encoder": (made_by and made_by.name, encoder),
         "flipped images": (manifest and manifest.flipped, flipped),
-        "number of images": (len(rows), pairing.count),
+        "number of images": (len(rows), len(moments.rows)),
     }
+    remedy = "write the features again, or move it away"
     for what, (found, expected) in facts.items():
         if found != expected:
-            raise InputError(
-                f"{place}: its {what} is {found}, not {expected}; write the features again, or move it away"
-            )
-    check_pairs_are_known(pairing.folder, pairing.names)
-    other_images = pairing.images not in (None, manifest.image_set)
-    if other_images or (pairing.names is not None and not pairing.names.same(names)):
-        raise InputError(
-            f"{place} holds features of other images than {pairing.folder} was made from; write the features again, "
-            "or move it away"
-        )
+            raise InputError(f"{place}: its {what} is {found}, not {expected}; {remedy}")
+    moments.check_pairs_are_known()
+    if not moments.has_images(manifest.image_set) or (moments.names and not moments.names.same(names)):
+        raise InputError(f"{place} holds features of other images than {moments.folder} was made from; {remedy}")
     return rows

@@ -7,74 +7,60 @@ published one is in models/published.py.
 import argparse
 import dataclasses
 import hashlib
-import json
 import re
+import textwrap
 import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.errors import InputError, first_line, note
+from common.flags import shown
+from common.records import read_record
 from models.deepflow import DeepFlow
-from models.presets import build, constructor_defaults, kind_of, network_class, parse_df_idxs
+from models.presets import NETWORKS, build, constructor_defaults, kind_of, parse_df_idxs
 from models.published import from_published, published_note
 
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
 
 
-def read_folder(folder):
-    """A folder with model.safetensors and config.json → content as of a checkpoint of ours. Raises InputError."""
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (Path(folder) / name).is_file():
-            raise InputError(f"checkpoint {folder} is a folder without {name}; name a .pt file, or an exported folder")
-    try:
-        config = json.loads((Path(folder) / CONFIG_FILE).read_text())
-        defaults = constructor_defaults(network_class(config))
-        options = {name: config.get(name, default) for name, default in defaults.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}/{CONFIG_FILE} is unreadable ({error}); export the model again") from None
-    content = {ENTRIES[config.get("weights", "ema")]: read_safetensors(Path(folder) / WEIGHTS_FILE)}
-    run = {**config.get("run", {}), "model_options": options}
-    return {**content, "config": run, "data": config.get("data", {}), "steps": config.get("steps")}
-
-
-def read_safetensors(path):
-    """State dict in a .safetensors file. Raises InputError naming the file."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"checkpoint {path} is unreadable or truncated ({error}); copy it again") from None
-
-
 def read_file(path):
-    """Read a checkpoint with `weights_only=True`, or an exported folder. Raises InputError naming the file."""
-    if Path(path).is_dir():
+    """Content of a checkpoint, a .safetensors file or an exported folder. Raises InputError naming the file."""
+    path = Path(path)
+    if path.is_dir():
         return read_folder(path)
-    if Path(path).suffix == ".safetensors":
-        return read_safetensors(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # Published files hold an argparse.Namespace beside the weights: it is harmless and allowed by name.
         # Memory-mapped, so that eight processes share one copy; torch's old format, which is not a zip, cannot be.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
-        raise InputError(f"checkpoint {path} does not exist") from None
-    except MemoryError:
-        raise
+        raise InputError(f"checkpoint {path} does not exist; name another") from None
     except Exception as error:  # in a damaged file the unpickler can fail with anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
-                f"checkpoint {path} holds the Python object {refused.group(1)}, which is not loaded: it could run "
-                "code; save the weights alone"
+                f"checkpoint {path} holds the Python object {refused[1]}, which is not loaded: it could run code; "
+                "save the weights alone"
             ) from None
         reason = first_line(error)[:120]
         raise InputError(f"checkpoint {path} is unreadable or truncated ({reason}); copy it again") from None
+
+
+def read_folder(folder):
+    """Content of an exported folder, in the form of a checkpoint of ours. Raises InputError naming the file."""
+    config = read_record(dict, folder / CONFIG_FILE, "name a .pt file, or an exported folder")
+    defaults = constructor_defaults(NETWORKS[kind_of(config)])
+    options = {name: config.get(name, default) for name, default in defaults.items()}
+    return {
+        ENTRIES[config.get("weights", "ema")]: read_file(folder / WEIGHTS_FILE),
+        "config": {**config.get("run", {}), "model_options": options},
+        "data": config.get("data", {}),
+        "steps": config.get("steps"),
+    }
 
 
 @dataclasses.dataclass
@@ -108,9 +94,12 @@ def load_checkpoint(path, weights="ema", **overrides):
     """
     content = read_file(path)
     state = pick_weights(content, weights, path)
-    options = model_options(content)
-    is_ours = options is not None
-    if not is_ours:
+    run, data = content.get("config"), content.get("data", {})
+    is_ours = isinstance(run, dict) and "model_options" in run
+    if is_ours:
+        options = run["model_options"]
+    else:
+        run, data = {}, {}
         state, options = from_published(state, path, overrides.get("df_idxs"), overrides.get("dmf_depth"))
     options = check_overrides(options, overrides, path, is_ours)
     if not is_ours:
@@ -118,7 +107,6 @@ def load_checkpoint(path, weights="ema", **overrides):
     with torch.device("meta"):  # spends no time on initial weights
         model = build(options)
     load_strictly(model, state, path)
-    run, data = (content["config"], content.get("data", {})) if is_ours else ({}, {})
     return Checkpoint(model.float().eval(), options, run, data, content.get("steps"))
 
 
@@ -128,16 +116,10 @@ def load_model(path, weights="ema", **overrides):
     return checkpoint.model, checkpoint.options
 
 
-def model_options(content):
-    """The constructor arguments in a file of ours, else None."""
-    config = content.get("config") if isinstance(content, dict) else None
-    return dict(config["model_options"]) if isinstance(config, dict) and "model_options" in config else None
-
-
 def pick_weights(content, weights, path):
     """The state dict `weights` ("ema" or "raw") of a file's content, wrapper prefixes stripped."""
     if not isinstance(content, dict):
-        raise InputError(f"--ckpt {path} holds a {type(content).__name__}, not a state dict")
+        raise InputError(f"--ckpt {path} holds a {type(content).__name__}, not a state dict; choose another file")
     key = ENTRIES[weights]
     if "x_embedder.proj.weight" in map(strip_prefix, content):
         state = content
@@ -157,40 +139,31 @@ def strip_prefix(name):
 
 
 def load_strictly(model, state, path):
-    """load_state_dict, with one line of InputError that names the first mismatch."""
-    own = model.state_dict()
-    for kind, names in (("lacks", own.keys() - state.keys()), ("has the unknown", state.keys() - own.keys())):
-        if names:
-            raise InputError(f"{path} is of another model: it {kind} {min(names)} ({len(names)} such names)")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise InputError(
-                f"{path} is of another model: {name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-            )
-    model.load_state_dict(state, assign=model.pos_embed.is_meta)  # nothing can be copied into a meta tensor
+    """load_state_dict, with torch's first complaint in one line of InputError."""
+    try:
+        model.load_state_dict(state, assign=model.pos_embed.is_meta)  # nothing can be copied into a meta tensor
+    except RuntimeError as error:
+        complaint = textwrap.shorten(str(error).partition("\n")[2].partition("\n")[0], 240)
+        raise InputError(f"{path} is of another model: {complaint}") from None
 
 
-def check_overrides(config, overrides, path, is_ours):
+def check_overrides(options, overrides, path, is_ours):
     """Constructor arguments with those given on the command line. Raises InputError if they contradict the file.
 
     The weights of a published file leave open only the heads, the key layers, the legacy clamp, the aligned block and
     the depth of a flow map.
     """
-    config = dict(config)
+    options = {**options, "df_idxs": tuple(options["df_idxs"])}
     free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling", "encoder_depth", "dmf_depth")
     for key, value in overrides.items():
         if value is None:
             continue
-        if key == "dmf_depth" and is_ours and kind_of(config) != "flow map":
+        if key == "df_idxs":
+            value = parse_df_idxs(value)
+        if key == "dmf_depth" and is_ours and kind_of(options) != "flow map":
             raise InputError(f"--dmf-depth {value}: {path} is a flow model; train_dmf.py turns it into a flow map")
-        value = parse_df_idxs(value) if key == "df_idxs" else value
-        known = config.get(key)
-        known = tuple(known) if isinstance(known, list) else known
-        if key in config and key not in free and value != known:
-            raise InputError(f"--{FLAGS.get(key, key.replace('_', '-'))} {value} contradicts {path}, which has {known}")
-        config[key] = value
-    config["df_idxs"] = tuple(config["df_idxs"])
-    return config
-
-
-FLAGS = {"depth": "trans-depth"}  # flags named differently from the constructor's argument
+        if key in options and key not in free and value != options[key]:
+            flag = shown("trans_depth" if key == "depth" else key)
+            raise InputError(f"{flag} {value} contradicts {path}, which has {options[key]}; leave the flag out")
+        options[key] = value
+    return options

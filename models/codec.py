@@ -5,13 +5,13 @@ Letters: N batch, C latent channels, h = w latent size, f downsampling factor of
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
 import torch
 
 from common.errors import InputError, first_line
+from common.records import Count, Finite, Positive
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -27,10 +27,10 @@ class LatentSpec:
 
     vae: str = DEFAULT_VAE
     family: str = "sd-vae-ft"
-    scale: float = 0.18215
-    shift: float = 0.0
-    channels: int = 4
-    factor: int = 8
+    scale: Positive = 0.18215
+    shift: Finite = 0.0
+    channels: Count = 4
+    factor: Count = 8
 
     def sample(self, moments, noise):
         """Draw latents from the posterior: moments (N, 2C, h, w), standard normal noise (N, C, h, w) → (N, C, h, w)."""
@@ -84,18 +84,18 @@ class LatentCodec:
         """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
         from diffusers import AutoencoderKL  # takes four seconds, and training without grids never needs it
 
-        path = resolve_vae(name)
+        name = SHORT_NAMES.get(str(name), str(name))
         try:
-            vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
-        except (OSError, ValueError, json.JSONDecodeError) as error:
+            vae = AutoencoderKL.from_pretrained(resolve_vae(name), torch_dtype=dtype)
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"cannot load the VAE '{name}' ({first_line(error)}); "
                 "pass --vae with a folder that holds a diffusers AutoencoderKL, or connect to the hub once"
             ) from None
         config = vae.config
         spec = LatentSpec(
-            vae=SHORT_NAMES.get(str(name), str(name)),
-            family=vae_family(name if str(name) not in SHORT_NAMES else path),
+            vae=name,
+            family=vae_family(name),
             scale=float(config.scaling_factor),
             shift=float(getattr(config, "shift_factor", None) or 0.0),
             channels=int(config.latent_channels),

@@ -31,7 +31,6 @@ from models.layers import (
     modulate,
     sincos_2d,
     split_heads,
-    unpatchify,
     xavier_linears_,
     zero_,
 )
@@ -53,8 +52,8 @@ class Branch:
     v_star: torch.Tensor  # (N, T, D) tokens after its last block: the velocity feature v*
     condition: torch.Tensor  # (N, D) of its last block
     a_star: torch.Tensor | None = None  # (N, T, D) acceleration feature a*; None for the final branch
-    aligned: torch.Tensor | None = None  # (N, T, D) what projectors see: the refined tokens, with which the next branch
-    # starts, or in a model of one branch the tokens after block `encoder_depth`
+    # (N, T, D) What projectors see: VeRA's refined tokens; with one branch the tokens after block `encoder_depth`.
+    aligned: torch.Tensor | None = None
 
 
 class TimeGapAdaLN(nn.Module):
@@ -175,12 +174,14 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.add_trunk(hidden_size, depth, num_heads, qk_norm, sincos_2d(hidden_size, input_size // patch_size))
-        self.final_layer = VelocityLayer(hidden_size, patch_size, in_channels)
+        sizes = (hidden_size, patch_size, in_channels)
         if self.df_idxs:
-            shared, final = self.final_layer, VelocityLayer(hidden_size, patch_size, in_channels)
-            self.final_layer = nn.ModuleList([shared, final])  # one for all intermediate branches, one for the final
-            self.final_acc_layer = VelocityLayer(hidden_size, patch_size, in_channels)
+            # One velocity layer for all intermediate branches, one for the final.
+            self.final_layer = nn.ModuleList([VelocityLayer(*sizes), VelocityLayer(*sizes)])
+            self.final_acc_layer = VelocityLayer(*sizes)
             self.dt_embedder = TimestepEmbedder(2 * hidden_size)
+        else:
+            self.final_layer = VelocityLayer(*sizes)
         self.df_blocks = nn.ModuleList(
             VeRA(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in self.df_idxs
         )
@@ -201,7 +202,7 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         """Xavier for Linears, N(0, 0.02) for the embedders, zero for adaLN-Zero and the velocity layers."""
         xavier_linears_(self)
         patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
+        nn.init.xavier_uniform_(patch.weight.flatten(1))
         nn.init.zeros_(patch.bias)
         for module in self.modules():
             if isinstance(module, LabelEmbedder):
@@ -217,8 +218,9 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, strict=True, **kwargs):
         """The mixin's, strict by default; what config.json says of the run is left out."""
-        options = {name: value for name, value in kwargs.items() if name not in ("run", "data", "steps", "weights")}
-        return super()._from_pretrained(strict=strict, **options)
+        for name in ("run", "data", "steps", "weights"):
+            kwargs.pop(name, None)
+        return super()._from_pretrained(strict=strict, **kwargs)
 
     @property
     def num_branches(self):
@@ -289,18 +291,14 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         """Velocities and accelerations of intermediate branches: two lists of (N, C, H, W)."""
         velocities, accelerations = [], []
         for branch in branches:
-            velocities.append(self.to_image(self.final_layer[0](branch.v_star, branch.condition)))
-            accelerations.append(self.to_image(self.final_acc_layer(branch.a_star, branch.condition)))
+            velocities.append(self.final_layer[0](branch.v_star, branch.condition))
+            accelerations.append(self.final_acc_layer(branch.a_star, branch.condition))
         return velocities, accelerations
 
     def final_velocity(self, branch):
         """Velocity (N, C, H, W) of the final branch."""
         layer = self.final_layer[1] if self.df_idxs else self.final_layer
-        return self.to_image(layer(branch.v_star, branch.condition))
-
-    def to_image(self, tokens):
-        """Token vectors (N, T, p·p·C) → (N, C, H, W)."""
-        return unpatchify(tokens, self.patch_size, self.in_channels)
+        return layer(branch.v_star, branch.condition)
 
 
 def per_block(values, ends):
@@ -317,17 +315,11 @@ def projector(hidden_size, projector_dim, z_dim):
 
 def check_key_layers(df_idxs, depth):
     """Raise InputError unless df_idxs are increasing 1-based blocks before the last one."""
-    shown = f"--df-idxs {list(df_idxs)}"
-    for index in df_idxs:
-        if not 1 <= index <= depth:
-            raise InputError(f"{shown}: block {index} is out of range; blocks count from 1 to {depth}")
-        if index == depth:
-            raise InputError(f"{shown}: block {index} is the last of {depth}; the final branch always ends there")
-    for a, b in itertools.pairwise(df_idxs):
-        if a == b:
-            raise InputError(f"{shown}: block {a} is repeated; name every key layer once")
-        if a > b:
-            raise InputError(f"{shown}: {a} stands before {b}; list the key layers in increasing order")
+    if any(before >= after for before, after in itertools.pairwise((0, *df_idxs, depth))):
+        raise InputError(
+            f"--df-idxs {list(df_idxs)} are not increasing block numbers from 1 to {depth - 1}; "
+            f"the final branch always ends with block {depth}"
+        )
 
 
 def check_sizes(input_size, patch_size, hidden_size, num_heads):

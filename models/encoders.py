@@ -7,21 +7,17 @@ Letters: N images, R their side, g = R/16 patch tokens per side, T = g² of them
 """
 
 import dataclasses
-import textwrap
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from common.errors import InputError, first_line
 from common.files import sha256_of_files
 from models.checkpoints import load_strictly, read_file, strip_prefix
-from models.layers import sincos_1d
+from models.layers import sincos_2d
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -31,14 +27,16 @@ STRIDE = 16  # image pixels per token for every encoder: patch-14 networks see t
 # ------------------------------------------------------------------------ state dicts of the authors → timm's names
 
 
-def unchanged(state):
-    """DINO's and timm's names stay."""
+def renamed(state, parts):
+    """A state dict in whose names every key of `parts` has become its value."""
+    for theirs, ours in parts.items():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
     return state
 
 
 def from_dinov2(state):
     """DINOv2: the giant's fused SwiGLU; with registers, timm adds the class token's position to the token itself."""
-    state = {name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): t for name, t in state.items()}
+    state = renamed(state, {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."})
     state.pop("mask_token", None)
     if "register_tokens" in state:
         state["reg_token"] = state.pop("register_tokens")
@@ -58,8 +56,7 @@ MISNAMED = {  # in some files
 def from_mocov3(state):
     """MoCo v3: the base encoder's weights, four misnamed keys corrected, the position embedding for 256 pixels."""
     base = {name.removeprefix("base_encoder."): t for name, t in state.items() if name.startswith("base_encoder.")}
-    for wrong, right in MISNAMED.items():
-        base = {name.replace(wrong, right): tensor for name, tensor in base.items()}
+    base = renamed(base, MISNAMED)
     if "cls_token" in base:
         base["pos_embed"] = mocov3_positions(base["cls_token"].shape[-1], 256 // STRIDE)
     return base
@@ -67,9 +64,8 @@ def from_mocov3(state):
 
 def mocov3_positions(width, grid):
     """MoCo v3's fixed embedding (1, 1 + T, Z): rows in the first half of the channels; 0 for the class token."""
-    index = torch.arange(grid * grid)
-    halves = [sincos_1d(width // 2, axis.double()) for axis in (index // grid, index % grid)]
-    return torch.cat([torch.zeros(1, width), torch.cat(halves, dim=1).float()]).unsqueeze(0)
+    patches = sincos_2d(width, grid).roll(width // 2, dims=2)
+    return torch.cat([torch.zeros(1, 1, width), patches], dim=1)
 
 
 def from_mae(state):
@@ -94,13 +90,12 @@ CLIP_NAMES = {
 
 def from_clip(state):
     """CLIP: the image tower without its projection, in fp32; a file with timm's names passes unchanged."""
-    tower = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("visual.") if name.startswith("visual.") else ""
-        for theirs, ours in CLIP_NAMES.items():
-            name = name.replace(theirs, ours)
-        tower[name] = tensor[None, None] if name == "cls_token" else tensor[None] if name == "pos_embed" else tensor
-    return {name: tensor for name, tensor in tower.items() if name not in ("", "proj")} or state
+    tower = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
+    tower = renamed(tower, CLIP_NAMES)
+    tower.pop("proj", None)
+    for name in tower.keys() & {"cls_token", "pos_embed"}:  # (Z,) and (1 + T, Z)
+        tower[name] = tower[name].reshape(1, -1, tower[name].shape[-1])
+    return tower or state
 
 
 # --------------------------------------------------------------------------------------------------- the families
@@ -117,7 +112,7 @@ class Family:
     statistics: tuple = IMAGENET_STATISTICS
     resize_first: bool = False  # before the normalisation
     entry: str = ""  # key of the weights in the authors' file
-    convert: Callable = unchanged  # the authors' names → timm's
+    convert: Callable = dict  # the authors' names → timm's; dict: they are the same
     options: dict = dataclasses.field(default_factory=dict)  # for timm.create_model
 
 
@@ -130,6 +125,12 @@ def mocov3(size, width, **options):
     """A row of the MoCo v3 family; its position embedding is built at 256 pixels."""
     options = {"img_size": 256, **options}
     return Family(f"vit_{size}_patch16_224", width, entry="state_dict", convert=from_mocov3, options=options)
+
+
+def clip(size, width):
+    """A row of the CLIP family."""
+    options = {"final_norm": False, "statistics": CLIP_STATISTICS, "resize_first": True, "convert": from_clip}
+    return Family(f"vit_{size}_patch14_clip_quickgelu_224.openai", width, patch=14, **options)
 
 
 ENCODERS = {
@@ -146,16 +147,8 @@ ENCODERS = {
     "mocov3-vit-b": mocov3("base", 768),
     "mocov3-vit-l": mocov3("large", 1024),
     "mae-vit-l": Family("vit_large_patch16_224.mae", 1024, final_norm=False, entry="model", convert=from_mae),
-    "clip-vit-l": Family(
-        "vit_large_patch14_clip_quickgelu_224.openai",
-        1024,
-        patch=14,
-        final_norm=False,
-        statistics=CLIP_STATISTICS,
-        resize_first=True,
-        convert=from_clip,
-    ),
-    "jepa-vit-h": Family("vit_huge_patch14_gap_224.in22k_ijepa", 1280, patch=14, entry="encoder"),
+    "clip-vit-l": clip("large", 1024),
+    "jepa-vit-h": Family("vit_huge_patch14_gap_224.in1k_ijepa", 1280, patch=14, entry="encoder"),
 }
 
 
@@ -202,8 +195,10 @@ def weights_id(name, checkpoint=None):
     """Identity of an encoder's weights: their name on the hub, or the sha256 of the file."""
     if checkpoint is None:
         return ENCODERS[name].timm_name
-    check_is_file(checkpoint)
-    return "sha256:" + sha256_of_files(checkpoint)
+    try:
+        return "sha256:" + sha256_of_files(checkpoint)
+    except OSError as error:
+        raise InputError(f"--enc-ckpt {checkpoint} cannot be read ({error.strerror}); name a weights file") from None
 
 
 def load_network(name, checkpoint=None):
@@ -216,21 +211,19 @@ def load_network(name, checkpoint=None):
         load_strictly(network, read_weights(checkpoint, family), f"--enc-ckpt {checkpoint} (--enc-type {name})")
         return network
     if "." not in family.timm_name:
-        remedy = "give the authors' file with --enc-ckpt FILE"
-        raise InputError(f"--enc-type {name}: its weights are not on the hub; {remedy}")
+        raise InputError(f"--enc-type {name}: its weights are not on the hub; give the authors' --enc-ckpt FILE")
     try:
         return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
     except Exception as error:  # hub client, network and file system raise all kinds
-        reason = textwrap.shorten(str(error), 160) or type(error).__name__
         raise InputError(
-            f"--enc-type {name}: the weights {family.timm_name} cannot be fetched ({reason}); give timm's file or "
-            "the authors' with --enc-ckpt FILE"
+            f"--enc-type {name}: the weights {family.timm_name} cannot be fetched ({first_line(error)[:160]}); give "
+            "timm's or the authors' --enc-ckpt FILE"
         ) from None
 
 
 def read_weights(path, family):
     """State dict with timm's names from the authors' file or timm's (also safetensors). Raises InputError."""
-    content = read_content(path)
+    content = read_torchscript(path) if is_torchscript(path) else read_file(path)
     content = content.get(family.entry, content) if isinstance(content, dict) else {}
     state = {strip_prefix(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     state = {name: tensor.float() for name, tensor in family.convert(state).items() if not name.startswith("head.")}
@@ -239,31 +232,20 @@ def read_weights(path, family):
     return state
 
 
-def check_is_file(path):
-    """Raise InputError unless there is such a file."""
-    if not Path(path).is_file():
-        raise InputError(f"--enc-ckpt {path} does not exist or is a folder; give the encoder's weights file")
-
-
-def read_content(path):
-    """Content of a weights file: safetensors, a TorchScript archive (CLIP), or what torch.save wrote."""
-    check_is_file(path)
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        if is_torchscript(path):
-            return torch.jit.load(path, map_location="cpu").state_dict()
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"--enc-ckpt {path} is unreadable or truncated ({first_line(error)}); copy it again") from None
-    return read_file(path)
-
-
 def is_torchscript(path):
-    """True for an archive that torch.jit.save wrote."""
+    """True for an archive that torch.jit.save wrote, as OpenAI's of CLIP."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
+
+
+def read_torchscript(path):
+    """State dict of such an archive. Raises InputError."""
+    try:
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError as error:
+        raise InputError(f"--enc-ckpt {path} is unreadable or truncated ({first_line(error)}); copy it again") from None
 
 
 # --------------------------------------------------------------------------------------------------------- encoding
@@ -296,9 +278,7 @@ class Encoder:
         """uint8 (N, 3, R, R) → what the network sees, float32 (N, 3, side, side)."""
         mean, std = self.statistics
         x = images.float() / 255
-        if self.family.resize_first:
-            return (self.resize(x) - mean) / std
-        return self.resize((x - mean) / std)
+        return (self.resize(x) - mean) / std if self.family.resize_first else self.resize((x - mean) / std)
 
     def resize(self, x):
         """Bicubic without antialiasing, as published; an image of the right size is left as it is."""

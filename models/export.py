@@ -26,8 +26,7 @@ RUN_KEYS = ("model", "exp_name", "path_type")  # what sampling needs; paths of t
 def folder_config(checkpoint, weights):
     """Content of config.json: the constructor's arguments and what the checkpoint says about the run."""
     run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
-    facts = {"run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
-    return {**checkpoint.options, **facts}
+    return {**checkpoint.options, "run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
 
 
 def export(path, folder, weights="ema", **overrides):

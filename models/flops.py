@@ -5,7 +5,6 @@ A multiply-add is one MAC and two FLOP. The training forward is counted, with al
 """
 
 import collections
-import contextlib
 import dataclasses
 import math
 import re
@@ -27,8 +26,6 @@ PEAK_FLOPS = {
     "V100": 125e12,
 }
 
-CROSS_ATTENTION = "cross_attention"  # the part of VeRA that Table 8 leaves out
-
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
@@ -40,11 +37,9 @@ class Flops:
 
 def count_flops(model):
     """Flops of a DeepFlow on any device; its weights are neither read nor copied."""
-    weights = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    with torch.no_grad(), layer_macs(model) as macs, FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, weights, meta_inputs(model))
-    paper_macs = sum(count for name, count in macs.items() if CROSS_ATTENTION not in name.split("."))
-    return Flops(paper_macs, counter.get_total_flops() // 2)
+    parts = count_parts(model)
+    paper_macs = sum(part.layer_macs for name, part in parts.items() if not name.endswith("cross_attention"))
+    return Flops(paper_macs, sum(part.layer_macs + part.attention_macs for part in parts.values()))
 
 
 def peak_flops(device, precision):
@@ -72,24 +67,6 @@ def meta_inputs(model):
     if model.kind == "flow map":
         return x, t, y, r
     return x, [t.clone() for _ in range(model.num_branches)], y
-
-
-@contextlib.contextmanager
-def layer_macs(model):
-    """{module name: MACs} of each Linear and convolution, filled while the model runs."""
-    macs, handles = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-
-            def hook(layer, _inputs, output, name=name):
-                macs[name] = macs.get(name, 0) + output.numel() * layer.weight[0].numel()
-
-            handles.append(module.register_forward_hook(hook))
-    try:
-        yield macs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclasses.dataclass
@@ -134,15 +111,11 @@ def own_operations(counts):
     return {name: ops for name, ops in own.items() if ops}
 
 
-def words(name):
-    """Parts of a module's or parameter's name without list indices."""
-    return [word for word in name.split(".") if not word.isdigit()]
-
-
 def part_of(name):
     """The part that a parameter or module belongs to: `blocks.3.attn.qkv` → `blocks.attn`, `final_layer.1` → itself.
 
     What runs in a block itself is its attention's products.
     """
-    part = ".".join(words(name)[: 2 if name.startswith(("blocks", "df_blocks")) else 1])
+    words = [word for word in name.split(".") if not word.isdigit()]
+    part = ".".join(words[: 2 if words[0] in ("blocks", "df_blocks") else 1])
     return "blocks.attn" if part == "blocks" else part

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from common.errors import InputError
 from models.attention import forward_mode
 from models.deepflow import DeepFlow, per_block
-from models.layers import sinusoid
+from models.layers import sinusoid, xavier_linears_
 
 LOGVAR_FREQUENCIES = 64
 
@@ -81,8 +81,7 @@ class FlowMap(DeepFlow):
         self.deep_supervision = self.num_branches > 1  # whether `forward` runs the intermediate layers
         self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1) if use_logvar else None
         if use_logvar:
-            nn.init.xavier_uniform_(self.logvar_linear.weight)
-            nn.init.zeros_(self.logvar_linear.bias)
+            xavier_linears_(self.logvar_linear)
 
     def forward(self, x, t, y, r=None):
         """FlowMapOutput at x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,); without r, r = t: the flow."""

@@ -58,15 +58,19 @@ def unpatchify(tokens, patch_size, channels):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, grid * patch_size, grid * patch_size)
 
 
+def frequencies(count, device=None):
+    """The `count` frequencies of `sinusoid`, float32."""
+    return torch.exp(-math.log(10000.0) * torch.arange(count, device=device, dtype=torch.float32) / count)
+
+
 def sinusoid(t, count):
     """[cos(t·f), sin(t·f)] at `count` frequencies f: (N,) → (N, 2·count), at least in float32."""
-    index = torch.arange(count, device=t.device, dtype=torch.float32)
-    angles = t[:, None] * torch.exp(-math.log(10000.0) * index / count)
+    angles = t[:, None] * frequencies(count, t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid [cos(t·f), sin(t·f)] of 256 entries, then Linear, SiLU, Linear: (N,) → (N, D).
+    """Sinusoid of 256 entries, then Linear, SiLU, Linear: (N,) → (N, D).
 
     t is used as it is, without the factor 1000 of diffusion models; signed gaps are embedded the same way.
     """
@@ -200,17 +204,18 @@ class Block(nn.Module):
 
 
 class VelocityLayer(nn.Module):
-    """LayerNorm, modulation by c, Linear: h (N, T, D), c (N, D) → token vectors (N, T, p·p·C)."""
+    """LayerNorm, modulation by c, Linear: h (N, T, D), c (N, D) → (N, C, H, W)."""
 
     def __init__(self, hidden_size, patch_size, channels):
         super().__init__()
+        self.patch_size, self.channels = patch_size, channels
         self.norm_final = nn.LayerNorm(hidden_size, eps=LN_EPS, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * channels)
         self.adaLN_modulation = adaln(hidden_size, 2 * hidden_size)
 
     def forward(self, h, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(h), shift, scale))
+        return unpatchify(self.linear(modulate(self.norm_final(h), shift, scale)), self.patch_size, self.channels)
 
 
 def zero_(linear):

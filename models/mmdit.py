@@ -11,7 +11,7 @@ from torch import nn
 
 from common.errors import InputError
 from models.attention import attention
-from models.deepflow import DeepFlow, TimeGapAdaLN
+from models.deepflow import DeepFlow
 from models.layers import LN_EPS, Attention, Block, adaln, modulate, zero_
 
 TEXT_TOKENS = 77  # L of CLIP's text features
@@ -51,8 +51,7 @@ class JointBlock(nn.Module):
         of_text, rest_of_text = self.context_block.before(text, c)
         of_image, rest_of_image = self.x_block.before(tokens, c)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_text, of_image, strict=True))
-        attended = attention(q, k, v)
-        text_part, image_part = attended.split([text.shape[1], tokens.shape[1]], dim=2)
+        text_part, image_part = attention(q, k, v).split([text.shape[1], tokens.shape[1]], dim=2)
         tokens = self.x_block.after(tokens, image_part, rest_of_image)
         return tokens, self.context_block.after(text, text_part, rest_of_text)
 
@@ -87,11 +86,10 @@ class MMDiT(DeepFlow):
     def initialize_weights(self):
         """DeepFlow's with init "dit"; with "repa" only VeRA's adaLN-Zero is set to zero."""
         if self.init == "dit":
-            return super().initialize_weights()
-        for module in self.modules():
-            if isinstance(module, TimeGapAdaLN):
-                zero_(module.adaLN_modulation[1])
-        return None
+            super().initialize_weights()
+            return
+        for vera in self.df_blocks:
+            zero_(vera.acc_norm.adaLN_modulation[1])
 
     def embed(self, t, y):
         """As DeepFlow's, for text features y (N, L, W) → text tokens (N, L, D); no label joins the conditions."""

@@ -7,7 +7,10 @@ import torch
 
 
 class Path:
-    """A path x_t between data and noise; subclasses give α, σ and their derivatives at times t in [0, 1]."""
+    """A path x_t between data and noise; subclasses give α, σ and their derivatives at times t in [0, 1].
+
+    Their time_of_ratio gives the time at which σ/α is `ratio`, a numpy array in (0, ∞).
+    """
 
     def interpolate(self, x0, noise, t):
         """x_t = α_t·x_0 + σ_t·ε, (N, C, H, W), at times t (N,) (equation 1)."""
@@ -44,7 +47,6 @@ class LinearPath(Path):
         return torch.ones_like(t)
 
     def time_of_ratio(self, ratio):
-        """The time at which σ/α is `ratio`, a numpy array in (0, ∞)."""
         return ratio / (1 + ratio)
 
 
@@ -66,7 +68,6 @@ class CosinePath(Path):
         return math.pi / 2 * torch.cos(t * math.pi / 2)
 
     def time_of_ratio(self, ratio):
-        """The time at which σ/α is `ratio`, a numpy array in (0, ∞)."""
         return 2 / math.pi * np.arctan(ratio)
 
 

@@ -110,11 +110,6 @@ def spaced_key_layers(depth, num_branches):
     return tuple(range(depth // num_branches, depth, depth // num_branches))
 
 
-def network_class(options):
-    """The class that takes these constructor arguments."""
-    return NETWORKS[kind_of(options)]
-
-
 def constructor_defaults(network):
     """{argument: default} of DeepFlow or a subclass."""
     arguments = {**inspect.signature(DeepFlow).parameters, **inspect.signature(network).parameters}
@@ -136,22 +131,16 @@ def model_config(name, **overrides):
     preset = PRESETS[name]
     config = constructor_defaults(NETWORKS[preset.kind])
     given = {key: value for key, value in overrides.items() if value is not None}
-    unknown = set(given) - set(config)
-    if unknown:
-        raise TypeError(f"unknown model option {sorted(unknown)[0]!r}")
-    config.update({key: getattr(preset, key) for key in config if hasattr(preset, key)})
-    config.update(given)
+    if unknown := given.keys() - config.keys():
+        raise TypeError(f"unknown model option {min(unknown)!r}")
+    config |= {key: getattr(preset, key) for key in config if hasattr(preset, key)} | given
     if config["depth"] < 1:
         raise InputError(f"--trans-depth {config['depth']} is below 1; a model needs a block")
     if "depth" in given and "df_idxs" not in given:
         config["df_idxs"] = spaced_key_layers(config["depth"], len(preset.df_idxs) + 1)
     config["df_idxs"] = parse_df_idxs(config["df_idxs"])
     if name.startswith("SiT-") and config["df_idxs"]:
-        with_branches = re.sub(r"SiT-(\w+)/\d+", r"DeepFlow-\1/2", name)
-        raise InputError(
-            f"--df-idxs {list(config['df_idxs'])} is not for --model {name}, which has one branch; "
-            f"use --model {with_branches}"
-        )
+        raise InputError(f"--df-idxs is not for --model {name}, which has one branch; use a --model DeepFlow-SIZE/2")
     config["z_dims"] = tuple(config["z_dims"])
     return config
 
@@ -163,4 +152,4 @@ def create_model(name, **overrides):
 
 def build(options):
     """The freshly initialised model with these constructor arguments, as `model_config` returns them."""
-    return network_class(options)(**options)
+    return NETWORKS[kind_of(options)](**options)

@@ -9,7 +9,7 @@ import math
 import torch
 
 from common.errors import InputError
-from models.layers import TimestepEmbedder
+from models.layers import TimestepEmbedder, frequencies
 from models.presets import PRESETS, Preset, kind_of, parse_df_idxs, spaced_key_layers
 
 RMS_NORM = "blocks.0.attn.q_norm.scale"  # Decoupled MeanFlow's QK norm, in its flow models too
@@ -19,28 +19,23 @@ TEXT = "context_embedder.weight"  # only text-to-image has it
 def from_published(state, path, df_idxs=None, dmf_depth=None):
     """A published state dict → state dict in this project's conventions, constructor arguments. Raises InputError."""
     try:
-        return convert(state, config_from_state(state, path, df_idxs, dmf_depth))
+        return convert(state, config_from_state(state, df_idxs, dmf_depth))
     except InputError:
         raise
     except (KeyError, IndexError, ValueError, RuntimeError) as error:  # an expected name or shape is missing
         raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF, MMDiT): {error}") from None
 
 
-def config_from_state(state, path, df_idxs=None, dmf_depth=None):
+def config_from_state(state, df_idxs=None, dmf_depth=None):
     """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError.
 
     df_idxs: the key layers if known; default: the preset's, else evenly spaced. dmf_depth: given, the file is taken
     as a flow map, as it is if it has a log-variance head; default: the preset's, else two thirds of the blocks.
     """
-    if "x_embedder.proj.weight" not in state or "pos_embed" not in state:
-        raise InputError(
-            f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF, MMDiT): x_embedder or pos_embed is missing"
-        )
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     is_text = TEXT in state
-    blocks = "joint_blocks." if is_text else "blocks."
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith(blocks))
-    num_branches = 1 + len({name.split(".")[1] for name in state if name.startswith("df_blocks.")})
+    depth = length_of("joint_blocks" if is_text else "blocks", state)
+    num_branches = 1 + length_of("df_blocks", state)
     row = closest_preset(hidden_size, depth, num_branches, is_text)
     if df_idxs is None:
         is_preset = row and (row.depth, len(row.df_idxs) + 1) == (depth, num_branches)
@@ -66,16 +61,16 @@ def config_from_state(state, path, df_idxs=None, dmf_depth=None):
     if num_branches > 1:
         config["projector_dim"] = state["df_blocks.0.acc_mlp.0.weight"].shape[0]
     if "projectors.0.4.weight" in state:
-        config.update(alignment_from_state(state, max(num_branches - 1, 1)))
+        num_encoders = length_of("projectors", state) // max(num_branches - 1, 1)
+        z_dims = tuple(state[f"projectors.{j}.4.weight"].shape[0] for j in range(num_encoders))
+        config |= {"ssl_align": True, "z_dims": z_dims, "projector_dim": state["projectors.0.0.weight"].shape[0]}
         config["encoder_depth"] = min(row.encoder_depth if row else Preset.encoder_depth, depth)
     return config
 
 
-def alignment_from_state(state, num_blocks):
-    """Constructor arguments that follow from the projectors; num_blocks: number of blocks whose tokens they see."""
-    count = len({name.split(".")[1] for name in state if name.startswith("projectors.")})
-    z_dims = tuple(state[f"projectors.{j}.4.weight"].shape[0] for j in range(count // num_blocks))
-    return {"ssl_align": True, "z_dims": z_dims, "projector_dim": state["projectors.0.0.weight"].shape[0]}
+def length_of(modules, state):
+    """Length of a list of modules, by name, in a state dict."""
+    return len({name.split(".")[1] for name in state if name.startswith(f"{modules}.")})
 
 
 def default_dmf_depth(depth, df_idxs):
@@ -94,8 +89,7 @@ def heads_from_state(state, hidden_size):
 def closest_preset(hidden_size, depth, num_branches, is_text):
     """Preset row of this width, preferably of this depth and number of branches too; None if there is none."""
     rows = [r for r in PRESETS.values() if r.hidden_size == hidden_size and (r.kind == "text") == is_text]
-    rows.sort(key=lambda row: (len(row.df_idxs) + 1 != num_branches, row.depth != depth))
-    return rows[0] if rows else None
+    return min(rows, key=lambda row: (len(row.df_idxs) + 1 != num_branches, row.depth != depth), default=None)
 
 
 def convert(state, config):
@@ -111,13 +105,12 @@ def convert(state, config):
 
 def drop_sigma(state, channels):
     """Remove the unused half of a `learn_sigma` output layer; its rows are ordered (patch row, column, 2C channels)."""
-    weight, bias = state["final_layer.linear.weight"], state["final_layer.linear.bias"]
     patch_area = state["x_embedder.proj.weight"].shape[-1] ** 2
-    if weight.shape[0] == patch_area * channels:
+    if state["final_layer.linear.bias"].shape[0] == patch_area * channels:
         return state
-    weight = weight.unflatten(0, (patch_area, 2 * channels))[:, :channels].flatten(0, 1)
-    bias = bias.unflatten(0, (patch_area, 2 * channels))[:, :channels].flatten()
-    return {**state, "final_layer.linear.weight": weight, "final_layer.linear.bias": bias}
+    names = ("final_layer.linear.weight", "final_layer.linear.bias")
+    rows = {name: state[name].unflatten(0, (patch_area, 2 * channels)) for name in names}
+    return {**state, **{name: tensor[:, :channels].flatten(0, 1) for name, tensor in rows.items()}}
 
 
 def reverse_time(state):
@@ -127,9 +120,8 @@ def reverse_time(state):
     1 − t is a rotation of the sinusoid of t: cos((1−t)f) = cos f·cos tf + sin f·sin tf, and likewise for sin.
     """
     n = TimestepEmbedder.NUM_FREQUENCIES
-    f = torch.exp(-math.log(10000.0) * torch.arange(n, dtype=torch.float32) / n).double()
     weight = state["t_embedder.mlp.0.weight"]
-    f = f.to(weight.device)
+    f = frequencies(n, weight.device).double()
     of_cos, of_sin = weight.double().split(n, dim=1)
     rotated = torch.cat([of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos()], dim=1)
     return {

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError, first_line, note
+from common.records import Count
 
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
 
@@ -27,8 +28,8 @@ class TextSpec:
 
     encoder: str = DEFAULT_TEXT_ENCODER
     family: str = encoder_family(DEFAULT_TEXT_ENCODER)
-    tokens: int = 77
-    width: int = 768
+    tokens: Count = 77
+    width: Count = 768
 
     def check_same(self, other, ours, theirs):
         """Raise InputError unless `other` has the same encoder, tokens and width; ours, theirs: for the message."""
@@ -65,13 +66,13 @@ class Tokens:
 
     def warn(self, captions):
         """Print a warning if a caption is too long."""
-        lengths = [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        if lengths[longest] > self.length:
+        ids = self.tokenizer(list(captions), verbose=False)["input_ids"]
+        length, longest = max((len(row), caption) for row, caption in zip(ids, captions, strict=True))
+        if length > self.length:
             self.has_warned = True
             note(
-                f"warning: '{captions[longest][:60]}…' has {lengths[longest]} tokens and is cut to {self.length}, "
-                "as are other long captions (said once)"
+                f"warning: '{longest[:60]}…' has {length} tokens and is cut to {self.length}, as are other long "
+                "captions (said once)"
             )
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import multiprocessing
 import os
@@ -22,11 +23,12 @@ from common.look_ahead import ordered_map
 from common.versions import versions
 from latents.manifest import LABELS_JSON, MANIFEST, NAMES, DataManifest
 from latents.names import NO_LABEL, label_json, pack_names, walk
-from preprocessing.jobs import Batches, Job
+from preprocessing.jobs import Job, batches_of
 from preprocessing.options import ImageFlags
 from preprocessing.sources import ImageSource
 from preprocessing.transforms import TRANSFORMS, make_transform
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # of this process
 CHUNK = 64  # images that one worker finishes before they are noted as done
 FORMATS = {  # measured on 256² photographs: level 1 halves level 0 and writes as fast, higher ones gain 5 %
     "png": (".png", {"format": "PNG", "compress_level": 1}),
@@ -43,11 +45,6 @@ def width_height(text):
     return size
 
 
-def usable_cores():
-    """Number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 @dataclasses.dataclass
 class ConvertFlags(ImageFlags):
     """images of any size → square RGB images of one size"""
@@ -59,17 +56,13 @@ class ConvertFlags(ImageFlags):
     )
     dest: str = required("new or empty folder, or a .zip to make", metavar="DIR|ZIP", group="output")
     resolution: tuple | None = flag(None, "for example 256x256", width_height, metavar="WxH", group="output")
-    transform: str | None = flag(
-        None, "default: resize without a crop", str, choices=sorted(TRANSFORMS), group="output"
-    )
+    transform: str | None = flag(None, "default: resize only", str, choices=sorted(TRANSFORMS), group="output")
     _: dataclasses.KW_ONLY
     format: str = flag("png", "jpeg loses detail", choices=sorted(FORMATS), group="output")
-    workers: int = flag(
-        usable_cores(), "processes; by default one per core", range=Range(low=1), group="precision and speed"
-    )
+    workers: int = flag(CORES, "processes; by default one per core", range=Range(low=1), group="precision and speed")
 
 
-def image_name(index, image_format="png"):
+def image_name(index, image_format):
     """Published name of image `index`: 00000/img00000000.png; a thousand images per folder."""
     number = f"{index:08d}"
     return f"{number[:5]}/img{number}{FORMATS[image_format][0]}"
@@ -80,99 +73,76 @@ def convert(options):
 
     Does nothing if the destination is complete.
     """
-    make_transform(options.transform, options.resolution)
+    transform = make_transform(options.transform, options.resolution)
     images = ImageSource(options.source, options.published_labels, options.max_images)
     dest = Path(options.dest)
     to_zip = dest.suffix.lower() == ".zip"
-    job = Job(f"{dest}.work" if to_zip else dest, ticket(images, options))
-    if to_zip and _zip_is_complete(dest, job.ticket):
-        shutil.rmtree(job.dest, ignore_errors=True)
-        return note(f"{dest} is complete: nothing to do")
-    if job.begin():
-        task = Task(images, job, options)
-        _run(task, options.workers)
-        _finish(task)
-    elif not to_zip:
-        return note(f"{dest} is complete: nothing to do")
+    ticket = {"command": "convert", "source": images.fingerprint(), "resolution": options.resolution}
+    ticket |= {"transform": options.transform, "image_format": options.format, "chunk": CHUNK}
+    job = Job(f"{dest}.work" if to_zip else dest, ticket)
+    complete = to_zip and _zip_is_complete(dest, job.ticket)
+    if not complete and job.begin():
+        task = functools.partial(_convert_chunk, images, job, transform, options)
+        _convert_images(images, job, task, options.workers)
+        _finish(images, job, options)
+    elif complete or not to_zip:
+        note(f"{dest} is complete: nothing to do")
     if to_zip:
-        _write_zip(job.dest, dest, FORMATS[options.format][0])
-        shutil.rmtree(job.dest)
-    return None
+        if not complete:
+            _write_zip(job.dest, dest, FORMATS[options.format][0])
+        shutil.rmtree(job.dest, ignore_errors=True)
 
 
-def ticket(images, options):
-    """What identifies the work, so that a later run resumes nothing else."""
-    return {
-        "command": "convert",
-        "source": images.fingerprint(),
-        "resolution": options.resolution,
-        "transform": options.transform,
-        "image_format": options.format,
-        "chunk": CHUNK,
-    }
-
-
-class Task:
-    """What a worker needs to convert a chunk."""
-
-    def __init__(self, images, job, options):
-        self.images, self.job, self.options = images, job, options
-        self.chunks = Batches(len(images), CHUNK)
-        self.transform = make_transform(options.transform, options.resolution)
-
-    def run(self, number):
-        """Convert the images of one chunk; returns facts: side (or None) and what was left out, {index: reason}."""
-        side, left_out = None, {}
-        for index in self.chunks[number]:
-            image, reason = self.images.read_or_skip(index, self.options.skip_bad)
-            result = None if image is None else self.transform(image)
-            if result is None:
-                left_out[index] = reason or "too small for the transform"
-                continue
-            side = self._check_side(index, result, side)
-            buffer = io.BytesIO()
-            result.save(buffer, **FORMATS[self.options.format][1])
-            self.job.put(image_name(index, self.options.format), buffer.getbuffer())
-        return {"side": side, "left_out": left_out}
-
-    def _check_side(self, index, image, side):
-        width, height = image.size
-        path = self.images.where(index)
+def _convert_chunk(images, job, transform, options, chunk):
+    """Convert the images of one chunk; returns facts: side (or None) and what was left out, {index: reason}."""
+    side, left_out = None, {}
+    for index in chunk:
+        image, reason = images.read_or_skip(index, options.skip_bad)
+        result = None if image is None else transform(image)
+        if result is None:
+            left_out[index] = reason or "too small for the transform"
+            continue
+        width, height = result.size
+        becomes = f"{images.where(index)} becomes {width}x{height}"
         if width != height or width & (width - 1):
-            raise InputError(f"{path} becomes {width}x{height}; --resolution must lead to a square, a power of two")
+            raise InputError(f"{becomes}; --resolution must lead to a square, a power of two")
         if side not in (None, width):
-            raise InputError(f"{path} becomes {width}x{height}, others {side}x{side}; give --resolution")
-        return width
+            raise InputError(f"{becomes}, others {side}x{side}; give --resolution")
+        side = width
+        buffer = io.BytesIO()
+        result.save(buffer, **FORMATS[options.format][1])
+        job.put(image_name(index, options.format), buffer.getbuffer())
+    return {"side": side, "left_out": left_out}
 
 
-def _run(task, workers):
-    """Convert all chunks that the journal lacks, in this process or in forked ones."""
-    done, chunks = task.job.finished(len(task.chunks)), task.chunks
-    todo = np.flatnonzero(~done).tolist()
-    initial = sum(len(chunks[number]) for number in np.flatnonzero(done))
-    with tqdm(total=len(task.images), initial=initial, unit="img", desc="convert") as bar:
-        for number, facts in zip(todo, _results(task, todo, min(workers, len(todo))), strict=True):
-            task.job.record(number, **facts)
+def _convert_images(images, job, task, workers):
+    """Run the task on all chunks that the journal lacks, in this process or in forked ones."""
+    chunks = batches_of(len(images), CHUNK)
+    todo, done = job.unfinished(chunks)
+    results = _map(images, task, [chunks[number] for number in todo], min(workers, len(todo)))
+    with tqdm(total=len(images), initial=done, unit="img", desc="convert") as bar:
+        for number, facts in zip(todo, results, strict=True):
+            job.record(number, **facts)
             bar.update(len(chunks[number]))
 
 
-def _results(task, todo, workers):
-    """Facts of the chunks `todo` as they get ready; at most a few per worker are under way."""
+def _map(images, task, chunks, workers):
+    """Facts of the chunks as they get ready, in order; at most a few per worker are under way."""
     if workers <= 1:
-        yield from map(task.run, todo)
+        yield from map(task, chunks)
         return
     context = multiprocessing.get_context("fork")  # a fork shares names and labels
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (task, os.getpid())) as pool:
-        yield from ordered_map(_run_chunk, todo, ahead=4 * workers, pool=pool)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (images, task, os.getpid())) as pool:
+        yield from ordered_map(_run_chunk, chunks, ahead=4 * workers, pool=pool)
 
 
 _TASK = None  # set in a worker process
 
 
-def _start_worker(task, parent):
+def _start_worker(images, task, parent):
     global _TASK
     _TASK = task
-    task.images.reopen()
+    images.reopen()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -183,47 +153,35 @@ def _end_with(parent):
     os._exit(1)
 
 
-def _run_chunk(number):
-    return _TASK.run(number)
+def _run_chunk(chunk):
+    return _TASK(chunk)
 
 
-def _finish(task):
-    images, left_out, image_format = task.images, task.job.left_out(), task.options.format
-    sides = {record["side"] for record in task.job.records()} - {None}
+def _finish(images, job, options):
+    sides = {record.side for record in job.records()} - {None}
     if len(sides) > 1:
         raise InputError(f"{images.path} gives images of different sizes {sorted(sides)}; give --resolution")
-    kept = [index for index in range(len(images)) if index not in left_out]
-    if images.names and not kept:
-        raise InputError(f"{images.path}: not one image could be used; the first: {next(iter(left_out.values()))}")
-    for index, reason in left_out.items():
-        note(f"left out: {images.names[index]} ({reason})")
+    kept, left_out = job.kept(images.names)
     labels = images.labels[kept]
     manifest = {
         "kind": "images",
         "layout": "folder",
         "count": len(kept),
         "resolution": next(iter(sides), None),
-        "transform": task.options.transform,
-        "image_format": image_format,
+        "transform": options.transform,
+        "image_format": options.format,
         "num_classes": images.num_classes,
         "class_names": images.class_names,
-        "left_out": [[images.names[index], reason] for index, reason in left_out.items()],
+        "left_out": left_out,
         "versions": versions(),
     }
-    sources = pack_names([images.names[index] for index in kept])
-    files = {NAMES: sources, LABELS_JSON: label_json([image_name(index, image_format) for index in kept], labels)}
-    task.job.finish(files, manifest)
-    note(f"{task.job.dest}: {len(kept)} images, {_say_classes(labels, images)}")
-
-
-def _say_classes(labels, images):
-    if not (labels == NO_LABEL).any():
-        return f"{images.num_classes} classes"
-    if images.num_classes == 1:
-        return f"one class ({images.class_names[0]}), so no labels (null), as published"
-    unlabelled = images.names[int(np.argmax(images.labels == NO_LABEL))]
-    where = f"{unlabelled} is in no class folder and in no {LABELS_JSON}"
-    return f"WITHOUT LABELS: {where}; training needs labels or captions"
+    sources, names = [images.names[index] for index in kept], [image_name(index, options.format) for index in kept]
+    job.finish({NAMES: pack_names(sources), LABELS_JSON: label_json(names, labels)}, manifest)
+    note(f"{job.dest}: {len(kept)} images, classes: {images.num_classes or 'none'}")
+    unlabelled = labels == NO_LABEL
+    if unlabelled.any() and images.num_classes != 1:  # of a single class there are no labels, as published
+        first = sources[int(np.argmax(unlabelled))]
+        note(f"WITHOUT LABELS: {first} is in no class folder and no {LABELS_JSON}; training needs labels or captions")
 
 
 def _zip_is_complete(dest, ticket):

@@ -17,7 +17,6 @@ from preprocessing.fill import ImageRows, fill, ticket
 from preprocessing.jobs import Job, to_npy
 from preprocessing.options import ImageFlags, NetworkFlags
 from preprocessing.packed import ShardWriter
-from preprocessing.sources import ImageSource
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,9 +44,7 @@ class FeatureFlags(NetworkFlags, ImageFlags):
     """patch features of an alignment encoder as a packed set, so that training needs no encoder"""
 
     enc_type: str = required("one of " + ", ".join(ENCODERS), metavar="NAME", group="model")
-    enc_ckpt: str | None = flag(
-        None, "its weights, the authors' file or timm's; default: the hub's", str, metavar="FILE", group="model"
-    )
+    enc_ckpt: str | None = flag(None, "authors' or timm's weights; default: hub", str, metavar="FILE", group="model")
     _: dataclasses.KW_ONLY
     mirror: bool = flag(False, "of the flipped images (DATA/features-NAME-mirror)", group="data")
 
@@ -59,40 +56,39 @@ def latent_name(index):
 
 
 class FolderWriter:
-    """One float32 .npy per row, as published."""
+    """One float32 .npy per row, as published; its methods are those of ShardWriter."""
 
     def __init__(self, job):
         self.job = job
 
     def write(self, positions, rows, names):
-        """Write rows (B, *shape) of the images at `positions`; names as in ShardWriter.write."""
-        for position, row, name in zip(positions, rows, names, strict=True):
+        """Write rows (B, *shape) of the images at `positions`."""
+        for position, row in zip(positions, rows, strict=True):
             if not np.isfinite(row).all():
-                raise InputError(f"{name} gives latents that are not finite; try --dtype fp32")
+                raise InputError(f"{names[position]} gives latents that are not finite; try --dtype fp32")
             self.job.put(latent_name(position), to_npy(np.ascontiguousarray(row, dtype=np.float32)))
 
     def finish(self, _count, kept, names, labels, manifest, files):
-        """Write names, dataset.json and the manifest; the arguments are those of ShardWriter.finish."""
+        """Write names, dataset.json and the manifest."""
         last = {NAMES: pack_names(names), LABELS_JSON: label_json(list(map(latent_name, kept)), labels)}
         self.job.finish({**files, **last}, {**manifest, "layout": "folder", "count": len(kept), "dtype": "<f4"})
 
 
 def encode(options):
     """Encode images to VAE moments (mean and std, neither sampled nor scaled) in either layout."""
-    rows = image_rows(options)
+    rows = ImageRows(options)
     with Processes.join(options.device) as processes:
         codec = LatentCodec.load(options.vae, processes.device, DTYPES[options.dtype])
         spec = codec.spec
-        if rows.side % spec.factor:
-            raise InputError(
-                f"{options.source}: {rows.side}x{rows.side} images do not divide by the VAE's factor {spec.factor}"
-            )
-        shape = (2 * spec.channels, rows.side // spec.factor, rows.side // spec.factor)
-        what = {"kind": "moments", "latents": dataclasses.asdict(spec), "flipped": rows.mirror}
+        side, rest = divmod(rows.side, spec.factor)
+        if rest:
+            raise InputError(f"--source {options.source}: {rows.side} pixels are no multiple of --vae's {spec.factor}")
+        shape = (2 * spec.channels, side, side)
+        what = {"kind": "moments", "latents": dataclasses.asdict(spec), "flipped": options.mirror}
         what["arithmetic"] = options.dtype
         layout = {"layout": "packed", **options.stored()} if options.packed else {"layout": "folder"}
         job = Job(options.dest, ticket("encode", rows, options, {**what, **layout}))
-        writer = ShardWriter.from_flags(job, shape, options) if options.packed else FolderWriter(job)
+        writer = ShardWriter(job, shape, options) if options.packed else FolderWriter(job)
         fill(writer, rows, codec.encode, processes, {**what, "moments_shape": shape}, "diffusers")
 
 
@@ -100,20 +96,13 @@ def write_features(options):
     """Write patch features of an alignment encoder as a packed set: one row (T, Z) per image."""
     names = parse_enc_type(options.enc_type)
     if len(names) != 1:
-        raise InputError(
-            f"--enc-type {options.enc_type}: a set holds the features of one encoder; run the command for each"
-        )
+        raise InputError(f"--enc-type {options.enc_type}: a set holds the features of one encoder; run it for each")
     (name,), (checkpoint,) = names, parse_enc_ckpt(options.enc_ckpt, names)
-    rows = image_rows(options)
+    rows = ImageRows(options)
     with Processes.join(options.device) as processes:
         encoder = Encoder(name, rows.side, checkpoint, processes.device)
         what = {"kind": "features", "encoder": {"name": name, "weights": weights_id(name, checkpoint)}}
-        what["flipped"] = rows.mirror
+        what["flipped"] = options.mirror
         job = Job(options.dest, ticket("features", rows, options, {**what, **options.stored()}))
-        writer = ShardWriter.from_flags(job, ((rows.side // STRIDE) ** 2, ENCODERS[name].width), options)
+        writer = ShardWriter(job, ((rows.side // STRIDE) ** 2, ENCODERS[name].width), options)
         fill(writer, rows, lambda images: encoder(images.to(processes.device)), processes, what, "timm")
-
-
-def image_rows(options):
-    """ImageRows of the flags."""
-    return ImageRows(ImageSource(options.source, options.published_labels, options.max_images), options, options.mirror)

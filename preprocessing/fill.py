@@ -12,27 +12,38 @@ from tqdm import tqdm
 from common.errors import InputError, note
 from common.look_ahead import ordered_map
 from common.versions import versions
-from preprocessing.jobs import Batches
-from preprocessing.sources import BadImageError
+from preprocessing.jobs import batches_of
+from preprocessing.sources import ImageSource
 
 
 class ImageRows:
-    """The images of a source as network input: uint8 (B, 3, R, R), mirrored if `mirror`; all must be R×R."""
+    """The images of --source as network input: uint8 (B, 3, R, R), mirrored if options.mirror; all must be R×R.
+
+    names, labels: of all images; fingerprint: identifies them; facts: what the manifest says about them.
+    """
 
     unit = "image"
 
-    def __init__(self, images, options, mirror=False):
-        self.images, self.side, self.mirror = images, side_of(images), mirror
-        self.fingerprint = images.fingerprint()  # identifies the source
-        self.batch_size, self.workers, self.skip_bad = options.batch_size, options.workers, options.skip_bad
-
-    def __len__(self):
-        return len(self.images)
+    def __init__(self, options):
+        self.images = images = ImageSource(options.source, options.published_labels, options.max_images)
+        self.options, self.names, self.labels = options, images.names, images.labels
+        if not images.names:
+            raise InputError(f"--source {options.source} holds no images")
+        resolution = images.manifest and images.manifest.resolution
+        self.side = resolution or images.read_or_skip(0, skip_bad=False)[0].width
+        self.fingerprint = images.fingerprint()
+        self.facts = {
+            "images": self.fingerprint,
+            "num_classes": images.num_classes,
+            "class_names": images.class_names,
+            "resolution": self.side,
+            "transform": images.manifest.transform if images.manifest else None,
+        }
 
     def read(self, batches):
         """For each batch of positions: (images, {position: reason} of those left out); the next is read meanwhile."""
-        ahead = max(self.batch_size, self.workers)
-        results = ordered_map(self._read, itertools.chain.from_iterable(batches), ahead, self.workers)
+        ahead = max(self.options.batch_size, self.options.workers)
+        results = ordered_map(self._read, itertools.chain.from_iterable(batches), ahead, self.options.workers)
         for batch in batches:
             found = list(itertools.islice(results, len(batch)))
             arrays = [pixels for pixels, _ in found if pixels is not None]
@@ -41,51 +52,13 @@ class ImageRows:
 
     def _read(self, index):
         """(uint8 (3, R, R), None), or (None, reason)."""
-        image, reason = self.images.read_or_skip(index, self.skip_bad)
+        image, reason = self.images.read_or_skip(index, self.options.skip_bad)
         if image is None:
             return None, reason
         if image.size != (self.side, self.side):
-            raise InputError(
-                f"{self.where(index)} is {image.width}x{image.height}, not {self.side}x{self.side}; "
-                "convert the images first"
-            )
-        return np.asarray(image).transpose(2, 0, 1)[:, :, :: -1 if self.mirror else 1], None
-
-    def where(self, index):
-        """What a row comes from, for messages."""
-        return self.images.where(index)
-
-    def labelled(self, kept):
-        """Names and labels of the rows `kept`."""
-        return [self.images.names[index] for index in kept], self.images.labels[kept]
-
-    def facts(self, left_out):
-        """What the manifest says about the images."""
-        images = self.images
-        return {
-            "images": self.fingerprint,
-            "num_classes": images.num_classes,
-            "class_names": images.class_names,
-            "resolution": self.side,
-            "transform": images.manifest.transform if images.manifest else None,
-            "left_out": [[images.names[index], reason] for index, reason in left_out.items()],
-        }
-
-    def files(self, _function):
-        """Further files of the set: none."""
-        return {}
-
-
-def side_of(images):
-    """Side of the images of a source, from its manifest or its first image."""
-    if images.manifest and images.manifest.resolution:
-        return images.manifest.resolution
-    if not len(images):
-        raise InputError(f"--source {images.path} holds no images")
-    try:
-        return images.read(0).width
-    except BadImageError as error:
-        raise InputError(f"{images.where(0)} cannot be read ({error}); run convert first") from None
+            size = f"{image.width}x{image.height}, not {self.side}x{self.side}"
+            raise InputError(f"{self.images.where(index)} is {size}; convert the images first")
+        return np.asarray(image).transpose(2, 0, 1)[:, :, :: -1 if self.options.mirror else 1], None
 
 
 def ticket(command, rows, options, what):
@@ -93,47 +66,36 @@ def ticket(command, rows, options, what):
     return {"command": command, "source": rows.fingerprint, "batch_size": options.batch_size, **what}
 
 
-def fill(writer, rows, function, processes, manifest, package):
+def fill(writer, rows, function, processes, manifest, package, files=dict):
     """Run this process's share of the batches of `rows` through function: a batch → (B, …), into the set of `writer`.
 
-    The first process completes the set. manifest: what was computed; package: the one whose version is recorded.
+    The first process completes the set. manifest: what was computed; package: the one whose version is recorded;
+    files: makes {name: bytes} of further files.
     """
     job = writer.job
-    if processes.is_main and not job.begin():
+    if not processes.share("begun", processes.is_main and job.begin()):
         note(f"{job.dest} is complete: nothing to do")
-    processes.barrier()
-    if job.is_complete():
         return
     _fill_share(writer, rows, function, processes)
     processes.barrier()
     if processes.is_main:
-        facts = {**rows.facts(job.left_out()), "versions": versions("torch", package)}
-        _complete(writer, rows, function, {**manifest, **facts})
+        kept, left_out = job.kept(rows.names)
+        names, labels = [rows.names[index] for index in kept], np.asarray(rows.labels)[kept]
+        manifest = {**manifest, **rows.facts, "left_out": left_out, "versions": versions("torch", package)}
+        writer.finish(len(rows.names), kept, names, labels, manifest, files())
+        note(f"{job.dest}: {len(kept)} {rows.unit}s encoded")
 
 
 def _fill_share(writer, rows, function, processes):
-    batches = Batches(len(rows), writer.job.ticket["batch_size"])
-    done = writer.job.finished(len(batches))
-    mine = [number for number in range(processes.rank, len(batches), processes.world) if not done[number]]
-    initial = sum(len(batches[number]) for number in np.flatnonzero(done))
-    with tqdm(total=len(rows), initial=initial, unit=rows.unit, desc="encode", disable=not processes.is_main) as bar:
+    job, total = writer.job, len(rows.names)
+    batches = batches_of(total, job.ticket["batch_size"])
+    todo, done = job.unfinished(batches)
+    mine = [number for number in todo if number % processes.world == processes.rank]
+    with tqdm(total=total, initial=done, unit=rows.unit, desc="encode", disable=not processes.is_main) as bar:
         inputs = rows.read([batches[number] for number in mine])
         for number, (batch, left_out) in zip(mine, inputs, strict=True):
             positions = [index for index in batches[number] if index not in left_out]
             if positions:  # a row keeps the place of its image until the end
-                values = function(batch).float().cpu().numpy()
-                writer.write(positions, values, [rows.where(index) for index in positions])
-            writer.job.record(number, left_out=left_out)
+                writer.write(positions, function(batch).float().cpu().numpy(), rows.names)
+            job.record(number, left_out=left_out)
             bar.update(min(len(batches[number]) * processes.world, bar.total - bar.n))
-
-
-def _complete(writer, rows, function, manifest):
-    left_out = writer.job.left_out()
-    kept = [index for index in range(len(rows)) if index not in left_out]
-    if not kept:
-        raise InputError(f"{rows.images.path}: not one image could be read")
-    for name, reason in manifest["left_out"]:
-        note(f"left out: {name} ({reason})")
-    names, labels = rows.labelled(kept)
-    writer.finish(len(rows), kept, names, labels, manifest, rows.files(function))
-    note(f"{writer.job.dest}: {len(kept)} {rows.unit}s encoded")

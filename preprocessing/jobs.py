@@ -5,7 +5,7 @@ files that are not whole yet. Batches are fixed by index: one that the journal l
 written last, so a folder with a manifest is complete, and running the command again does nothing.
 """
 
-import collections.abc
+import dataclasses
 import io
 import json
 import os
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InputError
-from common.files import read_json, write_atomically
-from latents.manifest import FORMAT, MANIFEST, PARTIAL, VERSION, DataManifest
+from common.errors import InputError, note
+from common.files import write_atomically
+from common.records import parse_record, read_record
+from latents.manifest import FORMAT, MANIFEST, VERSION, DataManifest
+from latents.sets import PARTIAL
 
 TICKET = "job.json"
 
@@ -35,18 +37,18 @@ def to_npy(array):
     return buffer.getvalue()
 
 
-class Batches(collections.abc.Sequence):
-    """Batches of fixed index: the ranges that split `count` positions into `size` each; the last may have fewer."""
+def batches_of(count, size):
+    """The ranges that split `count` positions into `size` each; the last may have fewer."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def __init__(self, count, size):
-        self._count, self._starts = count, range(0, count, size)
 
-    def __len__(self):
-        return len(self._starts)
+@dataclasses.dataclass
+class Finished:
+    """A line of the journal: a batch that is finished."""
 
-    def __getitem__(self, number):
-        start = self._starts[number]
-        return range(start, min(start + self._starts.step, self._count))
+    batch: int
+    side: int | None = None  # of the images that convert made
+    left_out: dict[int, str] = dataclasses.field(default_factory=dict)  # {position: reason}
 
 
 class Job:
@@ -58,7 +60,7 @@ class Job:
         self._journal = None
 
     def begin(self):
-        """Make or resume the folder. Returns False if everything is there already.
+        """Prepare the folder, or resume. False if everything is there already.
 
         Raises InputError if the folder holds something else.
         """
@@ -70,26 +72,19 @@ class Job:
             shutil.rmtree(self.partial, ignore_errors=True)
             return False
         if (self.partial / TICKET).is_file():
-            self._compare(read_json(self.partial / TICKET), "is half filled by another command")
+            found = read_record(dict, self.partial / TICKET, f"empty {self.dest}")
+            self._compare(found, "is half filled by another command")
             return True
         if self.dest.is_dir() and any(entry.name != PARTIAL for entry in self.dest.iterdir()):
             raise InputError(f"--dest folder must be empty: {self.dest} is not; empty it or name another")
-        self.partial.mkdir(parents=True, exist_ok=True)
         self.put(f"{PARTIAL}/{TICKET}", to_json(self.ticket), durable=True)
         return True
 
-    def is_complete(self):
-        """True once the manifest is there."""
-        return (self.dest / MANIFEST).is_file()
-
     def _compare(self, found, what):
-        different = sorted(key for key in self.ticket | found if found.get(key) != self.ticket.get(key))
-        if different:
-            key = different[0]
-            raise InputError(
-                f"--dest {self.dest} {what} ({key}: {found.get(key)!r} there, {self.ticket.get(key)!r} now); "
-                "empty it, or name another folder"
-            )
+        for key in sorted(self.ticket | found):
+            there, now = found.get(key), self.ticket.get(key)
+            if there != now:
+                raise InputError(f"--dest {self.dest} {what} ({key}: {there!r} there, {now!r} now); name another")
 
     def put(self, name, data, durable=False):
         """Write the bytes `data` to DEST/name, whole or not at all; durable: wait until the disk has them."""
@@ -97,34 +92,42 @@ class Job:
         write_atomically(self.dest / name, lambda file: file.write(data), durable, temporary)
 
     def record(self, batch, **facts):
-        """Note in the journal that batch number `batch` is finished, with facts about it."""
+        """Note in the journal that batch number `batch` is finished; facts: the other fields of Finished."""
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
         self._journal.write((json.dumps({"batch": batch, **facts}) + "\n").encode())
 
     def records(self):
-        """Facts about every finished batch, of all processes and earlier runs."""
+        """Finished for every finished batch, of all processes and earlier runs."""
         for path in self.partial.glob("done-*.jsonl"):
-            with open(path, "rb") as file:
-                yield from (json.loads(line) for line in file if line.endswith(b"\n"))  # others were cut off
+            lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut off
+            yield from parse_record(list[Finished], b"[" + b",".join(lines) + b"]", path, f"empty {self.dest}")
 
-    def finished(self, count):
-        """bool (count,): which of `count` batches are finished."""
-        done = np.zeros(count, bool)
-        done[[record["batch"] for record in self.records()]] = True
-        return done
+    def unfinished(self, batches):
+        """(numbers of the batches that the journal lacks, how many positions the others have)."""
+        done = {record.batch for record in self.records()}
+        todo = [number for number in range(len(batches)) if number not in done]
+        return todo, sum(len(batches[number]) for number in done)
 
-    def left_out(self):
-        """{position: reason} of the images that were left out, in order."""
-        reasons = (record["left_out"].items() for record in self.records())
-        return dict(sorted((int(index), reason) for items in reasons for index, reason in items))
+    def kept(self, names):
+        """(positions of the images `names` that were kept, [[name, reason]] of the others, which the user is told).
+
+        Raises InputError where none was.
+        """
+        reasons = dict(sorted(pair for record in self.records() for pair in record.left_out.items()))
+        left_out = [[names[position], reason] for position, reason in reasons.items()]
+        kept = [position for position in range(len(names)) if position not in reasons]
+        if left_out and not kept:
+            raise InputError(f"--source: not one image could be used; the first, {': '.join(left_out[0])}; repair them")
+        for name, reason in left_out:
+            note(f"left out: {name} ({reason})")
+        return kept, left_out
 
     def finish(self, files, manifest):
         """Write the last files {name: bytes}, then the manifest, then remove what was partial."""
-        for name, data in files.items():
-            self.put(name, data, durable=True)
         content = {"format": FORMAT, "version": VERSION, **manifest, "job": self.ticket}
-        self.put(MANIFEST, to_json(content), durable=True)
+        for name, data in {**files, MANIFEST: to_json(content)}.items():
+            self.put(name, data, durable=True)
         if self._journal is not None:
             self._journal.close()
         shutil.rmtree(self.partial, ignore_errors=True)

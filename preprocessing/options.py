@@ -4,7 +4,7 @@ import dataclasses
 
 from common.flags import Range, flag, required
 
-STORED = {"fp16": "float16", "fp32": "float32"}
+STORED = {"fp16": "<f2", "fp32": "<f4"}
 SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
 
 
@@ -15,9 +15,7 @@ class SetFlags:
     source: str = required("images that convert wrote (DATA/images)", metavar="DIR|ZIP", group="data")
     dest: str = required("new or empty folder", metavar="DIR", group="output")
     _: dataclasses.KW_ONLY
-    max_images: int | None = flag(
-        None, "use only the first N in order", int, range=Range(low=1), metavar="N", group="data"
-    )
+    max_images: int | None = flag(None, "only the first N in order", int, range=Range(low=1), metavar="N", group="data")
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from common.versions import versions
 from dataset import open_dataset
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE
 from latents.sets import images_by_order, is_set, open_set
-from preprocessing.jobs import Batches, Job
+from preprocessing.jobs import Job, batches_of
 from preprocessing.options import StoredFlags
 from preprocessing.packed import ShardWriter
 
@@ -29,9 +29,7 @@ class PackFlags(StoredFlags):
     dest: str = required("new or empty folder of the same kind", metavar="DIR", group="output")
     _: dataclasses.KW_ONLY
     vae: str | None = flag(None, "the VAE of a source without a manifest", str, group="data")
-    num_classes: int | None = flag(
-        None, "classes of a source without a manifest", int, range=Range(low=1), group="data"
-    )
+    num_classes: int | None = flag(None, "classes of such a source", int, range=Range(low=1), group="data")
     workers: int = flag(8, "threads that read files", range=Range(low=1), group="precision and speed")
 
 
@@ -42,13 +40,13 @@ def pack(options):
     """
     source, dest = Path(options.source), Path(options.dest)
     if is_set(source) or not source.is_dir():
-        return pack_set(source, dest, options)
+        pack_set(source, dest, options)
+        return
     found = [name for name in (MOMENTS, MIRROR) if (source / name).is_dir()]
     if not found:
         raise InputError(f"--source {source} holds no {MOMENTS}; {PREPARE}")
     for name in found:
         pack_set(source / name, dest / name, options)
-    return None
 
 
 def pack_set(source, dest, options):
@@ -60,15 +58,18 @@ def pack_set(source, dest, options):
         "latents": dataclasses.asdict(info.spec),
         "flipped": bool(manifest and manifest.flipped),
         "arithmetic": manifest and manifest.arithmetic,
-        "moments_shape": list(info.moments_shape),
+        "moments_shape": info.moments_shape,
     }
     fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
     ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
-    names = _source_names(source, rows, names)
+    if names is None:  # as published, the images beside the set are its images in order
+        images = source.parent / IMAGES
+        names = images_by_order(images, len(rows)) if images.is_dir() else rows.names
     if not job.begin():
-        return note(f"{dest} is complete: nothing to do")
-    writer = ShardWriter.from_flags(job, rows.shape, options)
+        note(f"{dest} is complete: nothing to do")
+        return
+    writer = ShardWriter(job, rows.shape, options)
     _copy(rows, names, writer, options.workers)
     facts |= {
         "images": manifest and manifest.image_set,
@@ -79,28 +80,19 @@ def pack_set(source, dest, options):
         "left_out": manifest.left_out if manifest else (),
         "versions": {**(manifest.versions if manifest else {}), "packed_with": versions()},
     }
-    writer.finish(len(rows), range(len(rows)), names, labels, facts)
-    return note(f"{dest}: {len(rows)} images packed")
+    writer.finish(len(rows), range(len(rows)), names, labels, facts, {})
+    note(f"{dest}: {len(rows)} images packed")
 
 
 def _copy(rows, names, writer, workers):
     """Copy all batches that the journal lacks."""
-    batches = Batches(len(rows), BATCH)
-    done = writer.job.finished(len(batches))
+    batches = batches_of(len(rows), BATCH)
+    todo, done = writer.job.unfinished(batches)
     buffer = np.empty((BATCH, *rows.shape), rows.dtype)
-    initial = sum(len(batches[number]) for number in np.flatnonzero(done))
-    with tqdm(total=len(rows), initial=initial, unit="img", desc="pack") as bar, ThreadPoolExecutor(workers) as pool:
-        for number in np.flatnonzero(~done).tolist():
+    with tqdm(total=len(rows), initial=done, unit="img", desc="pack") as bar, ThreadPoolExecutor(workers) as pool:
+        for number in todo:
             batch = batches[number]
             list(pool.map(rows.read, batch, buffer))  # reading small files waits for the disk: several at once
-            writer.write(batch, buffer[: len(batch)], [names[index] for index in batch])
+            writer.write(batch, buffer[: len(batch)], names)
             writer.job.record(number)
             bar.update(len(batch))
-
-
-def _source_names(source, rows, names):
-    """Names of the images: as recorded, else by published order from the images beside the set, else the latents'."""
-    if names is not None:
-        return names
-    images = source.parent / IMAGES
-    return images_by_order(images, len(rows)) if images.is_dir() else rows.names

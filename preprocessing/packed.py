@@ -10,8 +10,8 @@ from common.errors import InputError
 from common.files import sha256_of_files
 from latents.manifest import LABELS, NAMES
 from latents.names import NO_LABEL, pack_names
-from preprocessing.jobs import Batches, to_npy
-from preprocessing.options import SHARD_SIZE, STORED
+from preprocessing.jobs import batches_of, to_npy
+from preprocessing.options import STORED
 
 
 def shard_name(number):
@@ -19,48 +19,34 @@ def shard_name(number):
     return f"rows-{number:05d}.bin"
 
 
-def packed_labels(labels, num_classes):
-    """labels.npy, int64 (N,), as bytes, or None if labels are missing.
-
-    A single class, without labels as published, is class 0.
-    """
-    labels = np.asarray(labels, "<i8")
-    if (labels == NO_LABEL).any():
-        if num_classes != 1:
-            return None
-        labels = np.zeros_like(labels)
-    return to_npy(labels)
-
-
 class ShardWriter:
-    """Puts rows of one shape and dtype into the shards of a job's partial folder."""
+    """Puts rows of one shape into the shards of a job's partial folder; options: StoredFlags."""
 
-    def __init__(self, job, shape, dtype="float16", shard_size=SHARD_SIZE):
-        self.job, self.shape, self.dtype = job, tuple(shape), np.dtype(dtype).newbyteorder("<")
-        self.shard_size = shard_size
+    def __init__(self, job, shape, options):
+        self.job, self.shape, self.shard_size = job, tuple(shape), options.shard_size
+        self.dtype = np.dtype(STORED[options.stored_dtype])
         self._row_bytes = self.dtype.itemsize * math.prod(self.shape)
         self._files = {}
-
-    @classmethod
-    def from_flags(cls, job, shape, options):
-        """A writer as StoredFlags say."""
-        return cls(job, shape, STORED[options.stored_dtype], options.shard_size)
 
     def write(self, positions, rows, names):
         """Write rows (B, *shape) at the given positions and wait until the disk has them.
 
-        names: what the rows came from. Raises InputError naming the one with a value that dtype cannot hold.
+        names: by position, what the rows came from. Raises InputError naming the first with a value that dtype cannot
+        hold.
         """
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, dtype=self.dtype)
-        if not np.isfinite(stored).all():
-            bad = int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
-            raise InputError(f"{names[bad]} gives values that are not finite in {self.dtype.name}; try --dtype fp32")
         touched = set()
         for position, values in zip(positions, stored, strict=True):
+            if not np.isfinite(values).all():
+                raise InputError(
+                    f"{names[position]} gives values that are not finite in {self.dtype.name}; try --dtype fp32"
+                )
             shard, row = divmod(position, self.shard_size)
-            file = self._open(shard)
-            self._write_all(file, values.tobytes(), row * self._row_bytes)
+            file, data, offset = self._open(shard), values.tobytes(), row * self._row_bytes
+            while data:
+                written = os.pwrite(file, data, offset)
+                data, offset = data[written:], offset + written
             touched.add(file)
         for file in touched:
             os.fdatasync(file) if hasattr(os, "fdatasync") else os.fsync(file)
@@ -71,54 +57,42 @@ class ShardWriter:
             self._files[shard] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         return self._files[shard]
 
-    @staticmethod
-    def _write_all(file, data, offset):
-        while data:
-            written = os.pwrite(file, data, offset)
-            data, offset = data[written:], offset + written
-
-    def close(self):
-        """Close the shard files."""
-        for file in self._files.values():
-            os.close(file)
-        self._files = {}
-
-    def finish(self, count, kept, names, labels, manifest, files=None):
+    def finish(self, count, kept, names, labels, manifest, files):
         """Put the shards in place, then labels, names and manifest; kept: sorted positions out of `count` with a row.
 
         names, labels: of the kept rows, in order; a label may be NO_LABEL. files: {name: bytes} of further files.
         """
-        self.close()
-        prefix = ""
-        if len(kept) < count:
+        if compact := len(kept) < count:
             self._compact(kept)
-            prefix = "kept-"
-        shards = self._place(len(kept), prefix)
-        files = {NAMES: pack_names(names), **(files or {})}
-        labels = packed_labels(labels, manifest["num_classes"])
-        if labels is not None:
-            files[LABELS] = labels
+        for file in self._files.values():
+            os.close(file)
+        shards = self._place(len(kept), "kept-" if compact else "")
+        files = {NAMES: pack_names(names), **files}
+        labels = np.array(labels, "<i8")
+        if manifest["num_classes"] == 1:
+            labels[labels == NO_LABEL] = 0  # images of a single class have no label, as published
+        if (labels != NO_LABEL).all():
+            files[LABELS] = to_npy(labels)
         for name, data in files.items():
             self.job.put(name, data, durable=True)
         checksums = {name: sha256_of_files(self.job.dest / name) for name in files}
-        content = {"layout": "packed", "count": len(kept), "shape": list(self.shape), "dtype": self.dtype.str}
-        content |= {"shard_size": self.shard_size, "shards": shards}
-        self.job.finish({}, {**manifest, **content, "files": checksums})
+        content = {"layout": "packed", "count": len(kept), "shape": self.shape, "dtype": self.dtype.str}
+        content |= {"shard_size": self.shard_size, "shards": shards, "files": checksums}
+        self.job.finish({}, {**manifest, **content})
 
     def _compact(self, kept):
         """Copy the kept rows to shards of their own: rows that were left out leave no gap."""
-        for number, rows in enumerate(Batches(len(kept), self.shard_size)):
+        for number, rows in enumerate(batches_of(len(kept), self.shard_size)):
             with open(self.job.partial / f"kept-{shard_name(number)}", "wb") as out:
                 for k in rows:
                     shard, row = divmod(kept[k], self.shard_size)
                     out.write(os.pread(self._open(shard), self._row_bytes, row * self._row_bytes))
-        self.close()
 
     def _place(self, count, prefix):
         """Checksum every shard and rename it into place; one that an earlier run has placed stays."""
         shards = []
         with tqdm(total=count * self._row_bytes, unit="B", unit_scale=True, desc="checksums") as bar:
-            for number, rows in enumerate(map(len, Batches(count, self.shard_size))):
+            for number, rows in enumerate(map(len, batches_of(count, self.shard_size))):
                 name = shard_name(number)
                 source, target = self.job.partial / f"{prefix}{name}", self.job.dest / name
                 path = source if source.is_file() else target

@@ -25,9 +25,8 @@ class BadImageError(Exception):
 
 def is_image_name(name):
     """True if the text after the last dot, lower-cased, is an extension that Pillow knows."""
-    Image.init()
-    base = name.rsplit("/", 1)[-1]
-    return "." in base and "." + base.rsplit(".", 1)[1].lower() in Image.EXTENSION
+    _, dot, extension = name.rpartition("/")[2].rpartition(".")
+    return dot + extension.lower() in Image.registered_extensions()
 
 
 def to_rgb(image):
@@ -48,57 +47,15 @@ def decode(data):
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return to_rgb(image)
-    except BadImageError:
-        raise
+    except Image.UnidentifiedImageError:
+        raise BadImageError("no image format that Pillow knows") from None
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        reason = str(error).replace("\n", " ")
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "no image format that Pillow knows"
-        raise BadImageError(reason or type(error).__name__) from None
+        raise BadImageError(str(error).replace("\n", " ") or type(error).__name__) from None
 
 
 def class_of(name):
     """Top-level folder of a relative name; '' for a file in the root."""
     return name.split("/", 1)[0] if "/" in name else ""
-
-
-class FolderFiles:
-    """The files under a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def sizes(self):
-        """{relative name: bytes}."""
-        return dict(walk(self.path))
-
-    def read(self, name):
-        return (self.path / name).read_bytes()
-
-    def reopen(self):
-        """Nothing is kept open."""
-
-
-class ZipFiles:
-    """The members of a zip; of equal names the last counts. Threads may read at the same time."""
-
-    def __init__(self, path):
-        self.path = path
-        self._archive = zipfile.ZipFile(open(path, "rb"))
-
-    def sizes(self):
-        return {info.filename: info.file_size for info in self._archive.infolist()}
-
-    def read(self, name):
-        """Bytes of a member. Raises BadImageError if it is damaged, encrypted or compressed in an unknown way."""
-        try:
-            return self._archive.read(name)
-        except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
-            raise BadImageError(f"unreadable in the zip: {error}") from None
-
-    def reopen(self):
-        """Open an own file handle in a forked process: a shared one would share its position."""
-        self._archive.fp = open(self.path, "rb")
 
 
 class ImageSource:
@@ -108,18 +65,21 @@ class ImageSource:
     """
 
     def __init__(self, path, published_labels=False, max_images=None, flag="--source"):
-        self.path, self.flag = Path(path), flag
-        self._files = self._open()
-        sizes = self._files.sizes()
+        self.path = Path(path)
+        self._zip = None if self.path.is_dir() else self._open_zip(flag)
+        entries = walk(self.path) if self._zip is None else ((i.filename, i.file_size) for i in self._zip.infolist())
+        sizes = dict(entries)  # of equal names in a zip the last counts
         names = sorted(filter(is_image_name, sizes))
         if not names and not published_labels:
             raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
         root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in sizes}
         self.manifest = DataManifest.parse(root[MANIFEST], self.path / MANIFEST) if MANIFEST in root else None
-        labels, groups = self._label(names, root.get(LABELS_JSON), published_labels)
-        recorded = self.manifest.class_names if self.manifest else None
-        self.class_names = groups or (list(recorded) if recorded else None)
-        self.num_classes = len(groups) if groups else self._count_classes(labels)
+        labels, self.class_names = self._label(names, root.get(LABELS_JSON), published_labels)
+        self.num_classes = len(self.class_names or ())
+        if self.manifest and not self.class_names:
+            self.class_names = list(self.manifest.class_names or ()) or None
+            self.num_classes = self.manifest.num_classes
+        self.num_classes = self.num_classes or int(labels.max(initial=-1)) + 1 or None
         self.names, self.labels = names[:max_images], labels[:max_images]
         self._sizes = [sizes[name] for name in self.names]
 
@@ -128,7 +88,7 @@ class ImageSource:
 
     def read(self, index):
         """Image `index` as PIL RGB. Raises BadImageError with the reason."""
-        return decode(self._files.read(self.names[index]))
+        return decode(self._read(self.names[index]))
 
     def read_or_skip(self, index, skip_bad):
         """(image, None), or (None, reason) for an unreadable one if `skip_bad`. Raises InputError otherwise."""
@@ -144,8 +104,9 @@ class ImageSource:
         return f"{self.path}/{self.names[index]}"
 
     def reopen(self):
-        """Prepare for reading in a forked process."""
-        self._files.reopen()
+        """Prepare for reading in a forked process: a shared file handle would share its position."""
+        if self._zip is not None:
+            self._zip.fp = open(self.path, "rb")
 
     def fingerprint(self):
         """sha256 of names, sizes and labels: tells whether this is still the same source."""
@@ -155,55 +116,51 @@ class ImageSource:
             digest.update(f"{name}\0{size}\0{text}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def _open(self):
-        if self.path.is_dir():
-            return FolderFiles(self.path)
+    def _open_zip(self, flag):
         if self.path.suffix.lower() != ".zip" or not self.path.is_file():
-            raise InputError(f"{self.flag} {self.path} is neither a folder nor a .zip file; give one that exists")
+            raise InputError(f"{flag} {self.path} is neither a folder nor a .zip file; give one that exists")
         try:
-            return ZipFiles(self.path)
+            return zipfile.ZipFile(open(self.path, "rb"))
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise InputError(f"{self.flag} {self.path} is not a readable zip ({error}); download it again") from None
+            raise InputError(f"{flag} {self.path} is not a readable zip ({error}); download it again") from None
+
+    def _read(self, name):
+        """Bytes of a file; threads may read at the same time. Raises BadImageError for a damaged member of a zip."""
+        if self._zip is None:
+            return (self.path / name).read_bytes()
+        try:
+            return self._zip.read(name)
+        except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:  # also encrypted, unknown compression
+            raise BadImageError(f"unreadable in the zip: {error}") from None
 
     def _read_root(self, name):
         try:
-            return self._files.read(name)
+            return self._read(name)
         except (BadImageError, OSError) as error:
             raise InputError(f"{self.path / name} cannot be read ({error}); restore it, or remove it") from None
 
     def _label(self, names, listed, published):
-        """(labels, class names or None): by dataset.json, whose bytes are `listed`, or by top-level folder."""
-        if listed is not None:
-            listed_names, listed_labels = parse_label_list(listed, self.path / LABELS_JSON)
-            if listed_names:
-                label_of = dict(zip(listed_names, listed_labels.tolist(), strict=True))
-                return np.array([label_of.get(name, NO_LABEL) for name in names], np.int64), None
-            if not published:  # null is what a converted set of one class says: no classes from 00000/ …
-                return np.full(len(names), NO_LABEL), None
-        return self._label_by_folder(names, published)
+        """(labels, class names or None): by dataset.json, whose bytes are `listed`, or by sorted top-level folder.
 
-    def _label_by_folder(self, names, published):
-        """Classes are the sorted top-level folders; a single one gives no labels.
-
-        published: a file in the root is a class '' that sorts first and shifts all others; without it such a file
-        beside class folders raises InputError.
+        A single folder gives no labels. published: a file in the root is a class '' that sorts first and shifts all
+        others; without it such a file beside class folders raises InputError.
         """
+        listed_names, listed_labels = (
+            (None, None) if listed is None else parse_label_list(listed, self.path / LABELS_JSON)
+        )
+        if listed_names:
+            label_of = dict(zip(listed_names, listed_labels.tolist(), strict=True))
+            labels = np.array([label_of.get(name, NO_LABEL) for name in names], np.int64)
+            if ((labels < 0) & (labels != NO_LABEL)).any():
+                raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0; correct it")
+            return labels, None
+        if listed is not None and not published:  # null is what a converted set of one class says: no classes 00000/ …
+            return np.full(len(names), NO_LABEL), None
         groups = sorted(set(map(class_of, names)))
         if "" in groups and len(groups) > 1 and not published:
             stray = next(name for name in names if class_of(name) == "")
-            raise InputError(
-                f"{self.path}/{stray} lies beside the class folders and would be a class of its own; move it away, "
-                "or pass --published-labels for the labels of the published tool"
-            )
+            raise InputError(f"{self.path}/{stray} lies beside the class folders; move it, or pass --published-labels")
         if len(groups) <= 1:
-            return np.full(len(names), NO_LABEL), groups if groups != [""] else None
+            return np.full(len(names), NO_LABEL), None if groups in ([], [""]) else groups
         index = {group: i for i, group in enumerate(groups)}
         return np.array([index[class_of(name)] for name in names], np.int64), groups
-
-    def _count_classes(self, labels):
-        """Number of classes as the manifest says, else the largest label + 1; None without labels."""
-        known = labels[labels != NO_LABEL]
-        if (known < 0).any():
-            raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0")
-        recorded = self.manifest and self.manifest.num_classes
-        return recorded or (int(known.max()) + 1 if len(known) else None)

@@ -5,6 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from common.errors import InputError
 from common.flags import Range, flag, required
 from common.processes import Processes
@@ -31,70 +33,43 @@ class CaptionFlags(StoredFlags, SetFlags):
 
 
 class Captions:
-    """All captions in the order of the images: texts (M,), owners (M,): numbers of the images, names of the images."""
+    """All captions in the order of the images: texts (M,), labels (M,): numbers of the images, names of the images.
+
+    fingerprint: of images, captions and their order; facts: what the manifest says about them.
+    """
 
     unit = "caption"
 
     def __init__(self, source, annotations, max_images=None):
-        self.images = images = ImageSource(source, max_images=max_images)
-        self.image_set = images.fingerprint()
-        self.texts, self.owners = [], []
-        groups, origins = read_annotations(annotations, "--annotations"), source_names(images)
+        images = ImageSource(source, max_images=max_images)
+        groups = read_annotations(annotations, "--annotations")
+        listed = images.path / NAMES  # what the files were called before convert, with folders
+        origins = Names(listed, images.manifest.count) if images.manifest and listed.is_file() else images.names
+        self.texts, owners = [], []
         for index in range(len(images)):
-            group = captions_of(groups, origins[index])
+            name = origins[index]
+            group = groups.pop(name, None) or groups.pop(name.rsplit("/", 1)[-1], None)  # COCO's names have no folders
             if not group or "" in group:
-                raise InputError(
-                    f"--annotations {annotations}: the image {origins[index]} of {source} has "
-                    f"{'an empty' if group else 'no'} caption; correct the file, or remove the image"
-                )
+                what = "an empty" if group else "no"
+                raise InputError(f"--annotations {annotations}: {name} of {source} has {what} caption; correct it")
             self.texts += group
-            self.owners += [index] * len(group)
+            owners += [index] * len(group)
         left_out = images.manifest.left_out if images.manifest else ()
         known = {part for name, _ in left_out for part in (name, Path(name).name)}
         if max_images is None and (strange := groups.keys() - known):
             raise InputError(
-                f"--annotations {annotations}: {source} has no image {min(strange)}, though the file has captions of "
-                f"it ({len(strange)} such names); convert all images, or correct the file"
+                f"--annotations {annotations}: {source} has no image {min(strange)} ({len(strange)} such names); "
+                "convert all images, or correct the file"
             )
-        self.names = [images.names[index] for index in self.owners]
-        listed = json.dumps([self.image_set, self.owners, self.texts])
-        self.fingerprint = hashlib.sha256(listed.encode()).hexdigest()  # of images, captions and their order
-
-    def __len__(self):
-        return len(self.texts)
+        self.names, self.labels = [images.names[index] for index in owners], np.array(owners)
+        image_set, count = images.fingerprint(), len(images)
+        self.fingerprint = hashlib.sha256(json.dumps([image_set, owners, self.texts]).encode()).hexdigest()
+        self.facts = {"images": image_set, "image_count": count, "num_classes": count}
+        self.facts |= dict.fromkeys(("class_names", "resolution", "transform"))
 
     def read(self, batches):
         """The texts of each batch of positions; none is left out."""
         return ((self.texts[batch.start : batch.stop], {}) for batch in batches)
-
-    def where(self, index):
-        """What a row comes from, for messages."""
-        return self.names[index]
-
-    def labelled(self, _kept):
-        """Image names and image numbers of all rows."""
-        return self.names, self.owners
-
-    def facts(self, _left_out):
-        """What the manifest says about the captions."""
-        count = len(self.images)
-        unknown = {"class_names": None, "resolution": None, "transform": None, "left_out": []}
-        return {"images": self.image_set, "image_count": count, "num_classes": count, **unknown}
-
-    def files(self, encoder):
-        """The captions, and the features of the empty one."""
-        return {CAPTIONS: pack_names(self.texts), EMPTY: to_npy(encoder([""])[0].cpu().numpy())}
-
-
-def source_names(images):
-    """What each image was called before convert: its file's name, with folders."""
-    listed = images.path / NAMES
-    return Names(listed, images.manifest.count) if images.manifest and listed.is_file() else images.names
-
-
-def captions_of(groups, name):
-    """Take an image's captions from {file name: captions}, by its whole name or, as in COCO, without folders."""
-    return groups.pop(name, None) or groups.pop(name.rsplit("/", 1)[-1], None)
 
 
 def write_captions(options):
@@ -105,5 +80,9 @@ def write_captions(options):
         spec = encoder.spec
         what = {"kind": "captions", "text": dataclasses.asdict(spec)}
         job = Job(options.dest, ticket("captions", captions, options, {**what, **options.stored()}))
-        writer = ShardWriter.from_flags(job, (spec.tokens, spec.width), options)
-        fill(writer, captions, encoder, processes, what, "transformers")
+        writer = ShardWriter(job, (spec.tokens, spec.width), options)
+
+        def files():
+            return {CAPTIONS: pack_names(captions.texts), EMPTY: to_npy(encoder([""])[0].cpu().numpy())}
+
+        fill(writer, captions, encoder, processes, what, "transformers", files)

@@ -1,6 +1,7 @@
 """verify: is a data folder whole, and does it hold what its manifests say? Reports the first of each kind of fault."""
 
 import contextlib
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import sha256_of_files
+from common.records import check_record
 from dataset import open_captions
 from latents.captions import TEXT
-from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, DataManifest, read_latents
-from latents.names import Names, read_label_list, walk
+from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, DataManifest
+from latents.names import Names, read_label_list, walk, walk_files
 from latents.sets import is_set, is_unfinished, list_sets, open_set
-from models.codec import LatentCodec, vae_family
-from preprocessing.jobs import Batches
+from models.codec import LatentCodec, LatentSpec, vae_family
+from preprocessing.jobs import batches_of
 from preprocessing.sources import class_of, is_image_name
 
 BATCH = 256
@@ -60,42 +62,49 @@ def verify(data_dir, vae=None, sample=64, decode=False):
         raise InputError(f"{data_dir} does not exist; name a data folder or one set of it")
     folders = list_sets(data_dir)
     if not folders:
-        raise InputError(f"{data_dir} holds no set (a folder with {MANIFEST} or {LABELS_JSON})")
+        raise InputError(f"{data_dir} holds no set (a folder with {MANIFEST} or {LABELS_JSON}); name a data folder")
     for folder in folders:
         if is_unfinished(folder):
             report.add("unfinished", f"{folder} is not finished: run its command again")
             continue
         with report.catch("unreadable"):
-            verify_set(folder, report, decode)
-    with report.catch("pairs"):
-        _check_pairs(data_dir / IMAGES, data_dir / MOMENTS, report)
-    if (data_dir / TEXT).is_dir() and (data_dir / MOMENTS).is_dir():
+            _check_set(folder, report, decode)
+    images, moments = data_dir / IMAGES, data_dir / MOMENTS
+    if images.is_dir() and is_set(moments) and not is_unfinished(moments):
+        with report.catch("pairs"):
+            _check_pairs(images, moments, report)
+    if (data_dir / TEXT).is_dir() and moments.is_dir():
         with report.catch("captions"):
             open_captions(data_dir)
     if vae is not None:
         with report.catch("wrong VAE"):
-            _check_vae(folders, vae, sample, report)
+            codec = LatentCodec.load(vae)
+            for folder in folders:
+                with report.catch("wrong VAE"):
+                    _check_vae(folder, codec, sample, report)
     return report
 
 
-def verify_set(folder, report, decode=False):
+def _check_set(folder, report, decode):
     """Check one set by itself."""
-    manifest, files = DataManifest.read(folder), sorted(name for name, _ in walk(folder))
+    manifest = DataManifest.read(folder)
     if manifest is not None:
         _check_manifest(manifest, report)
     if _kind(manifest, folder) == "images":
-        return _verify_images(folder, manifest, files, report, decode)
+        _check_images(folder, manifest, report, decode)
+        return
     if manifest is not None and manifest.is_packed:
-        _check_checksums(folder, manifest, report)
-        expected = {MANIFEST, *manifest.files, *(shard.file for shard in manifest.shards)}
+        checksums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.files
+        _check_files(folder, {MANIFEST, *checksums}, lambda _: True, report)
+        for name, expected in tqdm(checksums.items(), unit="file", desc=f"checksums {folder.name}"):
+            if (folder / name).is_file() and sha256_of_files(folder / name) != expected:
+                report.add("checksum", f"{folder / name} differs from the checksum in {MANIFEST}")
     else:
-        expected, _ = read_label_list(folder)
-        _check_listed(folder, expected, files, report)
-        files = [name for name in files if name.endswith(".npy") or is_image_name(name)]
-    _check_stray(folder, expected, files, report)
+        names, _ = read_label_list(folder)
+        _check_files(folder, names, lambda name: name.endswith(".npy") or is_image_name(name), report)
     _, rows, labels, sources = open_set(folder)
     _check_labels(folder, manifest, labels, sources, report)
-    return _check_rows(folder, manifest, rows, report)
+    _check_rows(folder, manifest, rows, report)
 
 
 def _kind(manifest, folder):
@@ -105,10 +114,23 @@ def _kind(manifest, folder):
     return "images" if folder.name == IMAGES else "moments"
 
 
+@dataclasses.dataclass
+class Ticket:
+    """What the job of a manifest repeats of it."""
+
+    kind: str | None = None
+    flipped: bool | None = None
+    latents: LatentSpec | None = None
+
+
 def _check_manifest(manifest, report):
-    """The manifest against itself: the job's ticket repeats what matters."""
+    """The manifest against itself."""
     with report.catch("manifest"):
-        _check_ticket(manifest, report)
+        ticket = check_record(Ticket, manifest.job, f"{manifest.path}: 'job'", "make the set again")
+        for key, said in vars(ticket).items():
+            if said is not None and said != getattr(manifest, key):
+                text = f"{manifest.path}: {key} is {getattr(manifest, key)}, but the job says {said}"
+                report.add("wrong VAE" if key == "latents" else "manifest", text)
     spec, names = manifest.latents, manifest.class_names
     if manifest.kind == "moments" and spec is None:
         report.add("wrong VAE", f"{manifest.path} does not say which VAE made the latents; encode again")
@@ -121,46 +143,19 @@ def _check_manifest(manifest, report):
         report.add("class order", f"{manifest.path}: {odd[0]} is not a WordNet id, as ImageNet's classes are")
 
 
-def _check_ticket(manifest, report):
-    ticket = manifest.job
-    for key in ("kind", "flipped"):
-        if key in ticket and ticket[key] != getattr(manifest, key):
-            report.add("manifest", f"{manifest.path}: {key} is {getattr(manifest, key)}, the job says {ticket[key]}")
-    try:
-        latents = read_latents(ticket["latents"]) if "latents" in ticket else manifest.latents
-    except ValueError as error:
-        raise InputError(f"{manifest.path}: the job's latents are not {error}; encode again") from None
-    if latents != manifest.latents:
-        report.add("wrong VAE", f"{manifest.path}: latents is {manifest.latents}, but the job says {latents}")
+def _check_files(folder, listed, is_data, report):
+    """Names that are listed and missing; files that published readers would take for data, though none is listed.
 
-
-def _check_checksums(folder, manifest, report):
-    for shard in tqdm(manifest.shards, unit="shard", desc=f"checksums {folder.name}"):
-        _check_sum(folder / shard.file, shard.sha256, report)
-    for name, expected in manifest.files.items():
-        _check_sum(folder / name, expected, report)
-
-
-def _check_sum(path, expected, report):
-    if not path.is_file():
-        report.add("missing", f"{path} is missing, though {MANIFEST} lists it")
-    elif sha256_of_files(path) != expected:
-        report.add("checksum", f"{path} differs from the checksum in {MANIFEST}")
-
-
-def _check_listed(folder, names, files, report):
-    present = set(files)
-    for name in names or ():
-        if name not in present:
-            report.add("missing", f"{folder / name} is missing, though {LABELS_JSON} lists it")
-
-
-def _check_stray(folder, expected, files, report):
-    """Files that published readers would take for data, or that a packed set does not have; expected None: any."""
-    known = set(files if expected is None else expected)
-    for name in files:
-        if name not in known:
+    listed None: every file may be there. Returns the sorted names of the data files.
+    """
+    present = sorted(name for name, _ in walk(folder))
+    data = list(filter(is_data, present))
+    if listed is not None:
+        for name in sorted(set(listed).difference(present)):
+            report.add("missing", f"{folder / name} is missing, though the set lists it")
+        for name in sorted(set(data).difference(listed)):
             report.add("stray file", f"{folder / name} belongs to no entry; readers that pair by order shift by it")
+    return data
 
 
 def _check_labels(folder, manifest, labels, sources, report):
@@ -177,29 +172,34 @@ def _check_labels(folder, manifest, labels, sources, report):
 
 
 def _check_rows(folder, manifest, rows, report):
-    """Shape, finite values and statistics of every row, a batch at a time."""
+    """Finite values of every row, a batch at a time; mean and std of latents as the network sees them."""
     total = square = count = 0.0
-    buffer = np.empty((BATCH, *rows.shape), rows.dtype)
     moments, channels = _kind(manifest, folder) == "moments", rows.shape[0] // 2
-    for batch in tqdm(Batches(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
-        values = _read_finite(folder, rows, batch, buffer, report)
-        if not moments or not len(values):
-            continue
-        mean, std = values[:, :channels], values[:, channels:]
-        if (std < 0).any():
-            report.add("negative std", f"{folder}: a std is negative; these are not moments (mean, std)")
-        total, square, count = total + mean.sum(), square + (mean**2 + std**2).sum(), count + mean.size
-    if moments and count and manifest is not None and manifest.latents is not None:
-        _check_statistics(folder, manifest.latents, total / count, square / count, report)
+    for batch in tqdm(batches_of(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
+        values = _read_finite(folder, rows, batch, report)
+        if moments:
+            mean, std = values[:, :channels], values[:, channels:]
+            if (std < 0).any():
+                report.add("negative std", f"{folder}: a std is negative; these are not moments (mean, std)")
+            total, square, count = total + mean.sum(), square + (mean**2 + std**2).sum(), count + mean.size
+    spec = manifest and manifest.latents
+    if not count or spec is None:
+        return
+    mean = total / count
+    std = float(np.sqrt(max(square / count - mean**2, 0))) * spec.scale
+    mean = (mean - spec.shift) * spec.scale
+    text = f"{folder}: scaled latents have mean {mean:.3f} and std {std:.3f}"
+    print(text)
+    if not WIDE[0] < std < WIDE[1] or abs(mean) > WIDE[1] / 2:
+        report.add("statistics", f"{text}, not about 0 and 1; are {spec.vae} and its scale {spec.scale} right?")
 
 
-def _read_finite(folder, rows, batch, buffer, report):
+def _read_finite(folder, rows, batch, report):
     """float64 values of the rows of a batch that are readable or zero, and finite."""
-    for k, index in enumerate(batch):
-        buffer[k] = 0
+    values = np.zeros((len(batch), *rows.shape))
+    for index, out in zip(batch, values, strict=True):
         with report.catch("unreadable row"):
-            rows.read(index, buffer[k])
-    values = buffer[: len(batch)].astype(np.float64)
+            rows.read(index, out)
     finite = np.isfinite(values).reshape(len(batch), -1).all(axis=1)
     for k in np.flatnonzero(~finite).tolist():
         name = f" ({rows.names[batch[k]]})" if hasattr(rows, "names") else ""
@@ -207,32 +207,21 @@ def _read_finite(folder, rows, batch, buffer, report):
     return values[finite]
 
 
-def _check_statistics(folder, spec, mean, square, report):
-    """Mean and std of latents as the network sees them: near 0 and 1 with the right scale and shift."""
-    std = float(np.sqrt(max(square - mean**2, 0))) * spec.scale
-    mean = (mean - spec.shift) * spec.scale
-    print(f"{folder}: scaled latents have mean {mean:.3f} and std {std:.3f}")
-    if not WIDE[0] < std < WIDE[1] or abs(mean) > WIDE[1] / 2:
-        report.add(
-            "statistics",
-            f"{folder}: scaled latents have mean {mean:.3f}, std {std:.3f} instead of about 0 and 1; "
-            f"is {spec.vae} at scale {spec.scale} right, and were they stored unscaled?",
-        )
-
-
-def _verify_images(folder, manifest, files, report, decode):
+def _check_images(folder, manifest, report, decode):
     """Image files: listed ones exist with the right size, no others; labels agree with the class folders."""
     names, labels = read_label_list(folder)
-    _check_listed(folder, names, files, report)
-    present = list(filter(is_image_name, files))
-    _check_stray(folder, names, present, report)
+    present = _check_files(folder, names, is_image_name, report)
     count = len(present if names is None else names)
     if manifest is not None and manifest.count != count:
         report.add("count", f"{folder} holds {count} images, {MANIFEST} says {manifest.count}")
     if names is not None and manifest is not None:
         sources = Names(folder / NAMES, len(names))
         _check_labels(folder, manifest, labels, sources, report)
-        _check_class_folders(folder, manifest.class_names, labels, sources, report)
+        classes = {name: number for number, name in enumerate(manifest.class_names or ())}
+        for source, label in zip(sources, labels.tolist(), strict=True):
+            expected = classes.get(class_of(source), label)  # the top folder, where it is a class
+            if expected != label:
+                report.add("label", f"{folder}: {source} has label {label}, its folder is class {expected}")
     side = manifest and manifest.resolution
     for name in tqdm(present, unit="img", desc=folder.name):
         try:
@@ -246,63 +235,38 @@ def _verify_images(folder, manifest, files, report, decode):
             report.add("unreadable image", f"{folder / name}: {error}")
 
 
-def _check_class_folders(folder, class_names, labels, sources, report):
-    """A source name's top folder, where it is a class, says its label."""
-    index = {name: i for i, name in enumerate(class_names or ())}
-    for source, label in zip(sources, labels.tolist(), strict=True):
-        expected = index.get(class_of(source), label)
-        if expected != label:
-            report.add("label", f"{folder}: {source} has label {label}, its folder is class {expected}")
-
-
 def _check_pairs(images, latents, report):
     """Images against latents: the same names (or, without a manifest, the same number) and labels."""
-    if not images.is_dir() or not is_set(latents) or is_unfinished(latents):
-        return
     manifest, rows, labels, sources = open_set(latents)
     names, image_labels = read_label_list(images) if (images / LABELS_JSON).is_file() else (None, None)
     if names is None:
-        names = image_files(images)
-    left_out = manifest.left_out if manifest else ()
-    if len(names) != len(rows) and (sources is None or len(names) != len(rows) + len(left_out)):
+        names = walk_files(images, Image.registered_extensions())
+    left_out = manifest.left_out if manifest and sources is not None else ()
+    if len(names) not in (len(rows), len(rows) + len(left_out)):
         report.add("count", f"{images} holds {len(names)} images, {latents} {len(rows)} latents")
     label_of = dict.fromkeys(names) if image_labels is None else dict(zip(names, image_labels.tolist(), strict=True))
-    expected = list(names if sources is None else sources)
-    expected += [None] * (len(rows) - len(expected))
-    for k, name in enumerate(expected[: len(rows)]):
+    for k, name in zip(range(len(rows)), names if sources is None else sources, strict=False):
         if name not in label_of:
             report.add("pairs", f"{latents}: row {k} is of {name}, which {images} does not have")
-        elif labels is not None and image_labels is not None and label_of[name] != labels[k]:
+        elif labels is not None and label_of[name] not in (None, labels[k]):
             report.add("labels differ", f"{name} has label {label_of[name]} in {images}, {labels[k]} in {latents}")
 
 
-def image_files(folder):
-    """Sorted names of the image files under a folder."""
-    return sorted(name for name, _ in walk(folder) if is_image_name(name))
+def _check_vae(folder, codec, sample, report):
+    """The VAE of --vae against a set of moments: its manifest, and evenly spaced images encoded again.
 
-
-def _check_vae(folders, vae, sample, report):
-    """The VAE of --vae against manifests, and a sample of images encoded again."""
-    codec = LatentCodec.load(vae)
-    for folder in folders:
-        with report.catch("wrong VAE"):
-            manifest = DataManifest.read(folder)
-            if _kind(manifest, folder) != "moments":
-                continue
-            if manifest is not None and manifest.latents is not None:
-                manifest.latents.check_same(codec.spec, str(folder), "--vae")
-            _encode_again(folder, manifest, codec, sample, report)
-
-
-def _encode_again(folder, manifest, codec, sample, report):
-    """Encode evenly spaced images again and compare: finds latents that belong to another image or VAE."""
-    _, rows, _, sources = open_set(folder)
-    images = folder.parent / IMAGES
+    Finds latents that belong to another image or VAE.
+    """
+    manifest, images = DataManifest.read(folder), folder.parent / IMAGES
+    if _kind(manifest, folder) != "moments":
+        return
+    if manifest is not None and manifest.latents is not None:
+        manifest.latents.check_same(codec.spec, str(folder), "--vae")
     if not images.is_dir():
         return
-    names = sources or image_files(images)
-    flipped = manifest and manifest.flipped
-    mirrored = folder.name == MIRROR if flipped is None else flipped
+    _, rows, _, sources = open_set(folder)
+    names = sources or walk_files(images, Image.registered_extensions())
+    mirrored = manifest.flipped if manifest and manifest.flipped is not None else folder.name == MIRROR
     row = np.empty(rows.shape, rows.dtype)
     for index in np.unique(np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(int)).tolist():
         rows.read(index, row)

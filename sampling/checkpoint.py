@@ -1,9 +1,8 @@
 """The checkpoint to sample from, checked against the flags."""
 
-import dataclasses
-
 from common.errors import InputError
 from common.flags import shown
+from common.records import check_record
 from models import PRESETS, load_checkpoint
 from models.codec import LatentSpec
 from models.paths import PATHS
@@ -13,11 +12,14 @@ def open_checkpoint(config):
     """(Checkpoint, its path, LatentSpec of its data) of --ckpt. Raises InputError where flags contradict the file."""
     checkpoint = load_checkpoint(config.ckpt, config.weights, **config.model_options())
     check_model(config, checkpoint)
-    names = {field.name for field in dataclasses.fields(LatentSpec)}
-    spec = LatentSpec(**{name: value for name, value in checkpoint.data.items() if name in names})
-    resolution = checkpoint.options["input_size"] * spec.factor
+    spec = check_record(LatentSpec, checkpoint.data, f"{config.ckpt}, data", "choose another file")
     path_type = checkpoint.run.get("path_type") or config.path_type or "linear"
-    for name, answer in (("path_type", path_type), ("resolution", resolution)):
+    answers = {
+        "path_type": path_type,
+        "resolution": checkpoint.options["input_size"] * spec.factor,
+        "qk_norm": bool(checkpoint.options["qk_norm"]),
+    }
+    for name, answer in answers.items():
         given = getattr(config, name)
         if given not in (None, answer):
             raise InputError(f"{shown(name)} {given} contradicts {config.ckpt}, which has {answer}")
@@ -25,14 +27,12 @@ def open_checkpoint(config):
 
 
 def check_model(config, checkpoint):
-    """Raise InputError where --mode, --qk-norm or --model do not fit the checkpoint."""
+    """Raise InputError where --mode or --model do not fit the checkpoint."""
     if config.sampler.is_map and checkpoint.kind != "flow map":
         raise InputError(
             f"--mode {config.mode} needs a flow map, {config.ckpt} is a flow model; pass --mode sde or ode, "
             "or --dmf-depth for a published flow map without log-variance head"
         )
-    if config.qk_norm not in (None, bool(checkpoint.options["qk_norm"])):
-        raise InputError(f"--qk-norm contradicts {config.ckpt}, which has {checkpoint.options['qk_norm']}")
     own = checkpoint.run.get("model")
     if config.model in (None, own):
         return
@@ -43,10 +43,7 @@ def check_model(config, checkpoint):
 
 def fits(preset, config, checkpoint):
     """Whether the weights of a published file can be those of a preset."""
-    options = checkpoint.options
-    return (
-        (preset.hidden_size, preset.patch_size) == (options["hidden_size"], options["patch_size"])
-        and (config.trans_depth or preset.depth) == options["depth"]
-        and bool(preset.df_idxs) == bool(options["df_idxs"])
-        and preset.kind == checkpoint.kind
-    )
+    depth, options = config.trans_depth or preset.depth, checkpoint.options
+    expected = (preset.kind, depth, preset.hidden_size, preset.patch_size, bool(preset.df_idxs))
+    sizes = (options["depth"], options["hidden_size"], options["patch_size"])
+    return expected == (checkpoint.kind, *sizes, bool(options["df_idxs"]))

@@ -26,38 +26,26 @@ class SamplingFlags:
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group=MODEL)
     model: str | None = flag(None, "preset name", str, choices=list(PRESETS), group=MODEL)
     trans_depth: int | None = flag(None, "number of blocks", int, group=MODEL)
-    df_idxs: list | None = flag(
-        None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+", group=MODEL
-    )
+    df_idxs: list | None = flag(None, "blocks that end a branch: [8,16], 8,16 or 8 16", str, nargs="+", group=MODEL)
     dmf_depth: int | None = flag(None, "number of blocks that see t, of a published flow map", int, group=MODEL)
     qk_norm: bool | None = flag(None, "normalised queries and keys", bool, group=MODEL)
-    legacy_scaling: bool | None = flag(
-        None, "clamp the time-gap scale to [-5, 5] (SSL-aligned release)", bool, group=MODEL
-    )
+    legacy_scaling: bool | None = flag(None, "clamp the time-gap scale to [-5, 5], as published", bool, group=MODEL)
     ssl_align: bool | None = flag(None, "the model was trained with SSL alignment", bool, group=MODEL)
     projector_embed_dims: str | None = flag(None, "accepted for published scripts, unused", str, group=MODEL)
-    path_type: str | None = flag(
-        None, "probability path; default: the checkpoint's, else linear", str, choices=list(PATHS), group=MODEL
-    )
+    path_type: str | None = flag(None, "default: the checkpoint's, else linear", str, choices=[*PATHS], group=MODEL)
     resolution: int | None = flag(None, "image size", int, group=MODEL)
     vae: str | None = flag(None, "ema, mse, a hub name or a folder; default: the training data's", str, group=MODEL)
 
     mode: str = flag("sde", "sampler; euler and restart are for flow maps", choices=MODES, group=SAMPLING)
     num_steps: int | None = flag(None, STEPS, int, range=Range(low=1), group=SAMPLING)
-    shift: float = flag(
-        1.0, "shift s of a flow map's times: s*t / (1 + (s - 1)*t)", range=Range(above=0), group=SAMPLING
-    )
+    shift: float = flag(1.0, "of a flow map's times: s*t / (1 + (s - 1)*t)", range=Range(above=0), group=SAMPLING)
     heun: bool = flag(False, "second-order steps for ode", group=SAMPLING)
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none", group=SAMPLING)
     guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)", group=SAMPLING)
     guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)", group=SAMPLING)
-    global_seed: int = flag(
-        0, "seed; image i depends on it and on i", range=Range(low=0), also=["--seed"], group=SAMPLING
-    )
+    global_seed: int = flag(0, "image i depends on it and on i", range=Range(low=0), also=["--seed"], group=SAMPLING)
 
-    dtype: str = flag(
-        "fp32", "precision of the network; the sampler's state is float64", choices=list(DTYPES), group=SPEED
-    )
+    dtype: str = flag("fp32", "precision of the network; the state is float64", choices=list(DTYPES), group=SPEED)
     vae_dtype: str = flag("fp32", "precision of the decoder", choices=list(DTYPES), group=SPEED)
     tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", group=SPEED)
     fused_attn: bool = flag(True, "fused attention kernels", group=SPEED)
@@ -94,13 +82,18 @@ class SamplingFlags:
             raise InputError(f"--grid {self.grid!r} is not of the form 8x8 (rows x columns)")
         return int(match[1]), int(match[2])
 
+    def batches(self):
+        """Batches of image indices, the same on any number of processes, so that pixels do not depend on it."""
+        indices, size = range(self.num_fid_samples), self.per_proc_batch_size
+        return [indices[start : start + size] for start in indices[::size]]
+
     def resolve(self):
         """A copy with the number of steps, and with what --grid implies. Raises InputError."""
-        changes = {"num_steps": self.sampler.num_steps} if self.num_steps is None else {}
-        if self.grid:
-            rows, columns = self.grid_size()
-            changes.update(num_fid_samples=rows * columns, out=self.out or "grid.png")
-        return dataclasses.replace(self, **changes)
+        config = dataclasses.replace(self, num_steps=self.num_steps or self.sampler.num_steps)
+        if config.grid:
+            rows, columns = config.grid_size()
+            config.num_fid_samples, config.out = rows * columns, config.out or "grid.png"
+        return config
 
     def check(self):
         """Raise InputError for flags that do not go together; to be called on a resolved configuration."""

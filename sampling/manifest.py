@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import platform
-import typing
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common.errors import InputError
-from common.files import read_json
+from common.records import read_record
+from common.versions import versions
 
 SETTINGS = "settings.json"
-
-
 # What decides no pixel, or only its rounding. A checkpoint may be moved: its weights decide.
 FREE = ("ckpt", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format", "versions")
 OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
@@ -82,34 +78,28 @@ class SampleManifest:
 def build_manifest(sampler):
     """SampleManifest of what an ImageSampler makes as its configuration says."""
     config, checkpoint, cost = sampler.config, sampler.checkpoint, sampler.cost
-    known = {field.name for field in dataclasses.fields(SampleManifest)}
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name in known}
-    values.update(
-        model=checkpoint.run.get("model") or config.model,
-        path_type=sampler.path.name,
-        vae=sampler.spec.vae,
-        **sampler.condition.facts(config.num_fid_samples),
-        model_options=checkpoint.options,
-        latents=dataclasses.asdict(sampler.spec),
-        run=checkpoint.run.get("exp_name"),
-        step=checkpoint.steps,
-        weights_sha256=sampler.weights_sha256,
-        model_evaluations=cost.evaluations,
-        forward_passes=cost.calls,
-        guided_passes=cost.guided,
-        versions={"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-    )
-    return SampleManifest(**values)
+    flags = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(SampleManifest)}
+    found = {
+        "model": checkpoint.run.get("model") or config.model,
+        "path_type": sampler.path.name,
+        "vae": sampler.spec.vae,
+        **sampler.condition.facts(),
+        "model_options": checkpoint.options,
+        "latents": dataclasses.asdict(sampler.spec),
+        "run": checkpoint.run.get("exp_name"),
+        "step": checkpoint.steps,
+        "weights_sha256": sampler.weights_sha256,
+        "model_evaluations": cost.evaluations,
+        "forward_passes": cost.calls,
+        "guided_passes": cost.guided,
+        "versions": {**versions(), "torch": torch.__version__},
+    }
+    return SampleManifest(**{**flags, **found})
 
 
 def read_manifest(path):
     """SampleManifest in a file; keys that it does not know are left out. Raises InputError naming file and key."""
-    content, types = read_object(path), typing.get_type_hints(SampleManifest)
-    for name in content.keys() & types.keys():
-        wanted = types[name] | int if types[name] == float | None else types[name]
-        if not isinstance(content[name], wanted):
-            raise InputError(f"{path}: '{name}' is {content[name]!r:.60}, not {wanted}; make the samples again")
-    return SampleManifest(**{name: value for name, value in content.items() if name in types})
+    return read_record(SampleManifest, path, "make the samples again")
 
 
 def manifest_path(samples):
@@ -120,19 +110,9 @@ def manifest_path(samples):
 
 def check_settings(folder, settings):
     """Raise InputError where a folder holds images of other settings."""
-    found = read_object(folder / SETTINGS)
-    changed = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
-    if changed:
-        key = changed[0]
-        raise InputError(
-            f"{folder} holds images made with another {key} ({found.get(key)}, now {settings.get(key)}); "
-            "delete the folder or pass another --sample-dir"
-        )
-
-
-def read_object(path):
-    """The JSON object in a file. Raises InputError naming it."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object; delete it and make the samples again")
-    return content
+    remedy = "delete the folder or pass another --sample-dir"
+    found = read_record(dict, folder / SETTINGS, remedy)
+    for key in {**settings, **found}:
+        old, new = found.get(key), settings.get(key)
+        if old != new:
+            raise InputError(f"{folder} holds images made with another {key} ({old}, now {new}); {remedy}")

@@ -2,29 +2,30 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import torch
 
 from common.errors import InputError
+from common.look_ahead import ordered_map
 from models.codec import LatentCodec
-from samplers import GuidedVelocity, integrate
+from samplers import GuidedVelocity, integrate, sample_noise
 from sampling.checkpoint import open_checkpoint
 from sampling.flags import DTYPES
-from sampling.noise import batch_noise
 
 
 class ImageSampler:
     """A checkpoint ready to sample with the settings of a resolved, checked SamplingFlags. Raises InputError.
 
-    load_condition: (config, Checkpoint, device) → condition, as `ClassLabels.load`.
+    make_condition: (config, Checkpoint, device) → condition, as `ClassLabels`.
     """
 
-    def __init__(self, config, load_condition, device):
+    def __init__(self, config, make_condition, device):
         self.config, self.device = config, device
         self.checkpoint, self.path, self.spec = open_checkpoint(config)
         options = self.checkpoint.options
         self.shape = (options["in_channels"], options["input_size"], options["input_size"])
-        self.condition = load_condition(config, self.checkpoint, device)
+        self.condition = make_condition(config, self.checkpoint, device)
         self.times = config.sampler.times(config.num_steps, config.shift)
         self.cost = count_cost(config, self.path, self.times)
         self.codec = None
@@ -38,10 +39,6 @@ class ImageSampler:
         # each batch shape its own graph: N and 2N rows, and the last batch's
         self.network = torch.compile(network, dynamic=False, fullgraph=True) if config.compile else network
 
-    @property
-    def resolution(self):
-        return self.shape[1] * self.spec.factor
-
     def latents(self, indices, noise):
         """Latents (N, C, h, w), float32, of the images `indices`; noise: iterator of their draws, on the device."""
         config = self.config
@@ -51,9 +48,8 @@ class ImageSampler:
         latents = integrate(step, velocity, next(noise), self.times)
         if not torch.isfinite(latents).all():
             remedy = "the weights are damaged or diverged" if config.dtype == "fp32" else "try --dtype fp32"
-            raise InputError(
-                f"{config.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]}); {remedy}"
-            )
+            which = f"images {indices[0]}..{indices[-1]}"
+            raise InputError(f"{config.ckpt} gives samples that are not finite ({which}); {remedy}")
         return latents.float()
 
     def batches(self, batches):
@@ -65,6 +61,22 @@ class ImageSampler:
                 if self.codec is not None:
                     rows = self.codec.decode(rows, self.config.decode_batch_size)
                 yield indices, rows.cpu().numpy()
+
+
+def batch_noise(seed, batches, draws, shape, device):
+    """Yield noise (N, *shape), float32 on the device, in the order of use: all draws of a batch, then the next batch's.
+
+    batches: image indices of each; draws: 1 for the starting noise, and 1 for each step that adds noise. The next one
+    is drawn in a thread while the network works.
+    """
+
+    def draw(which):
+        indices, number = which
+        noise = sample_noise(seed, indices, number, shape)
+        return noise.pin_memory() if device.type == "cuda" else noise
+
+    for noise in ordered_map(draw, itertools.product(batches, range(draws))):
+        yield noise.to(device, non_blocking=True)
 
 
 @dataclasses.dataclass
@@ -83,12 +95,12 @@ class Cost:
 
 def count_cost(config, path, times):
     """Cost of a batch, found by running the sampler on one number."""
-    y, asked = torch.zeros(1, dtype=torch.long), []
+    zero, y, asked = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), []
 
     def noise(index):
         asked.append(index)
-        return torch.zeros(1, 1, 1, 1)
+        return zero
 
-    velocity = GuidedVelocity(lambda x, *_: torch.zeros_like(x), y, y, config.guidance)
-    integrate(config.sampler.step(path, noise), velocity, torch.zeros(1, 1, 1, 1), times)
+    velocity = GuidedVelocity(lambda x, *_: x, y, y, config.guidance)
+    integrate(config.sampler.step(path, noise), velocity, zero, times)
     return Cost(velocity.calls, velocity.guided_calls, draws=1 + len(asked))

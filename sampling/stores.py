@@ -1,12 +1,13 @@
 """What sampling leaves on disk: PNG files or the rows of an npz, written in threads, resumable, never half written.
 
 A store keeps finished rows by image index: `PngFiles` as FOLDER/000000.png …, `PartFiles` (npz without PNGs, and
-latents) as one file per batch, deleted once the npz is there. `write_npz` streams the rows of either.
+latents) as one file per batch, deleted once the npz is there. `pack` streams the rows of either into an npz.
 """
 
+import collections
+import functools
 import itertools
 import json
-import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from sampling.manifest import SETTINGS, check_settings
 
 GENEVAL_IMAGES = 4  # of each prompt
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
+REMEDY = "delete it and run the same again"
 
 
 class PngFiles:
@@ -28,6 +30,7 @@ class PngFiles:
 
     name = "arr_0"  # ADM's name of the array in the npz
     kind = "png"
+    pattern = "[0-9][0-9][0-9][0-9][0-9][0-9]*.png"
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -38,19 +41,16 @@ class PngFiles:
     def missing(self, count):
         """Indices below `count` without a whole image; one that was cut off, as by a power cut, does not count."""
         # listed first: asking a network file system for what is not there yet may be answered from its cache later
-        there = {path.name for path in self.folder.iterdir()}
-        paths = map(self.path, range(count))
-        return [index for index, path in enumerate(paths) if path.name not in there or not ends_as_png(path)]
+        there, paths = set(self.folder.glob(self.pattern)), map(self.path, range(count))
+        return [index for index, path in enumerate(paths) if path not in there or not ends_as_png(path)]
 
     def write(self, indices, images):
         """Save the images that are not there yet; each is complete or absent. Raises InputError on a full disk."""
-        for index, pixels in zip(indices, images, strict=True):
-            if not ends_as_png(self.path(index)):
-                picture = Image.fromarray(pixels)
-                with named_full_disk(self.path(index)):
-                    write_atomically(
-                        self.path(index), lambda f, p=picture: p.save(f, "PNG", compress_level=1), durable=False
-                    )
+        for path, pixels in zip(map(self.path, indices), images, strict=True):
+            if not ends_as_png(path):
+                save = functools.partial(Image.fromarray(pixels).save, format="PNG", compress_level=1)
+                with named_full_disk(path):
+                    write_atomically(path, save, durable=False)
 
     def read(self, index):
         """Pixels of an image. Raises InputError where it cannot be decoded."""
@@ -58,24 +58,20 @@ class PngFiles:
             with Image.open(self.path(index)) as picture:
                 return np.asarray(picture)
         except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{self.path(index)} is damaged ({error}); delete it and run the same again") from None
+            raise InputError(f"{self.path(index)} is damaged ({error}); {REMEDY}") from None
 
     def rows(self, count):
         """Yield the images 0 … count − 1, decoded by several threads, few of them in memory."""
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, count, 64):
-                yield from pool.map(self.read, range(start, min(start + 64, count)))
+        return ordered_map(self.read, range(count), ahead=32, threads=16)
 
-    def trim(self, count):
+    def finish(self, count):
         """Delete images beyond the first `count`, of an earlier run that made more: the folder may be measured too."""
-        surplus = [p for p in self.folder.glob("*.png") if p.stem.isdigit() and int(p.stem) >= count]
+        wanted = set(map(self.path, range(count)))
+        surplus = [path for path in self.folder.glob(self.pattern) if path.stem.isdigit() and path not in wanted]
         for path in surplus:
             path.unlink()
         if surplus:
             note(f"deleted {len(surplus)} images beyond --num-fid-samples {count} in {self.folder}")
-
-    def clear(self):
-        """PNGs stay."""
 
 
 class GenEvalFiles(PngFiles):
@@ -85,6 +81,7 @@ class GenEvalFiles(PngFiles):
     """
 
     kind = "geneval"
+    pattern = "[0-9]*/samples/[0-9][0-9][0-9][0-9]*.png"
 
     def __init__(self, folder, metadata, per_prompt):
         super().__init__(folder)
@@ -94,27 +91,13 @@ class GenEvalFiles(PngFiles):
         prompt, number = divmod(index, self.per_prompt)
         return self.folder / f"{prompt:05d}" / "samples" / f"{number:04d}.png"
 
-    def record(self, index):
-        """The file that says what image `index` shows."""
-        return self.path(index).parents[1] / "metadata.jsonl"
-
-    def missing(self, count):
-        """Indices below `count` without a whole image or a record."""
-        return [i for i in range(count) if not (ends_as_png(self.path(i)) and self.record(i).is_file())]
-
-    def write(self, indices, images):
-        """As PngFiles.write; a prompt's record is written with its first image."""
-        for index in indices:
-            if index % self.per_prompt == 0:
-                line = json.dumps(self.metadata[index // self.per_prompt]) + "\n"
-                with named_full_disk(self.folder):
-                    write_atomically(self.record(index), lambda f, text=line: f.write(text.encode()))
-        super().write(indices, images)
-
-    def trim(self, count):
-        """Delete images beyond the first `count`."""
-        for index in range(count, len(self.metadata) * self.per_prompt):
-            self.path(index).unlink(missing_ok=True)
+    def finish(self, count):
+        """As PngFiles.finish; then say in every prompt's folder what its images show."""
+        super().finish(count)
+        for index, record in zip(range(0, count, self.per_prompt), self.metadata, strict=False):
+            path, line = self.path(index).parents[1] / "metadata.jsonl", json.dumps(record) + "\n"
+            with named_full_disk(path):
+                write_atomically(path, lambda file, line=line: file.write(line.encode()), durable=False)
 
 
 def ends_as_png(path):
@@ -137,13 +120,12 @@ class PartFiles:
 
     def parts(self):
         """[(start, stop, path)] of the finished batches."""
-        found = [(re.fullmatch(r"rows-(\d+)-(\d+)\.npy", path.name), path) for path in self.folder.iterdir()]
-        return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
+        paths = sorted(self.folder.glob("rows-*-*.npy"))
+        return [(*map(int, path.stem.split("-")[1:]), path) for path in paths]
 
     def missing(self, count):
         """Indices below `count` that no part holds."""
-        have = set(itertools.chain.from_iterable(range(start, stop) for start, stop, _ in self.parts()))
-        return [index for index in range(count) if index not in have]
+        return sorted(set(range(count)).difference(*(range(start, stop) for start, stop, _ in self.parts())))
 
     def write(self, indices, rows):
         """Save a batch of consecutive images, complete or absent. Raises InputError on a full disk."""
@@ -159,15 +141,12 @@ class PartFiles:
             try:
                 part = np.load(path)
             except (OSError, ValueError, EOFError) as error:
-                raise InputError(f"{path} is damaged ({error}); delete it and run the same again") from None
+                raise InputError(f"{path} is damaged ({error}); {REMEDY}") from None
             yield from part[index - start : count - start]
             index = stop
 
-    def trim(self, count):
-        """Rows beyond the first `count` are left out of the npz."""
-
-    def clear(self):
-        """Delete the parts, once the npz has their rows."""
+    def finish(self, _count):
+        """Delete the parts: the npz has their rows."""
         for _, _, path in self.parts():
             path.unlink()
 
@@ -175,46 +154,38 @@ class PartFiles:
 def write_in_threads(write, batches, threads=4):
     """Call write(*batch) for each batch in threads; yield when it is done, in order.
 
-    What the iterator `batches` gave before it failed is still written. An error of `write` is raised where it is due.
+    What the iterator `batches` gave before it failed is still written (`ordered_map` would cancel it): leaving the pool
+    waits for it. An error of `write` is raised where it is due.
     """
-    failures = []
-
-    def until_failure():
-        try:
-            yield from batches
-        except BaseException as error:  # a keyboard interrupt as well
-            failures.append(error)
-
-    # as many calls as threads: each has begun, so that leaving the loop early cancels none
-    yield from ordered_map(lambda batch: write(*batch), until_failure(), ahead=threads - 1, threads=threads)
-    if failures:
-        raise failures[0]
+    pending = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            pending.append(pool.submit(write, *batch))
+            if len(pending) == threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def write_npz(path, name, rows, count):
     """Stream `count` arrays of one shape and dtype into array `name`, (count, …), of an npz; complete or absent.
 
-    Raises InputError where shapes differ, rows are too few, or the disk is full.
+    Raises InputError where shapes differ or the disk is full.
     """
     rows = iter(rows)
     first = next(rows)
     header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape)}
+    member = zipfile.ZipInfo(f"{name}.npy")  # has a fixed date: the same samples give the same bytes
 
     def write(file):
-        written = 0
-        # ZipInfo has a fixed date: the same samples give the same bytes
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for written, row in enumerate(itertools.chain([first], rows), 1):
-                    if (row.shape, row.dtype) != (first.shape, first.dtype):
-                        raise InputError(
-                            f"{path}: image {written - 1} is {row.shape} {row.dtype}, those before are {first.shape} "
-                            f"{first.dtype}; delete that image and run the same again"
-                        )
-                    member.write(row.tobytes())
-        if written != count:
-            raise InputError(f"{path}: {written} images instead of {count}; run the same again")
+        with zipfile.ZipFile(file, "w") as archive, archive.open(member, "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for index, row in zip(range(count), itertools.chain([first], rows), strict=True):
+                if (row.shape, row.dtype) != (first.shape, first.dtype):
+                    raise InputError(
+                        f"{path}: image {index} is {row.shape} {row.dtype}, not {first.shape} {first.dtype}; {REMEDY}"
+                    )
+                array.write(row.tobytes())
 
     with named_full_disk(path):
         write_atomically(path, write)
@@ -222,9 +193,7 @@ def write_npz(path, name, rows, count):
 
 def pack(store, target, count):
     """Pack a store's rows into the npz `target`, unless target is None; exactly `count`, checked. Raises InputError."""
-    store.trim(count)
-    missing = store.missing(count)
-    if missing:
+    if missing := store.missing(count):
         raise InputError(
             f"{store.folder}: {len(missing)} of {count} images are missing, the first is {missing[0]}; "
             "run the same again"
@@ -233,25 +202,20 @@ def pack(store, target, count):
         write_npz(target, store.name, store.rows(count), count)
 
 
-def remove_leftovers(folder):
-    """Delete what killed processes left half-written of this result: nothing would ever read it."""
-    for path in [*folder.rglob(".*.tmp"), *folder.parent.glob(f".{folder.name}.npz.*.tmp")]:
-        path.unlink(missing_ok=True)
-
-
 def prepare_folder(folder, settings, resume=True):
-    """Make the folder of a result, or check that what is in it has the same settings. Raises InputError.
+    """Make the folder of a result, or check its settings and delete what killed processes left half-written.
 
-    settings: of a SampleManifest; resume False refuses a folder with finished images.
+    settings: of a SampleManifest; resume False refuses a folder with finished images. Raises InputError.
     """
     record = folder / SETTINGS
     has_images = any(path.suffix in (".png", ".npy") for path in folder.rglob("*"))
     if has_images and not record.exists():
-        raise InputError(f"{folder} holds images of unknown settings (no {record.name}); pass another --sample-dir")
-    if not resume and (has_images or folder.with_name(folder.name + ".npz").exists()):
+        raise InputError(f"{folder} holds images of unknown settings (no {SETTINGS}); pass another --sample-dir")
+    if not resume and (has_images or Path(f"{folder}.npz").exists()):
         raise InputError(f"{folder} holds finished images; resume with --resume, or pass another --sample-dir")
     if record.exists():
         check_settings(folder, settings)
-    remove_leftovers(folder)
+    for path in [*folder.rglob(".*.tmp"), *folder.parent.glob(f".{folder.name}.npz.*.tmp")]:
+        path.unlink(missing_ok=True)
     with named_full_disk(folder):
         write_json(record, settings)

@@ -41,7 +41,7 @@ sample generate_t2i.py --ckpt "$CKPT" --sample-dir "$WORK/samples" --prompts "$W
     --per-proc-batch-size 25 --mode sde --num-steps 100 --cfg-scale 2.0
 
 step "5/5 measure"
-python -m digits.prompts --samples "$(newest_npz "$WORK/samples")" --out "$WORK/report.json" --grid "$WORK/grid.png"
+python -m digits.report --samples "$(newest_npz "$WORK/samples")" --out "$WORK/report.json" --grid "$WORK/grid.png"
 
 cat <<EOF
 

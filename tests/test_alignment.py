@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -365,7 +366,7 @@ def test_two_processes_make_the_same_aligned_step(data, tmp_path, monkeypatch):
     store(data, tiny.encoder_file(name, tmp_path), name)
     flags = {"ssl_align": True, "enc_type": name, "max_train_steps": 3}
     one = tiny.run_train(data, tmp_path / "one", **flags)
-    done = tiny.run_torchrun(2, tiny.ROOT / "train.py", *tiny.train_flags(data, tmp_path / "two", **flags))
+    done = programs.run_ranks(2, tiny.ROOT / "train.py", *tiny.train_flags(data, tmp_path / "two", **flags))
     assert done.returncode == 0, done.stderr
     for key in ("loss", "loss_proj"):
         assert losses(tmp_path / "two/run", key) == pytest.approx(losses(one, key), abs=1e-5)

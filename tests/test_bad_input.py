@@ -5,6 +5,7 @@ import importlib.util
 import json
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -52,7 +53,7 @@ def test_empty_data_folder(tmp_path):
 def test_folder_without_latents(data, tmp_path):
     for index in range(12):
         tiny.moments_file(data, index).unlink()
-    refused(data, tmp_path, r"img-mean-std-00000000.npy is missing")
+    refused(data, tmp_path, r"img-mean-std-00000000.npy .* encode it again")
 
 
 def test_missing_label_file(tmp_path):
@@ -80,12 +81,12 @@ def test_label_beyond_num_classes(tmp_path):
 
 def test_label_that_is_no_integer(tmp_path):
     data = tiny.data_folder(tmp_path / "data", labels=[0, 1, "cat"] * 4)
-    refused(data, tmp_path, r"dataset.json: the label of .* is 'cat', not an integer")
+    refused(data, tmp_path, r"dataset.json: .* is 'cat'.*; prepare it")
 
 
 def test_damaged_label_file(data, tmp_path):
     (data / "vae-sd/dataset.json").write_text('{"labels": [["img')
-    refused(data, tmp_path, r"dataset.json cannot be read as JSON")
+    refused(data, tmp_path, r"dataset.json .*; prepare it")
 
 
 def test_one_latent_of_another_shape(data, tmp_path):
@@ -103,7 +104,7 @@ def test_one_truncated_latent(data, tmp_path):
 
 def test_latents_that_were_sampled_already(tmp_path):
     data = tiny.data_folder(tmp_path / "data", shape=(4, 8, 8))
-    refused(data, tmp_path, r"latents have 4 channels; 8 are needed: mean and std")
+    refused(data, tmp_path, r"latents have shape \(4, .*\(8, h, h\): mean and std .* encode the images again")
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 6), (32, 8, 8), (8, 64)])
@@ -168,19 +169,19 @@ def test_checkpoint_with_python_objects(run, data, tmp_path):
 def test_checkpoint_that_is_not_of_a_run(run, data, tmp_path):
     content = tiny.load(run)
     torch.save([1, 2], run)
-    refused_on_resume(data, tmp_path, r"0000002.pt cannot be resumed from: it has no entry 'config'")
+    refused_on_resume(data, tmp_path, r"0000002.pt.* resume")
     for entry in ("model", "opt", "train_state"):
         torch.save({name: value for name, value in content.items() if name != entry}, run)
-        refused_on_resume(data, tmp_path, rf"0000002.pt cannot be resumed from: it has no entry '{entry}'")
+        refused_on_resume(data, tmp_path, rf"0000002.pt: '{entry}' Field required")
 
 
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
-        ({"trans_depth": 3}, "it lacks blocks.2"),
-        ({"model": "SiT-Ti/2", "df_idxs": "[]"}, "it lacks final_layer"),
-        ({"model": "DeepFlow-S/2", "df_idxs": "1"}, "expected"),
-        ({"qk_norm": True}, "it lacks blocks.0.attn.k_norm"),
+        ({"trans_depth": 3}, "Missing .*blocks.2"),
+        ({"model": "SiT-Ti/2", "df_idxs": "[]"}, "Missing .*final_layer"),
+        ({"model": "DeepFlow-S/2", "df_idxs": "1"}, "size mismatch"),
+        ({"qk_norm": True}, "Missing .*blocks.0.attn.k_norm"),
         ({"legacy_scaling": True}, "its legacy_scaling is False, the flags say True"),
         ({"path_type": "cosine"}, "its path_type is linear, the flags say cosine"),
     ],
@@ -230,7 +231,7 @@ def test_batch_that_the_micro_batches_do_not_divide(data, tmp_path):
 @pytest.mark.slow
 def test_batch_that_the_processes_do_not_divide(data, tmp_path):
     flags = tiny.train_flags(data, tmp_path / "exps", batch_size=3)
-    done = tiny.run_torchrun(2, tiny.ROOT / "train.py", *flags)
+    done = programs.run_ranks(2, tiny.ROOT / "train.py", *flags)
     assert done.returncode != 0
     assert "error: --batch-size 3 is not divisible by 2 processes" in done.stderr
     assert not (tmp_path / "exps").exists()
@@ -241,11 +242,11 @@ def test_batch_that_the_processes_do_not_divide(data, tmp_path):
     [
         ({"scale_weight": [1.0]}, r"--scale-weight has 1 values for 2 branches"),
         ({"scale_weight": [0.1, 0.2, 1.0]}, r"--scale-weight has 3 values for 2 branches"),
-        ({"df_idxs": "2"}, r"--df-idxs \[2\]: block 2 is the last of 2"),
-        ({"df_idxs": "0"}, r"--df-idxs \[0\]: block 0 is out of range"),
-        ({"df_idxs": "[1,9]"}, r"--df-idxs \[1, 9\]: block 9 is out of range"),
-        ({"df_idxs": "[1,1]"}, r"--df-idxs \[1, 1\]: block 1 is repeated"),
-        ({"trans_depth": 4, "df_idxs": "[2,1]"}, r"--df-idxs \[2, 1\]: 2 stands before 1"),
+        ({"df_idxs": "2"}, r"--df-idxs \[2\] .* from 1 to 1"),
+        ({"df_idxs": "0"}, r"--df-idxs \[0\] .* from 1 to 1"),
+        ({"df_idxs": "[1,9]"}, r"--df-idxs \[1, 9\] .* from 1 to 1"),
+        ({"df_idxs": "[1,1]"}, r"--df-idxs \[1, 1\] .* from 1 to 1"),
+        ({"trans_depth": 4, "df_idxs": "[2,1]"}, r"--df-idxs \[2, 1\] .* from 1 to 3"),
         ({"df_idxs": "middle"}, r"--df-idxs 'middle' is not a list"),
         ({"trans_depth": 0}, r"--trans-depth 0"),
         ({"model": "DeepFlow-XXL/2"}, r"--model 'DeepFlow-XXL/2' is unknown; choose one of DeepFlow-Ti/2"),
@@ -317,7 +318,7 @@ def test_command_ends_with_one_line_and_exit_code_2(data, tmp_path):
     for index in range(12):
         np.save(tiny.moments_file(data, index), np.full((8, 8, 8), np.inf, np.float32))
     flags = tiny.train_flags(data, tmp_path / "exps", max_train_steps=30, log_every=100)
-    done = tiny.run_python(tiny.ROOT / "train.py", *flags)
+    done = programs.run(tiny.ROOT / "train.py", *flags)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip() and "step/s" not in line]
@@ -330,7 +331,7 @@ def test_command_ends_with_one_line_and_exit_code_2(data, tmp_path):
 def test_an_error_in_the_first_of_two_processes_ends_both(data, tmp_path):
     """Only the first process decodes grids, so only it finds that their VAE is not there; the other must not wait."""
     flags = tiny.train_flags(data, tmp_path / "exps", sampling_steps=2, vae=tmp_path / "nowhere")
-    done = tiny.run_torchrun(2, tiny.ROOT / "train.py", *flags)
+    done = programs.run_ranks(2, tiny.ROOT / "train.py", *flags)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert [f"cannot load the VAE '{tmp_path}/nowhere'" in line for line in errors] == [True]

@@ -1,6 +1,7 @@
 """Steps whose loss or gradients are not finite: skipped to the bit, by all processes alike, without any waiting."""
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -249,7 +250,7 @@ def test_the_scaler_resumes_to_the_bit(data, tmp_path, with_scaler):
 @pytest.mark.parametrize("fault", ["infinite-loss", "infinite-gradient"])
 def test_an_infinity_on_one_of_two_processes_skips_the_step_on_both(data, tmp_path, fault):
     flags = tiny.train_flags(data, tmp_path, checkpointing_steps=1, max_train_steps=3, ema_decay=0.9)
-    done = tiny.run_torchrun(2, tiny.ROOT / "tests/faulty_train.py", fault, *flags)
+    done = programs.run_ranks(2, tiny.ROOT / "tests/faulty_train.py", fault, *flags)
     assert done.returncode == 0, done.stderr
     first, second, third = checkpoints(tmp_path / "run", 1, 2, 3)
     for entry in STATE:

@@ -6,8 +6,8 @@ import pickle
 import zipfile
 
 import numpy as np
+import programs
 import pytest
-import tiny
 from evaluation_helpers import numbers, pictures, save_npz, script
 from PIL import Image
 
@@ -115,14 +115,14 @@ def test_npz_references_serve_for_fid(files, tmp_path):
     np.savez(tmp_path / "adm.npz", arr_0=pictures(5, 1), mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
     found, size = read_reference(tmp_path / "adm.npz")
     assert list(found) == ["fid"] and size == (16, 16)
-    np.testing.assert_array_equal(found["fid"]["sigma"], sigma)
-    refused("adm.npz holds fid and none of fd_corners", *flags(folder, tmp_path / "adm.npz", features))
+    np.testing.assert_array_equal(found["fid"][1], sigma)
+    refused("--metrics leaves nothing to measure", *flags(folder, tmp_path / "adm.npz", features))
     only_dinov2 = ("--metrics", "fd_dinov2", "--num", 25)  # whose weights are not asked for
     refused(
         "--metrics leaves nothing to measure", "calc", "--images", folder, "--ref", tmp_path / "adm.npz", *only_dinov2
     )
     np.savez(tmp_path / "images.npz", arr_0=pictures(5, 1))
-    refused("images.npz holds no mu and sigma", *flags(folder, tmp_path / "images.npz", features))
+    refused("images.npz holds no statistics", *flags(folder, tmp_path / "images.npz", features))
     np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
     assert read_reference(tmp_path / "statistics.npz")[1] is None
 
@@ -166,7 +166,7 @@ def test_batches_and_processes_do_not_show(files, tmp_path, capsys):
         )
     result = tmp_path / "two.json"
     command = ("-m", "evaluations.calculate_metrics", *flags(folder, ref, features)[:-2], "--num-images", 25)
-    done = tiny.run_torchrun(2, *command, "--json", result)
+    done = programs.run_ranks(2, *command, "--json", result)
     assert done.returncode == 0, done.stderr
     one = frechet_distance(*statistics(corners(pictures(25, 2))), *statistics(corners(pictures(30, 1))))
     assert json.loads(result.read_text())["metrics"]["fd_corners"] == pytest.approx(one, rel=1e-5)
@@ -186,7 +186,7 @@ def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
     (tmp_path / "ref.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     found, size = read_reference(tmp_path / "ref.pkl")
     assert list(found) == ["fid"] and size is None
-    np.testing.assert_array_equal(found["fid"]["sigma"], sigma)
+    np.testing.assert_array_equal(found["fid"][1], sigma)
 
 
 def test_pickles_of_numpy_1_are_read(tmp_path):
@@ -202,7 +202,7 @@ def test_pickles_of_numpy_1_are_read(tmp_path):
         (pickle.dumps({"fid": {"mu": np.array([Evil()], dtype=object)}}), "system, which is not loaded"),
         (pickle.dumps({"num_images": 3}), "holds no statistics"),
         (pickle.dumps([1, 2]), "holds no statistics"),
-        (pickle.dumps({"fid": {"mu": np.zeros(3)}}), "its fid has no mu and sigma"),
+        (pickle.dumps({"fid": {"mu": np.zeros(3)}}), "fid has no mu and sigma"),
         (pickle.dumps({"fid": {"mu": np.zeros(3), "sigma": np.eye(4)}}), r"not \(D,\) and \(D, D\)"),
         (pickle.dumps({"fid": {"mu": np.full(3, np.inf), "sigma": np.eye(3)}}), "not finite"),
         (pickle.dumps({"fd_corners": {"mu": np.zeros(3), "sigma": np.eye(3)}}), "does not fit fd_corners"),
@@ -251,7 +251,7 @@ def test_a_reference_that_a_full_disk_refuses_ends_in_one_line(files, tmp_path, 
 
 def test_dinov2_weights_that_are_missing_end_in_one_line(files, tmp_path):
     (tmp_path / "dino.pkl").write_bytes(pickle.dumps({"fd_dinov2": {"mu": np.zeros(1024), "sigma": np.eye(1024)}}))
-    done = tiny.run_python(
+    done = programs.run(
         "-m", "evaluations.calculate_metrics", "calc", "--images", files[1], "--ref", tmp_path / "dino.pkl",
         "--num", 25, "--metrics", "fd_dinov2", HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1",
     )  # fmt: skip

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import captioned
 import numpy as np
+import programs
 import pytest
-import tiny
 import torch
 from data_helpers import tree
 
@@ -92,7 +92,7 @@ def test_a_plain_json_of_captions(data, tmp_path, form):
     plain = {name: group if form == "mapping" else group[0] for name, group in captioned.PHOTOS.items()}
     (tmp_path / "c.json").write_text(json.dumps(plain))
     captions = Captions(data / "images", tmp_path / "c.json")
-    assert len(captions) == (captioned.CAPTION_COUNT if form == "mapping" else captioned.COUNT)
+    assert len(captions.texts) == (captioned.CAPTION_COUNT if form == "mapping" else captioned.COUNT)
 
 
 def test_written_again_gives_the_same_bytes_and_a_second_run_does_nothing(data, tmp_path, capsys):
@@ -139,7 +139,7 @@ def test_two_processes_write_the_same_bytes_as_one(data, tmp_path):
     arguments = ["--source", data / "images", "--annotations", data.parent / "captions.json", "--device", "cpu"]
     arguments += ["--text-encoder", data.parent / "clip", "--batch-size", "4", "--dest"]
     tool = "preprocessing/dataset_tools.py"
-    for folder, start in (("one", tiny.run_python), ("two", functools.partial(tiny.run_torchrun, 2))):
+    for folder, start in (("one", programs.run), ("two", functools.partial(programs.run_ranks, 2))):
         done = start(tool, "captions", *arguments, tmp_path / folder)
         assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -231,6 +231,13 @@ def test_a_file_that_holds_no_captions(data, tmp_path, content):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(InputError, match=r"c\.json"):
         Captions(data / "images", tmp_path / "c.json")
+
+
+def test_a_caption_of_an_image_that_is_not_listed(data, tmp_path):
+    stray = {"id": 99, "image_id": 10_000, "caption": "a unicorn"}
+    path = captioned.coco_json(tmp_path / "c.json", annotations=[stray])
+    with pytest.raises(InputError, match=r"c\.json: 'images' lacks the one of annotation 99"):
+        Captions(data / "images", path)
 
 
 def change_manifest(place, **changes):

@@ -184,7 +184,7 @@ def test_uneven_branches_of_a_published_file_need_their_key_layers(tmp_path):
 def test_presets_are_recognised_from_their_weights(name):
     with torch.device("meta"):
         state = create_model(name).state_dict()
-    options, preset = config_from_state(state, "file"), PRESETS[name]
+    options, preset = config_from_state(state), PRESETS[name]
     for key in ("depth", "hidden_size", "num_heads", "patch_size", "df_idxs"):
         assert options[key] == getattr(preset, key), key
     assert (options["input_size"], options["in_channels"]) == (32, 4)
@@ -205,7 +205,7 @@ def test_presets_are_recognised_from_their_weights(name):
 def test_even_key_layers_are_recognised_from_their_weights(name, depth, df_idxs):
     with torch.device("meta"):
         state = create_model(name, depth=depth, df_idxs=df_idxs).state_dict()
-    options = config_from_state(state, "file")
+    options = config_from_state(state)
     assert (options["depth"], options["df_idxs"], options["num_heads"]) == (depth, df_idxs, PRESETS[name].num_heads)
 
 
@@ -217,7 +217,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    assert "is a folder" in refusal(tmp_path)
+    assert "or an exported folder" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("legacy_format", [False, True])
@@ -301,7 +301,7 @@ def test_a_lost_parameter_of_one_branch_is_named(tmp_path, lost):
 
 def test_an_unknown_parameter_is_named(tmp_path):
     state = {**tiny().state_dict(), "blocks.0.extra.weight": torch.ones(1)}
-    assert "has the unknown blocks.0.extra.weight" in refusal(save(tmp_path / "a.pt", state))
+    assert 'Unexpected key(s) in state_dict: "blocks.0.extra.weight"' in refusal(save(tmp_path / "a.pt", state))
 
 
 @pytest.mark.parametrize(
@@ -309,10 +309,10 @@ def test_an_unknown_parameter_is_named(tmp_path):
 )
 def test_a_shape_mismatch_is_named_with_both_shapes(tmp_path, name):
     state = tiny().state_dict()
-    expected = tuple(state[name].shape)
+    expected = state[name].shape
     state[name] = torch.zeros(3, *expected[1:])
     message = refusal(save(tmp_path / "a.pt", state))
-    assert f"{name} is {(3, *expected[1:])}, expected {expected}" in message
+    assert all(part in message for part in (name, str(state[name].shape), str(expected)))
 
 
 def test_a_configuration_that_does_not_fit_its_weights(tmp_path):
@@ -356,7 +356,7 @@ def test_a_file_of_ours_answers_everything(tmp_path, overrides, named):
 
 def test_key_layers_of_another_number_of_branches(tmp_path):
     path = save(tmp_path / "a.pt", tiny().state_dict())
-    assert "lacks df_blocks.1." in refusal(path, df_idxs="1 2")
+    assert 'Missing key(s) in state_dict: "df_blocks.1.' in refusal(path, df_idxs="1 2")
 
 
 class Malicious:

@@ -1,5 +1,6 @@
 """--compile: one graph, no recompilation, the same numbers, the same names."""
 
+import programs
 import pytest
 import tiny
 import torch
@@ -82,7 +83,7 @@ def test_two_processes_compile_and_resume(tmp_path):
             line = tiny.train_flags(
                 data, tmp_path, exp_name=name, compile=compiled, max_train_steps=last, resume="auto"
             )
-            result = tiny.run_torchrun(2, "train.py", *line)
+            result = programs.run_ranks(2, "train.py", *line)
             assert result.returncode == 0, result.stderr
         losses.append([entry["loss"] for entry in tiny.log_lines(tmp_path / name)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

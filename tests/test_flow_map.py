@@ -170,7 +170,7 @@ def test_at_r_equal_t_a_converted_flow_model_is_unchanged(family, case):
     """For every kind of published checkpoint: DeepFlow, SiT (time reversed), REPA, Decoupled MeanFlow."""
     known = {"deepflow": case["config"].get("df_idxs"), "dmf": None}
     state = parity.parameters(family, case)
-    config = config_from_state(state, case["id"], known.get(family))
+    config = config_from_state(state, known.get(family))
     state, config = convert(state, {**config, "num_heads": case["config"]["num_heads"]})
     flow = build(config)
     flow.load_state_dict(state)

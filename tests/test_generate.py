@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -18,7 +16,7 @@ from PIL import Image
 from common.errors import InputError
 from models.codec import LatentCodec
 from samplers import sample_labels, sample_noise
-from sampling import noise
+from sampling import sampler
 from sampling.stores import PngFiles, pack
 
 
@@ -86,7 +84,7 @@ def test_draws_of_a_sample_do_not_depend_on_its_batch():
 
 def test_noise_is_that_of_each_image_in_the_order_of_use():
     shape, batches = (4, 2, 2), [range(0, 3), range(3, 6), range(9, 10)]
-    drawn = list(noise.batch_noise(7, batches, 4, shape, torch.device("cpu")))
+    drawn = list(sampler.batch_noise(7, batches, 4, shape, torch.device("cpu")))
     expected = [sample_noise(7, indices, draw, shape) for indices in batches for draw in range(4)]
     assert len(drawn) == len(expected) and all(map(torch.equal, drawn, expected))
 
@@ -99,8 +97,8 @@ def test_the_next_noise_is_drawn_while_this_one_is_used(monkeypatch):
             begun.set()
         return sample_noise(seed, indices, number, shape)
 
-    monkeypatch.setattr(noise, "sample_noise", draw)
-    drawn = noise.batch_noise(7, [range(2)], 3, (4, 2, 2), torch.device("cpu"))
+    monkeypatch.setattr(sampler, "sample_noise", draw)
+    drawn = sampler.batch_noise(7, [range(2)], 3, (4, 2, 2), torch.device("cpu"))
     next(drawn)
     assert begun.wait(60)
     drawn.close()
@@ -122,7 +120,7 @@ def test_more_images_begin_with_the_same_ones(reference, ckpt, tmp_path):
 
 
 def test_two_processes_make_the_same_pixels(reference, ckpt, tmp_path):
-    done = tiny.run_torchrun(2, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
+    done = programs.run_ranks(2, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
     assert done.returncode == 0, done.stderr
     folder, array, manifest = tiny.results(tmp_path)
     assert np.array_equal(array, reference[1])
@@ -137,7 +135,7 @@ def test_seventy_images_at_other_batch_sizes_on_one_and_two_processes(ckpt, tmp_
     """Identical files for one batch size; labels the same and pixels within rounding for another."""
     size = {"num_fid_samples": 70, "per_proc_batch_size": batch}
     folder, array, manifest = tiny.run_generate(ckpt, tmp_path / "one", **size)
-    done = tiny.run_torchrun(2, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path / "two", **size))
+    done = programs.run_ranks(2, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path / "two", **size))
     assert done.returncode == 0, done.stderr
     assert tiny.file_bytes(tiny.results(tmp_path / "two")[0]) == tiny.file_bytes(folder)
     _, other, other_manifest = tiny.run_generate(ckpt, tmp_path / "b", num_fid_samples=70, per_proc_batch_size=10)
@@ -149,7 +147,7 @@ def test_seventy_images_at_other_batch_sizes_on_one_and_two_processes(ckpt, tmp_
 @pytest.mark.parametrize("processes", [1, 3, 4])
 def test_any_number_of_processes_makes_the_same_pixels(reference, ckpt, tmp_path, processes):
     """Four processes for three batches: one of them has nothing to do."""
-    done = tiny.run_torchrun(processes, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
+    done = programs.run_ranks(processes, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
     assert done.returncode == 0, done.stderr
     assert np.array_equal(tiny.results(tmp_path)[1], reference[1])
 
@@ -279,16 +277,6 @@ def test_interrupted_packing_goes_on_without_sampling(reference, ckpt, tmp_path,
     assert rows == []
 
 
-def start_two_processes(line):
-    """Two processes of generate.py as another launcher than torchrun starts them, so that both can be killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, tiny.ROOT / "generate.py", *line]
-    return [subprocess.Popen(command, env={**shared, "RANK": rank}, cwd=tiny.ROOT) for rank in "01"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["both", "npz"])
 def test_killed_runs_of_two_processes_end_with_the_same_files(ckpt, tmp_path, format):
@@ -296,7 +284,7 @@ def test_killed_runs_of_two_processes_end_with_the_same_files(ckpt, tmp_path, fo
     size = {"num_fid_samples": 300, "per_proc_batch_size": 4, "format": format}
     line = tiny.generate_flags(ckpt, tmp_path / "a", **size)
     for pattern in ("*/rows-*.npy" if format == "npz" else "*/*.png", ".*.npz.*.tmp", None):
-        pair = start_two_processes(line)
+        pair, _store = programs.start_ranks(2, tiny.ROOT / "generate.py", *line)
         try:
             while any(p.poll() is None for p in pair) and not (pattern and any((tmp_path / "a").glob(pattern))):
                 time.sleep(0.001)

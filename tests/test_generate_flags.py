@@ -5,6 +5,7 @@ import os
 import shutil
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -312,7 +313,7 @@ def test_weights_that_are_not_finite_give_no_image(nan_ckpt, tmp_path):
 
 
 def test_weights_that_are_not_finite_end_in_one_line(nan_ckpt, tmp_path):
-    done = tiny.run_python(tiny.ROOT / "generate.py", *tiny.generate_flags(nan_ckpt, tmp_path / "samples"))
+    done = programs.run(tiny.ROOT / "generate.py", *tiny.generate_flags(nan_ckpt, tmp_path / "samples"))
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.strip() and "?image/s" not in line]
     assert line.startswith(f"error: {nan_ckpt} gives samples that are not finite")

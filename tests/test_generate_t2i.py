@@ -34,7 +34,7 @@ def sampler(ckpt, **changes):
     source = read_prompts(config.prompts, config.global_seed)
     config = config.resolve(source)
     config.check()
-    return ImageSampler(config, functools.partial(Prompts.load, source=source), torch.device("cpu"))
+    return ImageSampler(config, functools.partial(Prompts, source=source), torch.device("cpu"))
 
 
 def test_defaults():

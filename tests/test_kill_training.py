@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import multiprocessing
 import random
 import re
 import signal
 import time
 
 import faulty_train
+import programs
 import pytest
 import tiny
 
@@ -60,13 +60,11 @@ def test_kills_at_many_moments_lose_little_and_change_nothing(tmp_path):
     output_dir, chance, inside = tmp_path / "killed", random.Random(0), 0
     run_dir = output_dir / "run"
     output_dir.mkdir()
-    server = multiprocessing.get_context("forkserver")  # imports once, forks for every run
-    server.set_forkserver_preload([__name__])
     for kill in range(KILLS):
         before = max(existing_steps(run_dir), default=0)
         known = set(half_written(run_dir))
         (output_dir / "output.txt").write_text("")
-        process = server.Process(target=train_slowly, args=(data, output_dir))
+        process = programs.server().Process(target=train_slowly, args=(data, output_dir))
         process.start()
         wanted = before + ROLLING * chance.choice((0, 1))  # some get on by a checkpoint, others by nothing
         wait_until(lambda wanted=wanted: max(existing_steps(run_dir), default=0) >= wanted, process)

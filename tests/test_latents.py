@@ -67,6 +67,11 @@ def test_old_manifests_and_unknown_keys_are_read():
     assert parse(images=None, job={"command": "pack", "source": "x"}).image_set is None
 
 
+def test_names_that_are_not_utf8_are_read():
+    manifest = parse(class_names=["caf\udce9", "dog"], left_out=[["caf\udce9/1.png", "the file is empty"]])
+    assert manifest.class_names[0] == "caf\udce9" and manifest.left_out[0][0] == "caf\udce9/1.png"
+
+
 def test_text_and_encoder():
     manifest = parse(kind="captions", latents=None, text={"encoder": "x", "family": "x", "tokens": 7, "width": 3})
     assert manifest.text == TextSpec("x", "x", 7, 3)
@@ -101,7 +106,7 @@ WRONG = {
 
 @pytest.mark.parametrize("key", WRONG)
 def test_a_wrong_value_is_named_with_file_key_and_remedy(key):
-    with pytest.raises(InputError, match=rf"DATA/manifest\.json.*'{key}'.* again") as caught:
+    with pytest.raises(InputError, match=rf"DATA/manifest\.json.*'{key}[.'].* again") as caught:
         parse(**{key: WRONG[key]})
     assert "\n" not in str(caught.value)
 

@@ -15,7 +15,7 @@ TOLERANCE = 2e-6
 
 def from_state(state, name, **known):
     """MMDiT of a published state dict; known: what no weight tells."""
-    state, config = convert(state, config_from_state(state, name))
+    state, config = convert(state, config_from_state(state))
     model = build({**config, **known})
     assert isinstance(model, MMDiT)
     load_strictly(model, state, name)

@@ -161,13 +161,7 @@ def test_no_key_layers_is_one_branch(form):
 @pytest.mark.parametrize(
     ("df_idxs", "named"),
     [
-        ("4 13", "block 13 is out of range"),
-        ("0 4", "block 0 is out of range"),
-        ("-2 4", "block -2 is out of range"),
-        ("8 4", "8 stands before 4"),
-        ("4 4", "block 4 is repeated"),
-        ("4 12", "block 12 is the last of 12"),
-        ("12", "block 12 is the last of 12"),
+        *((text, "from 1 to 11") for text in ("4 13", "0 4", "-2 4", "8 4", "4 4", "4 12", "12")),
         ("four", "'four' is not a list of block numbers"),
         ("4.5", "'4.5' is not a list of block numbers"),
     ],
@@ -178,9 +172,9 @@ def test_key_layers_that_do_not_fit_are_refused_by_name(df_idxs, named):
     assert str(caught.value).startswith("--df-idxs") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "taken"), [("SiT-B/2", "DeepFlow-B/2"), ("SiT-XL/4", "DeepFlow-XL/2")])
-def test_key_layers_of_a_sit_are_refused_with_the_preset_to_take(name, taken):
-    with pytest.raises(InputError, match=f"--df-idxs .*--model {name}, .*--model {taken}"):
+@pytest.mark.parametrize("name", ["SiT-B/2", "SiT-XL/4"])
+def test_key_layers_of_a_sit_are_refused_with_the_presets_to_take(name):
+    with pytest.raises(InputError, match=f"--df-idxs .*--model {name}, .*--model DeepFlow-"):
         model_config(name, df_idxs="4 8")
     assert model_config(name, df_idxs="[]")["df_idxs"] == ()
 

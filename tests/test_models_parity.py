@@ -46,7 +46,7 @@ def test_parity_deepflow_outputs(case, dtype):
 def test_parity_sit_release_turned_round_in_time(case):
     state = parity.parameters("sit", case)
     heads = case["config"]["num_heads"]
-    config = {**config_from_state(state, case["id"]), "num_heads": heads}
+    config = {**config_from_state(state), "num_heads": heads}
     state, config = convert(state, config)
     model = DeepFlow(**config).eval()
     load_strictly(model, state, case["id"])
@@ -61,7 +61,7 @@ def test_parity_sit_release_turned_round_in_time(case):
 def test_parity_repa_velocity_and_projection(case, dtype):
     """Sizes come from the state dict; heads and the aligned block, which no weight tells, from the case."""
     state = parity.parameters("repa", case)
-    config = config_from_state(state, case["id"])
+    config = config_from_state(state)
     config.update({key: case["config"][key] for key in ("num_heads", "encoder_depth")})
     state, config = convert(state, config)
     model = DeepFlow(**config).to(dtype).eval()
@@ -81,7 +81,7 @@ def test_parity_manifests_load_strictly(family):
     assert manifests or parity.FIXTURES != parity.OWN_FIXTURES
     for name, shapes in manifests.items():
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        state, config = convert(state, config_from_state(state, name))
+        state, config = convert(state, config_from_state(state))
         with torch.device("meta"):
             model = build_model(config)
         load_strictly(model, state, name)

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from data_helpers import photo, tree, write_class_folders
 from PIL import Image
@@ -24,7 +23,7 @@ TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"
 
 
 def run_tool(*arguments):
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
+    return programs.run(TOOL, *arguments)
 
 
 def published_convert(source, dest, side):

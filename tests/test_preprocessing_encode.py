@@ -1,12 +1,10 @@
 """encode, mirror, features and pack: the same moments however they are made, whole round trips, every mistake."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 import torch
 from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folder_layout
@@ -223,13 +221,11 @@ def test_values_that_half_precision_cannot_hold_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes_as_one(data, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    tool = [str(ROOT / "preprocessing/dataset_tools.py"), "encode", "--source", str(data / "images")]
-    tool += ["--vae", str(tiny_vae()), "--batch-size", "4", "--packed", "--shard-size", "7", "--device", "cpu"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *tool]
-    subprocess.run([sys.executable, *tool, "--dest", str(tmp_path / "one")], check=True, env=environment)
-    subprocess.run([*launch, "--dest", str(tmp_path / "two")], check=True, env=environment)
+    tool = ["preprocessing/dataset_tools.py", "encode", "--source", data / "images", "--vae", tiny_vae()]
+    tool += ["--batch-size", 4, "--packed", "--shard-size", 7, "--device", "cpu"]
+    assert programs.run(*tool, "--dest", tmp_path / "one").returncode == 0
+    assert programs.run_ranks(2, *tool, "--dest", tmp_path / "two").returncode == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     torch.testing.assert_close(all_moments(tmp_path / "two"), direct_moments(data), rtol=2**-10, atol=1e-4)
-    again = subprocess.run([*launch, "--dest", str(tmp_path / "two")], env=environment, capture_output=True, text=True)
+    again = programs.run_ranks(2, *tool, "--dest", tmp_path / "two")
     assert again.returncode == 0 and "nothing to do" in again.stderr

@@ -1,6 +1,6 @@
 """The journal of a job."""
 
-from preprocessing.jobs import Batches, Job
+from preprocessing.jobs import Job, batches_of
 
 
 def test_journal_survives_a_line_that_was_cut_off(tmp_path):
@@ -11,13 +11,13 @@ def test_journal_survives_a_line_that_was_cut_off(tmp_path):
     (journal,) = (tmp_path / "dest/.partial").glob("done-*.jsonl")
     journal.write_bytes(journal.read_bytes()[:-5])
     again = Job(tmp_path / "dest", {"command": "x"})
-    assert again.begin() and again.finished(3).tolist() == [True, False, False]
+    assert again.begin() and again.unfinished(batches_of(12, 5)) == ([1, 2], 5)
     again.record(1, side=4)
-    assert [record["side"] for record in again.records() if record["batch"] == 1] == [4]
+    assert [record.side for record in again.records() if record.batch == 1] == [4]
     again.finish({"a/b.txt": b"text"}, {"count": 2})
     assert not again.partial.exists() and (tmp_path / "dest/a/b.txt").read_bytes() == b"text"
     assert not Job(tmp_path / "dest", {"command": "x"}).begin()
 
 
 def test_batches_cover_everything_once():
-    assert [list(batch) for batch in Batches(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]] and not Batches(0, 3)
+    assert [list(batch) for batch in batches_of(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]] and not batches_of(0, 3)

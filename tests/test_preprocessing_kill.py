@@ -8,12 +8,11 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import captioned
+import programs
 import pytest
 from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folder_layout
 
@@ -158,16 +157,14 @@ def run_until_done(arguments, dest, seed, kills):
     """Start the command, kill it and its children at a random moment of its work, again and again, then let it end."""
     chance, hits = random.Random(seed), 0
     for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, TOOL, *map(str, arguments)], stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        process = programs.start(TOOL, *arguments)
         while process.poll() is None and not dest.exists():
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.6) if hits else chance.uniform(0, 0.2))
         hits += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)  # the main process only: its workers must end by themselves
+        process.kill()  # the main process only: its workers must end by themselves
         process.wait()
-    subprocess.run([sys.executable, TOOL, *map(str, arguments)], check=True, stderr=subprocess.DEVNULL)
+    assert programs.run(TOOL, *arguments).returncode == 0
     return hits
 
 
@@ -198,7 +195,7 @@ def sources(tmp_path_factory):
     captioned.text_folder(root / "clip")
     for name, dest in (("convert", "images"), ("encode", "vae-sd")):
         arguments = [*commands(root)[name], "--dest", root / dest]
-        subprocess.run([sys.executable, TOOL, *map(str, arguments)], check=True, stderr=subprocess.DEVNULL)
+        assert programs.run(TOOL, *arguments).returncode == 0
     return root
 
 
@@ -208,8 +205,7 @@ def test_commands_killed_at_random_moments(name, sources, tmp_path):
     arguments = commands(sources)[name]
     undisturbed = {"convert": sources / "images", "encode": sources / "vae-sd"}.get(name, tmp_path / "undisturbed")
     if not undisturbed.exists():
-        command = [sys.executable, TOOL, *arguments, "--dest", undisturbed]
-        subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
+        assert programs.run(TOOL, *arguments, "--dest", undisturbed).returncode == 0
     dest = tmp_path / "killed"
     hits = run_until_done([*arguments, "--dest", dest], dest, name, kills=6 if name in ("convert", "pack") else 3)
     assert hits >= 1

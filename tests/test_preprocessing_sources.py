@@ -149,11 +149,10 @@ def write_zip(path, **options):
 
 
 def read_zip(path):
-    files = ImageSource(path)._files
-    sizes = files.sizes()
+    source = ImageSource(path)
     with ThreadPoolExecutor(4) as pool:
-        found = dict(zip(sizes, pool.map(files.read, sizes), strict=True))
-    assert sizes == {name: len(data) for name, data in found.items()}
+        found = dict(zip(source.names, pool.map(source._read, source.names), strict=True))
+    assert source._sizes == [len(data) for data in found.values()]
     return found
 
 

@@ -3,11 +3,10 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from data_helpers import photo, tiny_vae, write_class_folders, write_folder_layout, write_images
 
@@ -120,7 +119,7 @@ FOLDER_FAULTS = {  # what is done → kind of fault, and what the line names
         "class names are not 3 sorted",
     ),
     "count": (lambda d: change_manifest(d / "vae-sd", count=8), "unreadable", "holds 9 latents"),
-    "no dataset.json": (lambda d: (d / "vae-sd/dataset.json").unlink(), "unreadable", "dataset.json is missing"),
+    "no dataset.json": (lambda d: (d / "vae-sd/dataset.json").unlink(), "unreadable", r"vae-sd/dataset\.json"),
     "broken manifest": (lambda d: (d / "vae-sd/manifest.json").write_text("{"), "unreadable", "manifest.json"),
     "unfinished": (lambda d: (d / "vae-sd/.partial").mkdir(), "unfinished", "run its command again"),
 }
@@ -229,7 +228,7 @@ def test_imagenet_classes_must_be_wordnet_ids(data):
 
 def test_exit_codes(data):
     def run(*arguments):
-        return subprocess.run([sys.executable, TOOL, "verify", *arguments], capture_output=True, text=True)
+        return programs.run(TOOL, "verify", *arguments)
 
     good = run(data)
     assert good.returncode == 0 and "no fault found" in good.stdout

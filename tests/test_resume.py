@@ -4,6 +4,7 @@ import os
 import shutil
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -197,7 +198,7 @@ def test_two_processes_resume_to_the_bit(tmp_path):
 
     def train(output_dir, **changes):
         flags = tiny.train_flags(data, tmp_path / output_dir, **changes)
-        done = tiny.run_torchrun(2, tiny.ROOT / "train.py", *flags)
+        done = programs.run_ranks(2, tiny.ROOT / "train.py", *flags)
         assert done.returncode == 0, done.stderr
         return tmp_path / output_dir / "run"
 

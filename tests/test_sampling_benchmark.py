@@ -1,13 +1,13 @@
 """benchmarks/sampling.py runs from beginning to end and reports every row."""
 
+import programs
 import pytest
-import tiny
 
 
 @pytest.mark.slow
 def test_benchmark_reports_every_row():
     small = ["--latent-size", "4", "--batch-size", "2", "--steps", "4", "--repeats", "1", "--no-compile"]
-    done = tiny.run_python("-m", "benchmarks.sampling", *small)
+    done = programs.run("-m", "benchmarks.sampling", *small)
     assert done.returncode == 0, done.stderr
     for model in ("SiT-S/2", "DeepFlow-S/2", "diffusers DiT-S/2"):
         for guidance in ("none", "all steps", "[0.3, 0.7]"):

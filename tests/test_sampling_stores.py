@@ -112,7 +112,7 @@ def test_rows_that_are_missing_are_named(store, tmp_path):
 
 @pytest.mark.parametrize("count", [3, 9])
 def test_an_npz_of_another_number_of_rows_is_not_written(tmp_path, count):
-    with pytest.raises(InputError, match=f"7 images instead of {count}"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         write_npz(tmp_path / "a.npz", "arr_0", IMAGES, count)
     assert not list(tmp_path.iterdir())
 

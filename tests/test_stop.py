@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import programs
 import pytest
 import tiny
 
@@ -95,7 +96,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
 
 
 def test_help_names_the_exit_code():
-    done = tiny.run_python(tiny.ROOT / "train.py", "--help")
+    done = programs.run(tiny.ROOT / "train.py", "--help")
     assert "the exit code is 75" in " ".join(done.stdout.split())
 
 
@@ -173,7 +174,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(data, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_does_not_answer_is_reported_soon(data, tmp_path):
     before = time.monotonic()
-    done = tiny.run_torchrun(2, "tests/faulty_train.py", "late-rank", *tiny.train_flags(data, tmp_path))
+    done = programs.run_ranks(2, "tests/faulty_train.py", "late-rank", *tiny.train_flags(data, tmp_path))
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: preflight: rank 0 of 2 on ")
@@ -184,7 +185,7 @@ def test_a_process_that_does_not_answer_is_reported_soon(data, tmp_path):
 
 @pytest.mark.slow
 def test_every_rank_reports_and_a_common_error_is_printed_once(data, tmp_path):
-    done = tiny.run_torchrun(2, "train.py", *tiny.train_flags(data, tmp_path, batch_size=3))
+    done = programs.run_ranks(2, "train.py", *tiny.train_flags(data, tmp_path, batch_size=3))
     for rank in (0, 1):
         assert f"rank {rank} of 2 on {os.uname().nodename}, cpu" in done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,14 +1,11 @@
 """Photographs with captions, by the commands that a person types: prepare, train, kill, resume, sample, score."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import captioned
 import numpy as np
+import programs
 import pytest
 import tiny
 from evaluation_helpers import script
@@ -18,7 +15,7 @@ TRAIN = {"model": "DeepFlow-MMDiT-Ti/2", "trans_depth": 2, "df_idxs": "1", "batc
 TRAIN.update(sampling_steps=0, rolling_steps=20, log_every=1, learning_rate=1e-3, resume="auto")
 
 
-def run(*command, starter=tiny.run_python):
+def run(*command, starter=programs.run):
     done = starter(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -30,14 +27,13 @@ def train_command(data, output_dir):
 
 def kill_after_a_checkpoint(command, folder):
     """Start training and end it by SIGKILL once it has written a checkpoint."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *command], cwd=tiny.ROOT, env=env, stderr=subprocess.DEVNULL)
+    process = programs.start(*command)
     try:
         while not list(folder.glob("run/checkpoints/*.pt")):
             assert process.poll() is None
             time.sleep(0.02)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
@@ -63,7 +59,7 @@ def test_from_photographs_to_scores(tmp_path):
 
     ckpt, samples = tmp_path / "killed" / last, tmp_path / "samples"
     values = {"ckpt": ckpt, "sample_dir": samples, "prompts": annotations, "num_steps": 4, "per_proc_batch_size": 2}
-    run(2, "generate_t2i.py", *tiny.flags(**values), starter=tiny.run_torchrun)
+    run(2, "generate_t2i.py", *tiny.flags(**values), starter=programs.run_ranks)
     folder, images, manifest = tiny.results(samples)
     assert images.shape == (captioned.COUNT, 16, 16, 3)
     assert len(list(folder.glob("*.png"))) == len(manifest["labels"]) == captioned.COUNT

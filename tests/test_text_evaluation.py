@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.errors import InputError
-from digits import prompts as digits_prompts
+from digits import report
 from digits.captions import WORDS, digit_of, split_phrases, vocabulary, write_all
 from digits.data import load_digits_split, upsample, write_image_folder
 from evaluations import clip_score, geneval
@@ -187,9 +187,9 @@ def test_report_on_samples_of_prompts(tmp_path, capsys):
     labels = [f"a handwritten {WORDS[label]}" for label in samples.labels]
     (tmp_path / "s.json").write_text(json.dumps({"labels": labels}))
     out = ["--out", str(tmp_path / "r.json"), "--grid", str(tmp_path / "g.png")]
-    digits_prompts.main(["--samples", str(tmp_path / "s.npz"), *out])
+    report.main(["--samples", str(tmp_path / "s.npz"), *out])
     assert json.loads((tmp_path / "r.json").read_text())["agreement"]["samples"]["agree"] >= 38
     assert "of 40 carry their label" in capsys.readouterr().out
     (tmp_path / "s.json").write_text(json.dumps({"labels": labels[1:]}))
     with pytest.raises(InputError, match="39 labels for 40 samples"):
-        digits_prompts.main(["--samples", str(tmp_path / "s.npz")])
+        report.main(["--samples", str(tmp_path / "s.npz")])

@@ -5,6 +5,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import programs
 import pytest
 import tiny
 import torch
@@ -43,7 +44,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     expected = gradients(0, 1, through_wrapper=True)
     script = tiny.ROOT / "tests/flow_map_gradients.py"
     for mode in ("wrapper", "bare"):
-        done = tiny.run_torchrun(2, script, tmp_path / mode, mode)
+        done = programs.run_ranks(2, script, tmp_path / mode, mode)
         assert done.returncode == 0, done.stderr
     for rank in range(2):
         assert relative_differences(tiny.load(tmp_path / f"wrapper.{rank}"), expected) < 1e-5
@@ -56,7 +57,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 def test_two_processes_train_like_one(data, flow, tmp_path):
     steps = {"batch_size": 8, "adam_epsilon": 1e-3, "max_train_steps": 2, "g_max": 0.9}
     one = tiny.run_train_dmf(data, tmp_path / "one", flow, **steps)
-    done = tiny.run_torchrun(2, "train_dmf.py", *tiny.map_flags(data, tmp_path / "two", flow, **steps))
+    done = programs.run_ranks(2, "train_dmf.py", *tiny.map_flags(data, tmp_path / "two", flow, **steps))
     assert done.returncode == 0, done.stderr
     expected, found = (tiny.load(tmp_path / name / "run/checkpoints/0000002.pt") for name in ("one", "two"))
     assert tiny.largest_difference(found["model"], expected["model"]) < 1e-6

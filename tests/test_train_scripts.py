@@ -99,7 +99,8 @@ def test_recipes_of_flow_maps(size, tmp_path):
     assert config.dmf_depth in (None, dmf_depth) and model_config(model)["dmf_depth"] == dmf_depth
     assert (config.omega, config.g_min, config.g_max, config.cfg_prob) == (0.6, 0.0, g_max, 0.1)
     assert (config.max_train_steps, config.checkpointing_steps, config.adam_beta2) == (steps, 100_000, 0.95)
-    assert (config.time_means(), config.time_stds()) == ((0.0, 0.4, -1.2), (1.0, 1.0, 1.0))
+    assert (config.P_mean, config.P_mean_t, config.P_mean_r) == (0.0, 0.4, -1.2)
+    assert config.P_std == config.P_std_t == config.P_std_r == 1.0
 
 
 def test_a_flow_map_needs_a_flow_model_to_start_from(tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import captioned
+import programs
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from latents.manifest import DataManifest
 from latents.names import Names
 from models import create_model
 from preprocessing.jobs import Job
+from preprocessing.options import StoredFlags
 from preprocessing.packed import ShardWriter
 from training.draws import draw_step
 
@@ -40,7 +42,7 @@ def run(data, output_dir, **changes):
     """Train in this process; returns the run's folder."""
     with tiny.fresh_accelerate(), tiny.one_thread():
         config = parse_flags(train_t2i.TextTrainConfig, flags(data, output_dir, **changes))
-        train.train(config, train_t2i.open_data)
+        train.train(config)
     return output_dir / config.exp_name
 
 
@@ -101,7 +103,7 @@ def test_network_gets_the_empty_caption_exactly_where_drop_says(data):
 def test_two_processes_make_the_same_steps(data, tmp_path):
     changes = {"batch_size": 4, "init": "repa", "adam_epsilon": 1e-3, "cfg_prob": 0.5}
     one = run(data, tmp_path / "one", **changes)
-    done = tiny.run_torchrun(2, "train_t2i.py", *flags(data, tmp_path / "two", **changes))
+    done = programs.run_ranks(2, "train_t2i.py", *flags(data, tmp_path / "two", **changes))
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     a, b = (tiny.load(folder / "checkpoints/0000004.pt") for folder in (one, tmp_path / "two/run"))
@@ -134,12 +136,12 @@ def test_alignment_takes_stored_features(data, tmp_path, monkeypatch):
     manifest = DataManifest.read(source / "vae-sd")
     job = Job(source / "features-mocov3-vit-s", {"command": "features"})
     job.begin()
-    writer, everything = ShardWriter(job, (16, 24), "float32"), range(captioned.COUNT)
+    writer, everything = ShardWriter(job, (16, 24), StoredFlags(stored_dtype="fp32")), range(captioned.COUNT)
     names = Names(source / "vae-sd/names.txt", captioned.COUNT)
     writer.write(everything, torch.randn(captioned.COUNT, 16, 24).numpy(), names)
     facts = {"kind": "features", "flipped": False, "images": manifest.images, "num_classes": 1}
     facts["encoder"] = {"name": "mocov3-vit-s", "weights": "x"}
-    writer.finish(captioned.COUNT, everything, names, [0] * captioned.COUNT, facts)
+    writer.finish(captioned.COUNT, everything, names, [0] * captioned.COUNT, facts, {})
     monkeypatch.setattr(train, "check_grid", lambda *_: None)  # these images are smaller than the encoder's patches
     shutil.rmtree(source / "images")
     aligned = run(source, tmp_path, ssl_align=True, enc_type="mocov3-vit-s")

@@ -1,12 +1,12 @@
 """SSL alignment in training (REPA): where the features of a batch come from, and what the log shows of them."""
 
+import itertools
 from pathlib import Path
 
 from common.errors import InputError
 from latents.manifest import DataManifest
 from latents.sets import find_features
-from models.encoders import ENCODERS, Encoder, parse_enc_type, weights_id
-from training.config import AlignmentFlags
+from models.encoders import ENCODERS, Encoder, weights_id
 
 
 def find_caches(config):
@@ -19,10 +19,8 @@ def find_caches(config):
         if folder := find_features(config.data_dir, name):
             made_with, given = stored_weights(folder), checkpoint and weights_id(name, checkpoint)
             if given not in (None, made_with):
-                raise InputError(
-                    f"{folder} was made with the weights {made_with}, --enc-ckpt {checkpoint} is {given}; write the "
-                    "features again, or move the folder away"
-                )
+                fault = f"{folder} was made with the weights {made_with}, --enc-ckpt {checkpoint} is {given}"
+                raise InputError(f"{fault}; write the features again, or move the folder away")
             caches[name] = folder
     return caches
 
@@ -34,12 +32,7 @@ def stored_weights(folder):
 
 
 def describe_alignment(config):
-    """Lines on where each encoder's features come from, or that --enc-type is unused."""
-    if not isinstance(config, AlignmentFlags):
-        return []
-    if parse_enc_type(config.enc_type) and not config.ssl_align:
-        kind = "note" if config.enc_type == AlignmentFlags.enc_type else "warning"
-        return [f"{kind}: no alignment: --enc-type {config.enc_type} is unused without --ssl-align"]
+    """A line on where each encoder's features come from."""
     caches, lines = find_caches(config) if Path(config.data_dir).is_dir() else {}, []
     for name, checkpoint in config.encoders().items():
         source = f"computed while training (weights {checkpoint or 'of the hub'})"
@@ -49,43 +42,28 @@ def describe_alignment(config):
     return lines
 
 
-def make_targets(run):
-    """Targets of a Run, None without alignment."""
-    encoders, accelerator = run.config.encoders(), run.accelerator
-    return Targets(encoders, run.dataset, run.options, accelerator.device, accelerator.autocast) if encoders else None
-
-
 class Targets:
-    """Features of a batch, one tensor (B, T, Z) per encoder: as stored where they are on disk, or computed here.
+    """Features of a batch, one tensor (B, T, Z) per encoder: as stored where they are on disk, or computed here."""
 
-    encoders: {name: weights file or None}; options: the model's constructor arguments. Computed in `autocast`.
-    """
-
-    def __init__(self, encoders, dataset, options, device, autocast):
-        tokens = (options["input_size"] // options["patch_size"]) ** 2
-        for name, stored in dataset.features.items():
-            if stored.rows.shape != (tokens, ENCODERS[name].width):
-                raise InputError(
-                    f"features of --enc-type {name} have the shape {stored.rows.shape}, the model needs "
-                    f"{(tokens, ENCODERS[name].width)}; write them again, from the images that the latents are of"
-                )
-        self.names, self.autocast = tuple(encoders), autocast
-        self.encoders = [
-            None if name in dataset.features else Encoder(name, dataset.info.resolution, checkpoint, device)
-            for name, checkpoint in encoders.items()
-        ]
+    def __init__(self, run):
+        self.autocast, device = run.accelerator.autocast, run.accelerator.device
+        self.encoders = {}  # by name; None: stored
+        tokens = (run.options["input_size"] // run.options["patch_size"]) ** 2
+        for name, checkpoint in run.config.encoders().items():
+            stored, needed = run.dataset.features.get(name), (tokens, ENCODERS[name].width)
+            if stored and stored.rows.shape != needed:
+                shapes = f"have the shape {stored.rows.shape}, the model needs {needed}"
+                raise InputError(f"features of --enc-type {name} {shapes}; write them again, from the latents' images")
+            self.encoders[name] = None if stored else Encoder(name, run.info.resolution, checkpoint, device)
 
     def __call__(self, batch):
         """List of features of a Batch, without gradient."""
         stored = iter(batch.features)
         with self.autocast():
-            return [next(stored) if encoder is None else encoder(batch.images) for encoder in self.encoders]
+            return [encoder(batch.images) if encoder else next(stored) for encoder in self.encoders.values()]
 
     def parts(self, losses):
         """Mean alignment loss and each one by name, for the log: loss_projI of VeRA block I, with several encoders'."""
-        several = len(self.names) > 1
-        parts = {"loss_proj": losses.detach().mean()}
-        for number, loss in enumerate(losses.detach()):
-            block, encoder = divmod(number, len(self.names))
-            parts[f"loss_proj{block + 1}" + (f"_{self.names[encoder]}" if several else "")] = loss
-        return parts
+        suffixes = [f"_{name}" for name in self.encoders] if len(self.encoders) > 1 else [""]
+        names = (f"loss_proj{block}{suffix}" for block in itertools.count(1) for suffix in suffixes)
+        return {"loss_proj": losses.detach().mean(), **dict(zip(names, losses.detach(), strict=False))}

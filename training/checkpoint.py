@@ -1,7 +1,7 @@
 """Writing and finding the checkpoints of a run: plain tensors and JSON-like data, complete or absent."""
 
+import dataclasses
 import fcntl
-import json
 import os
 from pathlib import Path
 
@@ -9,7 +9,22 @@ import torch
 
 from common.errors import InputError
 from common.files import write_atomically, write_json
+from common.records import Count, check_record, read_record
 from models.checkpoints import load_strictly, read_file
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """Content of a checkpoint: state dicts, and JSON-like data."""
+
+    model: dict
+    ema: dict
+    opt: dict
+    steps: Count
+    train_state: dict[str, int]
+    data: dict
+    config: dict
+    scaler: dict | None = None
 
 
 def checkpoint_path(run_dir, step):
@@ -37,10 +52,8 @@ def find_resume(run_dir, wanted):
     if not fresh and not path.is_file():
         raise InputError(f"--resume {wanted}: {path} does not exist; the run has steps {steps}")
     if steps and (fresh or path.resolve().parent != checkpoint_path(run_dir, 0).resolve().parent):
-        raise InputError(
-            f"{run_dir} already holds checkpoints up to step {steps[-1]}; pass --resume auto to continue, "
-            "or another --exp-name"
-        )
+        held = f"{run_dir} already holds checkpoints up to step {steps[-1]}"
+        raise InputError(f"{held}; pass --resume auto to continue, or another --exp-name")
     return None if fresh else path
 
 
@@ -65,7 +78,7 @@ def rolling_record(run_dir):
 
 def read_rolling(run_dir):
     record = rolling_record(run_dir)
-    return json.loads(record.read_text()) if record.exists() else []
+    return read_record(list[int], record, "delete it: its checkpoints then stay") if record.exists() else []
 
 
 def note_rolling(run_dir, step, stays):
@@ -121,33 +134,27 @@ def save_checkpoint(path, **content):
 
 
 def restore(path, model, ema, optimizer, scaler, data, config):
-    """Restore model, EMA, optimizer and scaler in place; returns the file's content. Raises InputError.
+    """Restore model, EMA, optimizer and scaler in place; returns the file's Checkpoint. Raises InputError.
 
     data, config: of the current run; the file must be of the same model, trained on latents of the same kind.
     """
-    content = read_file(path)
-    entries = content.keys() if isinstance(content, dict) else set()
-    missing = {"model", "ema", "opt", "steps", "train_state", "data", "config"} - entries
-    if missing:
-        raise InputError(f"{path} cannot be resumed from: it has no entry '{min(missing)}'")
+    content = check_record(Checkpoint, read_file(path), path, "choose a checkpoint of a run to resume from")
     for key in ("num_classes", "family", "scale", "shift", "moments_shape", "text"):
-        before, now = content["data"].get(key), data.get(key)
-        if before != now:
-            raise InputError(
-                f"{path} was trained on data with {key} {before}, --data-dir has {now}; resume on the same data"
-            )
-    load_strictly(model, content["model"], path)
-    saved, now = ({**c, **c["model_options"]} for c in (content["config"], config))
+        if (before := content.data.get(key)) != (now := data.get(key)):
+            trained = f"{path} was trained on data with {key} {before}"
+            raise InputError(f"{trained}, --data-dir has {now}; resume on the same data")
+    load_strictly(model, content.model, path)
+    saved, now = ({**c, **c["model_options"]} for c in (content.config, config))
     for key in ("path_type", *config["model_options"]):  # what no weight's name or shape tells
         if key in saved and saved[key] != now[key]:
             raise InputError(f"{path} is of another model: its {key} is {saved[key]}, the flags say {now[key]}")
-    ema.load_state_dict(content["ema"])
+    ema.load_state_dict(content.ema)
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(content["opt"])
+    optimizer.load_state_dict(content.opt)
     for state in optimizer.state.values():  # on CPU they are still the file's pages, and the file may be deleted
         state.update({name: value.clone() for name, value in state.items()})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # learning rate and the like are those of the flags, not those of the file
-    if scaler is not None and content.get("scaler"):
-        scaler.load_state_dict(content["scaler"])
+    if scaler is not None and content.scaler:
+        scaler.load_state_dict(content.scaler)
     return content

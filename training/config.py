@@ -6,12 +6,11 @@ means: taken from the preset, the data or the machine.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, note
 from common.flags import Range, flag, required
 from loss import GUIDED_VELOCITIES, WEIGHTINGS
 from models.attention import ATTENTION
@@ -21,7 +20,7 @@ from models.paths import PATHS
 from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
 
 GROUPS = ("model", "loss", "data", "optimisation", "precision and speed", "output")
-model_flag, loss_flag, data_flag, optimisation_flag, speed_flag, output_flag = (
+model_flag, loss_flag, data_flag, optim_flag, speed_flag, output_flag = (
     functools.partial(flag, group=group) for group in GROUPS
 )
 
@@ -43,11 +42,7 @@ class RunFlags:
     path_type: str = loss_flag("linear", "probability path", choices=list(PATHS))
     prediction: str = loss_flag("v", "what the network predicts; v is the only choice", choices=["v"])
     scale_weight: float = loss_flag(
-        None,
-        "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0",
-        float,
-        nargs="+",
-        range=FINITE,
+        None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+", range=FINITE
     )
     acc_coeff: float = loss_flag(1.0, "weight of the acceleration loss (lambda)", range=AT_LEAST_0)
     cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
@@ -57,31 +52,21 @@ class RunFlags:
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str)
     num_workers: int = data_flag(4, "threads that read latent files", range=AT_LEAST_0)
 
-    batch_size: int = optimisation_flag(
-        256, "global batch size: samples per optimizer step over all processes and accumulation", range=AT_LEAST_1
-    )
-    gradient_accumulation_steps: int = optimisation_flag(1, "micro-batches per step and process", range=AT_LEAST_1)
-    max_train_steps: int = optimisation_flag(400_000, "optimizer steps", range=AT_LEAST_1)
-    epochs: int = optimisation_flag(
-        1400, "passes over the data; training ends at whichever of the two comes first", range=AT_LEAST_1
-    )
-    learning_rate: float = optimisation_flag(1e-4, "constant learning rate of AdamW", range=POSITIVE)
-    adam_beta1: float = optimisation_flag(0.9, "first moment decay", range=DECAY)
-    adam_beta2: float = optimisation_flag(0.999, "second moment decay", range=DECAY)
-    adam_weight_decay: float = optimisation_flag(0.0, "decoupled weight decay", range=AT_LEAST_0)
-    adam_epsilon: float = optimisation_flag(1e-8, "denominator offset", range=POSITIVE)
-    max_grad_norm: float = optimisation_flag(1.0, "gradients are clipped to this norm", range=POSITIVE)
-    ema_decay: float = optimisation_flag(
-        0.9999, "decay of the exponential moving average of the weights", range=PROBABILITY
-    )
-    max_bad_steps: int = optimisation_flag(
-        20, "consecutive steps with non-finite loss or gradients that end the run", range=AT_LEAST_1
-    )
-    seed: int = optimisation_flag(0, "seed of everything random", range=AT_LEAST_0)
+    batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=AT_LEAST_1)
+    gradient_accumulation_steps: int = optim_flag(1, "micro-batches per step and process", range=AT_LEAST_1)
+    max_train_steps: int = optim_flag(400_000, "optimizer steps", range=AT_LEAST_1)
+    epochs: int = optim_flag(1400, "passes over the data; the run ends at whichever comes first", range=AT_LEAST_1)
+    learning_rate: float = optim_flag(1e-4, "constant learning rate of AdamW", range=POSITIVE)
+    adam_beta1: float = optim_flag(0.9, "first moment decay", range=DECAY)
+    adam_beta2: float = optim_flag(0.999, "second moment decay", range=DECAY)
+    adam_weight_decay: float = optim_flag(0.0, "decoupled weight decay", range=AT_LEAST_0)
+    adam_epsilon: float = optim_flag(1e-8, "denominator offset", range=POSITIVE)
+    max_grad_norm: float = optim_flag(1.0, "gradients are clipped to this norm", range=POSITIVE)
+    ema_decay: float = optim_flag(0.9999, "decay of the weights' exponential moving average", range=PROBABILITY)
+    max_bad_steps: int = optim_flag(20, "steps in a row with non-finite gradients that end the run", range=AT_LEAST_1)
+    seed: int = optim_flag(0, "seed of everything random", range=AT_LEAST_0)
 
-    mixed_precision: str = speed_flag(
-        None, "autocast; default: bf16 on GPU, no on CPU", str, choices=["no", "fp16", "bf16"]
-    )
+    mixed_precision: str = speed_flag(None, "autocast; default: bf16 on GPU", str, choices=["no", "fp16", "bf16"])
     allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them")
     fused_attn: bool = speed_flag(True, "fused attention kernels")
     gradient_checkpointing: bool = speed_flag(False, "recompute block activations in the backward pass to save memory")
@@ -101,28 +86,19 @@ class RunFlags:
     sampling_steps: int = output_flag(10_000, "interval of sample grids, in steps; 0: never", range=AT_LEAST_0)
     vae: str = output_flag(None, "VAE that decodes sample grids (name or folder); default: that of the data", str)
     resume: str = output_flag(
-        "0",
-        "checkpoint to resume from: latest, auto (latest if there is one, else a fresh start), a step (0: a fresh "
-        "start) or a file, also of another run",
-        also=["--resume-step"],
+        "0", "latest, auto (if there is one), a step (0: a fresh start) or a file of any run", also=["--resume-step"]
     )
 
     def model_flags(self):
-        """Constructor arguments of the model that flags give; None: as in the preset."""
-        return {
-            "depth": self.trans_depth,
-            "df_idxs": self.df_idxs,
-            "qk_norm": self.qk_norm,
-            "legacy_scaling": self.legacy_scaling,
-        }
+        """Constructor arguments of the model that have a flag; None: as in the preset."""
+        names = ("df_idxs", "qk_norm", "legacy_scaling", "dmf_depth", "encoder_depth", "init")
+        return {"depth": self.trans_depth, **{name: getattr(self, name) for name in names if hasattr(self, name)}}
 
     def branch_weights(self, num_branches):
         """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""
         weights = list(self.scale_weight or [0.2] * (num_branches - 1) + [1.0])
         if len(weights) != num_branches:
-            raise InputError(
-                f"--scale-weight has {len(weights)} values for {num_branches} branches; give one per branch"
-            )
+            raise InputError(f"--scale-weight has {len(weights)} values for {num_branches} branches; give one for each")
         return weights
 
     def encoders(self):
@@ -141,21 +117,15 @@ class RunFlags:
 
     def check(self):
         """Raise InputError for flags that contradict each other, the program or the machine."""
-        preset = PRESETS.get(self.model)
-        if preset is None:
+        if self.model not in PRESETS:
             names = (name for name, preset in PRESETS.items() if preset.kind == self.kind)
             raise InputError(f"--model {self.model!r} is unknown; choose one of {', '.join(names)}")
-        if preset.kind != self.kind:
-            raise InputError(
-                f"--model {self.model} is trained with {PROGRAMS[preset.kind]}; use that, or choose another model"
-            )
+        if (kind := PRESETS[self.model].kind) != self.kind:
+            raise InputError(f"--model {self.model} is trained with {PROGRAMS[kind]}; use that, or another model")
         if self.prediction != "v":
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
-
-    def to_json(self):
-        return json.dumps(dataclasses.asdict(self), indent=1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -181,23 +151,18 @@ class AlignmentFlags(RunFlags):
     ssl_align: bool = loss_flag(False, "align VeRA's output (of a SiT: a block's) with a self-supervised encoder")
     enc_type: str = loss_flag("dinov2-vit-b", "alignment encoders, None or comma-separated of " + ", ".join(ENCODERS))
     enc_ckpt: str = loss_flag(None, "the encoders' weight files, comma-separated; default: the hub's", str)
-    encoder_depth: int = loss_flag(
-        None, "block of a SiT (from 1) that is aligned; default: the preset's, 8, or 4 for B", int
-    )
+    encoder_depth: int = loss_flag(None, "block of a SiT (from 1) that is aligned; default: the preset's, 8 or 4", int)
     proj_coeff: float = loss_flag(0.5, "weight of the alignment loss", range=AT_LEAST_0)
-
-    def model_flags(self):
-        return {**super().model_flags(), "encoder_depth": self.encoder_depth}
 
     def encoders(self):
         """{name: weights file, or None for the hub's}; empty without --ssl-align. Raises InputError."""
         names = parse_enc_type(self.enc_type)  # a misspelling is refused without --ssl-align too
-        if not (names and self.ssl_align):
-            return {}
-        return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True))
+        return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True)) if self.ssl_align else {}
 
     def check(self):
         super().check()
+        if not self.ssl_align and parse_enc_type(self.enc_type) and self.enc_type != AlignmentFlags.enc_type:
+            note(f"warning: no alignment: --enc-type {self.enc_type} is unused without --ssl-align")
         if not self.encoders() and (self.enc_ckpt or self.encoder_depth is not None):
             raise InputError("--enc-ckpt and --encoder-depth need --ssl-align and an --enc-type")
 
@@ -218,18 +183,10 @@ class TextTrainConfig(TimeFlags, AlignmentFlags):
     kind = "text"
 
     model: str = model_flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
-    init: str = model_flag(
-        None,
-        "initial weights: DeepFlow's, or PyTorch's as in REPA; default: the preset's",
-        str,
-        choices=INITIALISATIONS,
-    )
+    init: str = model_flag(None, "initialisation (repa: PyTorch's); default: preset's", str, choices=INITIALISATIONS)
     cfg_prob: float = loss_flag(0.1, "probability that a caption becomes the empty one", range=PROBABILITY)
     data_dir: str = data_flag("data/coco256/train", "folder that holds vae-sd/ and text/, or one as U-ViT prepares it")
-    max_train_steps: int = optimisation_flag(150_000, "optimizer steps", range=AT_LEAST_1)
-
-    def model_flags(self):
-        return {**super().model_flags(), "init": self.init}
+    max_train_steps: int = optim_flag(150_000, "optimizer steps", range=AT_LEAST_1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -241,7 +198,7 @@ class FlowMapConfig(ClassFlags, RunFlags):
     model: str = model_flag("DMFT-XL/2", "preset, one of " + ", ".join(FLOW_MAPS))
     qk_norm: bool = model_flag(None, "normalise queries and keys; default: as in --pretrained", bool)
     legacy_scaling: bool = model_flag(None, "clamp the time-gap scale to [-5, 5]; default: as in --pretrained", bool)
-    adam_beta2: float = optimisation_flag(0.95, "second moment decay", range=DECAY)
+    adam_beta2: float = optim_flag(0.95, "second moment decay", range=DECAY)
 
     pretrained: str = model_flag(None, "flow model to start from: a checkpoint of ours or a published file", str)
     weights: str = model_flag("ema", "which weights of --pretrained and --teacher", choices=["ema", "raw"])
@@ -249,9 +206,7 @@ class FlowMapConfig(ClassFlags, RunFlags):
     dmf_depth: int = model_flag(None, "number of blocks that see t; the later ones see r", int, range=AT_LEAST_1)
     attn_func: str = speed_flag("auto", "attention kernel outside the derivative pass", choices=list(ATTENTION))
 
-    g_type: str = loss_flag(
-        "mg", "guided velocity: none, of the network itself, of a teacher", choices=GUIDED_VELOCITIES
-    )
+    g_type: str = loss_flag("mg", "guidance: none, by the network itself, by a teacher", choices=GUIDED_VELOCITIES)
     teacher: str = loss_flag(None, "frozen flow model of --g-type distill; default: --pretrained", str)
     omega: float = loss_flag(0.6, "guidance weight", range=AT_LEAST_0)
     g_min: float = loss_flag(0.0, "guide only at t >= this (t = 0 is data)", range=PROBABILITY)
@@ -263,14 +218,6 @@ class FlowMapConfig(ClassFlags, RunFlags):
     P_mean_r: float = loss_flag(-1.2, "mean-flow part: mean of the second time's logit", range=FINITE)
     P_std_r: float = loss_flag(1.0, "mean-flow part: standard deviation of the second time's logit", range=AT_LEAST_0)
     deep_supervision: bool = loss_flag(True, "with a DeepFlow backbone: keep its branches' losses for the flow part")
-
-    def time_means(self):
-        """Means of the logits of t_fm and of the two times of the mean-flow part."""
-        return self.P_mean, self.P_mean_t, self.P_mean_r
-
-    def time_stds(self):
-        """Their standard deviations."""
-        return self.P_std, self.P_std_t, self.P_std_r
 
     def resolve(self):
         """As of every run; distillation drops no labels."""

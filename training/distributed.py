@@ -2,14 +2,13 @@
 
 import importlib.util
 import platform
-import sys
 import threading
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.precision import set_math
 from common.processes import device_of_process
 
@@ -38,10 +37,9 @@ def start_accelerator(config, run_dir):
 
 def preflight(accelerator):
     """Say who takes part, and fail early and readably when the processes cannot talk to each other."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    who = f"rank {rank} of {world} on {platform.node()}, {accelerator.device}"
-    sys.stdout.write(who + "\n")
-    sys.stdout.flush()
+    world = accelerator.num_processes
+    who = f"rank {accelerator.process_index} of {world} on {platform.node()}, {accelerator.device}"
+    print(f"{who}\n", end="", flush=True)  # one write: the processes share a terminal
     if world == 1:
         return
     answer = [f"nothing within {PREFLIGHT_SECONDS} s"]
@@ -50,16 +48,15 @@ def preflight(accelerator):
         try:
             answer[0] = accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum").item()
         except RuntimeError as error:
-            answer[0] = str(error).splitlines()[0]
+            answer[0] = first_line(error)
 
     thread = threading.Thread(target=add_up, daemon=True)  # a collective itself may wait for many minutes
     thread.start()
     thread.join(PREFLIGHT_SECONDS)
     if answer[0] != world:
-        raise InputError(
-            f"preflight: {who} asked for the sum of {world} ones and got: {answer[0]}; check that all processes "
-            "started and that the nodes reach each other (main address and port, firewall, NCCL_SOCKET_IFNAME)"
-        )
+        fault = f"preflight: {who} asked for the sum of {world} ones and got: {answer[0]}"
+        remedy = "check that all processes started and reach each other (address, port, firewall, NCCL_SOCKET_IFNAME)"
+        raise InputError(f"{fault}; {remedy}")
 
 
 def rows_of_rank(batch_size, world, accumulation, rank):
@@ -68,8 +65,7 @@ def rows_of_rank(batch_size, world, accumulation, rank):
     Micro-batch m of all ranks together is the m-th consecutive part of the batch.
     """
     if batch_size % (world * accumulation):
-        raise InputError(
-            f"--batch-size {batch_size} is not divisible by {world} processes x --gradient-accumulation-steps "
-            f"{accumulation}; it is the global batch, choose a multiple of {world * accumulation}"
-        )
+        parts = f"{world} processes x --gradient-accumulation-steps {accumulation}"
+        remedy = f"it is the global batch, choose a multiple of {world * accumulation}"
+        raise InputError(f"--batch-size {batch_size} is not divisible by {parts}; {remedy}")
     return torch.arange(batch_size).view(accumulation, world, -1)[:, rank].flatten()

@@ -16,39 +16,28 @@ SAMPLES_SECOND = ("times", "guided")  # draws that have the samples in their sec
 ON_CPU = ("guided",)  # draws that decide what is run; on the CPU nothing has to wait for them
 
 
-class Rows:
-    """Draws of which every rank and micro-batch takes its rows."""
-
-    def rows(self, rows, device):
-        """The given rows on the given device; pinned memory lets the copy to a GPU run beside what follows."""
-        pinned = torch.device(device).type == "cuda"
-
-        def pick(tensor, dim, name):
-            chosen = tensor.index_select(dim, rows)
-            if name in ON_CPU:
-                return chosen
-            return (chosen.pin_memory() if pinned else chosen).to(device, non_blocking=True)
-
-        return self.map(pick)
-
-    def part(self, rows):
-        """The given slice of the rows."""
-        return self.map(lambda tensor, dim, _name: tensor[:, rows] if dim else tensor[rows])
-
-    def map(self, pick):
-        """The same draws with pick(tensor, dimension of the samples, name) in place of every tensor."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return type(self)(**{name: pick(getattr(self, name), int(name in SAMPLES_SECOND), name) for name in names})
-
-
 @dataclasses.dataclass
-class StepDraws(Rows):
+class StepDraws:
     """Letters: k branches, N samples, C latent channels, h = w latent size."""
 
     times: torch.Tensor  # (k, N) in [0, 1]
     drop: torch.Tensor  # (N,) bool, labels to replace by the null class
     posterior: torch.Tensor  # (N, C, h, w) standard normal, samples the VAE posterior
     noise: torch.Tensor  # (N, C, h, w) standard normal, ε
+
+    def rows(self, rows, device):
+        """The given rows on the given device; pinned memory lets the copy to a GPU run beside what follows."""
+        chosen = {name: tensor.index_select(int(name in SAMPLES_SECOND), rows) for name, tensor in vars(self).items()}
+        pinned = torch.device(device).type == "cuda"
+        for name, tensor in chosen.items():
+            if name not in ON_CPU:
+                chosen[name] = (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+        return type(self)(**chosen)
+
+    def part(self, rows):
+        """The given slice of the rows."""
+        parts = {name: t[:, rows] if name in SAMPLES_SECOND else t[rows] for name, t in vars(self).items()}
+        return type(self)(**parts)
 
 
 @dataclasses.dataclass
@@ -74,7 +63,8 @@ def draw_flow_map_step(step, config, latent_shape):
     rng = np.random.default_rng([config.seed, step, STREAM])
     n = config.batch_size
     normals = torch.from_numpy(rng.standard_normal((3, n), dtype=np.float32))
-    times = flow_map_times(normals, config.time_means(), config.time_stds())
+    means, stds = (config.P_mean, config.P_mean_t, config.P_mean_r), (config.P_std, config.P_std_t, config.P_std_r)
+    times = flow_map_times(normals, means, stds)
     drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
     latents = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(3))
     guided = guided_samples(config.g_type, times, drop, config.g_min, config.g_max)

@@ -1,10 +1,9 @@
 """What a flow map's training starts from: a flow model, a flow map, or random weights; and the teacher of a guide."""
 
-import dataclasses
-
 import torch
 
 from common.errors import InputError, note
+from common.records import check_record
 from loss import GuidedTarget
 from models import PRESETS, create_model, load_checkpoint, model_config
 from models.attention import set_attention
@@ -15,7 +14,7 @@ TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
 
 
 def start(config, info, resumed):
-    """The constructor arguments of the run's flow map, and a function that returns it. Raises InputError.
+    """The constructor arguments of the run's flow map, and the flow map. Raises InputError.
 
     resumed: the run's own checkpoint; then neither --pretrained nor --from-scratch is needed.
     """
@@ -24,7 +23,9 @@ def start(config, info, resumed):
     if resumed:
         model, options = start_from_file(resumed, config, info, "resume")
     elif config.from_scratch:
-        model, options = start_from_scratch(config, info)
+        flags = {**config.model_flags(), "qk_norm": "rms" if config.qk_norm else False}
+        options = model_config(config.model, **flags, **info.model_options())
+        model = create_model(config.model, **options)
     elif config.pretrained:
         model, options = start_from_file(config.pretrained, config, info, "pretrained")
     else:
@@ -32,14 +33,7 @@ def start(config, info, resumed):
     model.supervise_branches(config.deep_supervision)
     if config.compile:
         model.compile_derivative()
-    return options, lambda: model
-
-
-def start_from_scratch(config, info):
-    """A flow map of random weights and its constructor arguments."""
-    flags = {**config.model_flags(), "qk_norm": "rms" if config.qk_norm else False}
-    options = model_config(config.model, **flags, dmf_depth=config.dmf_depth, **info.model_options())
-    return create_model(config.model, **options), options
+    return options, model
 
 
 def start_from_file(path, config, info, name):
@@ -66,30 +60,27 @@ def start_from_file(path, config, info, name):
 def load_flow(path, config, info, name):
     """Checkpoint of a flow model, made sure to fit the data; name: the flag that gave `path`. Raises InputError."""
     checkpoint = load_checkpoint(path, config.weights, df_idxs=config.df_idxs, legacy_scaling=config.legacy_scaling)
+    source = f"--{name} {path}"
     for key, wanted in info.model_options().items():
-        if checkpoint.options.get(key) != wanted:
-            raise InputError(
-                f"--{name} {path} has {key} {checkpoint.options.get(key)}, --data-dir has {wanted}; choose another"
-            )
-    if checkpoint.run.get("path_type", config.path_type) != config.path_type:
-        raise InputError(
-            f"--{name} {path} was trained on another --path-type; pass --path-type {checkpoint.run['path_type']}"
-        )
+        found = checkpoint.options.get(key)
+        if found != wanted:
+            raise InputError(f"{source} has {key} {found}, --data-dir has {wanted}; choose another")
+    path_type = checkpoint.run.get("path_type", config.path_type)
+    if path_type != config.path_type:
+        raise InputError(f"{source} was trained on another --path-type; pass --path-type {path_type}")
     if checkpoint.data:
-        names = {field.name for field in dataclasses.fields(LatentSpec)}
-        spec = LatentSpec(**{key: value for key, value in checkpoint.data.items() if key in names})
-        info.spec.check_same(spec, "--data-dir", f"--{name} {path}")
+        spec = check_record(LatentSpec, checkpoint.data, source, "choose another")
+        info.spec.check_same(spec, "--data-dir", source)
     return checkpoint
 
 
 def check_preset(config, options, source):
     """Raise InputError where --model or its flags name another network than the file `source` (with its flag) holds."""
     preset = PRESETS[config.model]
-    wanted = {"hidden_size": preset.hidden_size, "patch_size": preset.patch_size, "num_heads": preset.num_heads}
-    wanted["depth"] = config.trans_depth or preset.depth
-    for key, value in wanted.items():
-        if options[key] != value:
-            raise InputError(f"{source} has {key} {options[key]}, --model {config.model} {value}; choose another model")
+    for key in ("hidden_size", "patch_size", "num_heads", "depth"):
+        wanted = config.trans_depth if key == "depth" and config.trans_depth else getattr(preset, key)
+        if options[key] != wanted:
+            raise InputError(f"{source} has {key} {options[key]}, --model {config.model} {wanted}; choose another one")
     if bool(options["df_idxs"]) != bool(preset.df_idxs):
         kind = "DeepFlow-DMF" if options["df_idxs"] else "DMFT"
         raise InputError(f"{source} has key layers {options['df_idxs']}; choose a {kind} preset")

@@ -12,8 +12,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.errors import InputError
 from common.files import write_atomically
+from common.records import parse_record
 from models.flops import peak_flops
+
+
+def parse_line(line, where):
+    """{name: number} of a line of log.jsonl, `step` among them; `where` names it in messages. Raises InputError."""
+    record = parse_record(dict[str, float], line, where, "pass the log.jsonl of a run")
+    if "step" not in record:
+        raise InputError(f"{where}: 'step' is missing; pass the log.jsonl of a run")
+    return record
 
 
 class RunLog:
@@ -32,27 +42,18 @@ class RunLog:
         self.names, self.sums, self.count, self.steps = [], 0, 0, 0
         self.recent = collections.deque(maxlen=50)
         self.since = time.perf_counter()
-        self.bar = tqdm(
-            initial=start_step,
-            total=total_steps,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            smoothing=0.05,
-            mininterval=1,
-        )
+        bar = {"unit": "step", "smoothing": 0.05, "mininterval": 1, "disable": not accelerator.is_main_process}
+        self.bar = tqdm(initial=start_step, total=total_steps, **bar)
         if accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._forget_after(start_step)
 
     def _forget_after(self, step):
         """Drop lines of steps that are about to be repeated, and a half-written last line."""
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= step:
+            with contextlib.suppress(InputError):
+                if parse_line(line, self.path)["step"] <= step:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     def add(self, values, bad):
@@ -70,7 +71,7 @@ class RunLog:
         record = {"step": step, "epoch": round(epoch, 4), **means, **extra, **self._speed()}
         self.sums, self.count, self.steps = 0, 0, 0
         if self.accelerator.is_main_process:
-            with self.surviving_disk_errors(self.path), open(self.path, "a") as file:
+            with self.reporting_disk_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             if means:
                 self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
@@ -89,12 +90,16 @@ class RunLog:
         return {**speed, "memory_gib": round(peak_memory(self.accelerator.device) / 2**30, 3)}
 
     @contextlib.contextmanager
-    def surviving_disk_errors(self, path):
-        """Report an OSError, for example a full disk, instead of ending the run."""
+    def reporting_disk_errors(self, path, fatal=False):
+        """Report an OSError, for example a full disk, and go on; fatal: raise InputError instead."""
         try:
             yield
         except OSError as error:
-            self.say(f"warning: {path} is not written ({error.strerror or error}); free space, training continues")
+            fault = f"{path} is not written ({error.strerror or error})"
+            if fatal:
+                remedy = "earlier checkpoints are kept; free space and continue with --resume latest"
+                raise InputError(f"{fault}; {remedy}") from None
+            self.say(f"warning: {fault}; free space, training continues")
 
     @contextlib.contextmanager
     def paused(self):

@@ -4,12 +4,12 @@ python -m training.plot exps/b2 exps/sit-b2 --out curves.png
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error
-from common.files import write_atomically
+from common.files import read_lines, write_atomically
 from common.flags import flag, parse_flags, required
+from training.logs import parse_line
 
 DRAWN = ("loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings of names
 COLUMNS = 3
@@ -23,28 +23,15 @@ class PlotFlags:
     out: str = flag("curves.png", "picture to write")
 
 
-def log_file(path):
-    """The log of a run's folder, or the file itself."""
-    path = Path(path)
-    return path / "log.jsonl" if path.is_dir() else path
-
-
 def read_curves(log):
-    """JSONL log → {name: (steps, values)} of the names that are drawn. Raises InputError naming the file."""
-    try:
-        lines = Path(log).read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{log}: cannot read this log; pass the folder or the log.jsonl of a run") from None
+    """JSONL log → {name: (steps, values)} of the names that are drawn. Raises InputError naming file and line."""
     curves = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            for name in (key for key in record if key.startswith(DRAWN)):
-                steps, values = curves.setdefault(name, ([], []))
-                values.append(float(record[name]))
-                steps.append(int(record["step"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{log}: line {number} is not a JSON object with 'step' and losses") from None
+    for number, line in read_lines(log):
+        record = parse_line(line, f"{log}, line {number}")
+        for name in (key for key in record if key.startswith(DRAWN)):
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(record["step"])
+            values.append(record[name])
     if not any(name.startswith("loss") for name in curves):
         raise InputError(f"{log}: no line has a key that begins with 'loss'; pass the log.jsonl of a run")
     return curves
@@ -54,7 +41,7 @@ def save_curves(runs, path):
     """Write a PNG with the curves of the given run folders or logs. Raises InputError."""
     from matplotlib.figure import Figure  # a second to import, and only pictures need it
 
-    curves = {str(run): read_curves(log_file(run)) for run in runs}
+    curves = {str(run): read_curves(Path(run) / "log.jsonl" if Path(run).is_dir() else run) for run in runs}
     names = list(dict.fromkeys(name for of_run in curves.values() for name in of_run))
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)

@@ -24,7 +24,7 @@ class StopRequest:
     def __init__(self, num_processes):
         self.noted = False
         self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
-        self.exchange = None  # (sum over the processes, handle) of the step before
+        self.exchange = False, None  # sum over the processes, and its handle, of the step before
 
     def __enter__(self):
         self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -43,11 +43,9 @@ class StopRequest:
         return before
 
     def _finish_exchange(self):
-        if self.exchange is None:
-            return False
         flag, handle = self.exchange
-        self.exchange = None
-        handle.wait()
+        if handle is not None:
+            handle.wait()
         return bool(flag)
 
     def __exit__(self, kind, error, trace):

@@ -8,21 +8,10 @@ from common.errors import InputError
 from common.files import write_json
 from common.flags import shown
 from common.look_ahead import ordered_map
-from training.checkpoint import (
-    checkpoint_path,
-    delete_old,
-    existing_steps,
-    find_resume,
-    lock_run,
-    note_rolling,
-    remove_leftovers,
-    restore,
-    save_checkpoint,
-    set_aside_after,
-)
+from training import checkpoint
 from training.ema import EMA
 from training.guard import BadSteps, all_finite
-from training.loader import LatentLoader, SeekableSampler
+from training.loader import LatentLoader
 from training.logs import RunLog
 from training.stop import StopRequest
 
@@ -30,18 +19,14 @@ from training.stop import StopRequest
 class Trainer:
     """Model, EMA, optimizer, data order and log of a run, and its loop: `fit`."""
 
-    def __init__(self, run, objective, draw, flops_per_image=None, on_sample=None):
-        """run: a Run. objective(network, batch, draws) → (loss, {name: 0-d tensor}).
+    def __init__(self, run, objective, draw, flops_per_image, on_sample):
+        """objective(network, batch, draws) and draw(step): of this Run, as in Task; flops_per_image: for the log's MFU.
 
-        draw(step) → the draws of a whole batch; flops_per_image: FLOP of a training step, for the log's MFU;
         on_sample(model, step) → path of a sample grid, on the main process only.
         """
-        self.config = config = run.config
-        self.accelerator, self.dataset, self.rows, self.saved = run.accelerator, run.dataset, run.rows, run.saved()
+        self.run, self.config, self.accelerator, self.saved = run, run.config, run.accelerator, run.saved()
         self.objective, self.draw, self.flops_per_image, self.on_sample = objective, draw, flops_per_image, on_sample
-        self.run_dir = config.folder
-        self.sampler = SeekableSampler(len(run.dataset), config.batch_size, config.seed)
-        self.stop_step = min(config.max_train_steps, config.epochs * self.sampler.steps_per_epoch)
+        config, self.run_dir, self.stop_step = run.config, run.config.folder, run.stop_step
         self.model = run.model.to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay)
         self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(config, self.model))
@@ -53,58 +38,51 @@ class Trainer:
         """Train from --resume to the last step; returns whether it got there, which a signal may prevent."""
         main = self.accelerator.is_main_process
         with (
-            lock_run(self.run_dir) if main else contextlib.nullcontext(),
+            checkpoint.lock_run(self.run_dir) if main else contextlib.nullcontext(),
             StopRequest(self.accelerator.num_processes) as stop,
         ):
             step = self.resume()
             if step >= self.stop_step:
                 return True
             if main:
-                self.begin(step)
+                checkpoint.remove_leftovers(self.run_dir)
+                if later := checkpoint.set_aside_after(self.run_dir, step):
+                    print(f"checkpoints of later steps {later} are set aside as .pt.abandoned", flush=True)
+                write_json(self.run_dir / "config.json", self.saved["config"])
             return self.loop(step, stop)
 
     def resume(self):
         """Restore the state of --resume; returns the step to continue from."""
-        step, path = 0, find_resume(self.run_dir, self.config.resume)
+        step, path = 0, checkpoint.find_resume(self.run_dir, self.config.resume)
         if path:
-            content = restore(path, self.model, self.ema, self.optimizer, self.accelerator.scaler, **self.saved)
-            step = content["steps"]
-            self.bad_steps.load_state_dict(content["train_state"])
-            changed = changed_flags(content["config"], self.saved["config"])
+            scaler = self.accelerator.scaler
+            found = checkpoint.restore(path, self.model, self.ema, self.optimizer, scaler, **self.saved)
+            step = found.steps
+            self.bad_steps.load_state_dict(found.train_state)
+            changed = changed_flags(found.config, self.saved["config"])
             self.accelerator.print(f"resumed from {path}" + "".join(f"; {change}" for change in changed))
         seen = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).unique().tolist()
         if len(seen) > 1:
-            raise InputError(
-                f"the processes find different checkpoints in {self.run_dir} (steps {seen}); --output-dir must be on "
-                "a file system that all nodes share"
-            )
+            fault = f"the processes find different checkpoints in {self.run_dir} (steps {seen})"
+            raise InputError(f"{fault}; --output-dir must be on a file system that all nodes share")
         if step >= self.stop_step:
             self.accelerator.print(f"{self.run_dir} is complete at step {step}; raise --max-train-steps to continue")
         return step
 
-    def begin(self, step):
-        """Prepare the run's folder for training from `step` on."""
-        remove_leftovers(self.run_dir)
-        if later := set_aside_after(self.run_dir, step):
-            print(f"checkpoints of later steps {later} are set aside as .pt.abandoned", flush=True)
-        write_json(self.run_dir / "config.json", self.saved["config"])
-
     def loop(self, step, stop):
         """All steps from `step` on, until the last or a stop; returns whether the last was reached."""
         device, end = self.accelerator.device, self.stop_step
-        self.log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.flops_per_image)
-        batches = LatentLoader(self.dataset, self.sampler, self.rows.numpy(), step, end, device)
-        try:
+        batches = LatentLoader(self.run.dataset, self.run.sampler, self.run.rows.numpy(), step, end, device)
+        log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.flops_per_image)
+        with contextlib.closing(log) as self.log:
             for batch, draws in zip(batches, ordered_map(self.draw, range(step, end)), strict=True):
-                self.log.add(*self.train_step(batch, draws.rows(self.rows, device)))
+                self.log.add(*self.train_step(batch, draws.rows(self.run.rows, device)))
                 step, stopping = batch.step + 1, stop.agreed()
                 self.after_step(step, stopping)
                 if stopping and step < end:
                     self.log.say(f"stopped by a signal after step {step}; --resume auto continues the run")
                     return False
             return True
-        finally:
-            self.log.close()
 
     def train_step(self, batch, draws):
         """One optimizer step over this rank's rows, micro-batch by micro-batch; returns values to log and `bad`.
@@ -113,8 +91,8 @@ class Trainer:
         makes all gradients NaN, and gradients are averaged over the processes, so all of them agree.
         """
         accumulation, values = self.config.gradient_accumulation_steps, {}
-        size = len(self.rows) // accumulation
-        for start in range(0, len(self.rows), size):
+        size = len(self.run.rows) // accumulation
+        for start in range(0, size * accumulation, size):
             rows = slice(start, start + size)
             with self.accelerator.accumulate(self.network):
                 loss, parts = self.objective(self.network, batch.part(rows), draws.part(rows))
@@ -146,7 +124,7 @@ class Trainer:
         config, last = self.config, step == self.stop_step
         if step % config.log_every == 0 or last or stopping:
             bad_steps, in_a_row = self.bad_steps.read()
-            epoch = step / self.sampler.steps_per_epoch
+            epoch = step / self.run.sampler.steps_per_epoch
             self.log.write(step, epoch, learning_rate=config.learning_rate, bad_steps=bad_steps)
             self.check_bad_steps(step, bad_steps, in_a_row)
         stays = step % config.checkpointing_steps == 0 or last
@@ -159,10 +137,9 @@ class Trainer:
     def check_bad_steps(self, step, bad_steps, in_a_row):
         """Warn of bad steps since the last check. Raises InputError when there were too many in a row."""
         if in_a_row >= self.config.max_bad_steps:
-            raise InputError(
-                f"the loss or its gradients were not finite for {in_a_row} steps in a row, up to step {step}; "
-                f"{self.last_checkpoint()}; resume from one with a lower --learning-rate or another --mixed-precision"
-            )
+            fault = f"the loss or its gradients were not finite for {in_a_row} steps in a row, up to step {step}"
+            remedy = "resume from one with a lower --learning-rate or another --mixed-precision"
+            raise InputError(f"{fault}; {self.last_checkpoint()}; {remedy}")
         if bad_steps > self.bad_steps.seen:
             more = bad_steps - self.bad_steps.seen
             self.log.say(f"warning: skipped, as loss or gradients were not finite: {more} of the steps up to {step}")
@@ -170,32 +147,30 @@ class Trainer:
 
     def last_checkpoint(self):
         """The last checkpoint in words. Every one is good: bad steps change nothing, bad weights are not saved."""
-        steps = existing_steps(self.run_dir)
-        return (
-            f"the last good checkpoint is {checkpoint_path(self.run_dir, steps[-1])}" if steps else "no checkpoint yet"
-        )
+        steps = checkpoint.existing_steps(self.run_dir)
+        if not steps:
+            return "no checkpoint yet"
+        return f"the last good checkpoint is {checkpoint.checkpoint_path(self.run_dir, steps[-1])}"
 
     def sample(self, step):
         """Draw a grid with the averaged weights on the main process; the others wait."""
         if self.accelerator.is_main_process:
-            with self.ema.swapped_into(self.model), self.log.surviving_disk_errors(self.run_dir / "samples"):
+            with self.ema.swapped_into(self.model), self.log.reporting_disk_errors(self.run_dir / "samples"):
                 self.log.say(f"sample grid: {self.on_sample(self.model, step)}")
         self.accelerator.wait_for_everyone()
 
     def save(self, step, stays):
         """Write the checkpoint of a step on the main process; unless it `stays`, later ones replace it."""
         if not all_finite([*self.model.parameters(), *self.ema.shadow.values()]):
-            raise InputError(
-                f"the weights at step {step} are not finite and are not saved; {self.last_checkpoint()}; "
-                "resume from one with a lower --learning-rate"
-            )
+            fault = f"the weights at step {step} are not finite and are not saved; {self.last_checkpoint()}"
+            raise InputError(f"{fault}; resume from one with a lower --learning-rate")
         if self.accelerator.is_main_process:
-            path = checkpoint_path(self.run_dir, step)
-            with self.log.surviving_disk_errors(path) if not stays else ending_on_disk_errors(path):
-                note_rolling(self.run_dir, step, stays)
-                save_checkpoint(path, **self.state(step))
+            path = checkpoint.checkpoint_path(self.run_dir, step)
+            with self.log.reporting_disk_errors(path, fatal=stays):
+                checkpoint.note_rolling(self.run_dir, step, stays)
+                checkpoint.save_checkpoint(path, **self.state(step))
                 self.log.say(f"checkpoint: {path}")
-                delete_old(self.run_dir, self.config.keep_last)
+                checkpoint.delete_old(self.run_dir, self.config.keep_last)
         self.accelerator.wait_for_everyone()
 
     def state(self, step):
@@ -222,18 +197,6 @@ def make_optimizer(config, model):
         eps=config.adam_epsilon,
         fused=True,
     )
-
-
-@contextlib.contextmanager
-def ending_on_disk_errors(path):
-    """Turn an OSError into an InputError: a permanent checkpoint that cannot be written ends the run."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} is not written ({error.strerror or error}); earlier checkpoints are kept; free space and continue "
-            "with --resume latest"
-        ) from None
 
 
 def changed_flags(before, now):

@@ -8,18 +8,29 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, first_line
+from common.flags import flag
 from evaluations.metrics.frechet import RunningStatistics
-from evaluations.metrics.images import to_tensor
-from evaluations.metrics.inception import Inception
+from evaluations.metrics.results import json_flag
 from models.encoders import IMAGENET_STATISTICS
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")  # suffixes of files
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeasureFlags:
+    """Flags of the programs that run images through a network."""
+
+    inception_weights: str | None = flag(None, "file; default: torch-fidelity's", str, group="features", metavar="FILE")
+    features: str | None = flag(None, "timm model or TorchScript file instead", str, group="features", metavar="NAME")
+    sqrtm: bool = flag(False, "published arithmetic of the Fréchet distance (scipy's sqrtm)", group="distances")
+    other_size: bool = flag(False, "allow a reference of another resolution", group="distances")
+    json: str | None = json_flag()
 
 
 @dataclasses.dataclass
@@ -52,36 +63,30 @@ class Script:
             rows = self.network(images)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise InputError(
-                f"--features {self.name} fails on uint8 images {tuple(images.shape)} ({reason}); scripts take uint8 "
-                "(N, 3, H, W) and return (N, D)"
-            ) from None
+            raise InputError(f"--features {self.name} cannot take uint8 {tuple(images.shape)} ({reason})") from None
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(images):
             raise InputError(f"--features {self.name} returns {getattr(rows, 'shape', type(rows))} and not (N, D)")
         return {"pool": rows}
 
 
+def features_name(features):
+    """Name of an extractor in results: a script's file without folder and suffix, or the model's."""
+    return Path(features).stem if Path(features).suffix in SCRIPTS else features
+
+
 def load_features(name, device="cpu"):
     """Extractor of a TorchScript file or a timm model (a name, hf-hub:NAME or local-dir:FOLDER). Raises InputError."""
-    if Path(name).suffix in (".pt", ".pth", ".ts", ".torchscript"):
-        return load_script(name, device)
+    if Path(name).suffix in SCRIPTS:
+        try:
+            return Script(features_name(name), torch.jit.load(name, map_location=device).eval())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"--features {name} is no TorchScript file to be read ({first_line(error)})") from None
     import timm  # seconds to import, and InceptionV3 does not need it
 
     network = create_pretrained(name, f"--features {name}", "timm.list_models(pretrained=True) lists the names")
     config = timm.data.resolve_model_data_config(network)
-    size, mode = config["input_size"][1:], config["interpolation"]
-    mode = mode if mode in ("bilinear", "bicubic") else "bicubic"
-    return ImageNetwork(name, network.to(device), size, (config["mean"], config["std"]), mode)
-
-
-def load_script(path, device):
-    """Extractor of a TorchScript file. Raises InputError."""
-    try:
-        network = torch.jit.load(path, map_location=device).eval()
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--features {path} is no TorchScript file that can be read ({reason})") from None
-    return Script(Path(path).stem, network)
+    mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    return ImageNetwork(name, network.to(device), config["input_size"][1:], (config["mean"], config["std"]), mode)
 
 
 def create_pretrained(name, flag, remedy, **options):
@@ -91,8 +96,8 @@ def create_pretrained(name, flag, remedy, **options):
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, **options).eval().requires_grad_(False)
     except Exception as error:  # hub, network, file and name errors of several packages
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise InputError(f"{flag}: no such model or its weights are not at hand ({reason}); {remedy}") from None
+        what = f"no such model or its weights are not at hand ({first_line(error)[:160]})"
+        raise InputError(f"{flag}: {what}; {remedy}") from None
 
 
 def load_dinov2(weights=None, device="cpu", name=DINOV2):
@@ -102,11 +107,9 @@ def load_dinov2(weights=None, device="cpu", name=DINOV2):
     """
     import timm
 
-    overlay = (
-        {} if weights is None else {"pretrained_cfg_overlay": {"file": str(weights), "hf_hub_id": None, "url": ""}}
-    )
+    overlay = None if weights is None else {"file": str(weights), "hf_hub_id": None, "url": ""}
     remedy = f"download {DINOV2_URL} and pass it with --dinov2-weights"
-    trained = create_pretrained(name, f"DINOv2 {weights or name}", remedy, **overlay)
+    trained = create_pretrained(name, f"DINOv2 {weights or name}", remedy, pretrained_cfg_overlay=overlay)
     state = trained.state_dict()
     state["pos_embed"] = resample_position(state["pos_embed"], 224 // trained.patch_embed.patch_size[0])
     network = timm.create_model(name, pretrained=False, num_classes=0, img_size=224)
@@ -126,43 +129,29 @@ def resample_position(embedding, grid):
     return torch.cat([of_class, square.flatten(2).transpose(1, 2)], dim=1)
 
 
-def load_extractor(features, inception_weights, device, spatial=True):
-    """InceptionV3, or what --features names."""
-    if features:
-        return load_features(features, device)
-    return Inception(inception_weights, device, spatial)
-
-
 def extract(images, batches, extractor, processes, keep=False):
     """Run the images of `batches` (this process's arrays of indices) through the extractor.
 
     Returns {name: RunningStatistics} over all processes, and the "pool" rows (N, D) float32 of all processes in their
-    order, on the CPU, where keep is true, else None. Raises InputError for features that are not finite.
+    order, on the CPU, where keep is true, else None. Raises InputError without images, and for features not finite.
     """
+    if not batches:
+        raise InputError(f"{images.path} has fewer images than there are processes, {processes.world}; start fewer")
     statistics, kept = {}, []
     progress = tqdm(total=sum(map(len, batches)), unit="image", disable=processes.rank > 0, mininterval=1)
     for indices, pixels in zip(batches, images.batches(batches), strict=True):
-        for name, rows in extractor(to_tensor(pixels, processes.device)).items():
+        features = extractor(torch.from_numpy(pixels).to(processes.device).permute(0, 3, 1, 2))
+        for name, rows in features.items():
             if not rows.isfinite().all():
                 raise InputError(f"{images.path}: features of images {indices[0]} to {indices[-1]} are not finite")
             if name not in statistics:
                 statistics[name] = RunningStatistics(rows.shape[1], processes.device)
             statistics[name].add(rows)
-            if keep and name == "pool":
-                kept.append(rows.float().cpu())
+        if keep:
+            kept.append(features["pool"].float().cpu())
         progress.update(len(indices))
     progress.close()
-    return finish(statistics, kept, processes, keep)
-
-
-def finish(statistics, kept, processes, keep):
-    """Bring together what the processes have; one may have had no images."""
     if processes.world > 1:
-        widths = [None] * processes.world
-        dist.all_gather_object(widths, {name: len(running.mean) for name, running in statistics.items()})
-        for name, width in sorted({name: width for found in widths for name, width in found.items()}.items()):
-            statistics.setdefault(name, RunningStatistics(width, processes.device)).merge_processes()
-    if not keep:
-        return statistics, None
-    rows = torch.cat(kept) if kept else torch.empty(0, len(statistics["pool"].mean))
-    return statistics, processes.gather_rows(rows.to(processes.device)).cpu()
+        for running in statistics.values():
+            running.merge_processes()
+    return statistics, processes.gather_rows(torch.cat(kept).to(processes.device)).cpu() if keep else None

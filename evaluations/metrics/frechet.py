@@ -1,7 +1,6 @@
 """Fréchet distance between Gaussians fitted to two sets of features, in float64. Letters: N samples, D dimensions."""
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.distributed as dist
 
@@ -61,18 +60,14 @@ def statistics(features):
     return running.finish()
 
 
-def symmetric_root(sigma):
-    """Square root of a symmetric positive semi-definite (D, D); eigenvalues that rounding made negative count as 0."""
-    values, vectors = np.linalg.eigh(sigma)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-
-
 def trace_of_root(sigma1, sigma2):
-    """tr (Σ1 Σ2)^½ as the sum of the singular values of Σ1^½ Σ2^½.
+    """tr (Σ1 Σ2)^½ as the sum of the singular values of Σ1^½ Σ2^½; eigenvalues below 0, from rounding, count as 0.
 
     It stays exact where covariances are singular (fewer samples than dimensions) and a general matrix root does not.
     """
-    return np.linalg.svd(symmetric_root(sigma1) @ symmetric_root(sigma2), compute_uv=False).sum()
+    spectra = np.linalg.eigh(sigma1), np.linalg.eigh(sigma2)
+    root1, root2 = ((vectors * np.sqrt(values.clip(min=0))) @ vectors.T for values, vectors in spectra)
+    return np.linalg.svd(root1 @ root2, compute_uv=False).sum()
 
 
 def trace_of_root_published(sigma1, sigma2, eps=1e-6):
@@ -80,6 +75,8 @@ def trace_of_root_published(sigma1, sigma2, eps=1e-6):
 
     Raises ValueError when the root's diagonal has imaginary parts beyond 1e-3.
     """
+    import scipy.linalg  # half a second to import, and only --sqrtm needs it
+
     product = sigma1 @ sigma2
     if not product.any():
         return 0.0  # scipy's root of zero is infinite from 1.18 on

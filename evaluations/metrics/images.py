@@ -2,16 +2,17 @@
 
 import itertools
 import zipfile
+import zlib
 
 import numpy as np
-import torch
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.look_ahead import ordered_map
 from preprocessing.sources import BadImageError, ImageSource
 
-READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError)
-READ_ERRORS += (RuntimeError, SyntaxError)  # what zipfile and numpy's header parser raise on damaged files
+THREADS = 4  # that decode images
+# what zipfile and numpy's header parser raise on damaged files
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 def open_images(path, flag):
@@ -20,8 +21,7 @@ def open_images(path, flag):
 
 
 def unreadable(path, error):
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(f"{path} cannot be read, is cut short or is no npz ({reason}); copy or make it again")
+    return InputError(f"{path} cannot be read, is cut short or is no npz ({first_line(error)}); copy or make it again")
 
 
 def skip(member, count, chunk=1 << 20):
@@ -37,12 +37,10 @@ class NpzImages:
         self.path, self.whole = path, None
         try:
             self.archive = zipfile.ZipFile(path)
-        except READ_ERRORS as error:
-            raise unreadable(f"{flag} {path}", error) from None
-        if "arr_0.npy" not in self.archive.namelist():
-            raise InputError(f"{flag} {path}: missing arr_0 in npz file; it holds {self.archive.namelist()}")
-        try:
             shape, dtype = self.read_header()
+        except KeyError:
+            held = self.archive.namelist()
+            raise InputError(f"{flag} {path}: missing arr_0 in npz file; it holds {held}") from None
         except READ_ERRORS as error:
             raise unreadable(f"{flag} {path}", error) from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
@@ -82,24 +80,19 @@ class NpzImages:
 
     def read_rows(self, member, indices):
         """Images `indices`, ascending, of the open member."""
-        runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
-        return np.concatenate([self.read_run(member, run[0], len(run)) for run in runs])
-
-    def read_run(self, member, first, count):
-        """Images first … first + count − 1 of the open member."""
-        size = int(np.prod(self.shape))
-        skip(member, self.start + int(first) * size - member.tell())
-        data = member.read(count * size)
-        if len(data) != count * size:
-            raise EOFError(f"the data end in image {first + len(data) // size} of {self.count}")
-        return np.frombuffer(data, np.uint8).reshape(count, *self.shape)
+        rows = np.empty((len(indices), *self.shape), np.uint8)
+        for row, index in zip(rows, indices, strict=True):
+            skip(member, self.start + int(index) * row.size - member.tell())
+            if member.readinto(row) != row.size:
+                raise EOFError(f"the data end in image {index} of {self.count}")
+        return rows
 
 
 class FolderImages:
     """Images of a folder (with its subfolders) or a zip, sorted by relative name."""
 
-    def __init__(self, path, flag, workers=4):
-        self.path, self.workers = path, workers
+    def __init__(self, path, flag):
+        self.path = path
         self.source = ImageSource(path, published_labels=True, flag=flag)
         if not len(self.source):
             raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
@@ -122,7 +115,7 @@ class FolderImages:
     def batches(self, batches):
         """Yield uint8 (B, H, W, 3) for each of a list of arrays of indices; a whole batch is read ahead."""
         ahead = max(map(len, batches), default=1)
-        images = ordered_map(self.read, itertools.chain.from_iterable(batches), ahead, self.workers)
+        images = ordered_map(self.read, itertools.chain.from_iterable(batches), ahead, THREADS)
         for indices in batches:
             yield np.stack(list(itertools.islice(images, len(indices))))
 
@@ -130,8 +123,3 @@ class FolderImages:
 def split(indices, size):
     """Consecutive batches of an array, `size` each; the last may have fewer."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def to_tensor(images, device):
-    """uint8 (B, H, W, 3) array → (B, 3, H, W) tensor on the device."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2)

@@ -3,9 +3,8 @@
 import os
 
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from models.checkpoints import read_file
 
 SPATIAL_CHANNELS = 7  # of the 192 that branch1x1 of the fifth block of size 17 has
@@ -16,28 +15,24 @@ def load_network(weights=None, features=("2048",)):
 
     Raises InputError naming the file, where it comes from and the flag.
     """
-    name = URL_INCEPTION_V3.rsplit("/", 1)[1]
-    remedy = f"download {name} from {URL_INCEPTION_V3} and pass it with --inception-weights"
-    if weights is not None:
-        check_weights(weights, remedy)
+    # seconds to import, as all of torchvision comes with it, and not every command needs the network
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+    remedy = f"download {URL_INCEPTION_V3} and pass the file with --inception-weights"
+    if weights is not None and not is_inception(read_file(weights)):  # torch-fidelity unpickles what it is given
+        raise InputError(f"--inception-weights {weights} holds another network; {remedy}")
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", list(features), weights)
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), a damaged file in torch.hub's cache
-        reason = str(error).splitlines()[0]
         cache = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise InputError(f"no InceptionV3 weights: neither in {cache} nor by download ({reason}); {remedy}") from None
+        found = f"neither in {cache} nor by download ({first_line(error)})"
+        raise InputError(f"no InceptionV3 weights: {found}; {remedy}") from None
 
 
-def check_weights(path, remedy):
-    """Raise InputError unless the file is a state dict of this network: torch-fidelity unpickles what it is given."""
-    state = read_file(path)
+def is_inception(state):
+    """Whether this is a state dict of the network."""
     weight = state.get("fc.weight") if isinstance(state, dict) else None
-    if (
-        not isinstance(weight, torch.Tensor)
-        or weight.shape != (1008, 2048)
-        or "Mixed_6d.branch1x1.bn.weight" not in state
-    ):
-        raise InputError(f"--inception-weights {path} holds another network; {remedy}")
+    return getattr(weight, "shape", None) == (1008, 2048) and "Mixed_6d.branch1x1.bn.weight" in state
 
 
 class Inception:
@@ -49,20 +44,18 @@ class Inception:
 
     name = "inception-2015-12-05"
 
-    def __init__(self, weights=None, device="cpu", spatial=True):
+    def __init__(self, weights=None, device="cpu"):
         self.network = load_network(weights).to(device)
         self.classifier = self.network.fc.weight.T
-        self.spatial = {}
-        if spatial:
-            self.network.Mixed_6d.branch1x1.register_forward_hook(self.keep_spatial)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self.keep_spatial)
 
     def keep_spatial(self, _module, _inputs, output):
-        self.spatial = {"spatial": output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)}
+        self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
     def __call__(self, images):
         (pool,) = self.network(images)
-        return {"pool": pool, **self.spatial}
+        return {"pool": pool, "spatial": self.spatial}
 
 
 def inception_score(features, classifier, split_size=5000, splits=None, chunk=512):

@@ -25,7 +25,7 @@ class Published:
     fid: float
     sfid: float | None = None
     inception_score: float | None = None
-    weighting: str = "lognormal"
+    weighting: str = ""
     alignment: str = ""
     guided: bool = False
     resolution: int = 256
@@ -35,26 +35,25 @@ class Published:
 
 PUBLISHED = [
     Published("SiT-B/2", 80, 34.4, 6.5, 43.7, "uniform"),
-    Published("SiT-B/2", 80, 29.7, 6.2, 51.0),
+    Published("SiT-B/2", 80, 29.7, 6.2, 51.0, "lognormal"),
     Published("DeepFlow-B/2", 80, 28.1, 5.8, 49.8, "uniform"),
-    Published("DeepFlow-B/2", 80, 23.1, 5.6, 60.3),
-    Published("DeepFlow-B/2", 80, 21.7, 6.1, 66.0, alignment="DINOv1"),
-    Published("DeepFlow-B/2", 80, 17.2, 6.0, 77.8, alignment="DINOv2"),
-    *(Published("SiT-XL/2", epochs, fid, weighting="") for epochs, fid in ((80, 13.8), (200, 10.2), (800, 9.8))),
-    *(Published("DeepFlow-XL/2", epochs, fid, weighting="") for epochs, fid in ((80, 10.3), (200, 7.8), (400, 7.2))),
-    *(
-        Published("DeepFlow-XL/2", epochs, fid, weighting="", alignment="DINOv2")
-        for epochs, fid in ((80, 6.5), (200, 5.4), (400, 5.0))
-    ),
-    Published("DeepFlow-XL/2", 400, 1.97, 4.39, 264.7, weighting="", guided=True),
-    Published("DeepFlow-XL/2", 600, 1.89, weighting="", guided=True),
-    Published("DeepFlow-XL/2", 400, 1.77, weighting="", alignment="DINOv2", guided=True),
-    Published("DeepFlow-XL/2", 200, 2.59, weighting="", guided=True, resolution=512),
-    Published("DeepFlow-XL/2", 400, 2.22, weighting="", guided=True, resolution=512),
-    Published("DeepFlow-XL/2", 160, 2.03, weighting="", alignment="DINOv2", guided=True, resolution=512),
-    Published("DeepFlow-XL/2", 200, 1.96, weighting="", alignment="DINOv2", guided=True, resolution=512),
+    Published("DeepFlow-B/2", 80, 23.1, 5.6, 60.3, "lognormal"),
+    Published("DeepFlow-B/2", 80, 21.7, 6.1, 66.0, "lognormal", "DINOv1"),
+    Published("DeepFlow-B/2", 80, 17.2, 6.0, 77.8, "lognormal", "DINOv2"),
+    *(Published("SiT-XL/2", epochs, fid) for epochs, fid in ((80, 13.8), (200, 10.2), (800, 9.8))),
+    *(Published("DeepFlow-XL/2", epochs, fid) for epochs, fid in ((80, 10.3), (200, 7.8), (400, 7.2))),
+    Published("DeepFlow-XL/2", 80, 6.5, alignment="DINOv2"),
+    Published("DeepFlow-XL/2", 200, 5.4, alignment="DINOv2"),
+    Published("DeepFlow-XL/2", 400, 5.0, alignment="DINOv2"),
+    Published("DeepFlow-XL/2", 400, 1.97, 4.39, 264.7, guided=True),
+    Published("DeepFlow-XL/2", 600, 1.89, guided=True),
+    Published("DeepFlow-XL/2", 400, 1.77, alignment="DINOv2", guided=True),
+    Published("DeepFlow-XL/2", 200, 2.59, guided=True, resolution=512),
+    Published("DeepFlow-XL/2", 400, 2.22, guided=True, resolution=512),
+    Published("DeepFlow-XL/2", 160, 2.03, alignment="DINOv2", guided=True, resolution=512),
+    Published("DeepFlow-XL/2", 200, 1.96, alignment="DINOv2", guided=True, resolution=512),
     *(  # Decoupled MeanFlow (Lee, Yu, Shin); guidance is trained in
-        Published("DMFT-XL/2", None, fid, weighting="", resolution=size, sampled=sampled, steps=steps)
+        Published("DMFT-XL/2", None, fid, resolution=size, sampled=sampled, steps=steps)
         for size, steps, numbers in ((256, 400_000, (2.16, 1.51)), (512, 800_000, (2.12, 1.68)))
         for fid, sampled in zip(numbers, ("1 step", "4 steps"), strict=True)
     ),

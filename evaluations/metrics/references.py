@@ -27,23 +27,24 @@ class NumpyUnpickler(pickle.Unpickler):
 
 
 def read_reference(path):
-    """({metric: {mu, sigma}}, (H, W) of its images or None) of a .pkl or .npz. Raises InputError."""
-    if "://" in str(path):
-        raise InputError(f"--ref {path}: download the file first and name the copy")
+    """({metric: (mean, covariance)}, (H, W) of its images or None) of a .pkl or .npz. Raises InputError."""
     if str(path).endswith(".npz"):
-        found = read_statistics(path, ("mu", "sigma"))
-        if found is None:
-            raise InputError(f"--ref {path} holds no mu and sigma; make a reference of its images with `ref`")
-        return {"fid": found}, reference_size(path)
-    content = read_pickle(path)
-    metrics = {name: value for name, value in content.items() if name not in ("num_images", "image_size")}
-    for name, value in metrics.items():
-        if not isinstance(value, dict) or not {"mu", "sigma"} <= value.keys():
-            raise InputError(f"--ref {path}: its {name} has no mu and sigma; make the reference again")
-        check_moments(np.asarray(value["mu"]), np.asarray(value["sigma"]), f"--ref {path}: mu, sigma of {name}")
+        metrics, size = read_statistics(path, {"fid": ("mu", "sigma")}), reference_size(path)
+    else:
+        content = read_pickle(path)
+        size = content.pop("image_size", None)
+        content.pop("num_images", None)
+        metrics = {name: read_moments(value, f"--ref {path}: {name}") for name, value in content.items()}
     if not metrics:
-        raise InputError(f"--ref {path} holds no statistics; make the reference again")
-    return metrics, content.get("image_size")
+        raise InputError(f"--ref {path} holds no statistics; make a reference of its images with `ref`")
+    return metrics, size
+
+
+def read_moments(value, where):
+    """(mean, covariance) of {mu, sigma} in a pickle. Raises InputError."""
+    if not isinstance(value, dict) or not {"mu", "sigma"} <= value.keys():
+        raise InputError(f"{where} has no mu and sigma; make the reference again")
+    return check_moments(np.asarray(value["mu"]), np.asarray(value["sigma"]), f"{where}: mu, sigma")
 
 
 def read_pickle(path):
@@ -51,7 +52,7 @@ def read_pickle(path):
     try:
         content = NumpyUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     except FileNotFoundError:
-        raise InputError(f"--ref {path} does not exist") from None
+        raise InputError(f"--ref {path} does not exist; download the file first, or make it with `ref`") from None
     except Exception as error:  # the bytes of a damaged pickle decide what fails
         raise InputError(f"--ref {path} cannot be read as a pickle of statistics ({error}); copy it again") from None
     return content if isinstance(content, dict) else {}
@@ -63,21 +64,21 @@ def reference_size(path):
         return NpzImages(path, "--ref").shape[:2] if "arr_0" in file.files else None
 
 
-def read_statistics(path, names):
-    """{name: float64 array} of an npz that has all of `names`, None of one that has none. Raises InputError."""
+def read_statistics(path, members):
+    """{kind: (mean, covariance)}, float64, of an npz by {kind: names of both}; {} of one without. Raises InputError."""
+    names = [name for pair in members.values() for name in pair]
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file.files]
-            if names[0] in missing:
-                return None
-            found = {name: np.asarray(file[name], np.float64) for name in names if name not in missing}
+            found = {name: np.asarray(file[name], np.float64) for name in names if name in file.files}
     except READ_ERRORS as error:
         raise unreadable(path, error) from None
-    if missing:
-        raise InputError(f"{path} holds {names[0]} but not {missing[0]}; take a whole reference file")
-    for mean, covariance in zip(names[::2], names[1::2], strict=True):
-        check_moments(found[mean], found[covariance], f"{path}: {mean}, {covariance}")
-    return found
+    if missing := [name for name in names if found and name not in found]:
+        raise InputError(f"{path} holds {', '.join(found)} but not {missing[0]}; take a whole reference file")
+    return {
+        kind: check_moments(found[mean], found[covariance], f"{path}: {mean}, {covariance}")
+        for kind, (mean, covariance) in members.items()
+        if found
+    }
 
 
 def other_size(images, size, allowed):
@@ -95,8 +96,9 @@ def other_size(images, size, allowed):
 
 
 def check_moments(mean, covariance, where):
-    """Raise InputError unless they are finite and of shapes (D,) and (D, D)."""
+    """Both, where they are finite and of shapes (D,) and (D, D). Raises InputError."""
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:
         raise InputError(f"{where} have shapes {mean.shape} and {covariance.shape}, not (D,) and (D, D)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise InputError(f"{where} hold values that are not finite; make the statistics again")
+    return mean, covariance

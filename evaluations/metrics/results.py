@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from common.errors import InputError, note
-from common.files import check_writable, read_json, write_json
+from common.files import check_writable, write_json
+from common.flags import flag
+from common.records import read_record
 from common.versions import versions
 from sampling.manifest import manifest_path, read_manifest
 
@@ -15,7 +17,7 @@ PACKAGES = ("torch", "scipy", "torch-fidelity", "timm")
 class Result:
     """What a program of evaluations/ measured, as its JSON file holds it; fields that are None are left out there."""
 
-    metrics: dict  # {name: number}
+    metrics: dict[str, float]
     samples: str = ""  # what was measured
     reference: str | None = None
     arrays: list | None = None  # lines that say which arrays served what
@@ -32,13 +34,7 @@ class Result:
     @classmethod
     def read(cls, path):
         """The result in a file. Raises InputError naming it."""
-        content = read_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
-            raise InputError(f"{path} has no 'metrics'; pass files that the evaluators wrote")
-        if not isinstance(content.get("manifest"), dict | None):
-            raise InputError(f"{path}: 'manifest' is not an object; pass files that the evaluators wrote")
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in content.items() if name in known})
+        return read_record(cls, path, "pass files that the evaluators wrote")
 
     def write(self, path):
         """Write the file, with the manifest beside the samples. Raises InputError where it cannot be written."""
@@ -58,12 +54,13 @@ def sample_manifest(samples):
     return read_manifest(path) if path.is_file() else None
 
 
-def sample_labels(samples, kind, count, remedy):
-    """The `labels` of the manifest beside samples: a list of `count` of one type. Raises InputError with the remedy."""
+def sample_labels(samples, kinds, count, remedy):
+    """The `labels` of the manifest beside samples: `count`, all of one of the types. Raises InputError."""
     path, manifest = manifest_path(samples), sample_manifest(samples)
     labels = manifest and manifest.labels
-    if not labels or not all(type(label) is kind for label in labels):
-        raise InputError(f"{path} does not list a {kind.__name__} for each sample under 'labels'; {remedy}")
+    if not labels or {*map(type, labels)} not in [{kind} for kind in kinds]:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{path} does not list a {names} for each sample under 'labels'; {remedy}")
     if len(labels) != count:
         raise InputError(f"{path} lists {len(labels)} labels for {count} samples; {remedy}")
     return labels
@@ -73,6 +70,12 @@ def markdown(header, rows):
     """Lines of a table."""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, *rows)]
     return [lines[0], "|---" * len(header) + "|", *lines[1:]]
+
+
+def json_flag():
+    """--json, alone or with a file, as result_path takes it."""
+    help = "write the result; without FILE results/NAME….json"
+    return flag(None, help, str, group="output", nargs="?", const="", metavar="FILE")
 
 
 def result_path(given, samples, suffix=""):
