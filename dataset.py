@@ -73,10 +73,8 @@ class Batch:
     """This rank's rows of one global batch.
 
     moments (B, 2C, h, w); condition: labels int64 (B,), or features of captions (B, L, W); images uint8 (B, 3, R, R) or
-    None; features: one tensor (B, T, Z) per encoder whose features are stored.
-
-    Moments and features keep the precision they are stored in (packed: fp16), so that half the bytes travel; moments
-    sampled with float32 noise become float32.
+    None; features: one tensor (B, T, Z) per encoder whose features are stored. Moments and features keep the precision
+    they are stored in (packed: fp16), so that half the bytes travel; sampling with float32 noise makes them float32.
     """
 
     step: int
@@ -93,10 +91,7 @@ class Batch:
 
 
 class LatentDataset:
-    """Moments with labels, and images and features where asked for; made by open_dataset.
-
-    features: {encoder: StoredRows}; workers: threads that read files.
-    """
+    """Moments with labels, and images and features {encoder: StoredRows} where asked for; made by open_dataset."""
 
     def __init__(self, info, rows, labels, images=None, mirror=None, features=None, workers=4):
         self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
@@ -107,27 +102,18 @@ class LatentDataset:
     def __len__(self):
         return self.info.count
 
-    def gather(self, indices, flip=None):
-        """(moments float32 (B, 2C, h, w), labels int64 (B,), images uint8 (B, 3, R, R) or None) of rows `indices`.
-
-        flip: optional bool (B,), true where the mirrored set is meant.
-        """
-        moments, labels, images, *_ = self.gather_stored(indices, flip)
-        return moments.float(), labels, images
-
     def gather_step(self, sampler, step, rows, pin=False):
-        """gather_stored of the given rows (array) of the global batch of a step."""
+        """gather of the given rows (array) of the global batch of a step."""
         flip = sampler.flips(step)[rows] if self.mirror is not None else None
-        return self.gather_stored(sampler.batch(step)[rows], flip, pin)
+        return self.gather(sampler.batch(step)[rows], flip, pin)
 
-    def gather_stored(self, indices, flip=None, pin=False, condition=None):
-        """As gather, then the features (B, T, Z) of each encoder, in the precision in which they are stored.
+    def gather(self, indices, flip=None, pin=False, condition=None):
+        """Moments, labels, images and features of rows `indices`, as in Batch.
 
-        pin: into page-locked memory; condition: instead of the labels.
+        flip: optional bool (B,), true where the mirrored set is meant; pin: into page-locked memory; condition: instead
+        of the labels.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"row index out of range 0..{len(self) - 1}")
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
         moments = self._moments.gather(indices, flip, self._pool, pin)
         features = [stored.gather(indices, flip, self._pool, pin) for stored in self.features.values()]
@@ -154,10 +140,10 @@ class CaptionDataset(LatentDataset):
         self._empty = text.empty
 
     def gather_step(self, sampler, step, rows, pin=False):
-        """gather_stored of the given rows of the global batch of a step, with captions that the step draws."""
+        """gather of the given rows of the global batch of a step, with captions that the step draws."""
         indices = sampler.batch(step)[rows]
         chosen = self.text.choose(indices, sampler.uniforms(step)[rows])
-        return self.gather_stored(indices, pin=pin, condition=self.context(chosen, pin))
+        return self.gather(indices, pin=pin, condition=self.context(chosen, pin))
 
     def context(self, rows, pin=False):
         """Features (B, L, W) of captions by row, in the precision in which they are stored."""
@@ -172,28 +158,26 @@ class CaptionDataset(LatentDataset):
     def conditions(self, n):
         """Features of the first captions of n images, of the empty caption n times, and the captions."""
         rows = self.text.starts[np.arange(n) * len(self) // n]
-        return self.context(rows).float(), self.text.empty.expand(n, -1, -1), self.text.texts(rows)
+        texts = [self.text.captions[row] for row in rows.tolist()]
+        return self.context(rows).float(), self.text.empty.expand(n, -1, -1), texts
 
 
 def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_classes=None, data_vae=None, workers=4):
-    """Open a data folder of either layout, recognised by its files.
+    """Open a data folder of either layout. Raises InputError for what does not fit.
 
-    images: also read `images`; mirror: also read `vae-sd-mirror`; features: names of the encoders whose `features-NAME`
-    to read; num_classes, data_vae (name or folder of the VAE): what a folder without a manifest does not say; workers:
-    threads that read files. Raises InputError with one line for everything that does not fit.
+    images, mirror: also read `images`, `vae-sd-mirror`; features: names of the encoders whose `features-NAME` to read;
+    num_classes, data_vae: what a folder without a manifest does not say; workers: threads that read files.
     """
     moments = open_moments(data_dir, data_vae)
     if moments.labels is None:
-        raise InputError(
-            f"{moments.labels_file}: labels are missing (null); put the images into class folders (one is enough), "
-            "then convert and encode again"
-        )
+        remedy = "put the images into class folders (one is enough), then convert and encode again"
+        raise InputError(f"{moments.labels_file}: labels are missing (null); {remedy}")
     classes = _count_classes(moments, num_classes)
     check_labels(moments.labels, classes, moments.labels_file)
     rows, spec = moments.rows, moments.spec
     info = DataInfo(len(rows), classes, spec, rows.shape, moments.resolution, moments.manifest.class_names)
-    files = open_images(data_dir, moments) if images else None
-    mirrored = open_mirror(data_dir, moments) if mirror else None
+    files = open_images(moments) if images else None
+    mirrored = open_mirror(moments) if mirror else None
     stored = {name: open_features(data_dir, name, moments, mirror) for name in features}
     return LatentDataset(info, rows, moments.labels, files, mirrored, stored, workers)
 
@@ -219,7 +203,7 @@ def open_captions(data_dir, *, images=False, features=(), data_vae=None, workers
     else:
         moments = open_moments(data_dir, data_vae)
         text = open_text(moments)
-        files = open_images(data_dir, moments) if images else None
+        files = open_images(moments) if images else None
     rows, spec = moments.rows, moments.spec
     info = CaptionInfo(len(rows), 0, spec, rows.shape, moments.resolution, captions=len(text.rows), text=text.spec)
     stored = {name: open_features(data_dir, name, moments) for name in features}

@@ -12,6 +12,7 @@ The same command resumes an interrupted run.
 import dataclasses
 
 from common.errors import InputError, exit_on_input_error, note
+from common.files import named_full_disk
 from common.flags import flag, parse_flags
 from common.precision import set_math
 from common.processes import Processes
@@ -49,15 +50,12 @@ class GenerateConfig(SamplingFlags):
 
 
 def generate(config, make_condition=ClassLabels):
-    """Make a picture, or many images, as a resolved configuration says; returns its path. Raises InputError.
-
-    make_condition: (config, Checkpoint, device) → condition of the images, as in sampling/conditions.py.
-    """
+    """Make a picture, or many images, as a resolved configuration says; returns its path. Raises InputError."""
     config.check()
     if config.projector_embed_dims:
         note("--projector-embed-dims is unused: the checkpoint says what it holds")
     set_math(config.tf32, config.fused_attn)
-    with Processes.join() as processes:
+    with Processes.join() as processes, named_full_disk(config.out or config.sample_dir):
         save = save_picture if config.grid else save_images
         return save(ImageSampler(config, make_condition, processes.device), processes)
 

@@ -13,9 +13,8 @@ import functools
 from common.errors import InputError, exit_on_input_error
 from common.flags import Range, flag, parse_flags, required
 from generate import generate
-from sampling.conditions import Prompts
+from sampling.conditions import Prompts, read_prompts
 from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
-from sampling.prompts import read_prompts
 from sampling.stores import GENEVAL_IMAGES
 
 PROMPTS = (
@@ -32,19 +31,14 @@ class TextGenerateConfig(SamplingFlags):
     images_per_prompt: int | None = flag(None, "default 1, for GenEval 4", int, range=Range(low=1), group=SAMPLING)
     text_encoder: str | None = flag(None, "name or folder; default: the training data's", str, group=MODEL)
     cfg_scale: float = flag(2.0, "classifier-free guidance with the empty caption; 1.0 is none", group=SAMPLING)
-    num_fid_samples: int | None = flag(
-        None, "number of images; default: --images-per-prompt of each prompt", int, range=Range(low=1), group=OUTPUT
-    )
+    num_fid_samples: int | None = flag(None, "default: --images-per-prompt each", int, range=Range(low=1), group=OUTPUT)
 
     def resolve(self, source):
         """As SamplingFlags.resolve, with the number of images that a PromptList gives. Raises InputError."""
         config, prompts = super().resolve(), len(source.texts)
-        if config.images_per_prompt is None:
-            config.images_per_prompt = GENEVAL_IMAGES if source.metadata else 1
+        config.images_per_prompt = config.images_per_prompt or (GENEVAL_IMAGES if source.metadata else 1)
         most = prompts * config.images_per_prompt
-        if config.num_fid_samples is None:
-            config.num_fid_samples = most
-        count = config.num_fid_samples
+        count = config.num_fid_samples = config.num_fid_samples or most
         if config.grid and prompts > count:
             raise InputError(f"--grid {config.grid} has no room for {prompts} prompts; pass a larger one")
         if count > most and not config.grid:

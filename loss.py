@@ -38,7 +38,7 @@ class DeepFlowLoss:
     """Unweighted parts per branch and sample, and their weighted sums per sample."""
 
     velocity: torch.Tensor  # (k, N), mean((v_i − V)²)
-    acceleration: torch.Tensor  # (k − 1, N), mean((x_{ti} − v_i·t_i + ½·a_i·t_i² − x_0)²), equation 7
+    acceleration: torch.Tensor  # (k − 1 or 0, N), mean((x_{ti} − v_i·t_i + ½·a_i·t_i² − x_0)²), equation 7
     deep: torch.Tensor  # (N,), Σ_i β_i · velocity_i, equation 5
     total: torch.Tensor  # (N,), deep + λ · Σ_i acceleration_i, equation 10
 
@@ -61,9 +61,9 @@ def deepflow_loss(out, x0, noise, times, path, branch_weights, acc_coeff, target
     deep = sum(weight * row for weight, row in zip(branch_weights, velocity, strict=True))  # equation 5
     refinements = [  # v is detached: the step's error is for the acceleration to learn, v has a target of its own
         mean_square(extrapolate(path.interpolate(x0, noise, t), v.detach(), a.float(), t) - x0)  # equation 7
-        for v, a, t in zip(velocities[:-1], out.accelerations, times[:-1], strict=True)
+        for v, a, t in zip(velocities, out.accelerations, times, strict=False)  # not of the final branch
     ]
-    acceleration = torch.stack(refinements) if refinements else velocity[:0]  # (k − 1, N)
+    acceleration = torch.stack(refinements) if refinements else velocity[:0]  # (k − 1 or 0, N)
     return DeepFlowLoss(velocity, acceleration, deep, deep + acc_coeff * acceleration.sum(dim=0))  # equation 10
 
 

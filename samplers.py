@@ -53,7 +53,7 @@ class GuidedVelocity:
     network(x, t, y): velocity of a batch, called with x in `dtype`; t (N,) is never coarser than float32, because
     rounding to bfloat16 moves a time by up to half a step of 250. y (N,): the condition; y_null (N,): the null one.
     A guided call is one forward pass of 2N rows. Over a flow map's average_velocity(x, t, r, y) this is
-    (x, t, r) → average velocity, and the guidance interval is tested on t.
+    (x, t, r) → average velocity, and the guidance interval is tested on t, the step's start.
     """
 
     def __init__(self, network, y, y_null, guidance=None, dtype=torch.float32):
@@ -63,8 +63,10 @@ class GuidedVelocity:
         self.guided_calls = 0  # those of 2N rows
 
     @torch.no_grad()
-    def __call__(self, x, *times):
-        is_guided, state, x = self.guidance.active(times[0]), x.dtype, x.to(self.dtype)
+    def __call__(self, x, *times, interval_time=None):
+        """interval_time: the time that the guidance interval is tested on; default: the first of `times`."""
+        is_guided = self.guidance.active(times[0] if interval_time is None else interval_time)
+        state, x = x.dtype, x.to(self.dtype)
         self.calls += 1
         self.guided_calls += is_guided
         x, y = (torch.cat([x, x]), self.both) if is_guided else (x, self.y)
@@ -83,12 +85,15 @@ def euler_step(velocity, x, t, t_next, _index):
 
 
 def heun_step(velocity, x, t, t_next, _index):
-    """Trapezoidal correction with a second evaluation at the next time; plain Euler into t = 0."""
+    """Trapezoidal correction with a second evaluation at the next time; plain Euler into t = 0.
+
+    The step's start decides for both evaluations whether they are guided, as in the published sampler.
+    """
     v = velocity(x, t)
     predicted = x + (t_next - t) * v
     if t_next == 0:
         return predicted
-    return x + (t_next - t) * 0.5 * (v + velocity(predicted, t_next))
+    return x + (t_next - t) * 0.5 * (v + velocity(predicted, t_next, interval_time=t))
 
 
 def sde_step(path, noise):

@@ -12,7 +12,7 @@ from common.errors import InputError, exit_on_input_error
 from common.flags import parse_flags
 from loss import alignment_loss, deepflow_loss
 from models import model_config
-from models.encoders import ENCODERS, check_grid
+from models.encoders import check_grid
 from models.paths import PATHS
 from training.alignment import Targets
 from training.config import TrainConfig
@@ -42,12 +42,10 @@ def objective(network, batch, draws, *, config, dataset, weights, targets=None):
 
 def start(config, info, resumed):
     """Constructor arguments of the run's model, from preset, flags and data, and no model: it is new."""
-    encoders = config.encoders()
-    aligned = {"ssl_align": bool(encoders), "z_dims": [ENCODERS[name].width for name in encoders] or None}
-    options = model_config(config.model, **config.model_flags(), **info.model_options(), **aligned)
+    options = model_config(config.model, **config.model_flags(), **info.model_options())
     if config.encoder_depth is not None and options["df_idxs"]:
         raise InputError("--encoder-depth is for models of one branch; drop it: here VeRA's output is aligned")
-    for name in encoders:
+    for name in config.encoders():
         check_grid(name, info.resolution, options["input_size"] // options["patch_size"])
     return options, None
 
@@ -63,8 +61,7 @@ def draw(run, step):
 
 def train(config):
     """Train as the flags say. Raises InputError."""
-    passes = 1 + 2  # the backward pass costs two
-    run_task(config, Task(start, objective_of, draw, passes, GridSampler))
+    run_task(config, Task(start, objective_of, draw, GridSampler))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def objective(network, batch, draws, *, model, guide, autocast, config, info, we
     loss = flow_map_loss(out.velocities[-1], out.log_variance, targets.target)
     total = loss.total.mean()
     parts = {"latent_std": x0.std(), **map_parts(loss, targets, out)}
-    if out.accelerations:
+    if len(out.velocities) > 1:
         deep = branch_losses(out, x0, draws, targets, path, weights, config.acc_coeff)
         total, parts = total + deep.total.mean(), {**parts, **deep.parts()}
     return total, parts
@@ -73,9 +73,7 @@ def draw(run, step):
 
 def train(config):
     """Train as the flags say. Raises InputError."""
-    guidance = 0 if config.g_type == "default" else 4
-    passes = 2 * (1 + 2) + 2 + guidance  # both parts forward and backward, a derivative
-    run_task(config, Task(start, objective_of, draw, passes, FlowMapGridSampler))
+    run_task(config, Task(start, objective_of, draw, FlowMapGridSampler))
 
 
 if __name__ == "__main__":

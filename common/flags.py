@@ -38,13 +38,13 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
 
 
-def flag(default, help, kind=None, *, group=None, range=None, **options):
+def flag(default, help, kind=None, *, group=None, range=None, free=False, **options):
     """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type).
 
-    group: heading in --help; range: a Range, for each value of a list. options go to argparse; `also` lists other names
-    of the flag.
+    group: heading in --help; range: a Range, for each value of a list; free: bears on no result, so that what is
+    continued may change it. options go to argparse; `also` lists other names of the flag.
     """
-    metadata = {"help": help, "kind": kind or type(default), "group": group, "range": range, **options}
+    metadata = {"help": help, "kind": kind or type(default), "group": group, "range": range, "free": free, **options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -69,10 +69,7 @@ STYLE = {"formatter_class": Formatter, "allow_abbrev": False}
 
 
 def parse_flags(cls, argv=None, description=None, epilog=None):
-    """Parse the command line into a dataclass of `flag` fields. Unknown flags end with exit code 2.
-
-    Raises InputError where a value is outside its flag's range.
-    """
+    """Parse the command line into a dataclass of `flag` fields. Raises InputError for a value outside its range."""
     check_checkout()
     parser = argparse.ArgumentParser(description=description, epilog=epilog, **STYLE)
     add_flags(parser, cls)
@@ -80,10 +77,7 @@ def parse_flags(cls, argv=None, description=None, epilog=None):
 
 
 def parse_commands(commands, argv=None, description=None):
-    """Parse `COMMAND FLAGS`; commands: {name: dataclass}, whose docstring's first line is the help.
-
-    Returns the command's name and its dataclass.
-    """
+    """Parse `COMMAND FLAGS` → name, config; commands: {name: dataclass}, whose docstring's first line is the help."""
     check_checkout()
     parser = argparse.ArgumentParser(description=description, **STYLE)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -109,7 +103,7 @@ def add_flags(parser, cls):
     """Add the flags of a dataclass to a parser, under the headings of their groups."""
     groups = {None: parser}
     for field in dataclasses.fields(cls):
-        options = {name: value for name, value in field.metadata.items() if name != "range"}
+        options = {name: value for name, value in field.metadata.items() if name not in ("range", "free")}
         kind, group, names = options.pop("kind"), options.pop("group"), [shown(field.name), *options.pop("also", ())]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)

@@ -35,10 +35,8 @@ class Processes:
         store, rank, world = next(dist.rendezvous("env://", timeout=A_WEEK))
         store = dist.PrefixStore("processes", store)
         store.set_timeout(A_WEEK)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=A_WEEK
-        )
+        backend, group = "nccl" if device.type == "cuda" else "gloo", dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=A_WEEK)
         return cls(rank, world, device, store)
 
     def __enter__(self):
@@ -68,16 +66,11 @@ class Processes:
         return self.store.add(key, amount)
 
     def gather_rows(self, rows):
-        """The rows (N, …) of all processes one after the other, on every process; N may differ."""
-        if self.world == 1:
-            return rows
-        counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-        padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+        """The rows (N, …) of all processes one after the other, on the CPU of every process; N may differ."""
+        parts = [rows.cpu()] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, parts[self.rank])
+        return torch.cat(parts)
 
 
 def device_of_process(device=None):

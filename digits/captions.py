@@ -37,11 +37,7 @@ SEED = 0
 
 
 def split_phrases(digit):
-    """(trained, held out) phrases of a digit, ten each: of each wording one of the two spellings, the other held out.
-
-    Every wording is trained with both spellings, and every spelling of a digit in several wordings: the held-out ones
-    are new only as a whole.
-    """
+    """(trained, held out) phrases of a digit, ten each: of each wording one spelling is trained, the other held out."""
     spellings = (WORDS[digit], digit)
     trained = [wording.format(spellings[(digit + w) % 2]) for w, wording in enumerate(WORDINGS)]
     return trained, [wording.format(spellings[(digit + w + 1) % 2]) for w, wording in enumerate(WORDINGS)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.errors import InputError, exit_on_input_error
 from common.files import write_json
-from common.flags import FlagTextError, flag, parse_flags, required
+from common.flags import flag, parse_flags, required
 from common.pictures import save_grid
 from digits.data import CLASSES
 from digits.judge import build_report, load_samples
@@ -22,28 +22,20 @@ from digits.report import class_grid
 PER_CLASS = 2
 
 
-def named_file(text):
-    """`NAME=FILE` → (name, file)."""
-    name, _, path = text.partition("=")
-    if not (name and path):
-        raise FlagTextError(f"{text!r} is not of the form NAME=FILE")
-    return name, path
-
-
 @dataclasses.dataclass(kw_only=True)
 class CompareFlags:
     """Flags of this program."""
 
-    samples: list = required("npz files", named_file, nargs="+", metavar="NAME=FILE")
+    samples: list = required("npz files", nargs="+", metavar="NAME=FILE")
     out: str | None = flag(None, "JSON file to write", str, group="output")
     picture: str | None = flag(None, "picture to write: a row of digits per file", str, group="output", metavar="PNG")
 
 
 def main(argv=None):
     args = parse_flags(CompareFlags, argv, __doc__)
-    files, found, pictures = dict(args.samples), {}, []
+    files, found, pictures = dict(text.split("=", 1) for text in args.samples if "=" in text), {}, []
     if len(files) < len(args.samples):
-        raise InputError("--samples: every file needs a name of its own")
+        raise InputError("--samples: give every file as NAME=FILE, with a name of its own")
     for name, path in files.items():
         images, digits, _ = load_samples(path)
         report = build_report(images, digits)
@@ -51,8 +43,7 @@ def main(argv=None):
         frechet = report["frechet"]["samples"]
         found[name] = {"samples": path, "agree": agree, "of": of, "agreement": agree / of, "frechet": frechet}
         pictures.append(class_grid(images, digits, PER_CLASS))
-        numbers = f"{agree:4d} of {of} carry their label  Fréchet distance {frechet:.4f}"
-        print(f"{name:{max(map(len, files))}s}  {numbers}")
+        print(f"{name}: {agree} of {of} carry their label; Fréchet distance {frechet:.4f}")
     if args.out:
         write_json(args.out, found)
     if args.picture:

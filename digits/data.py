@@ -75,19 +75,14 @@ def whole_folder(dest):
 
 
 def write_image_folder(digits, dest):
-    """Write 8×8 RGB PNGs DEST/CLASS/INDEX.png; False when they are all there already.
-
-    Raises InputError where DEST holds something else.
-    """
+    """Write 8×8 RGB PNGs DEST/CLASS/INDEX.png; False when they are all there already. Raises InputError."""
     dest = Path(dest)
     names = [f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True)]
-    if dest.exists() and not dest.is_dir():
-        raise InputError(f"--dest {dest} is a file; name a new folder")
     found = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}  # none if DEST is absent
     if found == set(names):
         return False
-    if found:
-        raise InputError(f"--dest {dest} holds other files (for example {min(found)}); remove it or name a new folder")
+    if found or dest.is_file():
+        raise InputError(f"--dest {dest} is a file, or holds some ({min(found, default='')}); name a new folder")
     with whole_folder(dest) as partial:
         for name, image in zip(names, digits.images, strict=True):
             (partial / name).parent.mkdir(exist_ok=True)

@@ -1,19 +1,17 @@
 """The judge of samples of digits: two numbers, beside the same two for held-out real digits; needs no download.
 
 1. Agreement: how often a classifier trained on the real training digits finds the requested label.
-2. Fréchet distance to the training digits in a small feature space (see `fit_features`).
-
-Letters: N images, D = 64 pixels of an 8×8 image, K dimensions of the feature space.
+2. Fréchet distance to the training digits in a small feature space.
 """
 
 import numpy as np
-import sklearn
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 from common.errors import InputError
+from common.versions import versions
 from digits.captions import digit_of
-from digits.data import CLASSES, RESOLUTION, load_digits_split, upsample
+from digits.data import RESOLUTION, load_digits_split, upsample
 from evaluations.metrics.frechet import frechet_distance, statistics
 from evaluations.metrics.images import NpzImages
 from evaluations.metrics.results import sample_labels
@@ -48,27 +46,13 @@ def pixels(images):
 
 
 def train_classifier(train, held_out):
-    """(classifier of pixels, its accuracy on the held-out digits): an RBF support vector machine on training Digits.
-
-    Raises InputError when it is right on less than 95 % of them.
-    """
+    """(classifier of pixels, its accuracy on the held-out digits): an RBF support vector machine. Raises InputError."""
     classifier = SVC().fit(pixels(upsample(train.images)), train.labels)
     accuracy = classifier.score(pixels(upsample(held_out.images)), held_out.labels)
     if accuracy < MIN_ACCURACY:
-        raise InputError(
-            f"the classifier is right on only {accuracy:.1%} of the held-out digits, {MIN_ACCURACY:.0%} is needed; "
-            f"try another release of scikit-learn (this is {sklearn.__version__})"
-        )
+        fault = f"the classifier is right on only {accuracy:.1%} of the held-out digits, {MIN_ACCURACY:.0%} is needed"
+        raise InputError(f"{fault}; try another release of scikit-learn")
     return classifier, accuracy
-
-
-def fit_features(train_pixels):
-    """Function pixels (N, 64) → features (N, 32): principal components of the real training digits, in pixel units.
-
-    32 of the 64 directions hold 97 % of the variance. The rest, mostly pixels that are always black, would make the
-    covariance of 400 images nearly singular; whitening would give noise the weight of shape.
-    """
-    return PCA(FEATURES, svd_solver="full").fit(train_pixels).transform
 
 
 def stratified_rows(labels, count, seed=SEED):
@@ -83,37 +67,27 @@ def stratified_rows(labels, count, seed=SEED):
 
 
 def agreement(classifier, images, labels):
-    """How many of the images the classifier gives their label, as a dict with the count of each class."""
-    right = classifier.predict(pixels(images)) == labels
-    of_class = {str(c): f"{right[labels == c].sum()} of {(labels == c).sum()}" for c in range(CLASSES)}
-    return {"agree": int(right.sum()), "of": len(labels), "by_class": of_class}
+    """How many of the images the classifier gives their label."""
+    return {"agree": int((classifier.predict(pixels(images)) == labels).sum()), "of": len(labels)}
 
 
 def build_report(images, labels):
     """Both numbers for samples (N, 32, 32, 3) with requested labels (N,), and for the held-out digits, as a dict."""
     train, held_out = load_digits_split()
-    train_images, held_images = upsample(train.images), upsample(held_out.images)
-    classifier, accuracy = train_classifier(train, held_out)
-    features, count = fit_features(pixels(train_images)), min(len(images), MAX_COUNT)
+    train_images, count = upsample(train.images), min(len(images), MAX_COUNT)
+    classifier, _ = train_classifier(train, held_out)
+    # 32 of the 64 components hold 97 % of the variance. The rest, mostly pixels that are always black, would make the
+    # covariance of 400 images nearly singular; whitening would give noise the weight of shape.
+    features = PCA(FEATURES, svd_solver="full").fit(pixels(train_images)).transform
 
     def fitted(pictures, classes):
         return statistics(features(pixels(pictures[stratified_rows(classes, count)])))
 
     real = fitted(train_images, train.labels)
+    judged = {"samples": (images, labels), "held_out_digits": (upsample(held_out.images), held_out.labels)}
+    frechet = {name: frechet_distance(*fitted(*digits), *real) for name, digits in judged.items()}
     return {
-        "agreement": {
-            "samples": agreement(classifier, images, labels),
-            "held_out_digits": agreement(classifier, held_images, held_out.labels),
-            "classifier": "SVC (RBF) on 8x8 pixels of the training digits",
-            "classifier_accuracy": accuracy,
-        },
-        "frechet": {
-            "samples": frechet_distance(*fitted(images, labels), *real),
-            "held_out_digits": frechet_distance(*fitted(held_images, held_out.labels), *real),
-            "reference": "training digits",
-            "images_a_side": count,
-            "features": f"first {FEATURES} principal components of 8x8 pixels in 0..1",
-            "seed": SEED,
-        },
-        "versions": {"numpy": np.__version__, "scikit-learn": sklearn.__version__},
+        "agreement": {name: agreement(classifier, *digits) for name, digits in judged.items()},
+        "frechet": {**frechet, "images_a_side": count, "seed": SEED},
+        "versions": versions("scikit-learn"),
     }

@@ -26,6 +26,7 @@ from evaluations.metrics.references import other_size, read_reference
 from evaluations.metrics.results import Result, result_path
 
 DETECTORS = {"fid": "InceptionV3", "fd_dinov2": "DINOv2"}  # of each metric
+RESIZE = "torch's (bicubic, antialiased), as EDM2; Stein et al., whom the DeepFlow paper's Table 6 cites, use Pillow's"
 SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  # kept in the result
 
 
@@ -140,8 +141,11 @@ def calc(args, processes):
         except ValueError as error:
             raise InputError(f"--ref {args.ref} does not fit {name}: {error}") from None
         say(f"{name} = {metrics[name]:g}")
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if "fd_dinov2" in metrics:
+        settings["fd_dinov2_resize"] = RESIZE
+        note(f"fd_dinov2: the resize is {RESIZE}")
     if path is not None:
-        settings = {name: getattr(args, name) for name in SETTINGS}
         Result(metrics, args.images, reference=args.ref, count=len(indices), settings=settings).write(path)
 
 

@@ -12,8 +12,8 @@ import torch
 
 from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags, required
-from evaluations.metrics.published import TABLE_8
 from evaluations.metrics.results import markdown
+from evaluations.published import TABLE_8
 from models import create_model
 from models.flops import Part, count_flops, count_parts
 

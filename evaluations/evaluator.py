@@ -12,7 +12,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common.errors import InputError, exit_on_input_error, note, say
 from common.flags import Range, flag, parse_flags, required
@@ -20,7 +19,7 @@ from common.precision import set_math
 from common.processes import Processes
 from evaluations.metrics.features import MeasureFlags, extract, load_features
 from evaluations.metrics.frechet import frechet_distance
-from evaluations.metrics.images import FolderImages, NpzImages, open_images, split
+from evaluations.metrics.images import NpzImages, open_images, split
 from evaluations.metrics.inception import Inception, inception_score
 from evaluations.metrics.precision_recall import BLOCK, PRECISIONS, precision_recall
 from evaluations.metrics.references import other_size, read_statistics
@@ -29,7 +28,7 @@ from evaluations.metrics.results import Result, result_path
 SAMPLES = 50_000  # what published numbers are computed on
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
-LABELS.update(fd="FD", precision="Precision", recall="Recall")
+LABELS.update(precision="Precision", recall="Recall")
 SETTINGS = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size")  # kept in the result
 
 
@@ -48,24 +47,16 @@ class EvaluatorFlags(MeasureFlags):
     )
 
 
-@dataclasses.dataclass
 class Side:
-    """The reference or the samples: images, statistics that the file holds, and what is computed of the images."""
+    """The reference or the samples: images, statistics {kind: (mean, covariance)} of the file or {}, and features."""
 
-    which: str  # reference or sample
-    path: str
-    images: NpzImages | FolderImages
-    stored: dict  # {"pool" or "spatial": (mean, covariance)}, or {}
-    rows: torch.Tensor = None  # (N, D) float32
-    moments: dict = None  # as stored
-
-    @classmethod
-    def open(cls, which, path, args):
-        images = open_images(path, which.upper())
-        if len(images) <= args.neighbors:
-            raise InputError(f"{which} {path} holds {len(images)} images; --neighbors {args.neighbors} needs more")
-        of_inception = isinstance(images, NpzImages) and not args.features
-        return cls(which, path, images, read_statistics(path, STATISTICS) if of_inception else {})
+    def __init__(self, which, path, args):
+        self.which, self.path, self.images = which, path, open_images(path, which.upper())
+        if len(self.images) <= args.neighbors:
+            fault = f"{which} {path} holds {len(self.images)} images"
+            raise InputError(f"{fault}; --neighbors {args.neighbors} needs more")
+        of_inception = isinstance(self.images, NpzImages) and not args.features
+        self.stored = read_statistics(path, STATISTICS) if of_inception else {}
 
     def compute(self, extractor, args, processes):
         """Run the images through the extractor; stored statistics take the place of computed ones."""
@@ -75,58 +66,47 @@ class Side:
         say(f"computing/reading {self.which} batch statistics...")
         self.moments = self.stored or {kind: statistics.finish() for kind, statistics in running.items()}
 
-    def describe(self):
-        """Which arrays serve what, in one line."""
+    def __str__(self):
         size = "x".join(map(str, self.images.shape[:2]))
-        where, own = (" in arr_0", "its arr_0") if isinstance(self.images, NpzImages) else ("", "them")
-        source = "mu, sigma, mu_s, sigma_s of the file" if self.stored else own
-        return f"{self.which} {self.path}: {len(self.images)} images of {size}{where}; statistics from {source}"
+        source = "mu, sigma, mu_s, sigma_s of the file" if self.stored else "them"
+        return f"{self.which} {self.path}: {len(self.images)} images of {size}; statistics from {source}"
 
 
 def oddities(reference, sample, args):
     """Lines about what may make the numbers differ from published ones. InputError for a reference of another size."""
-    path, count, found = sample.path, len(sample.images), []
-    if sample.stored:
-        found.append(f"{path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)")
-    if count != SAMPLES:
-        found.append(f"{path} holds {count} images; published numbers are of {SAMPLES}")
-    if sizes := other_size(sample.images, reference.images.shape, args.other_size):
-        found.append(sizes)
-    return found
+    path, count = sample.path, len(sample.images)
+    stored = f"{path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)"
+    other_count = f"{path} holds {count} images; published numbers are of {SAMPLES}"
+    sizes = other_size(sample.images, reference.images.shape, args.other_size)
+    return [line for line in (sample.stored and stored, count != SAMPLES and other_count, sizes) if line]
 
 
 def compare(reference, sample, extractor, args, device):
     """{name: number} in the published order. Raises ValueError where one cannot be computed."""
-    distances = {
-        kind: frechet_distance(*sample.moments[kind], *reference.moments[kind], sqrtm=args.sqrtm)
-        for kind in sample.moments
-    }
+    distances = [
+        frechet_distance(*sample.moments[kind], *reference.moments[kind], sqrtm=args.sqrtm) for kind in sample.moments
+    ]
     rows = (reference.rows.to(device), sample.rows.to(device))
-    precision, recall = precision_recall(*rows, args.neighbors, args.precision, args.block)
+    both = precision_recall(*rows, args.neighbors, args.precision, args.block)
     if args.features:
-        name = extractor.name
-        return {f"fd_{name}": distances["pool"], f"precision_{name}": precision, f"recall_{name}": recall}
-    return {
-        "inception_score": inception_score(rows[1], extractor.classifier, splits=args.splits),
-        "fid": distances["pool"],
-        "sfid": distances["spatial"],
-        "precision": precision,
-        "recall": recall,
-    }
+        names = (f"{kind}_{extractor.name}" for kind in ("fd", "precision", "recall"))
+        return dict(zip(names, (*distances, *both), strict=True))
+    score = inception_score(rows[1], extractor.classifier, splits=args.splits)
+    return dict(zip(LABELS, (score, *distances, *both), strict=True))
 
 
 def label(name):
     """A metric's name as ADM's evaluator prints it; those of other features with their extractor."""
     kind, _, extractor = name.partition("_")
-    return LABELS.get(name) or LABELS[kind] + (f" ({extractor})" if extractor else "")
+    return LABELS.get(name) or f"{LABELS.get(kind, 'FD')} ({extractor})"
 
 
 def evaluate(args, processes):
     """Wire files, extractor and distances; every process takes its share of the images, the first does the rest."""
-    sides = reference, sample = Side.open("reference", args.reference, args), Side.open("sample", args.samples, args)
+    sides = reference, sample = Side("reference", args.reference, args), Side("sample", args.samples, args)
     if (args.splits or 1) > len(sample.images):
         raise InputError(f"--splits {args.splits}: {args.samples} holds only {len(sample.images)} images")
-    lines, odd = [side.describe() for side in sides], oddities(*sides, args)
+    lines, odd = [str(side) for side in sides], oddities(*sides, args)
     path = result_path(args.json, args.samples, f"-{Path(args.features).stem}" if args.features else "")
     for line in [*lines, *("warning: " + line for line in odd)]:
         note(line)

@@ -3,13 +3,15 @@
     python -m evaluations.feature_distance --ckpt CKPT --num-samples 64 --out results/distance.json --plot distance.png
     python -m evaluations.feature_distance --ckpt SIT_CKPT --block 6
 
-For every branch but the last: its tokens before VeRA (v*) and after it, against the tokens after the last block. The
-distance is Euclidean over the channels of a token, averaged over tokens and samples. A model of one branch (SiT) is
-compared at --block. The paper states 7.7 for SiT, 7.2 with deep supervision and 2.9 for DeepFlow-2T (B, 250 SDE steps).
+For every branch but the last: its tokens before VeRA (v*) and after it, against the tokens after the last block. A
+model of one branch (SiT) is compared at --block. The paper states 7.7 for SiT, 7.2 with deep supervision and 2.9 for
+DeepFlow-2T (B, 250 SDE steps), but not over what the Euclidean distance is taken: the curves are per token, and the
+mean over all steps is given for each of REDUCTIONS.
 """
 
 import collections
 import dataclasses
+import functools
 from statistics import fmean
 
 import torch
@@ -27,6 +29,11 @@ from models.paths import PATHS
 from samplers import SAMPLERS, GuidedVelocity, integrate, sample_labels, sample_noise
 
 ROWS = 10  # of the printed table
+REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
+    "per token": lambda d: d.norm(dim=-1).mean(dim=1),  # over channels, then the mean over tokens
+    "per image": lambda d: d.flatten(1).norm(dim=1),  # over tokens and channels
+    "of the mean token": lambda d: d.mean(dim=1).norm(dim=-1),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,12 +58,13 @@ class DistanceFlags:
 class Probe:
     """The network as the sampler sees it, (x, t, y) → velocity; records every call's distances.
 
-    distances: {feature: {t: [of each sample]}}, in the order in which they appear.
+    distances: {reduction: {feature: {t: [of each sample]}}}, features in the order in which they appear.
     """
 
     def __init__(self, model, block=None):
         self.model, self.block = model, block
-        self.distances = collections.defaultdict(lambda: collections.defaultdict(list))
+        of_time = functools.partial(collections.defaultdict, list)
+        self.distances = {reduction: collections.defaultdict(of_time) for reduction in REDUCTIONS}
         if block is not None:
             model.blocks[block - 1].register_forward_hook(self.keep)
 
@@ -74,14 +82,15 @@ class Probe:
 
     def record(self, name, t, features, final):
         """Add the distances of one call, (N, T, D) each; t (N,) is one time for all."""
-        distances = (features - final).double().norm(dim=-1).mean(dim=1)
-        self.distances[name][round(float(t[0]), 9)] += distances.tolist()
+        difference = (features - final).double()
+        for reduction, reduce in REDUCTIONS.items():
+            self.distances[reduction][name][round(float(t[0]), 9)] += reduce(difference).tolist()
 
-    def curves(self):
+    def curves(self, reduction="per token"):
         """{feature: [(t, mean distance)]} from noise to data."""
         return {
             name: [(t, fmean(values)) for t, values in sorted(of_time.items(), reverse=True)]
-            for name, of_time in self.distances.items()
+            for name, of_time in self.distances[reduction].items()
         }
 
 
@@ -98,13 +107,14 @@ def sample(args, checkpoint, probe, device):
             raise InputError(f"{args.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]})")
 
 
-def table(curves):
-    """Markdown: the mean over all steps, then some of the steps."""
+def table(probe):
+    """Markdown: the means over all steps, by reduction, then the distances per token at some of the steps."""
+    curves = probe.curves()
     times = [t for t, _ in next(iter(curves.values()))]
     chosen = sorted({round(i * (len(times) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    means = ["mean", *(f"{mean(curve):.3f}" for curve in curves.values())]
+    means = [[f"mean, {name}", *(f"{mean(c):.3f}" for c in probe.curves(name).values())] for name in REDUCTIONS]
     rows = [[f"{times[i]:.3f}", *(f"{curve[i][1]:.3f}" for curve in curves.values())] for i in chosen]
-    return "\n".join(markdown(["t", *curves], [means, *rows]))
+    return "\n".join(markdown(["t", *curves], means + rows))
 
 
 def mean(curve):
@@ -135,11 +145,14 @@ def main(argv=None):
     probe = Probe(checkpoint.model.to(device), choose_block(checkpoint.model, args.block))
     sample(args, checkpoint, probe, device)
     curves = probe.curves()
-    print(table(curves))
+    print(f"{table(probe)}\nrows of a time are per token; the paper does not say which of these distances it takes")
     if args.out:
-        metrics = {f"distance, {name}": mean(curve) for name, curve in curves.items()}
-        settings = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, **dataclasses.asdict(args)}
-        Result(metrics, args.ckpt, curves=curves, settings=settings).write(args.out)
+        metrics = {}
+        for reduction in REDUCTIONS:
+            kind = "distance" if reduction == "per token" else f"distance {reduction}"
+            metrics |= {f"{kind}, {name}": mean(curve) for name, curve in probe.curves(reduction).items()}
+        about = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, "curves": "per token"}
+        Result(metrics, args.ckpt, curves=curves, settings={**about, **dataclasses.asdict(args)}).write(args.out)
     if args.plot:  # noise on the left, as in sampling
         lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in curves.items()}
         axes = {"xlabel": "t (1 is noise, 0 is data)", "ylabel": "distance to the final features"}

@@ -5,6 +5,7 @@
 
 What follows `--` goes to generate.py. A setting that has been measured is not measured again: run the same command to
 go on after an interruption. The metrics are those of evaluations.evaluator; the plot shows the Fréchet distance.
+best.txt holds generate.py's flags of the setting where that is lowest: script/guided.sh goes on with them.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ class SweepFlags:
 
     ckpt: str = required("checkpoint", group="model")
     ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
-    out: Path = required("folder for samples, results, table.md and plot.png", Path, group="output")
+    out: Path = required("folder for samples, results, table.md, best.txt, plot.png", Path, group="output")
     num_samples: int = flag(5000, "samples of each setting", range=Range(1), group="sampling")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
@@ -68,6 +69,12 @@ class Setting:
         guidance = f"cfg-{self.cfg_scale}-{self.low}-{self.high}" if self.guided else "cfg-1.0"
         return f"steps-{self.num_steps}-{guidance}"
 
+    @property
+    def flags(self):
+        """Of generate.py."""
+        guidance = ["--cfg-scale", self.cfg_scale, "--guidance-low", self.low, "--guidance-high", self.high]
+        return ["--num-steps", self.num_steps, *guidance]
+
 
 def settings(args):
     """Every combination; without guidance the interval does not matter, so there is one."""
@@ -93,9 +100,7 @@ def measure(setting, args, generate):
         return Result.read(path)
     note(f"sampling {setting.name}")
     flags = ["--ckpt", args.ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples]
-    flags += ["--num-steps", setting.num_steps, "--cfg-scale", setting.cfg_scale]
-    flags += ["--guidance-low", setting.low, "--guidance-high", setting.high]
-    run_python(args.processes, ROOT / "generate.py", *flags, *generate)
+    run_python(args.processes, ROOT / "generate.py", *flags, *setting.flags, *generate)
     found = list(folder.glob("*.npz"))
     if len(found) != 1:
         raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
@@ -161,7 +166,10 @@ def main(argv=None):
     write_atomically(args.out / "table.md", lambda file: file.write(f"{table}\n".encode()))
     fid = next(name for name in metrics if name.startswith("f"))
     save_plot(rows, fid, args.out / "plot.png")
-    print(f"{table}\nwrote {args.out / 'table.md'} and {args.out / 'plot.png'}")
+    best, _ = min(rows, key=lambda row: row[1].metrics[fid])
+    words = " ".join(map(str, best.flags))
+    write_atomically(args.out / "best.txt", lambda file: file.write(f"{words}\n".encode()))
+    print(f"{table}\nlowest: {words}\nwrote {args.out / 'table.md'}, best.txt and plot.png")
 
 
 if __name__ == "__main__":

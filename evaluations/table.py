@@ -1,18 +1,33 @@
-"""Results as a markdown table, each model's followed by what its paper states for it.
+"""Results as a markdown table, each followed by what its paper states for the same model, training and sampling.
 
-python -m evaluations.table results/*.json
+    python -m evaluations.table results/*.json
+    python -m evaluations.table results/*.json --plot-epochs epochs.png --plot-parameters parameters.png
+
+A published row belongs to a result that differs from it in nothing that both state; what one of them does not state
+(the sampler of the guided rows, the training of a published file) is not compared.
 """
 
+import collections
 import dataclasses
 from pathlib import Path
 
-from common.errors import exit_on_input_error
-from common.flags import parse_flags, required
-from evaluations.metrics.published import PUBLISHED
+import torch
+
+from common.errors import exit_on_input_error, note
+from common.files import check_writable
+from common.flags import flag, parse_flags, required, shown
+from common.pictures import save_lines
 from evaluations.metrics.results import Result, markdown
+from evaluations.published import PUBLISHED, STEPS_PER_EPOCH
+from models.codec import LatentSpec
+from models.presets import IMAGENET, NETWORKS, build, constructor_defaults, kind_of
+from training.settings import settings
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 ALWAYS = ("fid", "sfid", "inception_score")
+FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
+
+UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  # flags that the table shows otherwise
 
 
 @dataclasses.dataclass
@@ -20,6 +35,8 @@ class TableFlags:
     """Flags of this program."""
 
     results: list = required("JSON files that the evaluators wrote", positional=True, nargs="+")
+    plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
+    plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
 
 
 def sampling(manifest):
@@ -48,20 +65,46 @@ def measured_cells(path, result, metrics):
 
 
 def published_cells(row, metrics):
-    trained = f"{row.epochs} epochs" if row.epochs else f"{row.steps} steps"
-    details = [row.weighting and f"{row.weighting} t", row.alignment, "guided" if row.guided else "no guidance"]
-    values = [getattr(row, name, None) for name in metrics]
-    sampled = ", ".join([row.sampled, *filter(None, details)])
-    return ["*paper*", row.model, trained, sampled, *("" if value is None else value for value in values)]
+    sampler = row.sampler or {}
+    sampled = [sampler.get("mode"), f"{sampler['num_steps']} steps"] if sampler else ["sampler not stated"]
+    sampled.append({True: "guided", False: "no guidance", None: "guidance not stated"}[row.guided])
+    words = [*filter(None, sampled), *row.words(without=UNSAID)]
+    cells = [f"*paper, {row.title}*", row.name, f"{row.steps} steps", ", ".join(words)]
+    return [*cells, *(row.numbers.get(name, "") for name in metrics)]
+
+
+def network(options):
+    """Constructor arguments as they are compared; those that an older file lacks have their defaults."""
+    known = {**constructor_defaults(NETWORKS[kind_of(options)]), **options}
+    known = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items() if name not in FREE}
+    return {**known, "qk_norm": bool(known["qk_norm"]), "z_dims": known["z_dims"] if known["ssl_align"] else None}
+
+
+def is_counterpart(row, result):
+    """Whether a published row is about what a result is about."""
+    manifest, spec = result.manifest or {}, dataclasses.asdict(LatentSpec())
+    options, latents, run = (manifest.get(name) or {} for name in ("model_options", "latents", "training"))
+    if not options or not row.numbers.keys() & result.metrics.keys() or network(options) != network(row.options):
+        return False
+    config = dataclasses.replace(row.config, **{name: v for name, v in run.items() if hasattr(row.config, name)})
+    step, sampler = manifest.get("step"), row.sampler or {}
+    return (
+        settings(config, row.options) == settings(row.config, row.options)
+        and not run.get("changes")  # of settings, in the middle of the run
+        and (step is None or abs(step - row.steps) <= 0.01 * row.steps)
+        and all(latents.get(name, spec[name]) == spec[name] for name in ("family", "factor"))
+        and row.guided in (None, is_guided(manifest))
+        and all(manifest.get(name) == value for name, value in sampler.items())
+    )
 
 
 def counterparts(result):
-    """Published rows of the same model, resolution and guidance."""
-    manifest = result.manifest or {}
-    options, latents = manifest.get("model_options") or {}, manifest.get("latents") or {}
-    resolution = options.get("input_size", 0) * latents.get("factor", 0)
-    own = (manifest.get("model"), is_guided(manifest), resolution)
-    return [row for row in PUBLISHED if (row.model, row.guided, row.resolution) == own]
+    """Published rows about what a result is about; what several tables print is taken once, from the fullest."""
+    found = []
+    for row in sorted(PUBLISHED, key=lambda row: -len(row.numbers)):
+        known = any(row.config == other.config and row.numbers.items() <= other.numbers.items() for other in found)
+        found += [row] if not known and is_counterpart(row, result) else []
+    return found
 
 
 def build_table(results):
@@ -74,12 +117,54 @@ def build_table(results):
     rows = []
     for published, measured in groups.items():
         rows += measured + [published_cells(row, names) for row in published]
+        rows += [] if published else [["*no published row*", *[""] * (3 + len(names))]]
     return markdown(["result", "model", "trained", "sampled", *(METRICS.get(name, name) for name in names)], rows)
+
+
+def epochs(_options, images):
+    """Epochs of ImageNet that so many images are."""
+    return images and images / IMAGENET["count"]
+
+
+def parameters(options, _images):
+    """Millions of parameters of the model with these constructor arguments."""
+    with torch.device("meta"):
+        return options and sum(parameter.numel() for parameter in build(options).parameters()) / 1e6
+
+
+def curves(results, table, of_row, x):
+    """{label: [(x, FID)]}: rows of a published table, and of the results those without guidance, a line per run.
+
+    of_row(row) and x(constructor arguments, images of the training) → number; None where that is not known.
+    """
+    lines = collections.defaultdict(list)
+    for row in (row for row in PUBLISHED if row.table == table):
+        lines[f"paper: {row.name}"].append((of_row(row), row.numbers["fid"]))
+    for path, result in results.items():
+        manifest = result.manifest or {}
+        step, batch = manifest.get("step"), (manifest.get("training") or {}).get("batch_size")
+        where = x(manifest.get("model_options"), step and batch and step * batch)
+        if "fid" not in result.metrics or is_guided(manifest) or where is None:
+            note(f"{path} is not drawn: no FID without guidance of a model whose size, steps and batch are known")
+        else:
+            lines[f"here: {manifest.get('run') or Path(path).stem}"].append((where, result.metrics["fid"]))
+    return {label: sorted(points) for label, points in lines.items()}
+
+
+PLOTS = {  # {flag: (published table, x of a row, x of a result, what x is)}
+    "plot_epochs": ("3", lambda row: row.steps / STEPS_PER_EPOCH, epochs, "epochs"),
+    "plot_parameters": ("8", lambda row: row.size[0], parameters, "parameters (M)"),
+}
 
 
 def main(argv=None):
     args = parse_flags(TableFlags, argv, __doc__)
-    print("\n".join(build_table({path: Result.read(path) for path in args.results})))
+    results = {path: Result.read(path) for path in args.results}
+    for name, (table, of_row, x, label) in PLOTS.items():
+        if path := getattr(args, name):
+            check_writable(path, shown(name))
+            save_lines(curves(results, table, of_row, x), path, marker="o", xlabel=label, ylabel="FID")
+    print("\n".join(build_table(results)))
 
 
 if __name__ == "__main__":

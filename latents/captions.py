@@ -1,9 +1,6 @@
 """Captions: the set `text` of a data folder, whose rows are features of captions, and the JSON files they come from.
 
-The set is packed. Its labels are the numbers of the images, and beside the rows lie the captions' texts and the
-features of the empty caption.
-
-Letters: N images, M captions, L tokens, W width of the features.
+The set is packed; its labels number the images. Letters: N images, M captions, L tokens, W width of the features.
 """
 
 import dataclasses
@@ -39,13 +36,9 @@ class CaptionRows:
     spec: TextSpec
 
     def choose(self, indices, uniforms):
-        """Rows of one caption for each image `indices`; uniforms: numbers in [0, 1) that choose."""
+        """Rows of one caption for each image `indices`; numbers `uniforms` in [0, 1) choose."""
         first, after = self.starts[indices], self.starts[indices + 1]
         return first + (uniforms * (after - first)).astype(np.int64)
-
-    def texts(self, rows):
-        """The captions of rows."""
-        return [self.captions[int(row)] for row in rows]
 
 
 def open_text(moments):
@@ -56,14 +49,9 @@ def open_text(moments):
     manifest, rows, owners, _ = open_set(find_set(place, "."))
     spec = manifest and manifest.text
     if spec is None or owners is None or rows.shape != (spec.tokens, spec.width):
-        raise InputError(
-            f"{place}: rows have shape {rows.shape}, labels or text encoder ({spec}) do not fit; {PREPARE}"
-        )
+        raise InputError(f"{place}: rows have shape {rows.shape}, labels or encoder ({spec}) do not fit; {PREPARE}")
     if not moments.has_images(manifest.images) or manifest.image_count != count:
-        raise InputError(
-            f"{place} holds captions of other images than {moments.folder} was made from ({manifest.image_count} and "
-            f"{count}); {PREPARE}, of the same images"
-        )
+        raise InputError(f"{place} holds captions of other images than {moments.folder} was made from; {PREPARE}")
     starts = np.searchsorted(owners, np.arange(count + 1))
     if (np.diff(owners) < 0).any() or (np.diff(starts) < 1).any():
         raise InputError(f"{place}: captions are not in the order of the images, or an image has none; {PREPARE}")
@@ -100,10 +88,7 @@ class Coco:
 
 
 def read_annotations(path, flag):
-    """{image file name: [caption, …]} of COCO's JSON, or of a plain {file name: caption or list}. Raises InputError.
-
-    flag: what named the file.
-    """
+    """{image file name: [caption, …]} of COCO's JSON, or of {file name: caption or list}. Raises InputError."""
     where, remedy = f"{flag} {path}", "give COCO's captions JSON or {file name: [captions]}"
     content = parse_record(Coco | dict[str, str | list[str]], read_bytes(path, remedy), where, remedy)
     captions = _of_coco(content, where) if isinstance(content, Coco) else content

@@ -31,20 +31,17 @@ def find_empty(data_dir):
 
 
 def list_foreign(folder):
-    """(N, [(i, k), …] sorted) of the files {i}.npy and {i}_{k}.npy. Raises InputError where a number is missing."""
-    found, pairs = set(), []
-    for path in Path(folder).glob("*.npy"):
-        if match := re.fullmatch(r"(\d+)(?:_(\d+))?", path.stem):
-            i, k = match.groups()
-            found.add(int(i)) if k is None else pairs.append((int(i), int(k)))
-    if missing := set(range(len(found))) - found:
-        raise InputError(f"{folder}/{min(missing)}.npy is missing: latents are numbered from 0 on; restore it")
+    """(N, [(i, k), …] sorted) of the files {i}.npy and {i}_{k}.npy. Raises InputError where one is missing."""
+    matches = (re.fullmatch(r"(\d+)(?:_(\d+))?", path.stem) for path in Path(folder).glob("*.npy"))
+    numbers = [match.groups() for match in matches if match]
+    images = {int(i) for i, k in numbers if k is None}
+    pairs = sorted((int(i), int(k)) for i, k in numbers if k is not None)
     captioned = {i for i, _ in pairs}
-    if missing := found - captioned:
-        raise InputError(f"{folder}/{min(missing)}.npy has no caption ({min(missing)}_0.npy); restore it")
-    if stray := captioned - found:
-        raise InputError(f"{folder}/{min(stray)}_0.npy is a caption without an image ({min(stray)}.npy); restore it")
-    return len(found), sorted(pairs)
+    for name, found in (("{}.npy", images), ("{}_0.npy", captioned)):
+        if missing := set(range(len(images | captioned))) - found:
+            needed = "every image, numbered from 0 on, has a latent and captions"
+            raise InputError(f"{folder}/{name.format(min(missing))} is missing: {needed}; restore it")
+    return len(images), pairs
 
 
 class CaptionFiles:

@@ -1,8 +1,5 @@
 """The data manifest: `manifest.json` in a folder of images, moments, features or captions says what the set holds.
 
-    manifest = DataManifest.read("DATA/vae-sd")  # None where there is no manifest.json
-    manifest.latents.scale
-
 A set is either in the folder layout (one file per image and `dataset.json`) or packed (memory-mapped shards).
 docs/data.md shows both. preprocessing/ writes manifests, as the last file of a set.
 """
@@ -127,6 +124,4 @@ class DataManifest(Header):
                 raise InputError(f"{self.path} lacks {name!r}; restore it, or pack the set again")
         counts = [shard.count for shard in self.shards]
         if sum(counts) != self.count or any(count != self.shard_size for count in counts[:-1]):
-            raise InputError(
-                f"{self.path}: 'shards' do not add up to {self.count} rows in shards of {self.shard_size}; pack again"
-            )
+            raise InputError(f"{self.path}: 'shards' do not add up to {self.count}, {self.shard_size} each; pack again")

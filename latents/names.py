@@ -49,10 +49,7 @@ class LabelList:
 
 
 def read_label_list(folder):
-    """(names, labels int64 (N,)) of a folder layout, sorted by name; (None, None) where the labels are null.
-
-    Raises InputError where dataset.json is missing, is not what it should be, or gives an image no label.
-    """
+    """(names, labels int64 (N,)) of a folder layout, sorted by name; (None, None) of null. Raises InputError."""
     path = Path(folder) / LABELS_JSON
     names, labels = parse_label_list(read_bytes(path, PREPARE), path)
     if names is not None and (labels == NO_LABEL).any():

@@ -29,7 +29,7 @@ def is_unfinished(folder):
 
 
 def list_sets(data_dir):
-    """Folders of all sets of a data folder, finished or not, sorted; only the folder itself where it is one set."""
+    """Folders of all sets of a data folder, finished or not; only the folder itself where it is one set."""
     data_dir = Path(data_dir)
     found = [folder for folder in (data_dir, *sorted(data_dir.iterdir())) if is_set(folder) or is_unfinished(folder)]
     return found[:1] if found[:1] == [data_dir] else found
@@ -50,10 +50,8 @@ def find_set(data_dir, name):
 
 def find_features(data_dir, name):
     """Folder of the features of an encoder, `features-NAME` beside the moments; None where there is none."""
-    try:
-        place = find_set(data_dir, MOMENTS).parent / f"features-{name}"
-    except InputError:  # what is wrong is said where the moments are opened
-        return None
+    data_dir = Path(data_dir)
+    place = (data_dir.parent if is_set(data_dir) else data_dir) / f"features-{name}"
     return place if place.is_dir() else None
 
 
@@ -61,9 +59,8 @@ def open_set(folder):
     """(DataManifest or None, rows, labels int64 (N,) or None, names of the source images or None) of one set."""
     folder = Path(folder)
     manifest = DataManifest.read(folder)
-    if manifest is not None and manifest.is_packed:
-        return manifest, *_open_packed(folder, manifest)
-    return manifest, *_open_folder(folder, manifest)
+    open_layout = _open_packed if manifest is not None and manifest.is_packed else _open_folder
+    return manifest, *open_layout(folder, manifest)
 
 
 def _open_folder(folder, manifest):
@@ -92,10 +89,7 @@ def _open_packed(folder, manifest):
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The moments of a data folder as open_set gives them, and the VAE that made them; the manifest may be empty.
-
-    Raises InputError where their shape is not (2C, h, h).
-    """
+    """The moments of a data folder as open_set gives them, and the VAE that made them; the manifest may be empty."""
 
     folder: Path
     manifest: DataManifest
@@ -107,10 +101,9 @@ class Moments:
     def __post_init__(self):
         shape, channels = self.rows.shape, 2 * self.spec.channels
         if len(shape) != 3 or shape[0] != channels or shape[1] != shape[2]:
-            raise InputError(
-                f"{self.folder}: latents have shape {shape}, not ({channels}, h, h): mean and std by {self.spec.vae}, "
-                "to be sampled in training; encode the images again, or name the right VAE with --data-vae"
-            )
+            needed = f"({channels}, h, h): mean and std by {self.spec.vae}"
+            remedy = "encode the images again, or name the right VAE with --data-vae"
+            raise InputError(f"{self.folder}: latents have shape {shape}, not {needed}; {remedy}")
 
     @property
     def resolution(self):
@@ -161,15 +154,13 @@ def check_labels(labels, num_classes, where):
     """Raise InputError unless every label is in 0..num_classes − 1."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
-        raise InputError(
-            f"{where}: label {wrong[0]} is out of range for {num_classes} classes (0..{num_classes - 1}); "
-            f"correct the labels or --num-classes; {CHECK}"
-        )
+        fault = f"label {wrong[0]} is out of range for {num_classes} classes"
+        raise InputError(f"{where}: {fault}; correct the labels or --num-classes; {CHECK}")
 
 
-def open_mirror(data_dir, moments):
+def open_mirror(moments):
     """Rows of the moments of the flipped images. Raises InputError unless they fit the Moments."""
-    folder = Path(data_dir) / MIRROR
+    folder = moments.folder.parent / MIRROR
     if not folder.is_dir():
         raise InputError(f"{folder} is missing; encode it with preprocessing/dataset_tools.py mirror")
     manifest, rows, _, _ = open_set(folder)
@@ -181,11 +172,11 @@ def open_mirror(data_dir, moments):
     return rows
 
 
-def open_images(data_dir, moments):
+def open_images(moments):
     """ImageFiles of the Moments. Raises InputError."""
-    root = next((f for f in (Path(data_dir) / IMAGES, moments.folder.parent / IMAGES) if f.is_dir()), None)
-    if root is None:
-        raise InputError(f"{Path(data_dir) / IMAGES} is missing and images are needed; link the converted images there")
+    root = moments.folder.parent / IMAGES
+    if not root.is_dir():
+        raise InputError(f"{root} is missing and images are needed; link the converted images there")
     moments.check_pairs_are_known()
     names = images_by_order(root, len(moments.rows)) if moments.names is None else moments.names
     return ImageFiles(root, names.__getitem__, moments.resolution)
@@ -195,13 +186,10 @@ def images_by_order(folder, count):
     """Sorted names of `count` image files: as published, the i-th belongs to the i-th latent. Raises InputError."""
     from PIL import Image  # only alignment and preprocessing read images
 
-    Image.init()
-    names = walk_files(folder, Image.EXTENSION.keys())
+    names = walk_files(folder, Image.registered_extensions())
     if len(names) != count:
-        raise InputError(
-            f"{folder} holds {len(names)} images for {count} latents, and without a {MANIFEST} they are paired by "
-            f"order; remove the stray files; {CHECK}"
-        )
+        pairs = f"without a {MANIFEST} they are paired by order"
+        raise InputError(f"{folder} holds {len(names)} images for {count} latents, and {pairs}; remove stray files")
     return names
 
 
@@ -210,26 +198,18 @@ def open_features(data_dir, encoder, moments, mirror=False):
     place = find_features(data_dir, encoder)
     twin = place.with_name(place.name + "-mirror")
     if mirror and not twin.is_dir():
-        raise InputError(
-            f"--mirror: {twin} is missing; write it with preprocessing/dataset_tools.py features --mirror, or move "
-            f"{place} away to compute features while training"
-        )
+        remedy = f"write it with dataset_tools.py features --mirror, or move {place} away to compute while training"
+        raise InputError(f"--mirror: {twin} is missing; {remedy}")
     rows = _open_features(place, encoder, moments, flipped=False)
     return StoredRows(rows, _open_features(twin, encoder, moments, flipped=True) if mirror else None)
 
 
 def _open_features(place, encoder, moments, flipped):
     manifest, rows, _, names = open_set(find_set(place, "."))
-    made_by = manifest and manifest.encoder
-    facts = {
-        "encoder": (made_by and made_by.name, encoder),
-        "flipped images": (manifest and manifest.flipped, flipped),
-        "number of images": (len(rows), len(moments.rows)),
-    }
     remedy = "write the features again, or move it away"
-    for what, (found, expected) in facts.items():
-        if found != expected:
-            raise InputError(f"{place}: its {what} is {found}, not {expected}; {remedy}")
+    found = manifest and manifest.encoder and (manifest.encoder.name, manifest.flipped, len(rows))
+    if found != (expected := (encoder, flipped, len(moments.rows))):
+        raise InputError(f"{place}: its encoder, flip and number of images are {found}, not {expected}; {remedy}")
     moments.check_pairs_are_known()
     if not moments.has_images(manifest.image_set) or (moments.names and not moments.names.same(names)):
         raise InputError(f"{place} holds features of other images than {moments.folder} was made from; {remedy}")

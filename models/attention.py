@@ -47,10 +47,7 @@ _state = {"kernel": fused, "differentiating": False}
 
 
 def set_attention(name):
-    """Choose the process's kernel, one of ATTENTION; auto is torch's fused one. `forward_mode` overrides it.
-
-    Raises InputError for a missing package.
-    """
+    """Choose the process's kernel, one of ATTENTION; auto is torch's. Raises InputError for a missing package."""
     if name in FLASH_PACKAGES:
         module, remedy = FLASH_PACKAGES[name]
         try:

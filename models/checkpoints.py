@@ -24,6 +24,10 @@ from models.published import from_published, published_note
 
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
+# What of a run's configuration bears on its numbers, beside the model; exported folders and samples' manifests keep it.
+TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
+TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
+TRAINING += ("changes",)
 
 
 def read_file(path):
@@ -73,11 +77,6 @@ class Checkpoint:
     data: dict  # classes, VAE and shapes of the training data
     steps: int | None
 
-    @property
-    def kind(self):
-        """The kind of network: "flow", "flow map" or "text"."""
-        return self.model.kind
-
     def weights_sha256(self):
         """SHA-256 of the weights, the same for every copy or export of them."""
         digest = hashlib.sha256()
@@ -118,18 +117,11 @@ def load_model(path, weights="ema", **overrides):
 
 def pick_weights(content, weights, path):
     """The state dict `weights` ("ema" or "raw") of a file's content, wrapper prefixes stripped."""
-    if not isinstance(content, dict):
-        raise InputError(f"--ckpt {path} holds a {type(content).__name__}, not a state dict; choose another file")
-    key = ENTRIES[weights]
-    if "x_embedder.proj.weight" in map(strip_prefix, content):
-        state = content
-    elif key in content:
-        state = content[key]
-    else:
-        entries = ", ".join(map(str, list(content)[:6])) or "nothing"
-        raise InputError(f"--ckpt {path} has no entry '{key}' (it holds {entries}); choose other --weights")
+    key, entries = ENTRIES[weights], content if isinstance(content, dict) else {f"a {type(content).__name__}": content}
+    state = entries if "x_embedder.proj.weight" in map(strip_prefix, entries) else entries.get(key)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise InputError(f"--ckpt {path}: its weights are not a dictionary of tensors; choose another file")
+        held = ", ".join(map(str, list(entries)[:6])) or "nothing"
+        raise InputError(f"--ckpt {path} lacks tensors '{key}' (it holds {held}); name other --weights or another file")
     return {strip_prefix(name): tensor for name, tensor in state.items()}
 
 

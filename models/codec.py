@@ -11,19 +11,16 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError, first_line
+from common.flags import ROOT
 from common.records import Count, Finite, Positive
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpec:
-    """What a set of latents was made with; travels in the data manifest and in the checkpoint.
-
-    Latents for the network are `(mean + std·ε − shift)·scale`.
-    """
+    """What a set of latents was made with; travels in the data manifest and in the checkpoint."""
 
     vae: str = DEFAULT_VAE
     family: str = "sd-vae-ft"
@@ -33,15 +30,12 @@ class LatentSpec:
     factor: Count = 8
 
     def sample(self, moments, noise):
-        """Draw latents from the posterior: moments (N, 2C, h, w), standard normal noise (N, C, h, w) → (N, C, h, w)."""
+        """The network's latents (mean + std·ε − shift)·scale, (N, C, h, w): moments (N, 2C, h, w), ε (N, C, h, w)."""
         mean, std = moments.chunk(2, dim=1)
         return (mean + std * noise - self.shift) * self.scale
 
     def check_same(self, other, ours, theirs):
-        """Raise InputError unless `other` has the same encoder family, scale and shift.
-
-        ours, theirs: what the two specs belong to, for the message.
-        """
+        """Raise InputError unless `other` has the same family, scale and shift; ours, theirs: for the message."""
         for field in ("family", "scale", "shift"):
             a, b = getattr(self, field), getattr(other, field)
             if a != b:
@@ -61,10 +55,7 @@ def vae_family(name):
 def resolve_vae(name):
     """Full name of a VAE: a short name (`ema`, `mse`), a hub id, or a folder (also relative to the repository)."""
     name = SHORT_NAMES.get(str(name), str(name))
-    for folder in (Path(name), ROOT / name):
-        if folder.is_dir():
-            return str(folder)
-    return name
+    return next((str(folder) for folder in (Path(name), ROOT / name) if folder.is_dir()), name)
 
 
 def to_uint8(images):
@@ -103,14 +94,10 @@ class LatentCodec:
         )
         return cls(vae.to(device), spec)
 
-    @property
-    def device(self):
-        return self.vae.device
-
     @torch.no_grad()
     def encode(self, images):
         """uint8 images (N, 3, R, R) → moments, float32 (N, 2C, h, w), neither sampled nor scaled."""
-        x = images.to(self.device, self.vae.dtype) / 127.5 - 1
+        x = images.to(self.vae.device, self.vae.dtype) / 127.5 - 1
         posterior = self.vae.encode(x).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
@@ -120,12 +107,10 @@ class LatentCodec:
 
         Raises InputError if values overflow in the decoder's precision.
         """
-        z = latents.to(self.device) / self.spec.scale + self.spec.shift
-        return torch.cat([self.decode_chunk(part.to(self.vae.dtype)) for part in z.split(chunk)])
-
-    def decode_chunk(self, z):
-        """VAE latents (N, C, h, w) → uint8 images (N, R, R, 3)."""
-        images = self.vae.decode(z).sample
-        if not images.isfinite().all():
-            raise InputError(f"the VAE {self.spec.vae} gives pixels that are not finite in {self.vae.dtype}; use fp32")
-        return to_uint8(images)
+        z, dtype, images = latents.to(self.vae.device) / self.spec.scale + self.spec.shift, self.vae.dtype, []
+        for part in z.split(chunk):
+            decoded = self.vae.decode(part.to(dtype)).sample
+            if not decoded.isfinite().all():
+                raise InputError(f"the VAE {self.spec.vae} gives pixels that are not finite in {dtype}; use fp32")
+            images.append(to_uint8(decoded))
+        return torch.cat(images)

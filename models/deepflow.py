@@ -2,38 +2,38 @@
 
 With k = 1 branch it is exactly SiT. Time: t = 0 is data, t = 1 is noise; velocity = dx/dt.
 
-Letters: N batch, C latent channels, H = W latent size, p patch size, T = (H/p)² tokens, D hidden size,
-k branches, P width of the acceleration MLP, E alignment encoders, Z width of an encoder's features.
+Letters: N batch, C latent channels, H = W latent size, p patch size, T = (H/p)² tokens, D hidden size, k branches,
+P width of the acceleration MLP, W width of the embedded gap, E alignment encoders, Z width of an encoder's features.
 """
 
 import dataclasses
 import itertools
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import InputError
-from models.attention import attention
 from models.layers import (
     LN_EPS,
     Block,
     LabelEmbedder,
     LayerNorm,
     Mlp,
+    MultiheadCrossAttention,
     PatchEmbed,
     TimestepEmbedder,
     VelocityLayer,
     adaln,
-    merge_heads,
     modulate,
     sincos_2d,
-    split_heads,
-    xavier_linears_,
     zero_,
 )
+
+# Table 7a, as we read it. Branch i + 1 starts from v*; from equation 8 on v* alone; + equation 6; + equation 9.
+VERA_STEPS = ("none", "gap", "acceleration", "full")
+WITH_ACCELERATION = ("acceleration", "full")
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class DeepFlowOutput:
     """What one training forward pass returns; the final branch comes last."""
 
     velocities: list  # k × (N, C, H, W)
-    accelerations: list  # (k − 1) × (N, C, H, W)
+    accelerations: list  # (k − 1) × (N, C, H, W); empty in the steps of Table 7a without acceleration
     projections: list  # max(k − 1, 1) · E × (N, T, Z), encoder by encoder; empty without SSL alignment
 
 
@@ -59,44 +59,22 @@ class Branch:
 class TimeGapAdaLN(nn.Module):
     """Time-gap conditioning (equation 8): AdaLN-Zero of concat(v*, a*) by the embedded gap, then an MLP to width D.
 
-    legacy_scaling clamps the scale to [−5, 5], as the SSL-aligned release does.
+    width W: 2D, or D without a*. legacy_scaling clamps the scale to [−5, 5], as the SSL-aligned release does.
     """
 
-    def __init__(self, hidden_size, legacy_scaling=False):
+    def __init__(self, width, hidden_size, legacy_scaling=False):
         super().__init__()
-        width = 2 * hidden_size
         self.legacy_scaling = legacy_scaling
         self.norm = nn.LayerNorm(width, eps=LN_EPS, elementwise_affine=False)
         self.mlp = Mlp(width, width, hidden_size)
         self.adaLN_modulation = adaln(width, 2 * width)
 
     def forward(self, h, gap):
-        """h (N, T, 2D), embedded gap (N, 2D) → (N, T, D)."""
-        shift, scale = self.adaLN_modulation(gap).chunk(2, dim=-1)  # (N, 2D) each
+        """h (N, T, W), embedded gap (N, W) → (N, T, D)."""
+        shift, scale = self.adaLN_modulation(gap).chunk(2, dim=-1)  # (N, W) each
         if self.legacy_scaling:
             scale = scale.clamp(-5, 5)
         return self.mlp(modulate(self.norm(h), shift, scale))
-
-
-class MultiheadCrossAttention(nn.Module):
-    """Multi-head attention with the parameter names of nn.MultiheadAttention, which bypasses the fused kernels."""
-
-    def __init__(self, hidden_size, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, query, context):
-        """query and context (N, T, D) → (N, T, D)."""
-        weight_q, weight_kv = self.in_proj_weight.tensor_split([query.shape[-1]])
-        bias_q, bias_kv = self.in_proj_bias.tensor_split([query.shape[-1]])
-        q = F.linear(query, weight_q, bias_q)
-        k, v = F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
-        q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))  # (N, heads, T, D/heads) each
-        return self.out_proj(merge_heads(attention(q, k, v)))
 
 
 class CrossSpaceAttention(nn.Module):
@@ -116,23 +94,36 @@ class CrossSpaceAttention(nn.Module):
 
 
 class VeRA(nn.Module):
-    """Velocity Refiner with Acceleration, which leads from one branch to the next (section 3 of the paper)."""
+    """Velocity Refiner with Acceleration, which leads from one branch to the next (section 3 of the paper).
 
-    def __init__(self, hidden_size, num_heads, projector_dim, legacy_scaling=False):
+    step: how much of it there is, as we read Table 7a, one of VERA_STEPS; acc_mlp: hidden widths of ACC_MLP.
+    """
+
+    def __init__(self, hidden_size, num_heads, acc_mlp, legacy_scaling=False, step="full"):
         super().__init__()
-        d, p = hidden_size, projector_dim
-        self.acc_mlp = nn.Sequential(
-            nn.Linear(d, p), nn.SiLU(), nn.Linear(p, 2 * p), nn.SiLU(), nn.Linear(2 * p, p), nn.SiLU(), nn.Linear(p, d)
-        )
-        self.acc_norm = TimeGapAdaLN(hidden_size, legacy_scaling)
-        self.cross_attention = CrossSpaceAttention(hidden_size, num_heads)
+        self.acc_mlp = self.acc_norm = self.cross_attention = None
+        if step in WITH_ACCELERATION:
+            self.acc_mlp = silu_mlp(hidden_size, *acc_mlp, hidden_size)
+        if step != "none":
+            self.acc_norm = TimeGapAdaLN(gap_width(hidden_size, step), hidden_size, legacy_scaling)
+        if step == "full":
+            self.cross_attention = CrossSpaceAttention(hidden_size, num_heads)
 
     def forward(self, patches, v_star, gap):
-        """patches, v* (N, T, D), embedded gap (N, 2D) → acceleration feature a* and refined tokens, (N, T, D) each."""
-        a_star = self.acc_mlp(v_star)  # equation 6
-        feature = self.acc_norm(torch.cat([v_star, a_star], dim=-1), gap)  # equation 8
-        # The network's own patches query, not the branch's tokens: v* reaches the next branch as keys and values only.
-        return a_star, self.cross_attention(patches, feature)  # equation 9
+        """patches, v* (N, T, D), embedded gap (N, W) → acceleration feature a* and refined tokens, (N, T, D) each.
+
+        a* is None in steps without acceleration; gap is None in the step "none", in which v* is left as it is.
+        """
+        a_star, feature = None, v_star
+        if self.acc_mlp is not None:
+            a_star = self.acc_mlp(v_star)  # equation 6
+            feature = torch.cat([v_star, a_star], dim=-1)  # (N, T, 2D)
+        if self.acc_norm is not None:
+            feature = self.acc_norm(feature, gap)  # equation 8
+        if self.cross_attention is not None:
+            # The network's own patches query, not the tokens: v* reaches the next branch as keys and values only.
+            feature = self.cross_attention(patches, feature)  # equation 9
+        return a_star, feature
 
 
 class DeepFlow(nn.Module, PyTorchModelHubMixin):
@@ -140,6 +131,7 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
 
     ssl_align adds projectors to the widths z_dims, one per encoder, after each VeRA block; with one branch (SiT, as in
     REPA) after block encoder_depth, counted from 1. Projector i·E + j belongs to VeRA block i and encoder j.
+    vera: the step of Table 7a, one of VERA_STEPS; acc_mlp: hidden widths of ACC_MLP, by default P, 2P, P.
     `from_pretrained(DIR)` reads a folder that models/export.py wrote.
     """
 
@@ -161,10 +153,12 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         legacy_scaling=False,
         qk_norm=False,
         encoder_depth=8,
+        vera="full",
+        acc_mlp=None,
     ):
         super().__init__()
-        check_key_layers(df_idxs, depth)
         check_sizes(input_size, patch_size, hidden_size, num_heads)
+        check_branches(df_idxs, depth, vera, acc_mlp)
         if ssl_align and not df_idxs and not 1 <= encoder_depth <= depth:
             raise InputError(f"--encoder-depth {encoder_depth} is out of range; blocks count from 1 to {depth}")
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
@@ -175,19 +169,20 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.add_trunk(hidden_size, depth, num_heads, qk_norm, sincos_2d(hidden_size, input_size // patch_size))
         sizes = (hidden_size, patch_size, in_channels)
-        if self.df_idxs:
-            # One velocity layer for all intermediate branches, one for the final.
-            self.final_layer = nn.ModuleList([VelocityLayer(*sizes), VelocityLayer(*sizes)])
-            self.final_acc_layer = VelocityLayer(*sizes)
-            self.dt_embedder = TimestepEmbedder(2 * hidden_size)
-        else:
-            self.final_layer = VelocityLayer(*sizes)
+        self.final_layer, self.final_acc_layer, self.dt_embedder = VelocityLayer(*sizes), None, None
+        if self.df_idxs:  # one velocity layer for all intermediate branches, one for the final
+            self.final_layer = nn.ModuleList([self.final_layer, VelocityLayer(*sizes)])
+            self.final_acc_layer = VelocityLayer(*sizes) if vera in WITH_ACCELERATION else None
+            self.dt_embedder = TimestepEmbedder(gap_width(hidden_size, vera)) if vera != "none" else None
+        acc_mlp = acc_mlp or (projector_dim, 2 * projector_dim, projector_dim)
         self.df_blocks = nn.ModuleList(
-            VeRA(hidden_size, num_heads, projector_dim, legacy_scaling) for _ in self.df_idxs
+            VeRA(hidden_size, num_heads, acc_mlp, legacy_scaling, vera) for _ in self.df_idxs
         )
         aligned_places = (len(self.df_idxs) or 1) if ssl_align else 0
         self.projectors = nn.ModuleList(
-            projector(hidden_size, projector_dim, z_dim) for _ in range(aligned_places) for z_dim in z_dims
+            silu_mlp(hidden_size, projector_dim, projector_dim, z_dim)  # from refined tokens to an encoder's width
+            for _ in range(aligned_places)
+            for z_dim in z_dims
         )
         self.initialize_weights()
 
@@ -200,10 +195,10 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def initialize_weights(self):
         """Xavier for Linears, N(0, 0.02) for the embedders, zero for adaLN-Zero and the velocity layers."""
-        xavier_linears_(self)
-        patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.flatten(1))
-        nn.init.zeros_(patch.bias)
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for layer in [*linears, self.x_embedder.proj]:
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            nn.init.zeros_(layer.bias)
         for module in self.modules():
             if isinstance(module, LabelEmbedder):
                 nn.init.normal_(module.embedding_table.weight, std=0.02)
@@ -249,7 +244,7 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
     def run_branches(self, x, t, y):
         """Run the blocks and yield a Branch wherever one ends; arguments as those of `forward`."""
         patches = tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        conditions, gaps, text = self.embed(t, y)  # one condition (N, D) per block, one gap (N, 2D) per VeRA block
+        conditions, gaps, text = self.embed(t, y)  # one condition (N, D) per block, one gap (N, W) per VeRA block
         vera, gaps, aligned = iter(self.df_blocks), iter(gaps), None
         for number, (block, c) in enumerate(zip(self.blocks, conditions, strict=True), 1):
             tokens, text = self.run(block, tokens, text, c)  # (N, T, D)
@@ -272,27 +267,30 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         return *self.embed_times(t, self.y_embedder(y)), None
 
     def embed_times(self, t, label):
-        """One condition c = embedded time + label, (N, D), per block; one embedded gap, (N, 2D), per VeRA block.
+        """One condition c = embedded time + label, (N, D), per block; one embedded gap, (N, W), per VeRA block.
 
         t (N,), one time for all branches (equation 4), or k tensors (N,), one per branch (equation 5); label (N, D).
         """
         if isinstance(t, torch.Tensor) and t.ndim == 1:  # as in sampling: embedded once, and so is the gap of 0
             conditions = [self.t_embedder(t) + label] * self.num_branches
-            gaps = [self.dt_embedder(torch.zeros_like(t))] * len(self.df_idxs) if self.df_idxs else []
-        elif len(t) == self.num_branches:
+            gaps = [self.embed_gap(torch.zeros_like(t))] * len(self.df_idxs)
+        else:
             times = list(t)
             conditions = [self.t_embedder(time) + label for time in times]
-            gaps = [self.dt_embedder(after - before) for before, after in itertools.pairwise(times)]
-        else:
-            raise ValueError(f"got {len(t)} times for {self.num_branches} branches")
+            gaps = [self.embed_gap(after - before) for before, after in itertools.pairwise(times)]
         return per_block(conditions, (*self.df_idxs, len(self.blocks))), gaps
+
+    def embed_gap(self, gap):
+        """A signed gap between times (N,) → (N, W); None without gaps."""
+        return None if self.dt_embedder is None else self.dt_embedder(gap)
 
     def intermediate_outputs(self, branches):
         """Velocities and accelerations of intermediate branches: two lists of (N, C, H, W)."""
         velocities, accelerations = [], []
         for branch in branches:
             velocities.append(self.final_layer[0](branch.v_star, branch.condition))
-            accelerations.append(self.final_acc_layer(branch.a_star, branch.condition))
+            if branch.a_star is not None:
+                accelerations.append(self.final_acc_layer(branch.a_star, branch.condition))
         return velocities, accelerations
 
     def final_velocity(self, branch):
@@ -307,26 +305,32 @@ def per_block(values, ends):
     return [value for value, length in zip(values, lengths, strict=True) for _ in range(length)]
 
 
-def projector(hidden_size, projector_dim, z_dim):
-    """MLP from refined tokens to the alignment encoder's width."""
-    d, p = hidden_size, projector_dim
-    return nn.Sequential(nn.Linear(d, p), nn.SiLU(), nn.Linear(p, p), nn.SiLU(), nn.Linear(p, z_dim))
+def silu_mlp(*widths):
+    """Linear layers from each width to the next, with SiLU between them."""
+    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
 
 
-def check_key_layers(df_idxs, depth):
-    """Raise InputError unless df_idxs are increasing 1-based blocks before the last one."""
-    if any(before >= after for before, after in itertools.pairwise((0, *df_idxs, depth))):
-        raise InputError(
-            f"--df-idxs {list(df_idxs)} are not increasing block numbers from 1 to {depth - 1}; "
-            f"the final branch always ends with block {depth}"
-        )
+def gap_width(hidden_size, step):
+    """W, the width of what the time gap modulates: that of concat(v*, a*), or of v* alone."""
+    return 2 * hidden_size if step in WITH_ACCELERATION else hidden_size
 
 
 def check_sizes(input_size, patch_size, hidden_size, num_heads):
     """Raise InputError when patches do not tile the latent or heads do not divide the width."""
     if input_size % patch_size:
-        raise InputError(
-            f"latents of size {input_size} are not divisible into patches of {patch_size}; choose another --model"
-        )
+        raise InputError(f"latents of size {input_size} do not divide into patches of {patch_size}; change --model")
     if hidden_size % num_heads or hidden_size % 4:
         raise InputError(f"hidden size {hidden_size} must be divisible by 4 and by the number of heads ({num_heads})")
+
+
+def check_branches(df_idxs, depth, step, acc_mlp):
+    """Raise InputError unless df_idxs are increasing blocks before the last, and VeRA's options make sense for them."""
+    if any(before >= after for before, after in itertools.pairwise((0, *df_idxs, depth))):
+        raise InputError(f"--df-idxs {list(df_idxs)} are not increasing block numbers from 1 to {depth - 1}")
+    if step not in VERA_STEPS:
+        raise InputError(f"--vera {step} is unknown; choose one of {', '.join(VERA_STEPS)}")
+    if not df_idxs and (step != "full" or acc_mlp):
+        raise InputError("--vera and --acc-mlp need a model with key layers, such as --model DeepFlow-B/2")
+    if acc_mlp and (step not in WITH_ACCELERATION or min(acc_mlp) < 1):
+        raise InputError(f"--acc-mlp {list(acc_mlp)} must be widths from 1, with --vera acceleration or full")

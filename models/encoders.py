@@ -7,6 +7,7 @@ Letters: N images, R their side, g = R/16 patch tokens per side, T = g² of them
 """
 
 import dataclasses
+import functools
 import zipfile
 from collections.abc import Callable
 
@@ -22,9 +23,6 @@ from models.layers import sincos_2d
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 STRIDE = 16  # image pixels per token for every encoder: patch-14 networks see the image at 14/16 of its side
-
-
-# ------------------------------------------------------------------------ state dicts of the authors → timm's names
 
 
 def renamed(state, parts):
@@ -57,15 +55,11 @@ def from_mocov3(state):
     """MoCo v3: the base encoder's weights, four misnamed keys corrected, the position embedding for 256 pixels."""
     base = {name.removeprefix("base_encoder."): t for name, t in state.items() if name.startswith("base_encoder.")}
     base = renamed(base, MISNAMED)
-    if "cls_token" in base:
-        base["pos_embed"] = mocov3_positions(base["cls_token"].shape[-1], 256 // STRIDE)
+    if "cls_token" in base:  # its position is 0; the rows are in the first half of the channels
+        width = base["cls_token"].shape[-1]
+        patches = sincos_2d(width, 256 // STRIDE).roll(width // 2, dims=2)
+        base["pos_embed"] = torch.cat([torch.zeros(1, 1, width), patches], dim=1)
     return base
-
-
-def mocov3_positions(width, grid):
-    """MoCo v3's fixed embedding (1, 1 + T, Z): rows in the first half of the channels; 0 for the class token."""
-    patches = sincos_2d(width, grid).roll(width // 2, dims=2)
-    return torch.cat([torch.zeros(1, 1, width), patches], dim=1)
 
 
 def from_mae(state):
@@ -98,9 +92,6 @@ def from_clip(state):
     return tower or state
 
 
-# --------------------------------------------------------------------------------------------------- the families
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How one --enc-type is built, loaded, fed and read. A timm name without a tag has no weights on the hub."""
@@ -116,38 +107,24 @@ class Family:
     options: dict = dataclasses.field(default_factory=dict)  # for timm.create_model
 
 
-def dinov2(size, width, registers=""):
-    """A row of the DINOv2 family."""
-    return Family(f"vit_{size}_patch14{registers}_dinov2.lvd142m", width, patch=14, convert=from_dinov2)
-
-
-def mocov3(size, width, **options):
-    """A row of the MoCo v3 family; its position embedding is built at 256 pixels."""
-    options = {"img_size": 256, **options}
-    return Family(f"vit_{size}_patch16_224", width, entry="state_dict", convert=from_mocov3, options=options)
-
-
-def clip(size, width):
-    """A row of the CLIP family."""
-    options = {"final_norm": False, "statistics": CLIP_STATISTICS, "resize_first": True, "convert": from_clip}
-    return Family(f"vit_{size}_patch14_clip_quickgelu_224.openai", width, patch=14, **options)
-
-
+dinov2 = functools.partial(Family, patch=14, convert=from_dinov2)
+mocov3 = functools.partial(Family, entry="state_dict", convert=from_mocov3)
+clip = functools.partial(Family, patch=14, final_norm=False, statistics=CLIP_STATISTICS, convert=from_clip)
 ENCODERS = {
-    "dinov2-vit-s": dinov2("small", 384),
-    "dinov2-vit-b": dinov2("base", 768),
-    "dinov2-vit-l": dinov2("large", 1024),
-    "dinov2-vit-g": dinov2("giant", 1536),
-    "dinov2reg-vit-s": dinov2("small", 384, "_reg4"),
-    "dinov2reg-vit-b": dinov2("base", 768, "_reg4"),
-    "dinov2reg-vit-l": dinov2("large", 1024, "_reg4"),
-    "dinov2reg-vit-g": dinov2("giant", 1536, "_reg4"),
+    "dinov2-vit-s": dinov2("vit_small_patch14_dinov2.lvd142m", 384),
+    "dinov2-vit-b": dinov2("vit_base_patch14_dinov2.lvd142m", 768),
+    "dinov2-vit-l": dinov2("vit_large_patch14_dinov2.lvd142m", 1024),
+    "dinov2-vit-g": dinov2("vit_giant_patch14_dinov2.lvd142m", 1536),
+    "dinov2reg-vit-s": dinov2("vit_small_patch14_reg4_dinov2.lvd142m", 384),
+    "dinov2reg-vit-b": dinov2("vit_base_patch14_reg4_dinov2.lvd142m", 768),
+    "dinov2reg-vit-l": dinov2("vit_large_patch14_reg4_dinov2.lvd142m", 1024),
+    "dinov2reg-vit-g": dinov2("vit_giant_patch14_reg4_dinov2.lvd142m", 1536),
     "dinov1-vit-b": Family("vit_base_patch16_224.dino", 768),
-    "mocov3-vit-s": mocov3("small", 384, num_heads=12),
-    "mocov3-vit-b": mocov3("base", 768),
-    "mocov3-vit-l": mocov3("large", 1024),
+    "mocov3-vit-s": mocov3("vit_small_patch16_224", 384, options={"img_size": 256, "num_heads": 12}),
+    "mocov3-vit-b": mocov3("vit_base_patch16_224", 768, options={"img_size": 256}),
+    "mocov3-vit-l": mocov3("vit_large_patch16_224", 1024, options={"img_size": 256}),
     "mae-vit-l": Family("vit_large_patch16_224.mae", 1024, final_norm=False, entry="model", convert=from_mae),
-    "clip-vit-l": clip("large", 1024),
+    "clip-vit-l": clip("vit_large_patch14_clip_quickgelu_224.openai", 1024, resize_first=True),
     "jepa-vit-h": Family("vit_huge_patch14_gap_224.in1k_ijepa", 1280, patch=14, entry="encoder"),
 }
 
@@ -171,10 +148,8 @@ def parse_enc_ckpt(text, names):
         return (None,) * len(names)
     paths = tuple(path.strip() or None for path in text.split(","))
     if len(paths) != len(names):
-        raise InputError(
-            f"--enc-ckpt names {len(paths)} files for {len(names)} encoders ({', '.join(names)}); give one for each, "
-            "separated by commas (an empty entry means the hub's weights)"
-        )
+        given = f"--enc-ckpt names {len(paths)} files for {len(names)} encoders ({', '.join(names)})"
+        raise InputError(f"{given}; give one for each, with commas (an empty entry means the hub's weights)")
     return paths
 
 
@@ -186,9 +161,6 @@ def check_grid(name, resolution, grid):
             f"--enc-type {name} has a grid of {own:g}x{own:g} patch tokens for {resolution}x{resolution} images, "
             f"--model one of {grid}x{grid}; choose a --model with tokens of {STRIDE} pixels"
         )
-
-
-# --------------------------------------------------------------------------------------------------------- weights
 
 
 def weights_id(name, checkpoint=None):
@@ -215,15 +187,13 @@ def load_network(name, checkpoint=None):
     try:
         return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
     except Exception as error:  # hub client, network and file system raise all kinds
-        raise InputError(
-            f"--enc-type {name}: the weights {family.timm_name} cannot be fetched ({first_line(error)[:160]}); give "
-            "timm's or the authors' --enc-ckpt FILE"
-        ) from None
+        reason = f"the weights {family.timm_name} cannot be fetched ({first_line(error)[:160]})"
+        raise InputError(f"--enc-type {name}: {reason}; give timm's or the authors' --enc-ckpt FILE") from None
 
 
 def read_weights(path, family):
     """State dict with timm's names from the authors' file or timm's (also safetensors). Raises InputError."""
-    content = read_torchscript(path) if is_torchscript(path) else read_file(path)
+    content = read_torchscript(path) or read_file(path)
     content = content.get(family.entry, content) if isinstance(content, dict) else {}
     state = {strip_prefix(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     state = {name: tensor.float() for name, tensor in family.convert(state).items() if not name.startswith("head.")}
@@ -232,23 +202,14 @@ def read_weights(path, family):
     return state
 
 
-def is_torchscript(path):
-    """True for an archive that torch.jit.save wrote, as OpenAI's of CLIP."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
 def read_torchscript(path):
-    """State dict of such an archive. Raises InputError."""
+    """State dict of an archive that torch.jit.save wrote, as OpenAI's of CLIP; None of others. Raises InputError."""
+    if not zipfile.is_zipfile(path) or not any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        return None
     try:
         return torch.jit.load(path, map_location="cpu").state_dict()
     except RuntimeError as error:
         raise InputError(f"--enc-ckpt {path} is unreadable or truncated ({first_line(error)}); copy it again") from None
-
-
-# --------------------------------------------------------------------------------------------------------- encoding
 
 
 class Encoder:

@@ -8,7 +8,6 @@ of the training data. `load_model(DIR)`, `generate.py --ckpt DIR` and `DeepFlow.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,16 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.errors import InputError, exit_on_input_error
+from common.files import write_json
 from common.flags import flag, parse_flags, required
-from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from models.checkpoints import CONFIG_FILE, TRAINING, WEIGHTS_FILE, load_checkpoint
 
-RUN_KEYS = ("model", "exp_name", "path_type")  # what sampling needs; paths of the training machine are left out
-
-
-def folder_config(checkpoint, weights):
-    """Content of config.json: the constructor's arguments and what the checkpoint says about the run."""
-    run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
-    return {**checkpoint.options, "run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
+# What sampling and its manifest need; paths of the training machine are left out.
+RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
 
 
 def export(path, folder, weights="ema", **overrides):
@@ -38,12 +33,14 @@ def export(path, folder, weights="ema", **overrides):
     if folder.exists():
         raise InputError(f"{folder} exists already; name a new folder")
     checkpoint = load_checkpoint(path, weights, **overrides)
+    run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
+    about = {"run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
     try:
         state = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        (partial / CONFIG_FILE).write_text(json.dumps(folder_config(checkpoint, weights), indent=1) + "\n")
+        write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})
         os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: {getattr(error, 'strerror', None) or error}; nothing was written") from None

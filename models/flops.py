@@ -25,6 +25,7 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "V100": 125e12,
 }
+MFU = 0.35  # share of the peak that estimates of hours assume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,11 @@ def count_flops(model):
     parts = count_parts(model)
     paper_macs = sum(part.layer_macs for name, part in parts.items() if not name.endswith("cross_attention"))
     return Flops(paper_macs, sum(part.layer_macs + part.attention_macs for part in parts.values()))
+
+
+def gpu_hours(flops_per_image, images, gpu, mfu):
+    """Hours of one GPU, a key of PEAK_FLOPS, that reaches the share `mfu` of its peak on that many images."""
+    return flops_per_image * images / (PEAK_FLOPS[gpu] * mfu) / 3600
 
 
 def peak_flops(device, precision):
@@ -100,14 +106,10 @@ def count_parts(model):
 
 def own_operations(counts):
     """{module: {operation: FLOP}} of what runs in a module itself, not in its children; counts: FlopCounterMode's."""
-    whole = {name.partition(".")[2]: collections.Counter(ops) for name, ops in counts.items()}
-    own = dict(whole)
-    for name, ops in whole.items():
-        above = name.rpartition(".")[0]
-        while above and above not in whole:
-            above = above.rpartition(".")[0]
-        if name:
-            own[above] = own[above] - ops
+    whole, own = {name.partition(".")[2]: collections.Counter(ops) for name, ops in counts.items()}, {}
+    for name in sorted(whole, key=len, reverse=True):  # children before their parents; the network's name is ""
+        below = (ops for child, ops in own.items() if child.startswith(name and f"{name}."))
+        own[name] = whole[name] - sum(below, collections.Counter())
     return {name: ops for name, ops in own.items() if ops}
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from common.errors import InputError
 from models.attention import forward_mode
 from models.deepflow import DeepFlow, per_block
-from models.layers import sinusoid, xavier_linears_
+from models.layers import sinusoid, zero_
 
 LOGVAR_FREQUENCIES = 64
 
@@ -30,16 +30,6 @@ class FlowMapOutput:
     velocities: list  # k × (N, C, H, W), the last is u; u alone without deep supervision
     accelerations: list  # (k − 1) × (N, C, H, W), empty without deep supervision
     log_variance: torch.Tensor | None  # (N,) float32
-
-
-def check_dmf_depth(dmf_depth, depth, df_idxs):
-    """Raise InputError unless some blocks are left to see r; in a DeepFlow these must be whole branches."""
-    if not 1 <= dmf_depth < depth:
-        raise InputError(
-            f"--dmf-depth {dmf_depth} is out of range: the first 1 to {depth - 1} of {depth} blocks can see t"
-        )
-    if df_idxs and dmf_depth not in df_idxs:
-        raise InputError(f"--dmf-depth {dmf_depth} is not a key layer of this DeepFlow; choose one of {list(df_idxs)}")
 
 
 class LinearOfConstants(torch.autograd.Function):
@@ -75,13 +65,15 @@ class FlowMap(DeepFlow):
 
     def __init__(self, *args, dmf_depth=20, use_logvar=True, **options):
         super().__init__(*args, **options)
-        check_dmf_depth(dmf_depth, len(self.blocks), self.df_idxs)
+        possible = self.df_idxs or range(1, len(self.blocks))  # some blocks, or whole branches, are left to see r
+        if dmf_depth not in possible:
+            raise InputError(f"--dmf-depth {dmf_depth}: the last block that sees t can be one of {list(possible)}")
         self.dmf_depth = dmf_depth
         self.derivative_compiled = False
-        self.deep_supervision = self.num_branches > 1  # whether `forward` runs the intermediate layers
+        self.deep_supervision = True  # whether `forward` runs the intermediate layers
         self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1) if use_logvar else None
         if use_logvar:
-            xavier_linears_(self.logvar_linear)
+            zero_(self.logvar_linear)  # as the release: s = 0 at the start
 
     def forward(self, x, t, y, r=None):
         """FlowMapOutput at x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,); without r, r = t: the flow."""
@@ -131,20 +123,24 @@ class FlowMap(DeepFlow):
 
     def supervise_branches(self, wanted):
         """Run and train the intermediate branches' velocity and acceleration layers, or neither."""
-        self.deep_supervision = wanted and self.num_branches > 1
-        if self.num_branches > 1:
-            for layer in (self.final_layer[0], self.final_acc_layer):
-                layer.requires_grad_(self.deep_supervision)
+        self.deep_supervision = wanted
+        if self.df_idxs:
+            for layer in filter(None, (self.final_layer[0], self.final_acc_layer)):
+                layer.requires_grad_(wanted)
 
 
-def to_flow_map(flow_options, state, dmf_depth):
+def to_flow_map(flow_options, state, dmf_depth, add_qk_norm=False):
     """A FlowMap with the weights `state` of a flow model (arguments: `flow_options`), and its constructor arguments.
 
-    Alignment projectors are dropped; the log-variance head is new. Raises InputError for a wrong dmf_depth.
+    Alignment projectors are dropped; the log-variance head is new. add_qk_norm: a QK norm, with scales 1, is new too,
+    so that u(x, t, t, y) is not the flow's velocity. Raises InputError for a wrong dmf_depth.
     """
     options = {**flow_options, "ssl_align": False, "dmf_depth": dmf_depth, "use_logvar": True}
+    if add_qk_norm:
+        options["qk_norm"] = "rms"
     model = FlowMap(**options)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith("projectors.")}
-    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("logvar_linear.")}
-    model.load_state_dict({**head, **kept})
+    new = ("logvar_linear.", ".q_norm.", ".k_norm.") if add_qk_norm else ("logvar_linear.",)
+    fresh = {name: tensor for name, tensor in model.state_dict().items() if any(part in name for part in new)}
+    model.load_state_dict({**fresh, **kept})
     return model, options

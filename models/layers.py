@@ -19,21 +19,16 @@ def modulate(h, shift, scale):
     return torch.addcmul(shift.unsqueeze(1), h, 1 + scale.unsqueeze(1))  # one pass over h
 
 
-def sincos_1d(width, positions):
-    """[sin(p·ω), cos(p·ω)], ω_j = 10000^(−j/(width/2)); positions (T,) float64 → (T, width) float64."""
-    omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-    angles = positions[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
 def sincos_2d(width, grid):
     """Fixed position embedding of a grid × grid token square, row-major → float32 (1, grid², width).
 
-    The first half of the channels encodes the column, the second half the row.
+    [sin(p·ω), cos(p·ω)], ω_j = 10000^(−4j/width), of the column p in the first half of the channels, of the row in the
+    second.
     """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
-    halves = [sincos_1d(width // 2, axis.flatten()) for axis in (column, row)]
-    return torch.cat(halves, dim=1).float().unsqueeze(0)
+    x, y = (position.flatten()[:, None] * omega for position in (column, row))  # (T, width/4) each
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float().unsqueeze(0)
 
 
 class PatchEmbed(nn.Module):
@@ -48,14 +43,6 @@ class PatchEmbed(nn.Module):
             patches = F.unfold(x, self.proj.kernel_size, stride=self.proj.stride).transpose(1, 2)
             return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-def unpatchify(tokens, patch_size, channels):
-    """Token vectors ordered (row in patch, column in patch, channel): (N, T, p·p·C) → (N, C, H, W)."""
-    n, t, _ = tokens.shape
-    grid = math.isqrt(t)
-    x = tokens.reshape(n, grid, grid, patch_size, patch_size, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, grid * patch_size, grid * patch_size)
 
 
 def frequencies(count, device=None):
@@ -143,9 +130,26 @@ class Attention(nn.Module):
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(h).chunk(3, dim=-1))
         return self.q_norm(q), self.k_norm(k), v
 
-    def out(self, attended):
-        """Result of the attention (N, heads, T, D/heads) → (N, T, D)."""
-        return self.proj(merge_heads(attended))
+
+class MultiheadCrossAttention(nn.Module):
+    """Multi-head attention with the parameter names of nn.MultiheadAttention, which bypasses the fused kernels."""
+
+    def __init__(self, hidden_size, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, query, context):
+        """query and context (N, T, D) → (N, T, D)."""
+        weight_q, weight_kv = self.in_proj_weight.tensor_split([query.shape[-1]])
+        bias_q, bias_kv = self.in_proj_bias.tensor_split([query.shape[-1]])
+        q = F.linear(query, weight_q, bias_q)
+        k, v = F.linear(context, weight_kv, bias_kv).chunk(2, dim=-1)
+        q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))  # (N, heads, T, D/heads) each
+        return self.out_proj(merge_heads(attention(q, k, v)))
 
 
 def split_heads(h, num_heads):
@@ -178,23 +182,23 @@ def adaln(condition_size, out_features):
 class Block(nn.Module):
     """DiT block with adaLN-Zero: gated attention, then a gated MLP."""
 
-    def __init__(self, hidden_size, num_heads, qk_norm=False, mlp_ratio=4):
+    def __init__(self, hidden_size, num_heads, qk_norm=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=LN_EPS, elementwise_affine=False)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, eps=LN_EPS, elementwise_affine=False)
-        self.mlp = Mlp(hidden_size, mlp_ratio * hidden_size, hidden_size)
+        self.mlp = Mlp(hidden_size, 4 * hidden_size, hidden_size)
         self.adaLN_modulation = adaln(hidden_size, 6 * hidden_size)
 
     def before(self, h, c):
         """Queries, keys and values for the attention, and the rest of the modulation for `after`."""
-        shift, scale, *rest = self.adaLN_modulation(c).chunk(6, dim=-1)
+        shift, scale, *rest = self.adaLN_modulation(c).split(h.shape[-1], dim=-1)
         return self.attn.heads(modulate(self.norm1(h), shift, scale)), rest
 
     def after(self, h, attended, rest):
         """Gated residuals of the attention's result (N, heads, T, D/heads) and of the MLP."""
         gate_a, shift, scale, gate_m = rest
-        h = torch.addcmul(h, gate_a.unsqueeze(1), self.attn.out(attended))
+        h = torch.addcmul(h, gate_a.unsqueeze(1), self.attn.proj(merge_heads(attended)))
         return torch.addcmul(h, gate_m.unsqueeze(1), self.mlp(modulate(self.norm2(h), shift, scale)))
 
     def forward(self, tokens, text, c):
@@ -215,18 +219,13 @@ class VelocityLayer(nn.Module):
 
     def forward(self, h, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return unpatchify(self.linear(modulate(self.norm_final(h), shift, scale)), self.patch_size, self.channels)
+        patches = self.linear(modulate(self.norm_final(h), shift, scale))  # (N, T, p·p·C)
+        n, grid, p = len(h), math.isqrt(h.shape[1]), self.patch_size
+        x = patches.reshape(n, grid, grid, p, p, self.channels)  # by row and column in the patch, then channel
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.channels, grid * p, grid * p)
 
 
 def zero_(linear):
     """Set a Linear's weight and bias to zero."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-
-
-def xavier_linears_(module):
-    """Xavier-uniform weight and zero bias for every Linear below `module`."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)

@@ -12,7 +12,7 @@ from torch import nn
 from common.errors import InputError
 from models.attention import attention
 from models.deepflow import DeepFlow
-from models.layers import LN_EPS, Attention, Block, adaln, modulate, zero_
+from models.layers import LN_EPS, Attention, Block, adaln, zero_
 
 TEXT_TOKENS = 77  # L of CLIP's text features
 INITIALISATIONS = ("dit", "repa")
@@ -28,10 +28,7 @@ class LastTextBlock(nn.Module):
         del self.attn.proj
         self.adaLN_modulation = adaln(hidden_size, 2 * hidden_size)
 
-    def before(self, h, c):
-        """As Block.before, with no modulation left for `after`."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.attn.heads(modulate(self.norm1(h), shift, scale)), None
+    before = Block.before  # with no modulation left for `after`
 
     def after(self, _h, _attended, _rest):
         """The text ends here."""
@@ -89,7 +86,8 @@ class MMDiT(DeepFlow):
             super().initialize_weights()
             return
         for vera in self.df_blocks:
-            zero_(vera.acc_norm.adaLN_modulation[1])
+            if vera.acc_norm is not None:
+                zero_(vera.acc_norm.adaLN_modulation[1])
 
     def embed(self, t, y):
         """As DeepFlow's, for text features y (N, L, W) → text tokens (N, L, D); no label joins the conditions."""

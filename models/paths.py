@@ -1,16 +1,23 @@
 """Probability paths x_t = α_t·x_0 + σ_t·ε between data (t = 0) and noise (t = 1), for losses and samplers alike."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 
+@dataclasses.dataclass(frozen=True)
 class Path:
-    """A path x_t between data and noise; subclasses give α, σ and their derivatives at times t in [0, 1].
+    """A path x_t between data and noise: α, σ and their derivatives at times t in [0, 1], tensors."""
 
-    Their time_of_ratio gives the time at which σ/α is `ratio`, a numpy array in (0, ∞).
-    """
+    name: str
+    alpha: Callable
+    sigma: Callable
+    d_alpha: Callable
+    d_sigma: Callable
+    time_of_ratio: Callable  # the time at which σ/α is `ratio`, a numpy array in (0, ∞)
 
     def interpolate(self, x0, noise, t):
         """x_t = α_t·x_0 + σ_t·ε, (N, C, H, W), at times t (N,) (equation 1)."""
@@ -29,46 +36,20 @@ class Path:
         return (ratio * v - x) / (sigma**2 - ratio * self.d_sigma(t) * sigma)
 
 
-class LinearPath(Path):
-    """α = 1 − t, σ = t: the paper's path; its velocity is ε − x_0."""
-
-    name = "linear"
-
-    def alpha(self, t):
-        return 1 - t
-
-    def sigma(self, t):
-        return t
-
-    def d_alpha(self, t):
-        return -torch.ones_like(t)
-
-    def d_sigma(self, t):
-        return torch.ones_like(t)
-
-    def time_of_ratio(self, ratio):
-        return ratio / (1 + ratio)
-
-
-class CosinePath(Path):
-    """α = cos(πt/2), σ = sin(πt/2), with the derivatives that the release leaves out."""
-
-    name = "cosine"
-
-    def alpha(self, t):
-        return torch.cos(t * math.pi / 2)
-
-    def sigma(self, t):
-        return torch.sin(t * math.pi / 2)
-
-    def d_alpha(self, t):
-        return -math.pi / 2 * torch.sin(t * math.pi / 2)
-
-    def d_sigma(self, t):
-        return math.pi / 2 * torch.cos(t * math.pi / 2)
-
-    def time_of_ratio(self, ratio):
-        return 2 / math.pi * np.arctan(ratio)
-
-
-PATHS = {path.name: path for path in (LinearPath(), CosinePath())}
+LINEAR = Path(  # the paper's; its velocity is ε − x_0
+    "linear",
+    alpha=lambda t: 1 - t,
+    sigma=lambda t: t,
+    d_alpha=lambda t: -torch.ones_like(t),
+    d_sigma=torch.ones_like,
+    time_of_ratio=lambda ratio: ratio / (1 + ratio),
+)
+COSINE = Path(  # with the derivatives that the release leaves out
+    "cosine",
+    alpha=lambda t: torch.cos(t * math.pi / 2),
+    sigma=lambda t: torch.sin(t * math.pi / 2),
+    d_alpha=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
+    d_sigma=lambda t: math.pi / 2 * torch.cos(t * math.pi / 2),
+    time_of_ratio=lambda ratio: 2 / math.pi * np.arctan(ratio),
+)
+PATHS = {path.name: path for path in (LINEAR, COSINE)}

@@ -104,18 +104,14 @@ def parse_df_idxs(text):
 def spaced_key_layers(depth, num_branches):
     """Key layers that divide `depth` blocks into `num_branches` equal branches, or InputError."""
     if depth % num_branches:
-        raise InputError(
-            f"--trans-depth {depth} does not divide into the preset's {num_branches} branches; pass --df-idxs as well"
-        )
+        raise InputError(f"--trans-depth {depth} does not divide into {num_branches} branches; pass --df-idxs as well")
     return tuple(range(depth // num_branches, depth, depth // num_branches))
 
 
 def constructor_defaults(network):
     """{argument: default} of DeepFlow or a subclass."""
     arguments = {**inspect.signature(DeepFlow).parameters, **inspect.signature(network).parameters}
-    defaults = {
-        name: argument.default for name, argument in arguments.items() if argument.default is not argument.empty
-    }
+    defaults = {name: a.default for name, a in arguments.items() if a.default is not a.empty}
     if network is MMDiT:
         del defaults["num_classes"]
     return defaults

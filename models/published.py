@@ -36,7 +36,8 @@ def config_from_state(state, df_idxs=None, dmf_depth=None):
     is_text = TEXT in state
     depth = length_of("joint_blocks" if is_text else "blocks", state)
     num_branches = 1 + length_of("df_blocks", state)
-    row = closest_preset(hidden_size, depth, num_branches, is_text)
+    rows = [r for r in PRESETS.values() if r.hidden_size == hidden_size and (r.kind == "text") == is_text]
+    row = min(rows, key=lambda r: (len(r.df_idxs) + 1 != num_branches, r.depth != depth), default=None)  # the closest
     if df_idxs is None:
         is_preset = row and (row.depth, len(row.df_idxs) + 1) == (depth, num_branches)
         df_idxs = row.df_idxs if is_preset else spaced_key_layers(depth, num_branches)
@@ -64,6 +65,7 @@ def config_from_state(state, df_idxs=None, dmf_depth=None):
         num_encoders = length_of("projectors", state) // max(num_branches - 1, 1)
         z_dims = tuple(state[f"projectors.{j}.4.weight"].shape[0] for j in range(num_encoders))
         config |= {"ssl_align": True, "z_dims": z_dims, "projector_dim": state["projectors.0.0.weight"].shape[0]}
+        config["legacy_scaling"] = num_branches > 1  # as in every aligned DeepFlow that was released
         config["encoder_depth"] = min(row.encoder_depth if row else Preset.encoder_depth, depth)
     return config
 
@@ -84,12 +86,6 @@ def heads_from_state(state, hidden_size):
     norm = next((tensor for name, tensor in state.items() if ".attn.q_norm." in name), None)
     width = 32 if TEXT in state else 64
     return max(1, hidden_size // (width if norm is None else norm.shape[0]))
-
-
-def closest_preset(hidden_size, depth, num_branches, is_text):
-    """Preset row of this width, preferably of this depth and number of branches too; None if there is none."""
-    rows = [r for r in PRESETS.values() if r.hidden_size == hidden_size and (r.kind == "text") == is_text]
-    return min(rows, key=lambda row: (len(row.df_idxs) + 1 != num_branches, row.depth != depth), default=None)
 
 
 def convert(state, config):
@@ -142,8 +138,8 @@ def published_note(path, options):
         return told + "REPA's text-to-image MMDiT"
     if options["df_idxs"]:
         told += f"key layers {list(options['df_idxs'])} (others: --df-idxs)"
-        if options.get("ssl_align") and not options.get("legacy_scaling"):
-            told += "; the SSL-aligned release used --legacy-scaling, which is not given"
+        if options.get("legacy_scaling"):
+            told += ", --legacy-scaling as in all released aligned ones (others: --no-legacy-scaling)"
         return told
     if options.get("ssl_align"):
         return told + f"SiT of REPA, aligned after block {options['encoder_depth']}"

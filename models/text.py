@@ -59,21 +59,15 @@ class Tokens:
 
     def __call__(self, captions):
         """List of N captions → int64 (N, L)."""
+        captions = list(captions)
         if not self.has_warned:
-            self.warn(captions)
+            ids = self.tokenizer(captions, verbose=False)["input_ids"]
+            length, longest = max((len(row), caption) for row, caption in zip(ids, captions, strict=True))
+            if length > self.length:
+                self.has_warned = True
+                note(f"warning: '{longest[:60]}…' has {length} tokens; long captions are cut to {self.length}")
         options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
-        return self.tokenizer(list(captions), **options)["input_ids"]
-
-    def warn(self, captions):
-        """Print a warning if a caption is too long."""
-        ids = self.tokenizer(list(captions), verbose=False)["input_ids"]
-        length, longest = max((len(row), caption) for row, caption in zip(ids, captions, strict=True))
-        if length > self.length:
-            self.has_warned = True
-            note(
-                f"warning: '{longest[:60]}…' has {length} tokens and is cut to {self.length}, as are other long "
-                "captions (said once)"
-            )
+        return self.tokenizer(captions, **options)["input_ids"]
 
 
 def load_clip(kind, name, device, flag):

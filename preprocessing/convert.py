@@ -13,7 +13,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from common.errors import InputError, note
@@ -49,11 +48,7 @@ def width_height(text):
 class ConvertFlags(ImageFlags):
     """images of any size → square RGB images of one size"""
 
-    source: str = required(
-        "folder of class folders, or a zip of them; labels by sorted top folder, or by its dataset.json",
-        metavar="DIR|ZIP",
-        group="data",
-    )
+    source: str = required("class folders, or a zip of them; or with dataset.json", metavar="DIR|ZIP", group="data")
     dest: str = required("new or empty folder, or a .zip to make", metavar="DIR|ZIP", group="output")
     resolution: tuple | None = flag(None, "for example 256x256", width_height, metavar="WxH", group="output")
     transform: str | None = flag(None, "default: resize only", str, choices=sorted(TRANSFORMS), group="output")
@@ -69,10 +64,7 @@ def image_name(index, image_format):
 
 
 def convert(options):
-    """Convert every image of the source into a folder or .zip. Raises InputError on bad input.
-
-    Does nothing if the destination is complete.
-    """
+    """Convert every image of the source into a folder or .zip, unless it is complete. Raises InputError."""
     transform = make_transform(options.transform, options.resolution)
     images = ImageSource(options.source, options.published_labels, options.max_images)
     dest = Path(options.dest)
@@ -80,22 +72,23 @@ def convert(options):
     ticket = {"command": "convert", "source": images.fingerprint(), "resolution": options.resolution}
     ticket |= {"transform": options.transform, "image_format": options.format, "chunk": CHUNK}
     job = Job(f"{dest}.work" if to_zip else dest, ticket)
-    complete = to_zip and _zip_is_complete(dest, job.ticket)
-    if not complete and job.begin():
-        task = functools.partial(_convert_chunk, images, job, transform, options)
+    zipped = to_zip and _zip_is_complete(dest, job.ticket)
+    if not zipped and job.begin():
+        side = options.resolution[0] if options.resolution else images.first_width(options.skip_bad)
+        task = functools.partial(_convert_chunk, images, job, transform, side, options)
         _convert_images(images, job, task, options.workers)
-        _finish(images, job, options)
-    elif complete or not to_zip:
+        _finish(images, job, side, options)
+    elif zipped or not to_zip:
         note(f"{dest} is complete: nothing to do")
+    if to_zip and not zipped:
+        _write_zip(job.dest, dest, FORMATS[options.format][0])
     if to_zip:
-        if not complete:
-            _write_zip(job.dest, dest, FORMATS[options.format][0])
         shutil.rmtree(job.dest, ignore_errors=True)
 
 
-def _convert_chunk(images, job, transform, options, chunk):
-    """Convert the images of one chunk; returns facts: side (or None) and what was left out, {index: reason}."""
-    side, left_out = None, {}
+def _convert_chunk(images, job, transform, side, options, chunk):
+    """Convert the images of one chunk to side × side; returns {index: reason} of those left out."""
+    left_out = {}
     for index in chunk:
         image, reason = images.read_or_skip(index, options.skip_bad)
         result = None if image is None else transform(image)
@@ -106,13 +99,12 @@ def _convert_chunk(images, job, transform, options, chunk):
         becomes = f"{images.where(index)} becomes {width}x{height}"
         if width != height or width & (width - 1):
             raise InputError(f"{becomes}; --resolution must lead to a square, a power of two")
-        if side not in (None, width):
+        if width != side:
             raise InputError(f"{becomes}, others {side}x{side}; give --resolution")
-        side = width
         buffer = io.BytesIO()
         result.save(buffer, **FORMATS[options.format][1])
         job.put(image_name(index, options.format), buffer.getbuffer())
-    return {"side": side, "left_out": left_out}
+    return left_out
 
 
 def _convert_images(images, job, task, workers):
@@ -121,13 +113,13 @@ def _convert_images(images, job, task, workers):
     todo, done = job.unfinished(chunks)
     results = _map(images, task, [chunks[number] for number in todo], min(workers, len(todo)))
     with tqdm(total=len(images), initial=done, unit="img", desc="convert") as bar:
-        for number, facts in zip(todo, results, strict=True):
-            job.record(number, **facts)
+        for number, left_out in zip(todo, results, strict=True):
+            job.record(number, left_out)
             bar.update(len(chunks[number]))
 
 
 def _map(images, task, chunks, workers):
-    """Facts of the chunks as they get ready, in order; at most a few per worker are under way."""
+    """Results of the task on the chunks, in order; at most a few per worker are under way."""
     if workers <= 1:
         yield from map(task, chunks)
         return
@@ -143,31 +135,27 @@ def _start_worker(images, task, parent):
     global _TASK
     _TASK = task
     images.reopen()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
+    def end_with_parent():  # a killed command must leave nobody behind
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
 
-def _end_with(parent):
-    """End this worker when the main process is gone: a killed command must leave nobody behind."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _run_chunk(chunk):
     return _TASK(chunk)
 
 
-def _finish(images, job, options):
-    sides = {record.side for record in job.records()} - {None}
-    if len(sides) > 1:
-        raise InputError(f"{images.path} gives images of different sizes {sorted(sides)}; give --resolution")
+def _finish(images, job, side, options):
     kept, left_out = job.kept(images.names)
     labels = images.labels[kept]
     manifest = {
         "kind": "images",
         "layout": "folder",
         "count": len(kept),
-        "resolution": next(iter(sides), None),
+        "resolution": side,
         "transform": options.transform,
         "image_format": options.format,
         "num_classes": images.num_classes,
@@ -178,9 +166,8 @@ def _finish(images, job, options):
     sources, names = [images.names[index] for index in kept], [image_name(index, options.format) for index in kept]
     job.finish({NAMES: pack_names(sources), LABELS_JSON: label_json(names, labels)}, manifest)
     note(f"{job.dest}: {len(kept)} images, classes: {images.num_classes or 'none'}")
-    unlabelled = labels == NO_LABEL
-    if unlabelled.any() and images.num_classes != 1:  # of a single class there are no labels, as published
-        first = sources[int(np.argmax(unlabelled))]
+    if NO_LABEL in labels and images.num_classes != 1:  # of a single class there are no labels, as published
+        first = sources[labels.tolist().index(NO_LABEL)]
         note(f"WITHOUT LABELS: {first} is in no class folder and no {LABELS_JSON}; training needs labels or captions")
 
 

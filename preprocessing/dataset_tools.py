@@ -12,7 +12,7 @@ import sys
 
 from common.errors import InputError, exit_on_input_error
 from common.files import named_full_disk
-from common.flags import Range, flag, parse_commands, required
+from common.flags import flag, parse_commands, required
 from preprocessing.convert import ConvertFlags, convert
 from preprocessing.encode import EncodeFlags, FeatureFlags, MirrorFlags, encode, write_features
 from preprocessing.info import describe, write_grid
@@ -26,8 +26,7 @@ class VerifyFlags:
     """is everything there and right? Prints the first fault of each kind; exit code 1 if there is any"""
 
     data_dir: str = required("data folder, or one set of it", metavar="DIR", positional=True)
-    vae: str | None = flag(None, "compare with this VAE, and encode a sample of the images again", str)
-    sample: int = flag(64, "images to encode again", range=Range(low=1))
+    vae: str | None = flag(None, "compare with this VAE, and encode 64 of the images again", str)
     decode: bool = flag(False, "read every image whole, not only its header")
 
 
@@ -42,7 +41,7 @@ class InfoFlags:
 
 def run_verify(options):
     """verify: print faults and end with exit code 1 if there are any."""
-    report = verify(options.data_dir, options.vae, options.sample, options.decode)
+    report = verify(options.data_dir, options.vae, options.decode)
     print("\n".join(report.lines() or [f"{options.data_dir}: no fault found"]))
     if report.faults:
         sys.exit(1)

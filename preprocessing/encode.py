@@ -50,7 +50,7 @@ class FeatureFlags(NetworkFlags, ImageFlags):
 
 
 def latent_name(index):
-    """Published name of latent `index`: 00000/img-mean-std-00000000.npy; a thousand per folder."""
+    """Published name of latent `index`, a thousand per folder."""
     number = f"{index:08d}"
     return f"{number[:5]}/img-mean-std-{number}.npy"
 

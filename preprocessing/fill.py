@@ -27,17 +27,17 @@ class ImageRows:
     def __init__(self, options):
         self.images = images = ImageSource(options.source, options.published_labels, options.max_images)
         self.options, self.names, self.labels = options, images.names, images.labels
-        if not images.names:
-            raise InputError(f"--source {options.source} holds no images")
-        resolution = images.manifest and images.manifest.resolution
-        self.side = resolution or images.read_or_skip(0, skip_bad=False)[0].width
+        manifest = images.manifest
+        self.side = (manifest and manifest.resolution) or images.first_width(options.skip_bad)
+        if not self.side:
+            raise InputError(f"--source {options.source} holds no readable images; name a folder that convert made")
         self.fingerprint = images.fingerprint()
         self.facts = {
             "images": self.fingerprint,
             "num_classes": images.num_classes,
             "class_names": images.class_names,
             "resolution": self.side,
-            "transform": images.manifest.transform if images.manifest else None,
+            "transform": manifest and manifest.transform,
         }
 
     def read(self, batches):
@@ -69,8 +69,7 @@ def ticket(command, rows, options, what):
 def fill(writer, rows, function, processes, manifest, package, files=dict):
     """Run this process's share of the batches of `rows` through function: a batch → (B, …), into the set of `writer`.
 
-    The first process completes the set. manifest: what was computed; package: the one whose version is recorded;
-    files: makes {name: bytes} of further files.
+    manifest: what was computed; package: whose version is recorded; files: makes {name: bytes} of further files.
     """
     job = writer.job
     if not processes.share("begun", processes.is_main and job.begin()):
@@ -97,5 +96,5 @@ def _fill_share(writer, rows, function, processes):
             positions = [index for index in batches[number] if index not in left_out]
             if positions:  # a row keeps the place of its image until the end
                 writer.write(positions, function(batch).float().cpu().numpy(), rows.names)
-            job.record(number, left_out=left_out)
+            job.record(number, left_out)
             bar.update(min(len(batches[number]) * processes.world, bar.total - bar.n))

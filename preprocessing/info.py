@@ -17,39 +17,20 @@ def describe(data_dir):
     m = DataManifest.read(folder)
     if m is None:
         raise InputError(f"{folder} has no manifest, so nothing is recorded; pack it to write one")
-    sharding = f", {len(m.shards)} shard{'s' * (len(m.shards) > 1)} of up to {m.shard_size} rows" if m.shards else ""
-    left_out = f", {len(m.left_out)} left out" if m.left_out else ""
-    made_with = ", ".join(f"{name} {text}" for name, text in m.versions.items() if isinstance(text, str))
-    return [
-        f"folder      {folder}",
-        f"holds       {m.kind}{', of flipped images' if m.flipped else ''}",
-        f"layout      {m.layout}{sharding}",
-        f"images      {m.image_count or m.count}{left_out}",
-        f"classes     {_classes(m)}",
-        f"resolution  {m.resolution}, transform {m.transform}",
-        f"row         {m.shape or m.moments_shape or '-'} {m.dtype or m.image_format}",
-        f"made by     {_maker(m)}",
-        f"job         {m.job.get('command')}, source {str(m.job.get('source'))[:12]}…",
-        f"versions    {made_with}",
-    ]
-
-
-def _classes(manifest):
-    if manifest.text:
-        return f"- ({manifest.count} captions)"
-    names = manifest.class_names or ()
-    return f"{manifest.num_classes} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
-
-
-def _maker(manifest):
-    """The network that made the rows."""
-    if vae := manifest.latents:
-        return f"{vae.vae}, scale {vae.scale}, shift {vae.shift}"
-    if text := manifest.text:
-        return f"{text.encoder}, {text.tokens} tokens of width {text.width}"
-    if encoder := manifest.encoder:
-        return f"{encoder.name}, weights {encoder.weights}"
-    return "-"
+    names = m.class_names or ()
+    facts = {
+        "folder": folder,
+        "holds": f"{m.count} {m.kind}{' of flipped images' if m.flipped else ''}, {len(m.left_out)} images left out",
+        "layout": f"{m.layout}, {len(m.shards)} shards",
+        "classes": f"{m.num_classes} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})",
+        "resolution": f"{m.resolution}, transform {m.transform}",
+        "row": f"{m.shape or m.moments_shape or '-'} {m.dtype or m.image_format}",
+        "made by": m.latents or m.text or m.encoder or "-",
+        "images": m.images,
+        "job": f"{m.job.get('command')}, source {m.job.get('source')}",
+        "versions": ", ".join(f"{name} {text}" for name, text in m.versions.items() if isinstance(text, str)),
+    }
+    return [f"{name:11} {text}" for name, text in facts.items()]
 
 
 def write_grid(data_dir, path, vae=None, columns=8):
@@ -59,6 +40,6 @@ def write_grid(data_dir, path, vae=None, columns=8):
     codec = LatentCodec.load(vae or spec.vae)
     spec.check_same(codec.spec, str(data_dir), "--vae")
     indices = np.linspace(0, len(data) - 1, min(columns**2, len(data))).astype(int)
-    moments = data.gather(indices)[0]
+    moments = data.gather(indices)[0].float()
     latents = spec.sample(moments, torch.zeros_like(moments[:, : spec.channels]))
     save_grid(codec.decode(latents).numpy(), columns, path)

@@ -47,7 +47,6 @@ class Finished:
     """A line of the journal: a batch that is finished."""
 
     batch: int
-    side: int | None = None  # of the images that convert made
     left_out: dict[int, str] = dataclasses.field(default_factory=dict)  # {position: reason}
 
 
@@ -60,12 +59,7 @@ class Job:
         self._journal = None
 
     def begin(self):
-        """Prepare the folder, or resume. False if everything is there already.
-
-        Raises InputError if the folder holds something else.
-        """
-        if self.dest.exists() and not self.dest.is_dir():
-            raise InputError(f"--dest {self.dest} is a file; name a folder")
+        """Prepare the folder, or resume; False if everything is there. Raises InputError if it holds something else."""
         manifest = DataManifest.read(self.dest)
         if manifest is not None:
             self._compare(manifest.job, "holds another result")
@@ -75,7 +69,7 @@ class Job:
             found = read_record(dict, self.partial / TICKET, f"empty {self.dest}")
             self._compare(found, "is half filled by another command")
             return True
-        if self.dest.is_dir() and any(entry.name != PARTIAL for entry in self.dest.iterdir()):
+        if self.dest.is_file() or any(entry.name != PARTIAL for entry in self.dest.glob("*")):
             raise InputError(f"--dest folder must be empty: {self.dest} is not; empty it or name another")
         self.put(f"{PARTIAL}/{TICKET}", to_json(self.ticket), durable=True)
         return True
@@ -91,11 +85,11 @@ class Job:
         temporary = self.partial / f"{os.getpid()}-{uuid.uuid4().hex}"  # removed with the rest if the process is killed
         write_atomically(self.dest / name, lambda file: file.write(data), durable, temporary)
 
-    def record(self, batch, **facts):
-        """Note in the journal that batch number `batch` is finished; facts: the other fields of Finished."""
+    def record(self, batch, left_out=None):
+        """Note in the journal that batch number `batch` is finished; left_out: {position: reason} where any was."""
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
-        self._journal.write((json.dumps({"batch": batch, **facts}) + "\n").encode())
+        self._journal.write((json.dumps({"batch": batch, "left_out": left_out or {}}) + "\n").encode())
 
     def records(self):
         """Finished for every finished batch, of all processes and earlier runs."""
@@ -110,10 +104,7 @@ class Job:
         return todo, sum(len(batches[number]) for number in done)
 
     def kept(self, names):
-        """(positions of the images `names` that were kept, [[name, reason]] of the others, which the user is told).
-
-        Raises InputError where none was.
-        """
+        """(positions of `names` that were kept, [[name, reason]] of the others). Raises InputError where none was."""
         reasons = dict(sorted(pair for record in self.records() for pair in record.left_out.items()))
         left_out = [[names[position], reason] for position, reason in reasons.items()]
         kept = [position for position in range(len(names)) if position not in reasons]

@@ -24,11 +24,7 @@ class ImageFlags(SetFlags):
 
     _: dataclasses.KW_ONLY
     skip_bad: bool = flag(False, "list and leave out unreadable images instead of stopping", group="data")
-    published_labels: bool = flag(
-        False,
-        "number classes as the published tool does: a file in the root is a class that shifts all others",
-        group="data",
-    )
+    published_labels: bool = flag(False, "a file in the root is a class, as published: the first one", group="data")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -39,7 +35,6 @@ class StoredFlags:
     shard_size: int = flag(SHARD_SIZE, "rows per shard", range=Range(low=1), group="output")
 
     def stored(self):
-        """What a ticket says about it."""
         return {"stored": self.stored_dtype, "shard_size": self.shard_size}
 
 

@@ -34,10 +34,7 @@ class PackFlags(StoredFlags):
 
 
 def pack(options):
-    """Pack a set, or every set of moments of a data folder (`vae-sd`, `vae-sd-mirror`), into sets of the same name.
-
-    Raises InputError on bad input.
-    """
+    """Pack a set, or both sets of moments of a data folder, into sets of the same name. Raises InputError."""
     source, dest = Path(options.source), Path(options.dest)
     if is_set(source) or not source.is_dir():
         pack_set(source, dest, options)

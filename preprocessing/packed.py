@@ -29,19 +29,17 @@ class ShardWriter:
         self._files = {}
 
     def write(self, positions, rows, names):
-        """Write rows (B, *shape) at the given positions and wait until the disk has them.
+        """Write rows (B, *shape), which came from names[position], and wait until the disk has them.
 
-        names: by position, what the rows came from. Raises InputError naming the first with a value that dtype cannot
-        hold.
+        Raises InputError where dtype cannot hold a value.
         """
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, dtype=self.dtype)
         touched = set()
         for position, values in zip(positions, stored, strict=True):
             if not np.isfinite(values).all():
-                raise InputError(
-                    f"{names[position]} gives values that are not finite in {self.dtype.name}; try --dtype fp32"
-                )
+                culprit = f"{names[position]} gives values that are not finite in {self.dtype.name}"
+                raise InputError(f"{culprit}; try --dtype or --stored-dtype fp32")
             shard, row = divmod(position, self.shard_size)
             file, data, offset = self._open(shard), values.tobytes(), row * self._row_bytes
             while data:
@@ -58,9 +56,9 @@ class ShardWriter:
         return self._files[shard]
 
     def finish(self, count, kept, names, labels, manifest, files):
-        """Put the shards in place, then labels, names and manifest; kept: sorted positions out of `count` with a row.
+        """Put the shards in place, then the other files, then the manifest.
 
-        names, labels: of the kept rows, in order; a label may be NO_LABEL. files: {name: bytes} of further files.
+        kept: sorted positions out of `count` with a row; names, labels: of the kept rows, in order.
         """
         if compact := len(kept) < count:
             self._compact(kept)
@@ -96,8 +94,6 @@ class ShardWriter:
                 name = shard_name(number)
                 source, target = self.job.partial / f"{prefix}{name}", self.job.dest / name
                 path = source if source.is_file() else target
-                if not path.is_file() or path.stat().st_size != rows * self._row_bytes:
-                    raise InputError(f"{path} was changed while the command ran; empty {self.job.dest} and start again")
                 shards.append({"file": name, "count": rows, "sha256": sha256_of_files(path, progress=bar)})
                 if path is source:
                     os.replace(source, target)

@@ -24,7 +24,7 @@ class BadImageError(Exception):
 
 
 def is_image_name(name):
-    """True if the text after the last dot, lower-cased, is an extension that Pillow knows."""
+    """True for a name with an extension that Pillow knows."""
     _, dot, extension = name.rpartition("/")[2].rpartition(".")
     return dot + extension.lower() in Image.registered_extensions()
 
@@ -59,10 +59,7 @@ def class_of(name):
 
 
 class ImageSource:
-    """Images of a folder or a zip: `names` (sorted), `labels`, `class_names`, `num_classes`, `manifest` or None.
-
-    labels: int64 (N,), NO_LABEL for an image without one; flag: what named the path, for messages.
-    """
+    """Images of a folder or a zip, sorted by name; labels: int64 (N,), NO_LABEL for an image without one."""
 
     def __init__(self, path, published_labels=False, max_images=None, flag="--source"):
         self.path = Path(path)
@@ -89,6 +86,11 @@ class ImageSource:
     def read(self, index):
         """Image `index` as PIL RGB. Raises BadImageError with the reason."""
         return decode(self._read(self.names[index]))
+
+    def first_width(self, skip_bad):
+        """Width of the first image that can be read, None where there is none; errors as read_or_skip."""
+        images = (self.read_or_skip(index, skip_bad)[0] for index in range(len(self)))
+        return next((image.width for image in images if image), None)
 
     def read_or_skip(self, index, skip_bad):
         """(image, None), or (None, reason) for an unreadable one if `skip_bad`. Raises InputError otherwise."""
@@ -142,20 +144,18 @@ class ImageSource:
     def _label(self, names, listed, published):
         """(labels, class names or None): by dataset.json, whose bytes are `listed`, or by sorted top-level folder.
 
-        A single folder gives no labels. published: a file in the root is a class '' that sorts first and shifts all
-        others; without it such a file beside class folders raises InputError.
+        A single folder gives no labels. published: a file in the root is a class '' that sorts first.
         """
-        listed_names, listed_labels = (
-            (None, None) if listed is None else parse_label_list(listed, self.path / LABELS_JSON)
-        )
-        if listed_names:
-            label_of = dict(zip(listed_names, listed_labels.tolist(), strict=True))
-            labels = np.array([label_of.get(name, NO_LABEL) for name in names], np.int64)
-            if ((labels < 0) & (labels != NO_LABEL)).any():
-                raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0; correct it")
-            return labels, None
-        if listed is not None and not published:  # null is what a converted set of one class says: no classes 00000/ …
-            return np.full(len(names), NO_LABEL), None
+        if listed is not None:
+            listed_names, listed_labels = parse_label_list(listed, self.path / LABELS_JSON)
+            if listed_names:
+                label_of = dict(zip(listed_names, listed_labels.tolist(), strict=True))
+                labels = np.array([label_of.get(name, NO_LABEL) for name in names], np.int64)
+                if ((labels < 0) & (labels != NO_LABEL)).any():
+                    raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0; correct it")
+                return labels, None
+            if not published:  # null is what a converted set of one class says: no classes 00000/ …
+                return np.full(len(names), NO_LABEL), None
         groups = sorted(set(map(class_of, names)))
         if "" in groups and len(groups) > 1 and not published:
             stray = next(name for name in names if class_of(name) == "")

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -33,10 +32,7 @@ class CaptionFlags(StoredFlags, SetFlags):
 
 
 class Captions:
-    """All captions in the order of the images: texts (M,), labels (M,): numbers of the images, names of the images.
-
-    fingerprint: of images, captions and their order; facts: what the manifest says about them.
-    """
+    """All captions in the order of the images: texts (M,), labels (M,): numbers of the images; names of the images."""
 
     unit = "caption"
 
@@ -50,22 +46,14 @@ class Captions:
             name = origins[index]
             group = groups.pop(name, None) or groups.pop(name.rsplit("/", 1)[-1], None)  # COCO's names have no folders
             if not group or "" in group:
-                what = "an empty" if group else "no"
-                raise InputError(f"--annotations {annotations}: {name} of {source} has {what} caption; correct it")
+                raise InputError(f"--annotations {annotations}: {name} of {source} has no or an empty caption; add it")
             self.texts += group
             owners += [index] * len(group)
-        left_out = images.manifest.left_out if images.manifest else ()
-        known = {part for name, _ in left_out for part in (name, Path(name).name)}
-        if max_images is None and (strange := groups.keys() - known):
-            raise InputError(
-                f"--annotations {annotations}: {source} has no image {min(strange)} ({len(strange)} such names); "
-                "convert all images, or correct the file"
-            )
         self.names, self.labels = [images.names[index] for index in owners], np.array(owners)
-        image_set, count = images.fingerprint(), len(images)
-        self.fingerprint = hashlib.sha256(json.dumps([image_set, owners, self.texts]).encode()).hexdigest()
-        self.facts = {"images": image_set, "image_count": count, "num_classes": count}
+        self.facts = {"images": images.fingerprint(), "image_count": len(images), "num_classes": len(images)}
         self.facts |= dict.fromkeys(("class_names", "resolution", "transform"))
+        content = [self.facts["images"], owners, self.texts]
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def read(self, batches):
         """The texts of each batch of positions; none is left out."""

@@ -5,13 +5,17 @@ facts, captions for a picture or None, and the store that its images go to.
 """
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.errors import InputError
-from common.files import sha256_of_files
+from common.files import read_lines, sha256_of_files
+from common.records import read_record_lines
+from latents.captions import read_annotations
 from models.text import TextEncoder, TextSpec
 from samplers import sample_labels
 from sampling.flags import DTYPES
@@ -27,33 +31,26 @@ class ClassLabels:
     captions = None
 
     def __init__(self, config, checkpoint, device):
-        if checkpoint.kind == "text":
+        if checkpoint.model.kind == "text":
             raise InputError(f"{config.ckpt} is a text-to-image model; sample it with generate_t2i.py")
-        self.config, self.device, self.num_classes = config, device, checkpoint.options["num_classes"]
-        self.classes, self.file = None, None  # to take in turn
-        if config.labels == "balanced":
-            self.classes = range(self.num_classes)
-        elif config.labels != "random":
-            self.classes, self.file = read_labels(config.labels, self.num_classes)
-
-    def labels(self, indices):
-        """int64 (N,); image i has classes[i mod their number] where they are taken in turn."""
-        if self.classes is None:
-            return sample_labels(self.config.global_seed, indices, self.num_classes)
-        return torch.tensor([self.classes[index % len(self.classes)] for index in indices])
+        self.mode, self.device, self.null, self.file = config.labels, device, checkpoint.options["num_classes"], None
+        images, classes = range(config.num_fid_samples), range(self.null)  # classes to take in turn
+        if config.labels not in ("random", "balanced"):
+            classes, self.file = read_labels(config.labels, self.null)
+        if config.labels == "random":
+            self.labels = sample_labels(config.global_seed, images, self.null)
+        else:
+            self.labels = torch.tensor([classes[index % len(classes)] for index in images])
 
     def of(self, indices):
         """Labels and null labels of images, int64 (N,) each, on the device."""
-        y = self.labels(indices).to(self.device)
-        return y, torch.full_like(y, self.num_classes)
+        y = self.labels[list(indices)].to(self.device)
+        return y, torch.full_like(y, self.null)
 
     def facts(self):
         """Entries of the manifest."""
-        return {
-            "label_mode": self.config.labels,
-            "labels": self.labels(range(self.config.num_fid_samples)).tolist(),
-            "labels_sha256": self.file and sha256_of_files(self.file),
-        }
+        sha256 = self.file and sha256_of_files(self.file)
+        return {"label_mode": self.mode, "labels": self.labels.tolist(), "labels_sha256": sha256}
 
     def image_store(self, folder):
         return PngFiles(folder)
@@ -65,9 +62,7 @@ def read_labels(text, num_classes):
     try:
         words = text.split(",") if is_list else Path(text).read_text().split()
     except (OSError, UnicodeDecodeError):
-        raise InputError(
-            f"--labels {text}: not random, balanced, a list like 207,360, nor a readable text file"
-        ) from None
+        raise InputError(f"--labels {text}: not random, balanced, a list like 207,360 or a text file") from None
     wrong = [word for word in words or ["nothing"] if not word.isdecimal() or int(word) >= num_classes]
     if wrong:
         raise InputError(f"--labels {text}: {wrong[0]!r} is not a class from 0 to {num_classes - 1}")
@@ -81,7 +76,7 @@ class Prompts:
     """
 
     def __init__(self, config, checkpoint, device, source):
-        if checkpoint.kind != "text":
+        if checkpoint.model.kind != "text":
             raise InputError(f"{config.ckpt} is a model of classes; sample it with generate.py")
         trained = TextSpec(**checkpoint.data.get("text", {"width": checkpoint.options["context_dim"]}))
         self.encoder = TextEncoder.load(config.text_encoder or trained.encoder, device)
@@ -110,3 +105,42 @@ class Prompts:
         if self.source.metadata:
             return GenEvalFiles(folder, self.source.metadata, self.per_prompt)
         return PngFiles(folder)
+
+
+@dataclasses.dataclass
+class PromptList:
+    """Prompts with the file they are from, and GenEval's records of them, or None."""
+
+    texts: list
+    path: Path | None = None
+    metadata: list | None = None
+
+
+@dataclasses.dataclass
+class GenEvalPrompt:
+    """What is read of GenEval's records {tag, include, prompt, …}; a result's folder gets all of them."""
+
+    prompt: str
+
+
+def read_prompts(given, seed):
+    """PromptList from the words of --prompts: the prompts themselves, or one file. Raises InputError."""
+    path = Path(given[0])
+    looks_like_file = path.suffix in (".txt", ".json", ".jsonl") and " " not in given[0].strip()
+    where = f"--prompts {path}"
+    if len(given) > 1 or not (looks_like_file or os.path.isfile(path)):  # Path.is_file fails on a long prompt
+        return PromptList([text.strip() for text in given])
+    if path.suffix == ".json":
+        return PromptList(one_caption_each(read_annotations(path, "--prompts"), seed, where), path)
+    if path.suffix == ".jsonl":
+        texts = [record.prompt for _, record in read_record_lines(GenEvalPrompt, path, where)]
+        return PromptList(texts, path, [record for _, record in read_record_lines(dict, path, where)])
+    return PromptList([text for _, text in read_lines(path, where)], path)
+
+
+def one_caption_each(captions, seed, where):
+    """A caption of every image, in the order of the names, drawn by (seed, number of the image). Raises InputError."""
+    groups = [captions[name] for name in sorted(captions) if captions[name]]
+    if not groups:
+        raise InputError(f"{where} holds no captions; name another file")
+    return [group[int(np.random.default_rng([seed, i, 0, 1]).integers(len(group)))] for i, group in enumerate(groups)]

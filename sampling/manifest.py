@@ -9,10 +9,12 @@ import torch
 from common.errors import InputError
 from common.records import read_record
 from common.versions import versions
+from models.checkpoints import TRAINING
 
 SETTINGS = "settings.json"
 # What decides no pixel, or only its rounding. A checkpoint may be moved: its weights decide.
-FREE = ("ckpt", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format", "versions")
+FREE = ("ckpt", "training", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
+FREE += ("versions",)
 OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
 
 
@@ -52,6 +54,7 @@ class SampleManifest:
     model_options: dict | None = None  # constructor arguments
     latents: dict | None = None  # LatentSpec
     run: str | None = None
+    training: dict | None = None  # what of the run's configuration bears on its numbers
     step: int | None = None
     weights_sha256: str | None = None
     model_evaluations: int | None = None  # of an image
@@ -87,6 +90,7 @@ def build_manifest(sampler):
         "model_options": checkpoint.options,
         "latents": dataclasses.asdict(sampler.spec),
         "run": checkpoint.run.get("exp_name"),
+        "training": {name: checkpoint.run[name] for name in TRAINING if name in checkpoint.run} or None,
         "step": checkpoint.steps,
         "weights_sha256": sampler.weights_sha256,
         "model_evaluations": cost.evaluations,

@@ -8,10 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import InputError, say
-from common.files import check_writable, named_full_disk, write_json
+from common.files import check_writable, write_json
+from common.look_ahead import ordered_map
 from common.pictures import save_grid
 from sampling.manifest import build_manifest, manifest_path, read_manifest
-from sampling.stores import PartFiles, pack, prepare_folder, write_in_threads
+from sampling.stores import PartFiles, pack, prepare_folder
 
 
 def save_picture(sampler, processes):
@@ -23,9 +24,8 @@ def save_picture(sampler, processes):
     batches = config.batches()
     images = [rows for _, rows in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
     _, columns = config.grid_size()
-    with named_full_disk(config.out):
-        save_grid(np.concatenate(images), columns, config.out, sampler.condition.captions)
-        write_json(manifest_path(config.out), build_manifest(sampler).to_json())
+    save_grid(np.concatenate(images), columns, config.out, sampler.condition.captions)
+    write_json(manifest_path(config.out), build_manifest(sampler).to_json())
     say(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each")
     return Path(config.out)
 
@@ -35,13 +35,10 @@ def save_images(sampler, processes):
     start = time.perf_counter()
     result = Result(sampler)
     todo = processes.share("todo", result.plan() if processes.is_main else None)
-    missing = sum(count for _, count in todo)
-    if processes.is_main:
-        result.say_plan(missing)
     sample_share(sampler, result.store, todo, processes)
     if processes.is_main:
         result.finish()
-        result.say(missing, time.perf_counter() - start)
+        result.say_cost(sum(count for _, count in todo), time.perf_counter() - start)
     return result.target
 
 
@@ -60,7 +57,9 @@ def sample_share(sampler, store, todo, processes):
             bar.update(total - missing + made - bar.n)
 
         samples = sampler.batches([batches[number] for number, _ in mine])
-        for _, (_, count) in zip(write_in_threads(store.write, samples), mine, strict=True):
+        # what was sampled before an error is still written
+        written = ordered_map(lambda batch: store.write(*batch), samples, ahead=3, threads=4, finish=True)
+        for _, (_, count) in zip(written, mine, strict=True):
             show_progress(processes.count("images", count))
         processes.count("finished processes", 1)
         while processes.is_main and processes.count("finished processes") < processes.world:
@@ -82,16 +81,20 @@ class Result:
         self.sampler, self.manifest, self.target = sampler, build_manifest(sampler), Path(f"{folder}.npz")
 
     def plan(self):
-        """Prepare the folder; returns [[batch number, images that it lacks], …].
+        """Prepare the folder and say what is to be made; returns [[batch number, images that it lacks], …].
 
         Raises InputError where the folder holds other images.
         """
+        config, cost, count = self.config, self.sampler.cost, self.config.num_fid_samples
         check_writable(self.target, "--sample-dir:")
-        prepare_folder(self.store.folder, self.manifest.settings(self.store.kind), self.config.resume)
-        if self.is_packed():
-            return []
-        missing = set(self.store.missing(self.config.num_fid_samples))
-        counts = [len(missing.intersection(batch)) for batch in self.config.batches()]
+        prepare_folder(self.store.folder, self.manifest.settings(self.store.kind), config.resume)
+        missing = set() if self.is_packed() else set(self.store.missing(count))
+        say(
+            f"{config.ckpt} ({config.weights} weights, step {self.sampler.checkpoint.steps}): {count} images, "
+            f"{len(missing)} of them missing, {config.mode}, {cost.calls} forward passes per batch, {cost.guided} of "
+            f"them guided -> {self.store.folder}"
+        )
+        counts = [len(missing.intersection(batch)) for batch in config.batches()]
         return [[number, count] for number, count in enumerate(counts) if count]
 
     def is_packed(self):
@@ -111,20 +114,10 @@ class Result:
             # an npz of another number of images is not left beside a folder that it contradicts
             with_npz = self.config.format != "png" or self.target.exists()
             pack(self.store, self.target if with_npz else None, count)
-            with named_full_disk(self.target):
-                write_json(manifest_path(self.target), self.manifest.to_json())
+            write_json(manifest_path(self.target), self.manifest.to_json())
         self.store.finish(count)
 
-    def say_plan(self, missing):
-        """One line: what is going to be made of what."""
-        config, cost = self.config, self.sampler.cost
-        say(
-            f"{config.ckpt} ({config.weights} weights, step {self.sampler.checkpoint.steps}): "
-            f"{config.num_fid_samples} images, {missing} of them missing, {config.mode}, {cost.calls} forward passes "
-            f"per batch, {cost.guided} of them guided -> {self.store.folder}"
-        )
-
-    def say(self, made, seconds):
+    def say_cost(self, made, seconds):
         """One line: how many images, at what cost, in what time, where."""
         evaluations = self.sampler.cost.evaluations
         places = [] if self.store.kind == "parts" else [f"{self.store.folder}/"]

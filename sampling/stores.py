@@ -4,19 +4,17 @@ A store keeps finished rows by image index: `PngFiles` as FOLDER/000000.png …,
 latents) as one file per batch, deleted once the npz is there. `pack` streams the rows of either into an npz.
 """
 
-import collections
 import functools
 import itertools
 import json
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common.errors import InputError, note
-from common.files import named_full_disk, write_atomically, write_json
+from common.files import write_atomically, write_json
 from common.look_ahead import ordered_map
 from sampling.manifest import SETTINGS, check_settings
 
@@ -45,12 +43,11 @@ class PngFiles:
         return [index for index, path in enumerate(paths) if path not in there or not ends_as_png(path)]
 
     def write(self, indices, images):
-        """Save the images that are not there yet; each is complete or absent. Raises InputError on a full disk."""
+        """Save the images that are not there yet; each is complete or absent."""
         for path, pixels in zip(map(self.path, indices), images, strict=True):
             if not ends_as_png(path):
                 save = functools.partial(Image.fromarray(pixels).save, format="PNG", compress_level=1)
-                with named_full_disk(path):
-                    write_atomically(path, save, durable=False)
+                write_atomically(path, save, durable=False)
 
     def read(self, index):
         """Pixels of an image. Raises InputError where it cannot be decoded."""
@@ -96,8 +93,7 @@ class GenEvalFiles(PngFiles):
         super().finish(count)
         for index, record in zip(range(0, count, self.per_prompt), self.metadata, strict=False):
             path, line = self.path(index).parents[1] / "metadata.jsonl", json.dumps(record) + "\n"
-            with named_full_disk(path):
-                write_atomically(path, lambda file, line=line: file.write(line.encode()), durable=False)
+            write_atomically(path, lambda file, line=line: file.write(line.encode()), durable=False)
 
 
 def ends_as_png(path):
@@ -128,10 +124,9 @@ class PartFiles:
         return sorted(set(range(count)).difference(*(range(start, stop) for start, stop, _ in self.parts())))
 
     def write(self, indices, rows):
-        """Save a batch of consecutive images, complete or absent. Raises InputError on a full disk."""
+        """Save a batch of consecutive images, complete or absent."""
         path = self.folder / f"rows-{indices[0]:08d}-{indices[-1] + 1:08d}.npy"
-        with named_full_disk(path):
-            write_atomically(path, lambda file: np.save(file, rows))
+        write_atomically(path, lambda file: np.save(file, rows))
 
     def rows(self, count):
         """Yield the rows 0 … count − 1, one part in memory at a time."""
@@ -151,26 +146,10 @@ class PartFiles:
             path.unlink()
 
 
-def write_in_threads(write, batches, threads=4):
-    """Call write(*batch) for each batch in threads; yield when it is done, in order.
-
-    What the iterator `batches` gave before it failed is still written (`ordered_map` would cancel it): leaving the pool
-    waits for it. An error of `write` is raised where it is due.
-    """
-    pending = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in batches:
-            pending.append(pool.submit(write, *batch))
-            if len(pending) == threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 def write_npz(path, name, rows, count):
     """Stream `count` arrays of one shape and dtype into array `name`, (count, …), of an npz; complete or absent.
 
-    Raises InputError where shapes differ or the disk is full.
+    Raises InputError where shapes differ.
     """
     rows = iter(rows)
     first = next(rows)
@@ -187,17 +166,14 @@ def write_npz(path, name, rows, count):
                     )
                 array.write(row.tobytes())
 
-    with named_full_disk(path):
-        write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def pack(store, target, count):
     """Pack a store's rows into the npz `target`, unless target is None; exactly `count`, checked. Raises InputError."""
     if missing := store.missing(count):
-        raise InputError(
-            f"{store.folder}: {len(missing)} of {count} images are missing, the first is {missing[0]}; "
-            "run the same again"
-        )
+        lacks = f"{len(missing)} of {count} images are missing, the first is {missing[0]}"
+        raise InputError(f"{store.folder}: {lacks}; run the same again")
     if target is not None:
         write_npz(target, store.name, store.rows(count), count)
 
@@ -217,5 +193,4 @@ def prepare_folder(folder, settings, resume=True):
         check_settings(folder, settings)
     for path in [*folder.rglob(".*.tmp"), *folder.parent.glob(f".{folder.name}.npz.*.tmp")]:
         path.unlink(missing_ok=True)
-    with named_full_disk(folder):
-        write_json(record, settings)
+    write_json(record, settings)

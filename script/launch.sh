@@ -1,7 +1,7 @@
 # Sourced by the recipes, which name only what differs from the programs' defaults (--help, or --dry-run, shows them).
 # Environment: NUM_GPUS         processes on this machine (8); one process is started by torchrun as well
 #              OUTPUT_DIR       parent folder of the runs (exps)
-#              EXP_NAME         name of the run; every recipe has one
+#              EXP_NAME         name of the run; default: made of the model and what differs from the method
 #              DATA_DIR         training data, where it is not the program's default
 #              MIXED_PRECISION  no, fp16 or bf16; default: bf16 on GPUs. The published runs used fp16.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +16,6 @@ train() { # PROGRAM [flags]
     # These signals reach every process, which saves and stops; a large checkpoint takes its time. See docs/cluster.md.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
     exec torchrun --standalone --nproc-per-node "$NUM_GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-        "$1" --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --resume auto ${DATA_DIR:+--data-dir "$DATA_DIR"} \
-        ${MIXED_PRECISION:+--mixed-precision "$MIXED_PRECISION"} "${@:2}"
+        "$1" ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "$OUTPUT_DIR" --resume auto \
+        ${DATA_DIR:+--data-dir "$DATA_DIR"} ${MIXED_PRECISION:+--mixed-precision "$MIXED_PRECISION"} "${@:2}"
 }

@@ -1,16 +1,19 @@
-# Sourced by the eval.sh recipes: checks what measuring needs before anything is sampled, samples, and measures.
+# Sourced by the eval recipes: checks what measuring needs before anything is sampled, samples, and measures.
 # Environment, beside that of launch.sh:
 #   CKPT               checkpoint (the last one of the run)
 #   SAMPLE_DIR         folder of the samples (inside the run's)
-#   REF                reference npz (docs/evaluation.md says where to get one), or none: sample only
+#   NUM_FID_SAMPLES    number of images (50000)
+#   REF                reference (docs/evaluation.md says where to get one), or none: sample only
 #   INCEPTION_WEIGHTS  file of the network's weights; empty: torch-fidelity downloads them
+#   DINOV2_WEIGHTS     the authors' file; empty: timm downloads them
 #   RESULTS            folder of the results (results)
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 CKPT=${CKPT:-$OUTPUT_DIR/$EXP_NAME/checkpoints/$LAST_STEP.pt}
+NUM_FID_SAMPLES=${NUM_FID_SAMPLES:-50000}
 REF=${REF:-}
-INCEPTION_WEIGHTS=${INCEPTION_WEIGHTS:-}
 RESULTS=${RESULTS:-results}
 weights=(${INCEPTION_WEIGHTS:+--inception-weights "$INCEPTION_WEIGHTS"})
+edm2_weights=(${weights[@]+"${weights[@]}"} ${DINOV2_WEIGHTS:+--dinov2-weights "$DINOV2_WEIGHTS"})
 
 need() { # VARIABLE [remedy]: the file that it names
     [ -e "${!1}" ] || fail "$1 ${!1} does not exist${2:+; $2}"
@@ -18,22 +21,45 @@ need() { # VARIABLE [remedy]: the file that it names
 
 check_weights() {
     need CKPT "name a checkpoint with CKPT=FILE"
-    [ -z "$INCEPTION_WEIGHTS" ] || need INCEPTION_WEIGHTS
+    [ -z "${INCEPTION_WEIGHTS:-}" ] || need INCEPTION_WEIGHTS
+    [ -z "${DINOV2_WEIGHTS:-}" ] || need DINOV2_WEIGHTS
+}
+
+check_files() { # WHAT FILE: kind of reference, an example
+    check_weights
+    [ -n "$REF" ] || fail "REF is not set: download $1 (docs/evaluation.md) and pass REF=$2, or REF=none to sample only"
+    [ "$REF" = none ] || need REF "docs/evaluation.md says where reference files come from"
 }
 
 newest_npz() { # FOLDER
     ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; leave out --format png"
 }
 
-sample_and_measure() { # NAME [flags of generate.py]
-    local npz json folder=${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/$1}
-    check_weights
-    [ -n "$REF" ] || fail "REF is not set: download ADM's reference batch (docs/evaluation.md) and pass REF=VIRTUAL_imagenet256_labeled.npz, or REF=none to sample only"
-    [ "$REF" = none ] || need REF "docs/evaluation.md says where reference files come from"
-    launch generate.py --ckpt "$CKPT" --sample-dir "$folder" --per-proc-batch-size 64 "${@:2}"
-    [ "$REF" != none ] || { echo "REF=none: $folder is not measured"; return; }
-    npz=$(newest_npz "$folder")
-    json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz).json
+make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is not to be measured
+    launch generate.py --ckpt "$CKPT" --sample-dir "$1" --num-fid-samples "$NUM_FID_SAMPLES" \
+        --per-proc-batch-size 64 "${@:2}"
+    if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi
+}
+
+sample_and_measure() { # NAME [flags of generate.py]: ADM's suite
+    check_files "ADM's reference batch" VIRTUAL_imagenet256_labeled.npz
+    make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/$1}" "${@:2}"
+    [ -n "$npz" ] || return 0
+    local json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz).json
     launch -m evaluations.evaluator "$REF" "$npz" --json "$json" ${weights[@]+"${weights[@]}"}
     python -m evaluations.table "$json"
+}
+
+sample_and_measure_map() { # [flags of generate.py]: EDM2's FID and FD-DINOv2 with each number of STEPS (1 2 4)
+    local steps json measured=()
+    check_files "Decoupled MeanFlow's statistics" imgnet256.pkl
+    for steps in ${STEPS:-${NUM_STEPS:-1 2 4}}; do
+        make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME}/fid-steps-$steps" --mode euler --num-steps "$steps" "$@"
+        [ -n "$npz" ] || continue
+        json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz)-steps-$steps.json
+        measured+=("$json")
+        launch -m evaluations.calculate_metrics calc --images "$npz" --ref "$REF" --num-images "$NUM_FID_SAMPLES" \
+            --json "$json" ${edm2_weights[@]+"${edm2_weights[@]}"}
+    done
+    [ "$REF" = none ] || python -m evaluations.table "${measured[@]}"
 }

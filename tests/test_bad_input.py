@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import shutil
 
 import numpy as np
 import programs
@@ -115,7 +117,7 @@ def test_latents_of_an_odd_shape(tmp_path, shape):
 
 def test_latents_that_the_patches_do_not_tile(tmp_path):
     data = tiny.data_folder(tmp_path / "data", shape=(8, 7, 7))
-    refused(data, tmp_path, r"latents of size 7 are not divisible into patches of 2")
+    refused(data, tmp_path, r"latents of size 7 do not divide into patches of 2")
 
 
 def test_resolution_that_contradicts_the_data(data, tmp_path):
@@ -178,22 +180,61 @@ def test_checkpoint_that_is_not_of_a_run(run, data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
-        ({"trans_depth": 3}, "Missing .*blocks.2"),
-        ({"model": "SiT-Ti/2", "df_idxs": "[]"}, "Missing .*final_layer"),
-        ({"model": "DeepFlow-S/2", "df_idxs": "1"}, "size mismatch"),
-        ({"qk_norm": True}, "Missing .*blocks.0.attn.k_norm"),
-        ({"legacy_scaling": True}, "its legacy_scaling is False, the flags say True"),
-        ({"path_type": "cosine"}, "its path_type is linear, the flags say cosine"),
+        ({"trans_depth": 3}, "--trans-depth was 2, is 3"),
+        ({"model": "SiT-Ti/2", "df_idxs": "[]"}, "--model was DeepFlow-Ti/2, is SiT-Ti/2"),
+        ({"qk_norm": True}, "--qk-norm was False, is True"),
+        ({"legacy_scaling": True}, "--legacy-scaling was False, is True"),
+        ({"path_type": "cosine"}, "--path-type was linear, is cosine"),
     ],
 )
 def test_checkpoint_of_another_model(run, data, tmp_path, changes, culprit):
-    refused_on_resume(data, tmp_path, rf"0000002.pt is of another model: .*{culprit}", **changes)
+    culprit = rf"0000002.pt was made with other settings: .*{culprit}.*; start afresh under another --exp-name$"
+    for allowed in (False, True):
+        refused_on_resume(data, tmp_path, culprit, allow_changes=allowed, **changes)
 
 
 def test_checkpoint_of_the_same_blocks_with_other_key_layers(data, tmp_path):
     tiny.run_train(data, tmp_path / "exps", max_train_steps=1, trans_depth=3, df_idxs="1")
-    culprit = r"0000001.pt is of another model: its df_idxs is \(1,\), the flags say \(2,\)"
+    culprit = r"0000001.pt was made with other settings: --df-idxs was \(1,\), is \(2,\); start afresh"
     refused_on_resume(data, tmp_path, culprit, trans_depth=3, df_idxs="2")
+
+
+def test_checkpoint_whose_weights_are_not_those_of_its_settings(run, data, tmp_path):
+    content = tiny.load(run)
+    content["model"]["extra"] = torch.zeros(1)
+    torch.save(content, run)
+    refused_on_resume(data, tmp_path, r"0000002.pt is of another model: Unexpected .*extra")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.5},
+        {"tg_upper_bound": 0.5},
+        {"acc_coeff": 0.5},
+        {"weighting": "lognormal"},
+        {"cfg_prob": 0.5},
+        {"seed": 5},
+        {"batch_size": 2},
+        {"mixed_precision": "bf16"},
+        {"scale_weight": [0.5, 1.0]},
+        {"mirror": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_going_on_with_other_settings(run, data, tmp_path, changes):
+    if "mirror" in changes:
+        shutil.copytree(data / "vae-sd", data / "vae-sd-mirror")
+    (flag,), (now,) = changes.keys(), changes.values()
+    culprit = rf"0000002.pt was made with other settings: --{flag.replace('_', '-')} was .*, is {re.escape(str(now))}; "
+    culprit += "start afresh under another --exp-name, or pass --allow-changes to go on$"
+    refused_on_resume(data, tmp_path, culprit, max_train_steps=4, **changes)
+    refused_on_resume(data, tmp_path, culprit, max_train_steps=2, **changes)  # where nothing is left to train
+
+
+def test_going_on_with_more_images(run, tmp_path):
+    data = tiny.data_folder(tmp_path / "more", count=16)
+    refused_on_resume(data, tmp_path, r"settings: number of images in --data-dir was 12, is 16; start afresh")
 
 
 @pytest.mark.parametrize(
@@ -255,10 +296,7 @@ def test_batch_that_the_processes_do_not_divide(data, tmp_path):
         ({"ssl_align": True, "enc_type": "dino"}, r"--enc-type 'dino' is unknown; choose from dinov2-vit-s, "),
         ({"ssl_align": True, "enc_ckpt": "a,b"}, r"--enc-ckpt names 2 files for 1 encoders \(dinov2-vit-b\)"),
         ({"enc_ckpt": "a"}, r"--enc-ckpt and --encoder-depth need --ssl-align"),
-        (
-            {"ssl_align": True, "enc_type": "None", "encoder_depth": 1},
-            r"--encoder-depth need --ssl-align and an --enc-type",
-        ),
+        ({"ssl_align": True, "enc_type": "None"}, r"--ssl-align has nothing to align with --enc-type None; name an"),
         ({"mixed_precision": "fp16"}, r"--mixed-precision fp16 needs a GPU"),
         ({"cfg_prob": 1.5}, r"--cfg-prob 1.5 is out of range; it must be at least 0 and at most 1"),
         ({"ema_decay": -0.1}, r"--ema-decay -0.1 is out of range; it must be at least 0"),
@@ -304,13 +342,6 @@ def test_unknown_flags_and_values_end_with_exit_code_2(line, capsys):
         parse_flags(TrainConfig, ["--exp-name", "x", *line])
     assert caught.value.code == 2
     assert line[0] in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_run_needs_a_name(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_flags(TrainConfig, [])
-    assert caught.value.code == 2
-    assert "--exp-name" in capsys.readouterr().err
 
 
 def test_command_ends_with_one_line_and_exit_code_2(data, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.errors import InputError
 from evaluations import calculate_metrics
+from evaluations.metrics.features import load_features
 from evaluations.metrics.frechet import frechet_distance, statistics
 from evaluations.metrics.references import read_reference
 
@@ -98,6 +99,18 @@ def test_stdout_and_result(files, tmp_path, capsys):
         f"fd_corners = {result['metrics']['fd_corners']:g}",
     ]
     assert result["manifest"]["model"] == "SiT-B/2" and result["count"] == 25
+
+
+def test_fd_dinov2_says_whose_resize_it_is(files, tmp_path, capsys, monkeypatch):
+    _, folder, features = files
+    monkeypatch.setattr(calculate_metrics, "load_dinov2", lambda weights, device: load_features(str(features)))
+    own = ("--metrics", "fd_dinov2")
+    run("ref", "--data", folder, "--dest", tmp_path / "own.pkl", *own)
+    line = ("calc", "--images", folder, "--ref", tmp_path / "own.pkl", *own, "--num", 25)
+    run(*line, "--json", tmp_path / "result.json")
+    settings = json.loads((tmp_path / "result.json").read_text())["settings"]
+    assert settings["fd_dinov2_resize"].startswith("torch's (bicubic, antialiased), as EDM2; Stein et al.")
+    assert f"fd_dinov2: the resize is {settings['fd_dinov2_resize']}" in capsys.readouterr().err
 
 
 def test_a_reference_of_the_same_images_is_at_no_distance(files, capsys):
@@ -202,7 +215,7 @@ def test_pickles_of_numpy_1_are_read(tmp_path):
         (pickle.dumps({"fid": {"mu": np.array([Evil()], dtype=object)}}), "system, which is not loaded"),
         (pickle.dumps({"num_images": 3}), "holds no statistics"),
         (pickle.dumps([1, 2]), "holds no statistics"),
-        (pickle.dumps({"fid": {"mu": np.zeros(3)}}), "fid has no mu and sigma"),
+        (pickle.dumps({"fid": {"mu": np.zeros(3)}}), "fid does not hold both mu and sigma"),
         (pickle.dumps({"fid": {"mu": np.zeros(3), "sigma": np.eye(4)}}), r"not \(D,\) and \(D, D\)"),
         (pickle.dumps({"fid": {"mu": np.full(3, np.inf), "sigma": np.eye(3)}}), "not finite"),
         (pickle.dumps({"fd_corners": {"mu": np.zeros(3), "sigma": np.eye(3)}}), "does not fit fd_corners"),

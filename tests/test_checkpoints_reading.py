@@ -158,6 +158,15 @@ def test_a_file_aligned_with_two_encoders_tells_their_widths(tmp_path):
     assert same_weights(model, expected) and options["z_dims"] == (10, 6)
 
 
+def test_published_aligned_files_have_the_legacy_clamp(tmp_path, capsys):
+    path = save(tmp_path / "a.pt", tiny(df_idxs=(1,), depth=3, ssl_align=True, z_dims=(10,)).state_dict())
+    assert load_model(path, df_idxs="1")[1]["legacy_scaling"]
+    assert "--legacy-scaling as in all released aligned ones" in capsys.readouterr().err
+    assert not load_model(path, df_idxs="1", legacy_scaling=False)[1]["legacy_scaling"]
+    path = save(tmp_path / "b.pt", tiny(df_idxs=(1,)).state_dict())
+    assert not load_model(path, df_idxs="1")[1].get("legacy_scaling")
+
+
 def test_half_precision_weights_are_read_as_float32(tmp_path):
     path = save(tmp_path / "a.pt", {name: tensor.half() for name, tensor in tiny().state_dict().items()})
     assert all(parameter.dtype == torch.float32 for parameter in load_model(path)[0].parameters())
@@ -253,12 +262,12 @@ def test_files_that_are_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ({}, "no entry 'ema' (it holds nothing)"),
-        ({"epoch": 3, "net": {}}, "no entry 'ema' (it holds epoch, net)"),
+        ({}, "lacks tensors 'ema' (it holds nothing)"),
+        ({"epoch": 3, "net": {}}, "lacks tensors 'ema' (it holds epoch, net)"),
         ([1, 2], "holds a list"),
         (torch.ones(3), "holds a Tensor"),
-        ({"ema": None}, "not a dictionary of tensors"),
-        ({"ema": {"x_embedder.proj.weight": 3}}, "not a dictionary of tensors"),
+        ({"ema": None}, "lacks tensors 'ema'"),
+        ({"ema": {"x_embedder.proj.weight": 3}}, "lacks tensors 'ema'"),
         ({"ema": {"conv1.weight": torch.ones(2)}}, "not of a known family"),
     ],
     ids=["empty", "other entries", "list", "tensor", "none", "numbers", "another network"],
@@ -269,7 +278,7 @@ def test_contents_that_are_no_model(tmp_path, content, named):
 
 def test_weights_that_the_file_lacks(tmp_path):
     path = save(tmp_path / "a.pt", {"ema": tiny().state_dict(), "steps": 3})
-    assert "no entry 'model' (it holds ema, steps); choose other --weights" in refusal(path, weights="raw")
+    assert "lacks tensors 'model' (it holds ema, steps); name other --weights" in refusal(path, weights="raw")
 
 
 LOST = [

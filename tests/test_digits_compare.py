@@ -1,6 +1,5 @@
 """Samplings of the digits side by side."""
 
-import argparse
 import json
 
 import numpy as np
@@ -41,7 +40,7 @@ def test_numbers_and_picture_of_two_samplings(files, tmp_path, capsys):
 
 
 def test_bad_names_are_refused(files):
-    with pytest.raises(argparse.ArgumentTypeError, match="NAME=FILE"):
-        compare.named_file("samples.npz")
+    with pytest.raises(InputError, match="NAME=FILE"):
+        compare.main(["--samples", "samples.npz"])
     with pytest.raises(InputError, match="a name of its own"):
         compare.main(["--samples", f"a={files['right']}", f"a={files['wrong']}"])

@@ -14,6 +14,7 @@ from torch import nn
 from common.errors import InputError
 from models import encoders
 from models.encoders import ENCODERS, Encoder, check_grid, load_network, parse_enc_ckpt, parse_enc_type
+from models.layers import sincos_2d
 
 WIDTH, HEADS, DEPTH = 24, 2, 2
 RESOLUTION = 32  # 2 × 2 tokens
@@ -127,7 +128,8 @@ def authors_file(name, folder):
     """(path, what timm's network should hold after reading it)."""
     state, path = random_state(name), folder / f"{name}.pth"
     if name.startswith("mocov3"):
-        state["pos_embed"] = encoders.mocov3_positions(WIDTH, 16)
+        patches = sincos_2d(WIDTH, 16).roll(WIDTH // 2, dims=2)
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, WIDTH), patches], dim=1)
     write_authors_file(name, state, path)
     return path, state
 
@@ -341,6 +343,8 @@ def test_the_table_agrees_with_timm(name, monkeypatch):
     assert network.patch_embed.grid_size[0] == {"dinov2": 37, "dinov2reg": 37, "dinov1": 14, "mae": 14}.get(kind, 16)
     if "." in family.timm_name:
         assert timm.models.get_pretrained_cfg(family.timm_name) is not None
+    if kind == "jepa":  # the published weights are ImageNet-1K's
+        assert family.timm_name.endswith(".in1k_ijepa")
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes

@@ -6,15 +6,20 @@ import subprocess
 import pytest
 import tiny
 
-from common.flags import parse_flags
+from common.flags import parse_commands, parse_flags
+from evaluations import sweep
+from evaluations.calculate_metrics import CalcFlags
 from generate import GenerateConfig
 
 SIZES = ("base", "large", "xlarge")
 MAPS = {"b": ("dmft-b", 1.0), "xl": ("dmft-xl", 1.0), "xl_512": ("dmft-xl-512", 1.5)}
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
-mkdir -p "$SAMPLE_DIR"
-[[ "$*" == *"--format png"* ]] || touch "$SAMPLE_DIR/NAME.npz"
+best="--num-steps 50 --cfg-scale 1.4 --guidance-low 0 --guidance-high 0.7"
+[[ "$*" != *evaluations.sweep* ]] || echo "$best" > "$SWEEP/best.txt"
+[[ "$*" != *--format\\ png* ]] || exit 0
+while [ $# -gt 0 ] && [ "$1" != --sample-dir ]; do shift; done
+[ $# = 0 ] || { mkdir -p "$2"; touch "$2/NAME.npz"; }
 """
 
 
@@ -69,15 +74,54 @@ def test_further_flags_are_passed_on(environment, tmp_path):
 
 
 @pytest.mark.parametrize("size", MAPS)
-def test_flow_maps_have_results_per_number_of_steps(environment, tmp_path, size):
-    done = run(f"dmf/eval_{size}", {**environment, "NUM_STEPS": "2"}, "--mode", "restart")
+def test_flow_maps_are_measured_as_published_with_each_number_of_steps(environment, tmp_path, size):
+    own = {"DINOV2_WEIGHTS": str(tmp_path / "weights.pth"), "NUM_FID_SAMPLES": "700"}
+    done = run(f"dmf/eval_{size}", {**environment, **own}, "--mode", "restart")
     assert done.returncode == 0, done.stderr
-    sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
+    *calls, table = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 6
+    results = [f"results/run-NAME-steps-{steps}.json" for steps in (1, 2, 4)]
+    for steps, sample, measure, result in zip((1, 2, 4), calls[::2], calls[1::2], results, strict=True):
+        config = sampled(sample)
+        assert (config.num_fid_samples, config.num_steps, config.mode) == (700, steps, "restart")
+        assert (config.shift, config.dmf_depth, config.cfg_scale) == (MAPS[size][1], None, 1.0)
+        assert config.sample_dir == f"{tmp_path}/fid/fid-steps-{steps}"
+        launcher, _, flags = measure.partition(" -m evaluations.calculate_metrics ")
+        assert launcher == "torchrun --standalone --nproc-per-node 2"
+        _, calc = parse_commands({"calc": CalcFlags}, flags.split())
+        assert (calc.images, calc.ref) == (f"{config.sample_dir}/NAME.npz", str(tmp_path / "ref.npz"))
+        assert (calc.metrics, calc.num, calc.json) == ("fid,fd_dinov2", 700, result)
+        assert (calc.dinov2_weights, calc.inception_weights) == (str(tmp_path / "weights.pth"), None)
+    assert table == f"python -m evaluations.table {' '.join(results)}"
+
+
+@pytest.mark.parametrize("changes", [{"STEPS": "8"}, {"NUM_STEPS": "8"}])
+def test_other_numbers_of_steps(environment, tmp_path, changes):
+    done = run("dmf/eval_xl", {**environment, **changes, "REF": "none"})
+    assert done.returncode == 0 and "fid-steps-8 is not measured" in done.stdout, done.stderr
+    (sample,) = (tmp_path / "calls").read_text().splitlines()
+    assert sampled(sample).num_steps == 8 and sampled(sample).num_fid_samples == 50_000
+
+
+def test_guided_evaluation_searches_then_measures_the_best_setting(environment, tmp_path):
+    own = {"SCALES": "1.5 2", "INTERVALS": "0,0.7", "SWEEP": str(tmp_path), "SWEEP_SAMPLES": "40"}
+    done = run("guided", {**environment, **own}, "--mode", "ode")
+    assert done.returncode == 0, done.stderr
+    search, sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
+    args, generate = sweep.parse(search.removeprefix("python -m evaluations.sweep ").split())
+    assert (args.cfg_scale, args.interval, args.num_steps, args.num_samples) == ([1.5, 2.0], [(0.0, 0.7)], [250], 40)
+    assert (args.ckpt, args.ref, args.processes) == (str(tmp_path / "step.pt"), str(tmp_path / "ref.npz"), 2)
+    assert generate == ["--per-proc-batch-size", "64", "--mode", "ode"]
     config = sampled(sample)
-    assert (config.num_fid_samples, config.num_steps, config.mode) == (50_000, 2, "restart")
-    assert (config.shift, config.dmf_depth, config.cfg_scale) == (MAPS[size][1], None, 1.0)
-    assert evaluate.endswith("--json results/steps-2/run-NAME.json")
-    assert table == "python -m evaluations.table results/steps-2/run-NAME.json"
+    assert (config.num_steps, config.cfg_scale, config.guidance_low, config.guidance_high) == (50, 1.4, 0.0, 0.7)
+    assert (config.num_fid_samples, config.mode) == (50_000, "ode")
+    assert " -m evaluations.evaluator " in evaluate and table.endswith("results/run-NAME.json")
+
+
+def test_guided_evaluation_needs_a_reference(environment, tmp_path):
+    done = run("guided", {**environment, "REF": "none"})
+    assert done.returncode == 2 and done.stderr.startswith("error: REF=none leaves nothing")
+    assert not (tmp_path / "calls").exists()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +134,7 @@ def test_flow_maps_have_results_per_number_of_steps(environment, tmp_path, size)
         ("dmf/eval_xl", "dmft-xl/checkpoints/0400000"),
         ("dmf/eval_xl_512", "dmft-xl-512/checkpoints/0800000"),
         ("t2i/eval", "deepflow-t2i-3t/checkpoints/0150000"),
+        ("guided", "deepflow-xl-3t/checkpoints/2000000"),
     ],
 )
 def test_the_last_checkpoint_of_the_recipe_is_the_default(environment, tmp_path, script, run_and_step):
@@ -111,18 +156,19 @@ def test_without_an_npz_there_is_nothing_to_measure(environment, tmp_path):
     assert done.stderr == f"error: {tmp_path}/fid holds no npz to measure; leave out --format png\n"
 
 
-@pytest.mark.parametrize("script", ["base/eval", "dmf/eval_xl"])
+@pytest.mark.parametrize(("script", "kind"), [("base/eval", "ADM"), ("dmf/eval_xl", "Decoupled"), ("guided", "ADM")])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"REF": ""}, "error: REF is not set: download ADM's reference batch"),
+        ({"REF": ""}, "error: REF is not set: download KIND"),
         ({"REF": "/nowhere.npz"}, "error: REF /nowhere.npz does not exist"),
         ({"CKPT": "/nowhere.pt"}, "error: CKPT /nowhere.pt does not exist"),
         ({"INCEPTION_WEIGHTS": "/nowhere.pth"}, "error: INCEPTION_WEIGHTS /nowhere.pth does not exist"),
+        ({"DINOV2_WEIGHTS": "/nowhere.pth"}, "error: DINOV2_WEIGHTS /nowhere.pth does not exist"),
     ],
 )
-def test_a_missing_file_is_named_before_anything_is_sampled(environment, tmp_path, script, changes, message):
+def test_a_missing_file_is_named_before_anything_is_sampled(environment, tmp_path, script, kind, changes, message):
     done = run(script, {**environment, **changes})
     assert done.returncode == 2
-    assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(message.replace("KIND", kind)) and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "calls").exists()

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -11,8 +12,10 @@ from PIL import Image
 
 from common.errors import InputError
 from evaluations import count_flops, sweep, table
-from evaluations.metrics.published import PUBLISHED, TABLE_8
-from models import create_model
+from evaluations.metrics.results import Result
+from evaluations.published import CONFIGS, TABLE_8
+from models import PRESETS, create_model, model_config
+from models.checkpoints import TRAINING
 from models.flops import Part, count_parts
 from models.flops import count_flops as count
 
@@ -54,51 +57,119 @@ def test_the_paper_stands_beside(capsys):
 
 
 def test_table_8_is_whole():
-    assert sum(map(len, TABLE_8.values())) == 20 and TABLE_8[("XL", 3)][24] == (681, 113)
+    assert sum(map(len, TABLE_8.values())) == 20 and TABLE_8[("XL", 3)][24] == (681, 113, 10.3)
 
 
 # ------------------------------------------------------------------------------------------------ results
 
 
-def result(path, model, cfg_scale=1.0, size=32, **metrics):
-    manifest = {
-        "model": model,
-        "cfg_scale": cfg_scale,
-        "mode": "sde",
-        "num_steps": 250,
-        "weights": "ema",
-        "step": 400000,
-    }
-    manifest.update(guidance_low=0.0, guidance_high=0.7, model_options={"input_size": size}, latents={"factor": 8})
-    path.write_text(json.dumps({"metrics": metrics, "count": 50000, "manifest": manifest}))
+def result(path, model="DeepFlow-B/2", size=32, options=None, training=(), metrics=None, **changes):
+    """A result of 50,000 samples of a published run, with changes; returns the file's name.
+
+    training: changed flags of the run; None: a published file, whose training is not known.
+    """
+    options = model_config(model, **{"input_size": size, **(options or {})})
+    manifest = {"model": model, "run": "ours", "cfg_scale": 1.0, "mode": "sde", "num_steps": 250, "weights": "ema"}
+    manifest |= {"step": 400_000, "model_options": options, "latents": {"factor": 8}, "training": None}
+    if training is not None:
+        flags = {} if model.startswith("DMFT") else {"weighting": "lognormal"}
+        run = CONFIGS[PRESETS[model].kind](model=model, **{**flags, **dict(training)}).resolve()
+        manifest["training"] = {name: getattr(run, name) for name in TRAINING if hasattr(run, name)}
+        manifest["training"]["changes"] = changes.pop("changes", [])
+    manifest |= {"guidance_low": 0.0, "guidance_high": 0.7, **changes}
+    path.write_text(json.dumps({"metrics": metrics or {"fid": 23.456789}, "count": 50000, "manifest": manifest}))
     return str(path)
 
 
-def test_measured_rows_stand_beside_the_published_ones_of_their_kind(tmp_path, capsys):
-    first = result(tmp_path / "b.json", "DeepFlow-B/2", fid=23.456789, inception_score=60.0)
-    second = result(tmp_path / "xl.json", "DeepFlow-XL/2", 1.5, fid=2.0, fd_dinov2=80.5)
+def papers(capsys):
+    """Rows of the printed table that papers state, or that say that none does."""
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| *")]
+
+
+def test_a_result_stands_beside_the_published_rows_about_the_same(tmp_path, capsys):
+    first = result(tmp_path / "b.json", metrics={"fid": 23.456789, "inception_score": 60.0})
+    guided = {"cfg_scale": 1.5, "mode": "ode", "step": 2_000_000, "metrics": {"fid": 2.0, "fd_dinov2": 80.5}}
+    second = result(tmp_path / "xl.json", "DeepFlow-XL/2", **guided)
     table.main([first, second])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| result | model | trained | sampled | FID | sFID | IS | fd_dinov2 |"
-    assert lines[2] == (
-        "| b | DeepFlow-B/2 | 400000 steps | sde, 250 steps, no guidance, ema, 50000 images | 23.46 |  | 60 |  |"
-    )
-    papers = [line for line in lines if line.startswith("| *paper*")]
-    assert len(papers) == 4 + 3  # B without guidance at 256, XL with it
-    assert (
-        "| *paper* | DeepFlow-B/2 | 80 epochs | sde, 250 steps, lognormal t, no guidance | 23.1 | 5.6 | 60.3 |  |"
-        in papers
-    )
-    assert "cfg 1.5 in [0.0, 0.7]" in lines[7] and lines[8].endswith("| 1.97 | 4.39 | 264.7 |  |")
-
-
-def test_flow_maps_stand_beside_their_own_paper(tmp_path, capsys):
-    table.main([result(tmp_path / "map.json", "DMFT-XL/2", size=64, fid=2.5)])
-    papers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| *paper*")]
-    assert papers == [
-        f"| *paper* | DMFT-XL/2 | 800000 steps | {steps}, no guidance | {fid} |  |  |"
-        for steps, fid in (("1 step", 2.12), ("4 steps", 1.68))
+    assert capsys.readouterr().out.splitlines() == [
+        "| result | model | trained | sampled | FID | sFID | IS | fd_dinov2 |",
+        "|---|---|---|---|---|---|---|---|",
+        "| b | DeepFlow-B/2 | 400000 steps | sde, 250 steps, no guidance, ema, 50000 images | 23.46 |  | 60 |  |",
+        "| *paper, Table 2* | DeepFlow-B/2-2T | 400000 steps | sde, 250 steps, no guidance, --weighting lognormal "
+        "| 23.1 | 5.6 | 60.3 |  |",
+        "| xl | DeepFlow-XL/2 | 2000000 steps | ode, 250 steps, cfg 1.5 in [0.0, 0.7], ema, 50000 images "
+        "| 2 |  |  | 80.5 |",
+        "| *paper, Table 4* | DeepFlow-XL/2-3T | 2000000 steps | sampler not stated, guided, --weighting lognormal "
+        "| 1.97 | 4.39 | 264.7 |  |",
     ]
+
+
+XL = {"model": "DeepFlow-XL/2", "step": 400_000}
+ALIGNED = {"ssl_align": True, "enc_type": "dinov2-vit-b"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        (XL, [10.3]),
+        ({**XL, "options": {"depth": 18}}, [12.4]),
+        ({**XL, "options": {"depth": 28, "df_idxs": (7, 14, 21)}}, [9.7]),
+        ({**XL, "options": {"df_idxs": (6, 18)}}, []),
+        ({**XL, "step": 1_001_000}, [7.8]),
+        ({**XL, "step": 1_100_000}, []),
+        ({**XL, "training": ALIGNED, "options": {"ssl_align": True}}, [6.5]),
+        ({"training": {**ALIGNED, "enc_type": "mocov3-vit-b"}, "options": {"ssl_align": True}}, []),
+        ({"training": {"weighting": "uniform"}}, [28.1]),
+        ({"training": {"weighting": "uniform", "tg_upper_bound": 0.1}}, [28.9]),
+        ({"training": {"acc_coeff": 0.5}}, [23.5]),
+        ({"training": {"scale_weight": [0.2, 1.0]}}, [23.1]),
+        ({"training": {"scale_weight": [1.0, 1.0]}}, []),
+        ({"training": {"learning_rate": 2e-4}}, []),
+        ({"training": {"batch_size": 512}}, []),
+        ({"changes": [{"step": 1, "changes": {"weighting": ["uniform", "lognormal"]}}]}, []),
+        ({"training": {"weighting": "uniform", "tg_upper_bound": 0.0}, "options": {"vera": "none"}}, [33.0]),
+        ({"num_steps": 50}, []),
+        ({"mode": "ode"}, []),
+        ({"cfg_scale": 1.5}, []),
+        ({"size": 64}, []),
+        ({"latents": {"factor": 8, "family": "other"}}, []),
+        ({"options": {"num_classes": 10}}, []),
+        ({"model": "SiT-XL/2"}, [13.8, 13.7]),
+        ({"metrics": {"clip_score_raw": 0.3}}, []),
+        ({"model": "DMFT-XL/2", "mode": "euler", "num_steps": 1, "shift": 1.0}, [2.16]),
+        ({"model": "DMFT-XL/2", "mode": "restart", "num_steps": 4, "shift": 1.0}, [1.51]),
+        ({"model": "DMFT-XL/2", "mode": "euler", "num_steps": 4, "shift": 1.5}, []),
+        ({"model": "DMFT-XL/2", "num_steps": 1, "shift": 1.0, "training": {"g_type": "distill"}}, []),
+        ({"training": None, "step": None, "options": {"ssl_align": True}, "model": "DeepFlow-XL/2"}, [6.5, 5.4, 5.0]),
+    ],
+)
+def test_what_a_published_row_must_share(changes, numbers, tmp_path, capsys):
+    path = result(tmp_path / "a.json", **changes)
+    assert [row.numbers["fid"] for row in table.counterparts(Result.read(path))] == numbers
+    table.main([path])
+    assert len(papers(capsys)) == max(1, len(numbers))
+
+
+def test_no_match_says_so(tmp_path, capsys):
+    table.main([result(tmp_path / "a.json", options={"depth": 8})])
+    assert papers(capsys) == ["| *no published row* |  |  |  |  |  |  |"]
+
+
+def test_plots_hold_the_published_curves_and_the_runs(tmp_path, capsys):
+    xl = [result(tmp_path / f"{k}.json", "DeepFlow-XL/2", step=k * 1000, metrics={"fid": 100 - k}) for k in (10, 20)]
+    guided = result(tmp_path / "guided.json", cfg_scale=1.5)
+    results = {path: Result.read(path) for path in (*xl, guided)}
+    lines = table.curves(results, *table.PLOTS["plot_epochs"][:3])
+    assert lines["here: ours"] == [pytest.approx((k * 256_000 / 1_281_167, 100 - k)) for k in (10, 20)]
+    drawn = [(round(x), fid) for x, fid in lines["paper: DeepFlow-XL/2-3T"]]
+    assert drawn == [(80, 10.3), (100, 9.8), (200, 7.8), (400, 7.2)] and len(lines) == 5
+    assert "guided.json is not drawn" in capsys.readouterr().err
+    lines = table.curves(results, *table.PLOTS["plot_parameters"][:3])
+    assert [(int(x), fid) for x, fid in lines["paper: DeepFlow-XL/2-4T"]] == [(822, 9.7)]
+    assert {int(x) for x, _ in lines["here: ours"]} == {681}
+    plots = [tmp_path / "epochs.png", tmp_path / "parameters.png"]
+    table.main([*xl, "--plot-epochs", str(plots[0]), "--plot-parameters", str(plots[1])])
+    assert all(Image.open(path).size[0] > 300 for path in plots)
 
 
 def test_results_without_a_manifest_and_other_files(tmp_path, capsys):
@@ -111,17 +182,17 @@ def test_results_without_a_manifest_and_other_files(tmp_path, capsys):
             table.main([str(tmp_path / name)])
 
 
-def test_published_numbers_are_those_of_the_documentation():
-    page = (tiny.ROOT / "docs" / "paper.md").read_text()
-    numbers = {f"{row.fid:g}" for row in PUBLISHED}
-    assert len(numbers) >= 19 and all(number in page for number in numbers)
-
-
 # ------------------------------------------------------------------------------------------------- sweeps
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
-def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd):
+def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd, monkeypatch):
+    def run_python(processes, *command):
+        done = programs.run(*command)
+        assert (processes, done.returncode) == (1, 0), done.stderr
+        print(done.stdout)
+
+    monkeypatch.setattr(sweep, "run_python", run_python)
     vae = tiny.vae_folder(tmp_path / "tiny-vae")
     ckpt = tiny.checkpoint(tmp_path / "0000003.pt", vae)
     reference, features = save_npz(tmp_path / "ref.npz", pictures(8, 1)), script(tmp_path / "corners.pt")
@@ -140,6 +211,9 @@ def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd):
     }
     assert all(content["manifest"]["mode"] == "ode" and content["count"] == 4 for content in results.values())
     assert Image.open(out / "plot.png").size[0] > 300 and "FD (corners)" in printed
+    lowest = min(results.values(), key=lambda content: content["metrics"]["fd_corners"])["manifest"]["cfg_scale"]
+    best = f"--num-steps 2 --cfg-scale {lowest} --guidance-low 0.0 --guidance-high 1.0"
+    assert (out / "best.txt").read_text() == f"{best}\n" and f"lowest: {best}" in printed
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")}
     sweep.main([str(flag) for flag in flags])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")} == before

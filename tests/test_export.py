@@ -107,7 +107,7 @@ def test_from_pretrained_is_strict(folder, change):
 
 
 def test_the_other_weights_are_not_in_the_folder(folder):
-    with pytest.raises(InputError, match=f"{folder} has no entry 'model'"):
+    with pytest.raises(InputError, match=f"{folder} lacks tensors 'model'"):
         load_model(folder, "raw")
 
 

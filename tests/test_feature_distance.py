@@ -35,16 +35,26 @@ def test_first_step_of_both_features_by_hand(checkpoints, tmp_path, capsys):
     x, y = sample_noise(0, range(3), 0, (4, tiny.SIZE, tiny.SIZE)), sample_labels(0, range(3), tiny.CLASSES)
     with torch.no_grad():
         first, final = model.run_branches(x, [torch.ones(3)] * 2, y)
-    for when, tokens in (("before", first.v_star), ("after", first.aligned)):
-        distance = ((tokens - final.v_star) ** 2).sum(-1).sqrt().mean().item()
-        curve = result["curves"][f"branch 1, {when} VeRA"]
-        assert curve[0] == [1.0, pytest.approx(distance, rel=1e-5)]
+    out, means = capsys.readouterr().out.splitlines(), result["metrics"]
+    for column, (when, tokens) in enumerate((("before", first.v_star), ("after", first.aligned))):
+        difference, name = tokens - final.v_star, f"branch 1, {when} VeRA"
+        curve = result["curves"][name]
+        assert curve[0] == [1.0, pytest.approx((difference**2).sum(-1).sqrt().mean().item(), rel=1e-5)]
         assert [t for t, _ in curve] == pytest.approx([1, 0.68, 0.36, 0.04])
-        mean = sum(value for _, value in curve) / 4
-        assert result["metrics"][f"distance, branch 1, {when} VeRA"] == pytest.approx(mean)
-        assert f"{mean:.3f}" in capsys.readouterr().out.splitlines()[2] if when == "before" else True
+        assert means[f"distance, {name}"] == pytest.approx(sum(value for _, value in curve) / 4)
+        per_token, per_image = (float(out[line].split("|")[2 + column]) for line in (2, 3))
+        assert per_token == pytest.approx(means[f"distance, {name}"], abs=6e-4)
+        assert per_image == pytest.approx(means[f"distance per image, {name}"], abs=6e-4)
+    assert "the paper does not say which" in out[-1]
     assert (result["settings"]["model"], result["settings"]["step"]) == ("DeepFlow-Ti/2", 3)
     assert Image.open(tmp_path / "plot.png").size[0] > 300
+
+
+def test_reductions_by_hand():
+    """Two tokens of two channels, (3, 4) and (0, 5): lengths 5 and 5; all four numbers; their mean (1.5, 4.5)."""
+    difference = torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])
+    found = {name: reduce(difference).item() for name, reduce in feature_distance.REDUCTIONS.items()}
+    assert found == pytest.approx({"per token": 5.0, "per image": 50**0.5, "of the mean token": 22.5**0.5})
 
 
 def test_sit_is_looked_at_after_a_named_block(checkpoints, tmp_path):
@@ -52,6 +62,12 @@ def test_sit_is_looked_at_after_a_named_block(checkpoints, tmp_path):
     first = run(tmp_path, checkpoints["SiT"], "--block", 1, "--mode", "ode")["curves"]["block 1"]
     assert len(first) == len(last) == 4
     assert all(0 < near[1] < far[1] for near, far in zip(last, first, strict=True))
+
+
+def test_deep_supervision_alone_has_the_same_features_on_both_sides(tmp_path):
+    ckpt = tiny.checkpoint(tmp_path / "deep.pt", tmp_path / "tiny-vae", vera="none")
+    curves = run(tmp_path, ckpt)["curves"]
+    assert curves["branch 1, before VeRA"] == curves["branch 1, after VeRA"]
 
 
 def test_batch_size_does_not_show(checkpoints, tmp_path):

@@ -1,6 +1,7 @@
 """Fréchet distance against closed forms and published values of small cases."""
 
 import numpy as np
+import programs
 import pytest
 import torch
 import torch.distributed as dist
@@ -132,7 +133,12 @@ def merged(rank, world, folder):
 
 
 def test_merged_processes_give_the_statistics_of_one(tmp_path):
-    torch.multiprocessing.spawn(merged, (4, str(tmp_path)), nprocs=4)
+    ranks = [programs.server().Process(target=merged, args=(rank, 4, str(tmp_path))) for rank in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * 4
     mu, sigma = statistics(rows_with_large_mean())
     for rank in range(4):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -1,5 +1,6 @@
 """Sampling end to end: exactly N images, the same on any number of processes, resumable, with their manifest."""
 
+import errno
 import json
 import os
 import shutil
@@ -313,6 +314,17 @@ def test_an_image_that_was_truncated_is_made_again_before_packing(reference, ckp
     path.write_bytes(path.read_bytes()[:-20])
     assert np.array_equal(tiny.run_generate(ckpt, tmp_path)[1], array)
     assert tiny.file_bytes(folder) == tiny.file_bytes(reference[0])
+
+
+def test_a_full_disk_ends_in_one_line(ckpt, tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PngFiles, "write", write)
+    with pytest.raises(
+        InputError, match=f"{tmp_path}: No space left on device; free some space and run the same again"
+    ):
+        tiny.run_generate(ckpt, tmp_path)
 
 
 @pytest.mark.slow

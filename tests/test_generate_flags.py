@@ -109,7 +109,7 @@ def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [("0,3", "'3' is not a class from 0 to 2"), ("nowhere.txt", "nor a readable text file"), ("", "nor a readable")],
+    [("0,3", "'3' is not a class from 0 to 2"), ("nowhere.txt", "or a text file"), ("", "or a text file")],
 )
 def test_labels_that_are_none_are_refused(ckpt, tmp_path, labels, message):
     with pytest.raises(InputError, match=f"--labels {labels}.*{message}"):

@@ -17,8 +17,7 @@ from generate_t2i import TextGenerateConfig, generate_prompts
 from models.export import export
 from models.mmdit import MMDiT
 from samplers import Guidance, GuidedVelocity
-from sampling.conditions import Prompts
-from sampling.prompts import PromptList, read_prompts
+from sampling.conditions import PromptList, Prompts, read_prompts
 from sampling.sampler import ImageSampler
 
 

@@ -26,6 +26,12 @@ def test_curves_are_losses_errors_gradient_norm_and_speed(tmp_path):
     assert plot.read_curves(log) == {**expected, "grad_norm": ([5], [3.0]), "images_per_s": ([5], [7.0])}
 
 
+def test_the_line_of_a_change_is_no_point_of_a_curve(tmp_path):
+    change = {"step": 5, "changes": {"learning_rate": [1e-3, 1e-4], "enc_type": ["", "dinov2-vit-b"]}}
+    log = write_log(tmp_path / "a", {"step": 5, "loss": 2}, change, {"step": 6, "loss": 1}) / "log.jsonl"
+    assert plot.read_curves(log) == {"loss": ([5, 6], [2.0, 1.0])}
+
+
 def test_one_and_several_runs_make_one_picture(tmp_path, capsys):
     a = write_log(tmp_path / "a", {"step": 1, "loss": 2}, {"step": 2, "loss": 1})
     b = write_log(tmp_path / "b", *({"step": s, "loss": 3, "loss_v1": 1, "loss_v2": 1, "grad_norm": 1} for s in (1, 2)))

@@ -33,7 +33,7 @@ def data(tmp_path):
 
 def all_moments(folder):
     dataset = open_dataset(folder)
-    return dataset.gather(range(len(dataset)))[0]
+    return dataset.gather(range(len(dataset)))[0].float()
 
 
 def direct_moments(data, flip=False):
@@ -108,7 +108,7 @@ def test_mirror_encodes_flipped_images(data):
     dataset = open_dataset(data, images=True, mirror=True)
     moments, _, images = dataset.gather(range(COUNT), flip=np.ones(COUNT, bool))
     expected = direct_moments(data, flip=True)
-    torch.testing.assert_close(moments, expected, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(moments.float(), expected, rtol=2**-10, atol=1e-4)
     assert (expected - direct_moments(data)).abs().max() > 0.1
     torch.testing.assert_close(LatentCodec.load(tiny_vae()).encode(images), expected, rtol=1e-4, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_unreadable_images_are_left_out_without_a_gap(data, tmp_path):
         )
         dataset = open_dataset(tmp_path / folder)
         moments, labels, _ = dataset.gather(range(16))
-        torch.testing.assert_close(moments, expected[kept], rtol=2**-10, atol=1e-4)
+        torch.testing.assert_close(moments.float(), expected[kept], rtol=2**-10, atol=1e-4)
         assert labels.tolist() == [i // 6 for i in kept]
         _, _, _, names = open_set(tmp_path / folder)
         assert [names[i] for i in range(16)] == [f"00000/img{i:08d}.png" for i in kept]
@@ -167,6 +167,20 @@ def test_unreadable_images_are_left_out_without_a_gap(data, tmp_path):
         assert [name for name, _ in manifest["left_out"]] == ["00000/img00000005.png", "00000/img00000017.png"]
     data.joinpath("vae-sd").symlink_to(tmp_path / "packed")
     assert open_dataset(data, images=True).gather([3])[2].shape == (1, 3, 16, 16)
+
+
+def test_a_first_image_that_cannot_be_read_is_left_out_too(tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=2, size=(16, 16))  # no manifest says the size
+    first = min(path.relative_to(source).as_posix() for path in source.rglob("*.*"))
+    (source / first).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{first} cannot be read .*--skip-bad"):
+        encode(EncodeFlags(source, tmp_path / "dest", tiny_vae()))
+    encode(EncodeFlags(source, tmp_path / "dest", tiny_vae(), skip_bad=True))
+    assert json.loads((tmp_path / "dest/manifest.json").read_text())["left_out"] == [[first, "the file is empty"]]
+    for path in source.rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"--source .*source holds no readable images"):
+        encode(EncodeFlags(source, tmp_path / "none", tiny_vae(), skip_bad=True))
 
 
 def test_one_class_trains(tmp_path):

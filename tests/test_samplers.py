@@ -246,10 +246,23 @@ def test_a_guided_step_is_one_call_of_2n_rows(sampler):
     _, network, velocity = run(sampler, Guidance(2.0, 0.25, 0.75))
     assert velocity.calls == len(network.rows)
     assert velocity.guided_calls == network.rows.count(6) > 0
-    for rows, t, conditions in zip(network.rows, network.times, network.conditions, strict=True):
+    starts = network.times
+    if sampler == "ode-heun":  # both evaluations of a step go by its start
+        starts = SAMPLERS[sampler].times(10)[:-1].repeat_interleave(2)[:-1].tolist()
+    for rows, t, conditions in zip(network.rows, starts, network.conditions, strict=True):
         guided = 0.25 <= t <= 0.75
         assert rows == (6 if guided else 3)
         assert conditions == ([1, 2, 3, 7, 7, 7] if guided else [1, 2, 3])
+
+
+@pytest.mark.parametrize(("interval", "end"), [((0.75, 1.0), -2.0), ((0.0, 0.25), -1.5), ((0.5, 0.5), -1.5)])
+def test_heun_guides_a_step_by_its_start(interval, end):
+    """v = y, 3 where guided and 1 elsewhere, in four steps of 1/4: each guided step adds −3/4, any other −1/4.
+
+    By the time of each evaluation the first two would end at −1.75: a step that enters or leaves would count half.
+    """
+    velocity = velocity_of(lambda x, t, y: y.view(-1, 1, 1, 1) + 0 * x, Guidance(3.0, *interval))
+    assert sample("ode-heun", velocity, torch.zeros(1, 1, 1, 1), 4).item() == pytest.approx(end, abs=1e-15)
 
 
 def test_the_ends_of_the_guidance_interval_are_guided():

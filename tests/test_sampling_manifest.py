@@ -97,16 +97,22 @@ def test_where_a_manifest_lies(name):
     assert str(manifest_path(f"samples/{name}")) == "samples/cfg-1.5-sde.json"
 
 
-def class_labels(mode, seed=0):
-    config = GenerateConfig(ckpt="a.pt", labels=mode, global_seed=seed, num_fid_samples=2)
-    return ClassLabels(config, types.SimpleNamespace(kind="flow", options={"num_classes": 10}), "cpu")
+def class_labels(mode, seed=0, count=24):
+    config = GenerateConfig(ckpt="a.pt", labels=mode, global_seed=seed, num_fid_samples=count)
+    return ClassLabels(
+        config, types.SimpleNamespace(model=types.SimpleNamespace(kind="flow"), options={"num_classes": 10}), "cpu"
+    )
 
 
 def test_class_labels():
-    assert class_labels("balanced").labels([0, 9, 10, 23]).tolist() == [0, 9, 0, 3]
-    assert class_labels("2,0").labels(range(3)).tolist() == [2, 0, 2]
+    assert class_labels("balanced").of([0, 9, 10, 23])[0].tolist() == [0, 9, 0, 3]
+    assert class_labels("2,0").of(range(3))[0].tolist() == [2, 0, 2]
     drawn = class_labels("random", 5)
-    assert drawn.labels([7, 3]).equal(sample_labels(5, [7, 3], 10))
-    y, y_null = drawn.of(range(3))
+    assert drawn.of([7, 3])[0].equal(sample_labels(5, [7, 3], 10))
+    y, y_null = class_labels("random", 5, count=3).of(range(3))
     assert y_null.tolist() == [10] * 3 and y.dtype == y_null.dtype
-    assert drawn.facts() == {"label_mode": "random", "labels": y[:2].tolist(), "labels_sha256": None}
+    assert class_labels("random", 5, count=3).facts() == {
+        "label_mode": "random",
+        "labels": y.tolist(),
+        "labels_sha256": None,
+    }

@@ -109,10 +109,11 @@ def test_a_reference_that_exists_is_used(environment, tmp_path):
     (tmp_path / "own.npz").touch()
     (tmp_path / "w.pth").touch()
     own = {"REF": str(tmp_path / "own.npz"), "INCEPTION_WEIGHTS": str(tmp_path / "w.pth"), "GENEVAL": ""}
-    done, calls = run("eval", {**environment, **own})
+    done, calls = run("eval", {**environment, **own, "DINOV2_WEIGHTS": str(tmp_path / "w.pth")})
     assert done.returncode == 0, done.stderr
     assert programs(calls) == ["generate_t2i", "calc", "evaluator", "clip_score"]
     _, calc = parse_commands(METRICS, calls[1][1:])
+    assert calc.dinov2_weights == str(tmp_path / "w.pth")
     for arguments in (calc, parse_flags(EvaluatorFlags, calls[2][1:])):
         assert arguments.inception_weights == str(tmp_path / "w.pth")
 
@@ -123,7 +124,7 @@ def test_sampling_alone(environment):
     assert programs(calls) == ["generate_t2i"]
 
 
-@pytest.mark.parametrize("name", ["CKPT", "VAL_JSON", "VAL_IMAGES", "INCEPTION_WEIGHTS", "GENEVAL"])
+@pytest.mark.parametrize("name", ["CKPT", "VAL_JSON", "VAL_IMAGES", "INCEPTION_WEIGHTS", "DINOV2_WEIGHTS", "GENEVAL"])
 def test_a_missing_file_is_named_before_anything_is_sampled(environment, name):
     done, calls = run("eval", {**environment, name: "/nowhere"})
     assert done.returncode == 2

@@ -66,12 +66,13 @@ def test_a_matching_prompt_scores_higher_than_another_order(clip, tmp_path):
 
 def test_clip_score_names_its_model_in_the_result(clip, tmp_path, capsys):
     images(tmp_path / "s")
-    (tmp_path / "s.json").write_text(json.dumps({"labels": ["a", "b", "c", "d"], "step": 7}))
+    (tmp_path / "s.json").write_text(json.dumps({"labels": ["a", "b", "c", "d"], "step": 7, "weights": "raw"}))
     clip_score.main([str(tmp_path / "s"), "--clip", str(clip), "--json", str(tmp_path / "r.json"), "--device", "cpu"])
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["clip"] == str(clip)
-    assert result["manifest"]["step"] == 7
-    assert str(clip) in capsys.readouterr().out
+    assert (result["manifest"]["step"], result["manifest"]["weights"]) == (7, "raw")
+    printed = capsys.readouterr()
+    assert str(clip) in printed.out and "r.json (samples of the raw weights)" in printed.err
     assert set(result["metrics"]) == {"clip_score_raw", "clip_score_clipscore", "clip_score_torchmetrics"}
 
 

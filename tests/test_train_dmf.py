@@ -156,6 +156,19 @@ def test_published_files_are_starting_points(data, tmp_path, capsys, name, optio
     assert load_checkpoint(run / "checkpoints/0000001.pt").model.dmf_depth == 1
 
 
+def test_a_qk_norm_is_added_on_request(data, flow, tmp_path, capsys):
+    """As in the published 512² run: all scales 1, another function, and said so."""
+    run = tiny.run_train_dmf(data, tmp_path, flow, qk_norm=True, max_train_steps=1, learning_rate=1e-9)
+    said = capsys.readouterr().err
+    assert "is the flow model's velocity up to a relative difference of" in said
+    assert "--qk-norm adds a norm that --pretrained lacks" in said
+    model = load_checkpoint(run / "checkpoints/0000001.pt").model
+    torch.testing.assert_close(model.blocks[0].attn.q_norm.scale, torch.ones(32), rtol=0, atol=1e-6)
+    tiny.run_train_dmf(data, tmp_path, flow, qk_norm=True, max_train_steps=2, learning_rate=1e-9, resume="auto")
+    with pytest.raises(InputError, match="--no-qk-norm contradicts --pretrained"):
+        tiny.run_train_dmf(data, tmp_path / "b", run / "checkpoints/0000001.pt", qk_norm=False)
+
+
 def test_a_conversion_that_changes_the_flow_stops_the_run(data, flow, tmp_path, monkeypatch):
     def wrong(*args):
         model, options = convert(*args)
@@ -238,7 +251,6 @@ def refused(data, output_dir, flow, **changes):
         ({"omega": -1.0}, "--omega -1.0"),
         ({"P_std_r": -1.0}, "--P-std-r -1.0"),
         ({"P_mean_t": "nan"}, "--P-mean-t nan"),
-        ({"qk_norm": True}, "--qk-norm contradicts"),
         ({"path_type": "cosine"}, "another --path-type"),
         ({"teacher": "x.pt"}, "--teacher is for --g-type distill"),
         ({"from_scratch": True}, "exclude each other"),

@@ -49,6 +49,11 @@ def launched(script, tmp_path, *flags, **environment):
     return words[program], words[program + 1 :]
 
 
+def name_of(config):
+    """The name of a recipe's run, on data of the recipe's resolution."""
+    return config.resolve().named(config.resolution or 256).exp_name
+
+
 def check_common(config):
     """What all published runs share, most of it defaults."""
     config.check()
@@ -73,9 +78,9 @@ def test_recipes_of_deepflow(size, tmp_path):
 
 
 def test_the_baseline_is_one_flag_away(tmp_path):
-    _, line = launched("base/train.sh", tmp_path, "--model", "SiT-B/2", EXP_NAME="sit-b")
+    _, line = launched("base/train.sh", tmp_path, "--model", "SiT-B/2")
     config = parse_flags(TrainConfig, line)
-    assert (config.model, config.exp_name) == ("SiT-B/2", "sit-b")
+    assert (config.model, name_of(config)) == ("SiT-B/2", "sit-b")
     assert model_config(config.model, **config.model_flags()) == model_config("SiT-B/2")
     assert config.branch_weights(1) == [1.0]
 
@@ -103,16 +108,82 @@ def test_recipes_of_flow_maps(size, tmp_path):
     assert config.P_std == config.P_std_t == config.P_std_r == 1.0
 
 
+@pytest.mark.parametrize(
+    ("train", "evaluate", "cls"),
+    [
+        ("base/train.sh", "base/eval.sh", TrainConfig),
+        ("large/train.sh", "large/eval.sh", TrainConfig),
+        ("xlarge/train.sh", "xlarge/eval.sh", TrainConfig),
+        ("xlarge/train.sh", "guided.sh", TrainConfig),
+        ("dmf/train_b.sh", "dmf/eval_b.sh", FlowMapConfig),
+        ("dmf/train_xl.sh", "dmf/eval_xl.sh", FlowMapConfig),
+        ("dmf/train_xl_512.sh", "dmf/eval_xl_512.sh", FlowMapConfig),
+        ("t2i/train.sh", "t2i/eval.sh", TextTrainConfig),
+    ],
+)
+def test_what_a_recipe_trains_is_what_its_evaluation_looks_for(tmp_path, train, evaluate, cls):
+    _, line = launched(train, tmp_path)
+    assert "--exp-name" not in line
+    name = name_of(parse_flags(cls, line))
+    assert f"EXP_NAME=${{EXP_NAME:-{name}}}\n" in (tiny.ROOT / "script" / evaluate).read_text()
+    _, line = launched(train, tmp_path, EXP_NAME="own")
+    assert parse_flags(cls, line).exp_name == "own"
+
+
+def test_a_variant_of_a_recipe_has_a_name_of_its_own(tmp_path):
+    for flags, name in (
+        (["--model", "SiT-XL/2"], "sit-xl"),
+        (["--trans-depth", "21"], "deepflow-xl-3t-d21"),
+        (["--weighting", "uniform"], "deepflow-xl-3t-uniform"),
+        (["--ssl-align"], "deepflow-xl-3t-dinov2b"),
+    ):
+        _, line = launched("xlarge/train.sh", tmp_path, *flags)
+        assert name_of(parse_flags(TrainConfig, line)) == name
+
+
 def test_a_flow_map_needs_a_flow_model_to_start_from(tmp_path):
     done = start("dmf/train_b.sh", tmp_path, CKPT="")
     assert done.returncode == 2
     assert done.stderr.startswith("error: CKPT ") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("size", ["B", "L", "XL"])
+def test_recipe_of_the_baseline(size, tmp_path):
+    program, line = launched("sit/train.sh", tmp_path, "--ssl-align", "--enc-type", "dinov1-vit-b", SIZE=size)
+    config = parse_flags(TrainConfig, line)
+    check_common(config)
+    assert (program, config.model, config.weighting) == ("train.py", f"SiT-{size}/2", "lognormal")
+    assert (config.max_train_steps, config.checkpointing_steps) == (400_000, 100_000)
+    assert list(config.encoders()) == ["dinov1-vit-b"]
+
+
+def test_recipe_at_512(tmp_path):
+    program, line = launched("xlarge/train_512.sh", tmp_path)
+    config = parse_flags(TrainConfig, line)
+    check_common(config)
+    assert (program, config.model, config.weighting) == ("train.py", "DeepFlow-XL/2", "lognormal")
+    assert (config.max_train_steps, config.resolution, config.data_dir) == (2_000_000, 512, "data/imagenet512")
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "block", "steps"),
+    [("XL", 256, 8, 4_000_000), ("XL", 512, 8, 2_000_000), ("B", 256, 4, 4_000_000)],
+)
+def test_recipe_of_the_flow_model_that_flow_maps_start_from(size, resolution, block, steps, tmp_path):
+    program, line = launched("dmf/train_flow.sh", tmp_path, SIZE=size, RESOLUTION=str(resolution))
+    config = parse_flags(TrainConfig, line)
+    check_common(config)
+    assert (program, config.model, config.weighting) == ("train.py", f"SiT-{size}/2", "lognormal")
+    assert (config.resolution, config.data_dir) == (resolution, f"data/imagenet{resolution}")
+    assert (config.adam_beta2, config.max_train_steps) == (0.95, steps)
+    assert (list(config.encoders()), config.proj_coeff) == (["dinov2-vit-b"], 0.5)
+    assert model_config(config.model, **config.model_flags())["encoder_depth"] == block
+
+
 @pytest.mark.parametrize("aligned", [False, True])
 def test_recipe_of_text_to_image(aligned, tmp_path):
     program, line = launched("t2i/train.sh", tmp_path, SSL=str(int(aligned)))
-    config = parse_flags(TextTrainConfig, line)
+    config = parse_flags(TextTrainConfig, line).resolve()
     check_common(config)
     assert (program, config.model, config.max_train_steps) == ("train_t2i.py", "DeepFlow-MMDiT-L/2", 150_000)
     assert (config.checkpointing_steps, config.data_dir) == (50_000, "data/coco256/train")
@@ -125,7 +196,7 @@ def test_recipe_of_text_to_image(aligned, tmp_path):
 
 
 def test_text_to_image_baseline(tmp_path):
-    _, line = launched("t2i/train.sh", tmp_path, SSL="1", MODEL="MMDiT-L/2", EXP_NAME="mmdit")
+    _, line = launched("t2i/train.sh", tmp_path, SSL="1", MODEL="MMDiT-L/2")
     config = parse_flags(TextTrainConfig, line)
-    assert (config.model, config.exp_name, config.legacy_scaling) == ("MMDiT-L/2", "mmdit", False)
+    assert (config.model, name_of(config), config.legacy_scaling) == ("MMDiT-L/2", "mmdit-dinov2b", False)
     assert list(config.encoders()) == ["dinov2-vit-b"]

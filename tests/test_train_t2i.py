@@ -47,7 +47,7 @@ def run(data, output_dir, **changes):
 
 
 def test_defaults_are_the_papers():
-    config = parse_flags(train_t2i.TextTrainConfig, ["--exp-name", "x"])
+    config = parse_flags(train_t2i.TextTrainConfig, []).resolve()
     assert (config.model, config.max_train_steps, config.cfg_prob) == ("DeepFlow-MMDiT-L/2", 150_000, 0.1)
     assert (config.weighting, config.learning_rate, config.batch_size, config.tg_upper_bound) == (
         "uniform",
@@ -85,13 +85,13 @@ def test_accumulated_micro_batches_see_the_same_captions(data, tmp_path):
 
 def test_network_gets_the_empty_caption_exactly_where_drop_says(data):
     dataset = open_captions(data)
-    config = parse_flags(train_t2i.TextTrainConfig, tiny.flags(exp_name="x", cfg_prob=0.5, batch_size=6))
+    config = parse_flags(train_t2i.TextTrainConfig, tiny.flags(exp_name="x", cfg_prob=0.5, batch_size=6)).resolve()
     draws = draw_step(1, config, 2, (4, 8, 8))
     options = {"depth": 2, "df_idxs": (1,), "input_size": 8, "context_dim": captioned.WIDTH}
     model, seen = create_model("DeepFlow-MMDiT-Ti/2", **options), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     context = dataset.context(range(6))
-    batch = Batch(1, dataset.gather_stored(range(6), condition=context)[0], context, None)
+    batch = Batch(1, dataset.gather(range(6), condition=context)[0], context, None)
     train.objective(model, batch, draws, config=config, dataset=dataset, weights=[0.2, 1.0])
     ((_, _, y),) = seen
     assert 0 < draws.drop.sum() < 6

@@ -85,7 +85,7 @@ def test_rows_and_parts_of_draws_are_those_of_the_whole_batch():
 
 ROUNDING = (2**-23, 2**-20)  # of the largest weight (1), of the largest gradient
 LAST = 11  # ten steps from the weights at step 1
-TEN_STEPS = {"batch_size": 8, "max_train_steps": LAST, "resume": 1}
+TEN_STEPS = {"batch_size": 8, "max_train_steps": LAST, "resume": 1, "allow_changes": True}
 TEN_STEPS.update(adam_epsilon=1e-3, adam_beta1=0)  # 1e-8 would blow rounding up to whole steps
 
 

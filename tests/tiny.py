@@ -62,15 +62,15 @@ def moments_file(data, index):
     return Path(data) / "vae-sd" / f"img-mean-std-{index:08d}.npy"
 
 
-def vae_folder(folder, scale=0.5):
-    """A diffusers AutoencoderKL with random weights, 4 latent channels, factor 2; family: the folder's name."""
+def vae_folder(folder, scale=0.5, blocks=2):
+    """A diffusers AutoencoderKL with random weights, 4 latent channels, factor 2^(blocks − 1); family: its folder."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,

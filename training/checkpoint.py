@@ -133,21 +133,19 @@ def save_checkpoint(path, **content):
     write_atomically(path, write)
 
 
-def restore(path, model, ema, optimizer, scaler, data, config):
-    """Restore model, EMA, optimizer and scaler in place; returns the file's Checkpoint. Raises InputError.
-
-    data, config: of the current run; the file must be of the same model, trained on latents of the same kind.
-    """
+def read(path, data):
+    """The Checkpoint in a file; data: that of the current run, which must be of the same kind. Raises InputError."""
     content = check_record(Checkpoint, read_file(path), path, "choose a checkpoint of a run to resume from")
     for key in ("num_classes", "family", "scale", "shift", "moments_shape", "text"):
         if (before := content.data.get(key)) != (now := data.get(key)):
             trained = f"{path} was trained on data with {key} {before}"
             raise InputError(f"{trained}, --data-dir has {now}; resume on the same data")
+    return content
+
+
+def restore(content, path, model, ema, optimizer, scaler):
+    """Restore model, EMA, optimizer and scaler in place from the Checkpoint of the file `path`. Raises InputError."""
     load_strictly(model, content.model, path)
-    saved, now = ({**c, **c["model_options"]} for c in (content.config, config))
-    for key in ("path_type", *config["model_options"]):  # what no weight's name or shape tells
-        if key in saved and saved[key] != now[key]:
-            raise InputError(f"{path} is of another model: its {key} is {saved[key]}, the flags say {now[key]}")
     ema.load_state_dict(content.ema)
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(content.opt)
@@ -157,4 +155,3 @@ def restore(path, model, ema, optimizer, scaler, data, config):
         group.update(own)  # learning rate and the like are those of the flags, not those of the file
     if scaler is not None and content.scaler:
         scaler.load_state_dict(content.scaler)
-    return content

@@ -1,6 +1,8 @@
 """Run configurations as dataclasses: the flags of train*.py, saved as JSON with every run.
 
-RunFlags are common to all programs. TimeFlags, ClassFlags and AlignmentFlags are added where a program has them. None
+A run that is resumed keeps its flags, unless they are declared free: those change nothing, or the rounding at most.
+
+RunFlags are common to all programs. BranchFlags, ClassFlags and AlignmentFlags are added where a program has them. None
 means: taken from the preset, the data or the machine.
 """
 
@@ -11,18 +13,22 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError, note
-from common.flags import Range, flag, required
+from common.flags import Range, flag
 from loss import GUIDED_VELOCITIES, WEIGHTINGS
 from models.attention import ATTENTION
+from models.deepflow import VERA_STEPS
 from models.encoders import ENCODERS, parse_enc_ckpt, parse_enc_type
+from models.flops import MFU, PEAK_FLOPS
 from models.mmdit import INITIALISATIONS
 from models.paths import PATHS
 from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
+from training.settings import run_name
 
 GROUPS = ("model", "loss", "data", "optimisation", "precision and speed", "output")
 model_flag, loss_flag, data_flag, optim_flag, speed_flag, output_flag = (
     functools.partial(flag, group=group) for group in GROUPS
 )
+output_flag = functools.partial(output_flag, free=True)
 
 AT_LEAST_0, AT_LEAST_1, POSITIVE, FINITE = Range(low=0), Range(low=1), Range(above=0), Range()
 PROBABILITY, DECAY = Range(low=0, high=1), Range(low=0, below=1)
@@ -47,15 +53,17 @@ class RunFlags:
     acc_coeff: float = loss_flag(1.0, "weight of the acceleration loss (lambda)", range=AT_LEAST_0)
     cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
 
-    data_dir: str = data_flag("data/imagenet256", "folder that holds images/ and vae-sd/, or packed shards")
-    resolution: int = data_flag(None, "image size; checked against the data", int)
-    data_vae: str = data_flag(None, "VAE that made latents without a manifest", str)
-    num_workers: int = data_flag(4, "threads that read latent files", range=AT_LEAST_0)
+    data_dir: str = data_flag("data/imagenet256", "folder that holds images/ and vae-sd/, or packed shards", free=True)
+    resolution: int = data_flag(None, "image size; checked against the data", int, free=True)
+    data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
+    num_workers: int = data_flag(4, "threads that read latent files", range=AT_LEAST_0, free=True)
 
     batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=AT_LEAST_1)
-    gradient_accumulation_steps: int = optim_flag(1, "micro-batches per step and process", range=AT_LEAST_1)
-    max_train_steps: int = optim_flag(400_000, "optimizer steps", range=AT_LEAST_1)
-    epochs: int = optim_flag(1400, "passes over the data; the run ends at whichever comes first", range=AT_LEAST_1)
+    gradient_accumulation_steps: int = optim_flag(1, "micro-batches per step and process", range=AT_LEAST_1, free=True)
+    max_train_steps: int = optim_flag(400_000, "optimizer steps", range=AT_LEAST_1, free=True)
+    epochs: int = optim_flag(
+        1400, "passes over the data; the run ends at whichever comes first", range=AT_LEAST_1, free=True
+    )
     learning_rate: float = optim_flag(1e-4, "constant learning rate of AdamW", range=POSITIVE)
     adam_beta1: float = optim_flag(0.9, "first moment decay", range=DECAY)
     adam_beta2: float = optim_flag(0.999, "second moment decay", range=DECAY)
@@ -63,20 +71,28 @@ class RunFlags:
     adam_epsilon: float = optim_flag(1e-8, "denominator offset", range=POSITIVE)
     max_grad_norm: float = optim_flag(1.0, "gradients are clipped to this norm", range=POSITIVE)
     ema_decay: float = optim_flag(0.9999, "decay of the weights' exponential moving average", range=PROBABILITY)
-    max_bad_steps: int = optim_flag(20, "steps in a row with non-finite gradients that end the run", range=AT_LEAST_1)
+    max_bad_steps: int = optim_flag(
+        20, "steps in a row with non-finite gradients that end the run", range=AT_LEAST_1, free=True
+    )
     seed: int = optim_flag(0, "seed of everything random", range=AT_LEAST_0)
 
     mixed_precision: str = speed_flag(None, "autocast; default: bf16 on GPU", str, choices=["no", "fp16", "bf16"])
-    allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them")
-    fused_attn: bool = speed_flag(True, "fused attention kernels")
-    gradient_checkpointing: bool = speed_flag(False, "recompute block activations in the backward pass to save memory")
-    compile: bool = speed_flag(False, "torch.compile the network; the first step takes minutes")
+    allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them", free=True)
+    fused_attn: bool = speed_flag(True, "fused attention kernels", free=True)
+    gradient_checkpointing: bool = speed_flag(
+        False, "recompute block activations in the backward pass to save memory", free=True
+    )
+    compile: bool = speed_flag(False, "torch.compile the network; the first step takes minutes", free=True)
 
-    exp_name: str = required("name of the run; results go to OUTPUT_DIR/EXP_NAME", group="output")
+    exp_name: str = output_flag(
+        None, "name of the run, in OUTPUT_DIR; default: tells the variant, as in deepflow-b-2t-uniform-alpha0.05", str
+    )
     output_dir: str = output_flag("exps", "parent folder of all runs")
     logging_dir: str = output_flag("logs", "folder of tracker files inside the run's folder")
     report_to: str = output_flag("none", "tracker beside the JSONL log", choices=["none", "wandb", "tensorboard"])
     dry_run: bool = output_flag(False, "print the resolved configuration, parameters and FLOPs, then stop")
+    hours_on: str = output_flag(None, "print the hours that the run takes on such GPUs", str, choices=list(PEAK_FLOPS))
+    mfu: float = output_flag(MFU, "share of the GPU's peak that --hours-on assumes", range=Range(above=0, high=1))
     log_every: int = output_flag(100, "interval of log lines, in steps", range=AT_LEAST_1)
     checkpointing_steps: int = output_flag(
         200_000, "interval of permanent checkpoints, in steps; the last step has one too", range=AT_LEAST_1
@@ -88,11 +104,17 @@ class RunFlags:
     resume: str = output_flag(
         "0", "latest, auto (if there is one), a step (0: a fresh start) or a file of any run", also=["--resume-step"]
     )
+    allow_changes: bool = output_flag(False, "resume with other flags than before; the change is recorded")
 
     def model_flags(self):
         """Constructor arguments of the model that have a flag; None: as in the preset."""
-        names = ("df_idxs", "qk_norm", "legacy_scaling", "dmf_depth", "encoder_depth", "init")
+        names = ("df_idxs", "qk_norm", "legacy_scaling", "dmf_depth", "encoder_depth", "init", "vera", "acc_mlp")
         return {"depth": self.trans_depth, **{name: getattr(self, name) for name in names if hasattr(self, name)}}
+
+    @property
+    def passes(self):
+        """Cost of a training step in forward passes of each image; the backward pass costs two."""
+        return 1 + 2
 
     def branch_weights(self, num_branches):
         """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""
@@ -115,6 +137,15 @@ class RunFlags:
         precision = self.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
         return dataclasses.replace(self, mixed_precision=precision)
 
+    def named(self, resolution):
+        """A copy with the data's resolution and with the name of the run, where --exp-name does not give one."""
+        config = dataclasses.replace(self, resolution=resolution)
+        return dataclasses.replace(config, exp_name=self.exp_name or run_name(config))
+
+    def resumed(self, before):
+        """A copy with what a resumed run may leave out as it was in `before`, the configuration that it resumes."""
+        return self
+
     def check(self):
         """Raise InputError for flags that contradict each other, the program or the machine."""
         if self.model not in PRESETS:
@@ -129,18 +160,36 @@ class RunFlags:
 
 
 @dataclasses.dataclass(kw_only=True)
-class TimeFlags:
-    """How the times of the branches are drawn."""
+class BranchFlags:
+    """What leads from branch to branch, and how the branches' times are drawn."""
 
+    vera: str = model_flag("full", "what leads from branch to branch, the steps of Table 7a", choices=list(VERA_STEPS))
+    acc_mlp: int = model_flag(None, "hidden widths of ACC_MLP; default: 2048 4096 2048", int, nargs="+")
     weighting: str = loss_flag("uniform", "distribution of t", choices=list(WEIGHTINGS))
-    tg_upper_bound: float = loss_flag(0.01, "upper bound of the time gap between branches (alpha)", range=PROBABILITY)
+    tg_upper_bound: float = loss_flag(
+        None,
+        "upper bound of the time gap between branches (alpha); default: 0.01, --vera none: 0",
+        float,
+        range=PROBABILITY,
+    )
+
+    def resolve(self):
+        """As of every run; without VeRA all branches have one time (equation 4)."""
+        default = 0.0 if self.vera == "none" else 0.01
+        bound = default if self.tg_upper_bound is None else self.tg_upper_bound
+        return dataclasses.replace(super().resolve(), tg_upper_bound=bound)
+
+    def check(self):
+        super().check()
+        if self.vera == "none" and self.tg_upper_bound:
+            raise InputError("--vera none has one time for all branches; drop --tg-upper-bound, or choose --vera gap")
 
 
 @dataclasses.dataclass(kw_only=True)
 class ClassFlags:
     """What datasets of labelled images have."""
 
-    num_classes: int = data_flag(None, "number of classes, for data without a manifest", int)
+    num_classes: int = data_flag(None, "number of classes, for data without a manifest", int, free=True)
     mirror: bool = data_flag(False, "use vae-sd-mirror instead of vae-sd for a random half of the images")
 
 
@@ -154,6 +203,11 @@ class AlignmentFlags(RunFlags):
     encoder_depth: int = loss_flag(None, "block of a SiT (from 1) that is aligned; default: the preset's, 8 or 4", int)
     proj_coeff: float = loss_flag(0.5, "weight of the alignment loss", range=AT_LEAST_0)
 
+    def model_flags(self):
+        """As of every run, and what alignment adds."""
+        widths = [ENCODERS[name].width for name in self.encoders()]
+        return {**super().model_flags(), "ssl_align": bool(widths), "z_dims": widths or None}
+
     def encoders(self):
         """{name: weights file, or None for the hub's}; empty without --ssl-align. Raises InputError."""
         names = parse_enc_type(self.enc_type)  # a misspelling is refused without --ssl-align too
@@ -161,14 +215,18 @@ class AlignmentFlags(RunFlags):
 
     def check(self):
         super().check()
+        if self.ssl_align and not self.encoders():
+            raise InputError(
+                "--ssl-align has nothing to align with --enc-type None; name an encoder, or drop --ssl-align"
+            )
         if not self.ssl_align and parse_enc_type(self.enc_type) and self.enc_type != AlignmentFlags.enc_type:
             note(f"warning: no alignment: --enc-type {self.enc_type} is unused without --ssl-align")
-        if not self.encoders() and (self.enc_ckpt or self.encoder_depth is not None):
-            raise InputError("--enc-ckpt and --encoder-depth need --ssl-align and an --enc-type")
+        if not self.ssl_align and (self.enc_ckpt or self.encoder_depth is not None):
+            raise InputError("--enc-ckpt and --encoder-depth need --ssl-align")
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainConfig(ClassFlags, TimeFlags, AlignmentFlags):
+class TrainConfig(ClassFlags, BranchFlags, AlignmentFlags):
     """Flags of train.py."""
 
     kind = "flow"
@@ -177,7 +235,7 @@ class TrainConfig(ClassFlags, TimeFlags, AlignmentFlags):
 
 
 @dataclasses.dataclass(kw_only=True)
-class TextTrainConfig(TimeFlags, AlignmentFlags):
+class TextTrainConfig(BranchFlags, AlignmentFlags):
     """Flags of train_t2i.py: no classes, and no mirrored images, as captions say left and right."""
 
     kind = "text"
@@ -185,8 +243,8 @@ class TextTrainConfig(TimeFlags, AlignmentFlags):
     model: str = model_flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
     init: str = model_flag(None, "initialisation (repa: PyTorch's); default: preset's", str, choices=INITIALISATIONS)
     cfg_prob: float = loss_flag(0.1, "probability that a caption becomes the empty one", range=PROBABILITY)
-    data_dir: str = data_flag("data/coco256/train", "folder that holds vae-sd/ and text/, or one as U-ViT prepares it")
-    max_train_steps: int = optim_flag(150_000, "optimizer steps", range=AT_LEAST_1)
+    data_dir: str = data_flag("data/coco256/train", "folder that holds vae-sd/ and text/, or U-ViT's", free=True)
+    max_train_steps: int = optim_flag(150_000, "optimizer steps", range=AT_LEAST_1, free=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -204,7 +262,9 @@ class FlowMapConfig(ClassFlags, RunFlags):
     weights: str = model_flag("ema", "which weights of --pretrained and --teacher", choices=["ema", "raw"])
     from_scratch: bool = model_flag(False, "start from random weights instead of --pretrained")
     dmf_depth: int = model_flag(None, "number of blocks that see t; the later ones see r", int, range=AT_LEAST_1)
-    attn_func: str = speed_flag("auto", "attention kernel outside the derivative pass", choices=list(ATTENTION))
+    attn_func: str = speed_flag(
+        "auto", "attention kernel outside the derivative pass", choices=list(ATTENTION), free=True
+    )
 
     g_type: str = loss_flag("mg", "guidance: none, by the network itself, by a teacher", choices=GUIDED_VELOCITIES)
     teacher: str = loss_flag(None, "frozen flow model of --g-type distill; default: --pretrained", str)
@@ -219,10 +279,24 @@ class FlowMapConfig(ClassFlags, RunFlags):
     P_std_r: float = loss_flag(1.0, "mean-flow part: standard deviation of the second time's logit", range=AT_LEAST_0)
     deep_supervision: bool = loss_flag(True, "with a DeepFlow backbone: keep its branches' losses for the flow part")
 
+    @property
+    def passes(self):
+        """Of each image: both parts forward and backward, a derivative, and guidance by a network."""
+        return 2 * (1 + 2) + 2 + (0 if self.g_type == "default" else 4)
+
     def resolve(self):
         """As of every run; distillation drops no labels."""
         config = super().resolve()
-        return dataclasses.replace(config, cfg_prob=0.0) if self.g_type == "distill" else config
+        if self.g_type != "distill":
+            return config
+        return dataclasses.replace(config, cfg_prob=0.0, teacher=self.teacher or self.pretrained)
+
+    def resumed(self, before):
+        """As of every run; a resumed one starts from its own checkpoint, whatever that run started from."""
+        if self.pretrained or self.from_scratch:
+            return self
+        names = ("pretrained", "from_scratch", *(() if self.teacher else ("weights",)))
+        return dataclasses.replace(self, **{name: getattr(before, name) for name in names})
 
     def check(self):
         super().check()

@@ -44,16 +44,17 @@ def start_from_file(path, config, info, name):
     checkpoint, source = load_flow(path, config, info, name), f"--{name} {path}"
     check_preset(config, checkpoint.options, source)
     own = checkpoint.options.get("dmf_depth")
-    if name == "resume" and checkpoint.kind != FlowMap.kind:
+    if name == "resume" and checkpoint.model.kind != FlowMap.kind:
         raise InputError(f"{source} is a flow model; start a run from it with --pretrained")
     if own and checkpoint.run and config.dmf_depth not in (None, own):
         raise InputError(f"--dmf-depth {config.dmf_depth} contradicts {source}, a flow map with {own}")
     if name == "pretrained" and config.g_type == "mg" and config.cfg_prob == 0 == checkpoint.run.get("cfg_prob"):
         raise InputError(f"--g-type mg needs a null class, which --cfg-prob 0 never trains, nor did {source}; raise it")
     depth = config.dmf_depth or own or PRESETS[config.model].dmf_depth
-    model, options = to_flow_map(checkpoint.options, checkpoint.model.state_dict(), depth)
+    add_qk_norm = name == "pretrained" and bool(config.qk_norm) and not checkpoint.options["qk_norm"]
+    model, options = to_flow_map(checkpoint.options, checkpoint.model.state_dict(), depth, add_qk_norm)
     if name == "pretrained":
-        check_conversion(checkpoint.model, model)
+        check_conversion(checkpoint.model, model, add_qk_norm)
     return model, options
 
 
@@ -84,13 +85,16 @@ def check_preset(config, options, source):
     if bool(options["df_idxs"]) != bool(preset.df_idxs):
         kind = "DeepFlow-DMF" if options["df_idxs"] else "DMFT"
         raise InputError(f"{source} has key layers {options['df_idxs']}; choose a {kind} preset")
-    if config.qk_norm not in (None, bool(options["qk_norm"])):
-        raise InputError(f"--qk-norm contradicts {source}, which has {options['qk_norm']}; drop the flag")
+    if config.qk_norm is False and options["qk_norm"]:
+        raise InputError(f"--no-qk-norm contradicts {source}, which has a QK norm; drop the flag")
 
 
 @torch.no_grad()
-def check_conversion(flow, model, n=4):
-    """Note how far u(x, t, t, y) is from the flow model's velocity on a batch of n; InputError if too far."""
+def check_conversion(flow, model, changed, n=4):
+    """Note how far u(x, t, t, y) is from the flow model's velocity on a batch of n; InputError if too far.
+
+    changed: a QK norm was added, which makes them differ.
+    """
     g = torch.Generator().manual_seed(0)
     side = int(model.pos_embed.shape[1] ** 0.5) * model.patch_size
     x, t = torch.randn(n, model.in_channels, side, side, generator=g), torch.rand(n, generator=g)
@@ -98,7 +102,9 @@ def check_conversion(flow, model, n=4):
     v = flow.velocity(x, t, y)
     difference = ((model.average_velocity(x, t, t, y) - v).abs().max() / v.abs().max().clamp_min(1e-12)).item()
     note(f"u(x, t, t, y) is the flow model's velocity up to a relative difference of {difference:.1e}")
-    if not difference <= TOLERANCE:
+    if changed:
+        note("--qk-norm adds a norm that --pretrained lacks: training starts from another function than the flow model")
+    elif not difference <= TOLERANCE:
         raise InputError("--pretrained is converted wrongly: u(x, t, t, y) is not its velocity; use another file")
 
 

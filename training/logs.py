@@ -19,8 +19,11 @@ from models.flops import peak_flops
 
 
 def parse_line(line, where):
-    """{name: number} of a line of log.jsonl, `step` among them; `where` names it in messages. Raises InputError."""
-    record = parse_record(dict[str, float], line, where, "pass the log.jsonl of a run")
+    """{name: number} of a line of log.jsonl, `step` among them; `where` names it in messages. Raises InputError.
+
+    The line where a run was resumed with other settings has `changes` instead, {flag: [before, now]}.
+    """
+    record = parse_record(dict[str, float | dict], line, where, "pass the log.jsonl of a run")
     if "step" not in record:
         raise InputError(f"{where}: 'step' is missing; pass the log.jsonl of a run")
     return record
@@ -52,7 +55,8 @@ class RunLog:
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             with contextlib.suppress(InputError):
-                if parse_line(line, self.path)["step"] <= step:
+                record = parse_line(line, self.path)
+                if record["step"] <= step - ("changes" in record):  # changes are those of the steps after
                     kept.append(line + "\n")
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
@@ -70,13 +74,18 @@ class RunLog:
         means = self._means()
         record = {"step": step, "epoch": round(epoch, 4), **means, **extra, **self._speed()}
         self.sums, self.count, self.steps = 0, 0, 0
+        self.append(record)
         if self.accelerator.is_main_process:
-            with self.reporting_disk_errors(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
             if means:
                 self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
                 self._warn_of_spike(record, step)
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+
+    def append(self, record):
+        """Write a line of JSON, on the main process."""
+        if self.accelerator.is_main_process:
+            with self.reporting_disk_errors(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def _speed(self):
         """Steps and images per second since the last line, MFU where the GPU's peak is known, memory (this process)."""

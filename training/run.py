@@ -13,7 +13,7 @@ from common.errors import InputError, say
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
 from models.codec import LatentCodec, LatentSpec
-from models.flops import count_flops
+from models.flops import count_flops, gpu_hours
 from models.presets import COCO, IMAGENET
 from training.alignment import describe_alignment, find_caches
 from training.checkpoint import find_resume
@@ -31,7 +31,6 @@ class Task:
     start: Callable  # (config, info, resumed checkpoint or None) → constructor arguments; the model, or None: a new one
     objective: Callable  # (run) → function (network, batch, draws) → loss and {name: 0-d tensor} for the log
     draw: Callable  # (run, step) → the random draws of the whole global batch
-    passes: int  # a training step's cost in forward passes of one image
     grids: type  # draws the sample grids: grids(codec, dataset, run_dir, seed)
 
 
@@ -53,6 +52,10 @@ class Run:
         self.sampler = SeekableSampler(self.info.count, config.batch_size, config.seed)
         self.stop_step = min(config.max_train_steps, config.epochs * self.sampler.steps_per_epoch)
         self.latent_shape = (self.info.spec.channels, *self.info.moments_shape[1:])  # (C, h, w)
+        with torch.device("meta"):
+            model = create_model(config.model, **self.options)
+        self.parameters, self.flops = sum(p.numel() for p in model.parameters()), count_flops(model)
+        self.flops_per_image = config.passes * 2 * self.flops.total_macs  # of a training step
 
     def saved(self):
         """What checkpoints and config.json record, JSON-like: flags, model, and data (classes, VAE, shapes)."""
@@ -70,6 +73,7 @@ def run_task(config, task):
     if config.resolution not in (None, info.resolution):
         holds = f"which holds latents of {info.resolution}x{info.resolution} images"
         raise InputError(f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, {holds}")
+    config = config.named(info.resolution)
     resumed = None if config.dry_run else find_resume(config.folder, config.resume)
     options, model = task.start(config, info, resumed)
     run = Run(config, start_accelerator(config, config.folder), info, dataset, options)
@@ -83,8 +87,7 @@ def run_task(config, task):
     torch.manual_seed(config.seed)
     run.model = create_model(config.model, **options) if model is None else model
     run.model.gradient_checkpointing = config.gradient_checkpointing
-    flops_per_image = task.passes * 2 * count_flops(run.model).total_macs
-    trainer = Trainer(run, task.objective(run), functools.partial(task.draw, run), flops_per_image, grids)
+    trainer = Trainer(run, task.objective(run), functools.partial(task.draw, run), grids)
     start_trackers(run.accelerator, config)
     finished = trainer.fit()
     run.accelerator.end_training()
@@ -116,21 +119,23 @@ def open_data(config):
 def describe(run):
     """The resolved run in text: configuration, model size, samples per step, steps and epochs."""
     config, epoch, steps = run.config, run.sampler.steps_per_epoch, run.stop_step
-    with torch.device("meta"):
-        model = create_model(config.model, **run.options)
-    flops = count_flops(model)
     lines = [
         f"run: {json.dumps(dataclasses.asdict(config), indent=1)}",
+        f"name: {config.exp_name}, in {config.folder}",
         f"model: {config.model} {run.options}",
-        f"parameters: {sum(p.numel() for p in model.parameters()):,}",
-        f"forward pass of one sample: {2 * flops.total_macs / 1e9:.2f} GFLOP "
-        f"({flops.paper_macs / 1e9:.2f} G multiply-adds as the paper counts them)",
+        f"parameters: {run.parameters:,}",
+        f"forward pass of one sample: {2 * run.flops.total_macs / 1e9:.2f} GFLOP "
+        f"({run.flops.paper_macs / 1e9:.2f} G multiply-adds as the paper counts them)",
         f"data: {run.info}",
         f"{config.batch_size} samples per step, {epoch:,} steps per epoch, {steps:,} steps = "
         f"{steps / epoch:.1f} epochs, {run.accelerator.num_processes} processes, "
         f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",
         *describe_alignment(config),
     ]
+    if config.hours_on:
+        hours = gpu_hours(run.flops_per_image, steps * config.batch_size, config.hours_on, config.mfu)
+        world, rate = run.accelerator.num_processes, f"{100 * config.mfu:g}% of the bf16 peak"
+        lines.append(f"{hours / world:,.1f} hours on {world} {config.hours_on} at {rate}, {hours:,.1f} GPU-hours")
     if steps * (1 - config.ema_decay) < 5:
         lines.append(f"warning: --ema-decay {config.ema_decay} averages over more than the run's {steps} steps")
     if steps < config.max_train_steps:

@@ -6,26 +6,27 @@ import torch
 
 from common.errors import InputError
 from common.files import write_json
-from common.flags import shown
 from common.look_ahead import ordered_map
 from training import checkpoint
 from training.ema import EMA
 from training.guard import BadSteps, all_finite
 from training.loader import LatentLoader
 from training.logs import RunLog
+from training.settings import in_words, resumed_settings
 from training.stop import StopRequest
 
 
 class Trainer:
     """Model, EMA, optimizer, data order and log of a run, and its loop: `fit`."""
 
-    def __init__(self, run, objective, draw, flops_per_image, on_sample):
-        """objective(network, batch, draws) and draw(step): of this Run, as in Task; flops_per_image: for the log's MFU.
+    def __init__(self, run, objective, draw, on_sample):
+        """objective(network, batch, draws) and draw(step): of this Run, as in Task.
 
         on_sample(model, step) → path of a sample grid, on the main process only.
         """
         self.run, self.config, self.accelerator, self.saved = run, run.config, run.accelerator, run.saved()
-        self.objective, self.draw, self.flops_per_image, self.on_sample = objective, draw, flops_per_image, on_sample
+        self.objective, self.draw, self.on_sample = objective, draw, on_sample
+        self.changes = {}  # of settings, at this resume
         config, self.run_dir, self.stop_step = run.config, run.config.folder, run.stop_step
         self.model = run.model.to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay)
@@ -55,26 +56,38 @@ class Trainer:
         """Restore the state of --resume; returns the step to continue from."""
         step, path = 0, checkpoint.find_resume(self.run_dir, self.config.resume)
         if path:
-            scaler = self.accelerator.scaler
-            found = checkpoint.restore(path, self.model, self.ema, self.optimizer, scaler, **self.saved)
+            found = checkpoint.read(path, self.saved["data"])
+            self.adopt(found, path)
+            checkpoint.restore(found, path, self.model, self.ema, self.optimizer, self.accelerator.scaler)
             step = found.steps
             self.bad_steps.load_state_dict(found.train_state)
-            changed = changed_flags(found.config, self.saved["config"])
-            self.accelerator.print(f"resumed from {path}" + "".join(f"; {change}" for change in changed))
         seen = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).unique().tolist()
         if len(seen) > 1:
             fault = f"the processes find different checkpoints in {self.run_dir} (steps {seen})"
             raise InputError(f"{fault}; --output-dir must be on a file system that all nodes share")
         if step >= self.stop_step:
             self.accelerator.print(f"{self.run_dir} is complete at step {step}; raise --max-train-steps to continue")
+        elif path:
+            changed = f"; changed from here on: {in_words(self.changes)}" if self.changes else ""
+            self.accelerator.print(f"resumed from {path}{changed}")
         return step
+
+    def adopt(self, found, path):
+        """Record what a resumed run keeps of the Checkpoint's settings, and what it changes. Raises InputError."""
+        self.run.config, self.changes = resumed_settings(self.run, found, path)
+        self.config, self.saved = self.run.config, self.run.saved()
+        record = [{"step": found.steps, "changes": self.changes}] if self.changes else []
+        if record := [*found.config.get("changes", []), *record]:
+            self.saved["config"]["changes"] = record
 
     def loop(self, step, stop):
         """All steps from `step` on, until the last or a stop; returns whether the last was reached."""
         device, end = self.accelerator.device, self.stop_step
         batches = LatentLoader(self.run.dataset, self.run.sampler, self.run.rows.numpy(), step, end, device)
-        log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.flops_per_image)
+        log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.run.flops_per_image)
         with contextlib.closing(log) as self.log:
+            if self.changes:
+                self.log.append({"step": step, "changes": self.changes})
             for batch, draws in zip(batches, ordered_map(self.draw, range(step, end)), strict=True):
                 self.log.add(*self.train_step(batch, draws.rows(self.run.rows, device)))
                 step, stopping = batch.step + 1, stop.agreed()
@@ -197,11 +210,3 @@ def make_optimizer(config, model):
         eps=config.adam_epsilon,
         fused=True,
     )
-
-
-def changed_flags(before, now):
-    """Which flags differ from those before a resume, in words, without those that change no number."""
-    silent = {"data_dir", "output_dir", "exp_name", "logging_dir", "report_to", "num_workers", "resume", "vae"}
-    silent |= {"log_every", "keep_last"} | {name for name in now if name.endswith("_steps")} | {"model_options"}
-    names = [name for name in now if name not in silent and before.get(name) != now[name]]
-    return [f"{shown(name)} was {before.get(name)}, is {now[name]}" for name in names]

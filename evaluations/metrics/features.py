@@ -7,6 +7,7 @@ taken between. Letters: N images, D dimensions.
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -105,16 +106,13 @@ def load_dinov2(weights=None, device="cpu", name=DINOV2):
 
     The position embedding is resampled from 37×37 as the authors' code does it, not as timm does. Raises InputError.
     """
-    import timm
-
     overlay = None if weights is None else {"file": str(weights), "hf_hub_id": None, "url": ""}
     remedy = f"download {DINOV2_URL} and pass it with --dinov2-weights"
-    trained = create_pretrained(name, f"DINOv2 {weights or name}", remedy, pretrained_cfg_overlay=overlay)
-    state = trained.state_dict()
-    state["pos_embed"] = resample_position(state["pos_embed"], 224 // trained.patch_embed.patch_size[0])
-    network = timm.create_model(name, pretrained=False, num_classes=0, img_size=224)
-    network.load_state_dict(state)
-    return ImageNetwork("dinov2_vitl14", network.eval().requires_grad_(False).to(device), (224, 224))
+    network = create_pretrained(name, f"DINOv2 {weights or name}", remedy, pretrained_cfg_overlay=overlay)
+    position = resample_position(network.pos_embed, 224 // network.patch_embed.patch_size[0])
+    network.set_input_size((224, 224))
+    network.pos_embed.copy_(position)
+    return ImageNetwork("dinov2_vitl14", network.to(device), (224, 224))
 
 
 def resample_position(embedding, grid):
@@ -130,28 +128,29 @@ def resample_position(embedding, grid):
 
 
 def extract(images, batches, extractor, processes, keep=False):
-    """Run the images of `batches` (this process's arrays of indices) through the extractor.
+    """Run the images of `batches` (this process's arrays of indices; there may be none) through the extractor.
 
     Returns {name: RunningStatistics} over all processes, and the "pool" rows (N, D) float32 of all processes in their
-    order, on the CPU, where keep is true, else None. Raises InputError without images, and for features not finite.
+    order, on the CPU, where keep is true, else None. Raises InputError for features that are not finite.
     """
-    if not batches:
-        raise InputError(f"{images.path} has fewer images than there are processes, {processes.world}; start fewer")
+    # a process without images runs one to know the features, and counts none of its rows
+    batches, counted = (batches, None) if batches else ([np.arange(1)], 0)
     statistics, kept = {}, []
     progress = tqdm(total=sum(map(len, batches)), unit="image", disable=processes.rank > 0, mininterval=1)
     for indices, pixels in zip(batches, images.batches(batches), strict=True):
         features = extractor(torch.from_numpy(pixels).to(processes.device).permute(0, 3, 1, 2))
         for name, rows in features.items():
+            rows = rows[:counted]
             if not rows.isfinite().all():
                 raise InputError(f"{images.path}: features of images {indices[0]} to {indices[-1]} are not finite")
             if name not in statistics:
                 statistics[name] = RunningStatistics(rows.shape[1], processes.device)
             statistics[name].add(rows)
         if keep:
-            kept.append(features["pool"].float().cpu())
+            kept.append(features["pool"][:counted].float().cpu())
         progress.update(len(indices))
     progress.close()
     if processes.world > 1:
         for running in statistics.values():
             running.merge_processes()
-    return statistics, processes.gather_rows(torch.cat(kept).to(processes.device)).cpu() if keep else None
+    return statistics, processes.gather_rows(torch.cat(kept)) if keep else None

@@ -24,20 +24,17 @@ def unreadable(path, error):
     return InputError(f"{path} cannot be read, is cut short or is no npz ({first_line(error)}); copy or make it again")
 
 
-def skip(member, count, chunk=1 << 20):
-    """Read past `count` bytes. A seek would end the checksum's test from Python 3.13 on."""
-    while count > 0 and (data := member.read(min(count, chunk))):
-        count -= len(data)
-
-
 class NpzImages:
     """Member arr_0, uint8 (N, H, W, 3), streamed from the zip."""
 
     def __init__(self, path, flag):
-        self.path, self.whole = path, None
+        self.path, form = path, np.lib.format
         try:
             self.archive = zipfile.ZipFile(path)
-            shape, dtype = self.read_header()
+            with self.archive.open("arr_0.npy") as member:
+                first = form.read_magic(member) == (1, 0)
+                shape, fortran, dtype = (form.read_array_header_1_0 if first else form.read_array_header_2_0)(member)
+                self.start = member.tell()  # of the first pixel
         except KeyError:
             held = self.archive.namelist()
             raise InputError(f"{flag} {path}: missing arr_0 in npz file; it holds {held}") from None
@@ -45,33 +42,15 @@ class NpzImages:
             raise unreadable(f"{flag} {path}", error) from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise InputError(f"{flag} {path}: arr_0 is {dtype} {shape}; images must be uint8 (N, H, W, 3), 0 to 255")
+        if fortran:
+            raise InputError(f"{flag} {path}: arr_0 is in Fortran order; save numpy.ascontiguousarray of it")
         self.count, self.shape = shape[0], shape[1:]
 
     def __len__(self):
         return self.count
 
-    def read_header(self):
-        """(shape, dtype); sets the position of the first pixel. Arrays that cannot be streamed are loaded whole."""
-        with self.archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version in readers:
-                shape, fortran, dtype = readers[version](member)
-                self.start = member.tell()
-                if not fortran or dtype.hasobject:
-                    return shape, dtype
-        with np.load(self.path, allow_pickle=False) as file:
-            self.whole = file["arr_0"]
-        return self.whole.shape, self.whole.dtype
-
     def batches(self, batches):
-        """Yield uint8 (B, H, W, 3) for each array of ascending indices, one of them read ahead.
-
-        Raises InputError for a damaged file.
-        """
-        if self.whole is not None:
-            yield from (self.whole[indices] for indices in batches)
-            return
+        """Yield uint8 (B, H, W, 3) for each array of ascending indices, one read ahead. Raises InputError."""
         try:
             with self.archive.open("arr_0.npy") as member:
                 yield from ordered_map(lambda indices: self.read_rows(member, indices), batches)
@@ -82,7 +61,9 @@ class NpzImages:
         """Images `indices`, ascending, of the open member."""
         rows = np.empty((len(indices), *self.shape), np.uint8)
         for row, index in zip(rows, indices, strict=True):
-            skip(member, self.start + int(index) * row.size - member.tell())
+            start = self.start + int(index) * row.size
+            while member.tell() < start and member.read(min(start - member.tell(), 1 << 20)):
+                pass  # a seek would end the checksum's test from Python 3.13 on
             if member.readinto(row) != row.size:
                 raise EOFError(f"the data end in image {index} of {self.count}")
         return rows
@@ -103,7 +84,7 @@ class FolderImages:
 
     def read(self, index):
         """Image `index`, uint8 (H, W, 3). Raises InputError naming the file."""
-        name = f"{self.path}/{self.source.names[index]}"
+        name = self.source.where(index)
         try:
             pixels = np.asarray(self.source.read(index))
         except (BadImageError, OSError) as error:

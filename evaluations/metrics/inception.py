@@ -19,20 +19,16 @@ def load_network(weights=None, features=("2048",)):
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     remedy = f"download {URL_INCEPTION_V3} and pass the file with --inception-weights"
-    if weights is not None and not is_inception(read_file(weights)):  # torch-fidelity unpickles what it is given
-        raise InputError(f"--inception-weights {weights} holds another network; {remedy}")
+    if weights is not None:  # read without running code, as torch-fidelity unpickles what it is given
+        state = read_file(weights)
+        if not isinstance(state, dict) or getattr(state.get("fc.weight"), "shape", None) != (1008, 2048):
+            raise InputError(f"--inception-weights {weights} holds another network; {remedy}")
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", list(features), weights)
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), a damaged file in torch.hub's cache
         cache = os.path.join(torch.hub.get_dir(), "checkpoints")
         found = f"neither in {cache} nor by download ({first_line(error)})"
         raise InputError(f"no InceptionV3 weights: {found}; {remedy}") from None
-
-
-def is_inception(state):
-    """Whether this is a state dict of the network."""
-    weight = state.get("fc.weight") if isinstance(state, dict) else None
-    return getattr(weight, "shape", None) == (1008, 2048) and "Mixed_6d.branch1x1.bn.weight" in state
 
 
 class Inception:

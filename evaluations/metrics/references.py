@@ -3,6 +3,7 @@
 import io
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,23 +29,18 @@ class NumpyUnpickler(pickle.Unpickler):
 
 def read_reference(path):
     """({metric: (mean, covariance)}, (H, W) of its images or None) of a .pkl or .npz. Raises InputError."""
+    size = None
     if str(path).endswith(".npz"):
-        metrics, size = read_statistics(path, {"fid": ("mu", "sigma")}), reference_size(path)
+        metrics = read_statistics(path, {"fid": ("mu", "sigma")})
+        if "arr_0.npy" in zipfile.ZipFile(path).namelist():
+            size = NpzImages(path, "--ref").shape[:2]
     else:
         content = read_pickle(path)
-        size = content.pop("image_size", None)
-        content.pop("num_images", None)
-        metrics = {name: read_moments(value, f"--ref {path}: {name}") for name, value in content.items()}
+        size, _ = content.pop("image_size", None), content.pop("num_images", None)
+        metrics = {name: moments(value, "mu", "sigma", f"--ref {path}: {name}") for name, value in content.items()}
     if not metrics:
         raise InputError(f"--ref {path} holds no statistics; make a reference of its images with `ref`")
     return metrics, size
-
-
-def read_moments(value, where):
-    """(mean, covariance) of {mu, sigma} in a pickle. Raises InputError."""
-    if not isinstance(value, dict) or not {"mu", "sigma"} <= value.keys():
-        raise InputError(f"{where} has no mu and sigma; make the reference again")
-    return check_moments(np.asarray(value["mu"]), np.asarray(value["sigma"]), f"{where}: mu, sigma")
 
 
 def read_pickle(path):
@@ -58,47 +54,37 @@ def read_pickle(path):
     return content if isinstance(content, dict) else {}
 
 
-def reference_size(path):
-    """(H, W) of the images that ADM's npz holds beside its statistics, None of one without images."""
-    with np.load(path) as file:
-        return NpzImages(path, "--ref").shape[:2] if "arr_0" in file.files else None
-
-
 def read_statistics(path, members):
-    """{kind: (mean, covariance)}, float64, of an npz by {kind: names of both}; {} of one without. Raises InputError."""
-    names = [name for pair in members.values() for name in pair]
+    """{kind: (mean, covariance)} of an npz by {kind: names of both}; {} of one without. Raises InputError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: np.asarray(file[name], np.float64) for name in names if name in file.files}
+            found = {name: file[name] for pair in members.values() for name in pair if name in file.files}
     except READ_ERRORS as error:
         raise unreadable(path, error) from None
-    if missing := [name for name in names if found and name not in found]:
-        raise InputError(f"{path} holds {', '.join(found)} but not {missing[0]}; take a whole reference file")
-    return {
-        kind: check_moments(found[mean], found[covariance], f"{path}: {mean}, {covariance}")
-        for kind, (mean, covariance) in members.items()
-        if found
-    }
+    return {kind: moments(found, *names, path) for kind, names in members.items()} if found else {}
+
+
+def moments(held, mean, covariance, where):
+    """Two arrays of a dict, by name, float64: finite, of shapes (D,) and (D, D). Raises InputError."""
+    if not isinstance(held, dict) or not {mean, covariance} <= held.keys():
+        raise InputError(f"{where} does not hold both {mean} and {covariance}; take a whole reference file")
+    mu, sigma = (np.asarray(held[name], np.float64) for name in (mean, covariance))
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+        shapes = f"{mu.shape} and {sigma.shape}, not (D,) and (D, D)"
+        raise InputError(f"{where}: {mean}, {covariance} have shapes {shapes}; take another reference")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"{where}: {mean}, {covariance} are not finite; make the statistics again")
+    return mu, sigma
 
 
 def other_size(images, size, allowed):
-    """A line where images differ from the reference's size (H, W, …), None where not, or where it is not known (None).
+    """A line where images differ from the reference's size (H, W, …; None: not known), else None.
 
     Raises InputError where that is not allowed.
     """
     if size is None or tuple(size[:2]) == tuple(images.shape[:2]):
         return None
-    sizes = ("x".join(map(str, shape[:2])) for shape in (images.shape, size))
-    line = "samples of {} are compared with a reference of {}".format(*sizes)
+    line = "samples of {}x{} are compared with a reference of {}x{}".format(*images.shape[:2], *size[:2])
     if not allowed:
         raise InputError(f"{line}; take the reference of that size, or pass --other-size")
     return line
-
-
-def check_moments(mean, covariance, where):
-    """Both, where they are finite and of shapes (D,) and (D, D). Raises InputError."""
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-        raise InputError(f"{where} have shapes {mean.shape} and {covariance.shape}, not (D,) and (D, D)")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{where} hold values that are not finite; make the statistics again")
-    return mean, covariance

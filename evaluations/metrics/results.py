@@ -45,7 +45,8 @@ class Result:
             write_json(path, {name: value for name, value in content if value is not None or name == "manifest"})
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
-        note(f"wrote {path}")
+        weights = self.manifest and self.manifest.get("weights")  # said because REPA's text-to-image samples raw ones
+        note(f"wrote {path}" + (f" (samples of the {weights} weights)" if weights else ""))
 
 
 def sample_manifest(samples):

@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# 50,000 samples of DMFT-XL/2 at 256² for FID, in NUM_STEPS steps (4) without guidance, which is trained in.
-#   REF=VIRTUAL_imagenet256_labeled.npz NUM_STEPS=1 bash script/dmf/eval_xl.sh [more flags of generate.py, e.g. --mode restart]
+# FID and FD-DINOv2 of DMFT-XL/2 at 256², 50,000 samples, in 1, 2 and 4 steps without guidance, which is trained in.
+#   REF=imgnet256.pkl STEPS="1 2 4" bash script/dmf/eval_xl.sh [more flags of generate.py, e.g. --mode restart]
 set -euo pipefail
 EXP_NAME=${EXP_NAME:-dmft-xl}
 LAST_STEP=0400000
-NUM_STEPS=${NUM_STEPS:-4}
-RESULTS=${RESULTS:-results/steps-$NUM_STEPS}
 source "$(dirname "${BASH_SOURCE[0]}")/../measure.sh"
 
-sample_and_measure "fid-steps-$NUM_STEPS" --mode euler --num-steps "$NUM_STEPS" "$@"
+sample_and_measure_map "$@"

@@ -3,7 +3,6 @@
 #   CKPT=FILE bash script/dmf/train_xl.sh [more flags of train_dmf.py, e.g. --g-type distill --omega 1.5]
 # CKPT is the flow model to start from: a checkpoint of ours, or a published SiT, REPA or Decoupled MeanFlow file.
 set -euo pipefail
-EXP_NAME=${EXP_NAME:-dmft-xl}
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 [ -n "${CKPT:-}" ] || fail "CKPT is not set; name the flow model to start from with CKPT=FILE"

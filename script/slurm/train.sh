@@ -16,14 +16,13 @@ cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"
 
 DATA_DIR=${DATA_DIR:-data/imagenet256}   # on a file system that all nodes share, as the repository and OUTPUT_DIR
 OUTPUT_DIR=${OUTPUT_DIR:-exps}
-EXP_NAME=${EXP_NAME:-deepflow-xl-3t}
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # No launcher in between: srun starts every process, passes on the signals it gets, and waits as long as it takes.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train.py \
-    --exp-name "$EXP_NAME" --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
+    ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
     --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 "$@" &
 step=$!
 out_of_time=no

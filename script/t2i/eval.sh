@@ -22,9 +22,10 @@ sample() { # NAME PROMPTS [flags]
 measure() {
     local npz name=$RESULTS/$EXP_NAME
     npz=$(newest_npz "$SAMPLE_DIR/coco")
-    [ -f "$REF" ] || launch -m evaluations.calculate_metrics ref --data "$VAL_IMAGES" --dest "$REF" ${weights[@]+"${weights[@]}"}
+    [ -f "$REF" ] || launch -m evaluations.calculate_metrics ref --data "$VAL_IMAGES" --dest "$REF" \
+        ${edm2_weights[@]+"${edm2_weights[@]}"}
     launch -m evaluations.calculate_metrics calc --images "$npz" --ref "$REF" --metrics fid,fd_dinov2 \
-        --num-images "$NUM_FID_SAMPLES" --json "$name-coco.json" ${weights[@]+"${weights[@]}"}
+        --num-images "$NUM_FID_SAMPLES" --json "$name-coco.json" ${edm2_weights[@]+"${edm2_weights[@]}"}
     # ten splits for the Inception Score: ADM's own, of 5,000 images, would leave a last one of 192
     launch -m evaluations.evaluator "$VAL_IMAGES" "$npz" --splits 10 --json "$name-adm.json" ${weights[@]+"${weights[@]}"}
     python -m evaluations.clip_score "$npz" --clip "$CLIP" --json "$name-clip.json"

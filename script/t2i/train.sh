@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Text-to-image DeepFlow-3T on MS-COCO 256, 24 layers: 150,000 steps, the paper's FID 5.32 (with SSL=1 4.18).
 #   bash script/t2i/train.sh [more flags of train_t2i.py]
-# The baseline: MODEL=MMDiT-L/2 EXP_NAME=mmdit bash script/t2i/train.sh
+# The baseline: MODEL=MMDiT-L/2 bash script/t2i/train.sh
 set -euo pipefail
-EXP_NAME=${EXP_NAME:-deepflow-t2i-3t}
 MODEL=${MODEL:-DeepFlow-MMDiT-L/2}
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
