@@ -82,30 +82,26 @@ def load_detectors(args, device, known=None):
     for name in names:
         if known is not None and name not in known:
             say(f"No statistics computed for {name} -- skipping.")
+            continue
+        say(f"Setting up {DETECTORS.get(name, args.features)}...")
+        if name == "fid":
+            detectors[name] = Inception(args.inception_weights, device)
+        elif name == "fd_dinov2":
+            detectors[name] = load_dinov2(args.dinov2_weights, device)
         else:
-            detectors[name] = load_detector(name, args, device)
+            detectors[name] = load_features(args.features, device)
     if not detectors:
         raise InputError("--metrics leaves nothing to measure; name a metric that the reference has, or --features")
     return detectors
 
 
-def load_detector(name, args, device):
-    """The extractor of one metric."""
-    say(f"Setting up {DETECTORS.get(name, args.features)}...")
-    if name == "fid":
-        return Inception(args.inception_weights, device)
-    if name == "fd_dinov2":
-        return load_dinov2(args.dinov2_weights, device)
-    return load_features(args.features, device)
-
-
-def load_images(path, flag, num=None, seed=0):
-    """Images, and the indices of those that are measured: `num` of them, all where it is None. Raises InputError."""
+def load_images(path, flag, needed):
+    """Images. Raises InputError where there are too few."""
     say(f"Loading images from {path} ...")
-    images, needed = open_images(path, flag), num or 2
+    images = open_images(path, flag)
     if len(images) < needed:
         raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num")
-    return images, choose_subset(len(images), num, seed)
+    return images
 
 
 def calculate_statistics(images, indices, detectors, batch_size, processes):
@@ -115,10 +111,9 @@ def calculate_statistics(images, indices, detectors, batch_size, processes):
     def all_features(batch):
         return {name: detector(batch)["pool"] for name, detector in detectors.items()}
 
-    shares = split_batches(indices, batch_size, processes.world, processes.rank)
-    batches = [batch for batch in shares if len(batch)]
-    statistics, _ = extract(images, batches, all_features, processes)
-    return {name: statistics[name].finish() for name in detectors}
+    batches = split_batches(indices, batch_size, processes.world, processes.rank)
+    statistics, _ = extract(images, [batch for batch in batches if len(batch)], all_features, processes)
+    return {name: running.finish() for name, running in statistics.items()}
 
 
 def calc(args, processes):
@@ -126,10 +121,11 @@ def calc(args, processes):
     say(f"Loading feature statistics from {args.ref} ...")
     reference, size = read_reference(args.ref)
     path = result_path(args.json, args.images, "-edm2")
-    images, indices = load_images(args.images, "--images", args.num, args.seed)
+    images = load_images(args.images, "--images", args.num)
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")
     detectors = load_detectors(args, processes.device, reference)
+    indices = choose_subset(len(images), args.num, args.seed)
     statistics = calculate_statistics(images, indices, detectors, args.batch, processes)
     if not processes.is_main:
         return
@@ -152,11 +148,10 @@ def calc(args, processes):
 def ref(args, processes):
     """Statistics of --data, written to --dest."""
     check_writable(args.dest, "--dest")
-    images, indices = load_images(args.data, "--data")
-    detectors = load_detectors(args, processes.device)
-    statistics = calculate_statistics(images, indices, detectors, args.batch, processes)
+    images, detectors = load_images(args.data, "--data", 2), load_detectors(args, processes.device)
+    statistics = calculate_statistics(images, choose_subset(len(images)), detectors, args.batch, processes)
     if processes.is_main:
-        content = {"num_images": len(indices), "image_size": images.shape[:2]}
+        content = {"num_images": len(images), "image_size": images.shape[:2]}
         content |= {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}
         with named_full_disk(args.dest):
             write_atomically(args.dest, lambda file: pickle.dump(content, file))

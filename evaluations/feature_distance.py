@@ -22,13 +22,11 @@ from common.files import check_writable
 from common.flags import Range, flag, parse_flags, required
 from common.pictures import save_lines
 from common.precision import set_math
-from evaluations.metrics.images import split
 from evaluations.metrics.results import Result, markdown
-from models import load_checkpoint
-from models.paths import PATHS
-from samplers import SAMPLERS, GuidedVelocity, integrate, sample_labels, sample_noise
+from sampling.conditions import ClassLabels
+from sampling.flags import SamplingFlags
+from sampling.sampler import ImageSampler
 
-ROWS = 10  # of the printed table
 REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
     "per token": lambda d: d.norm(dim=-1).mean(dim=1),  # over channels, then the mean over tokens
     "per image": lambda d: d.flatten(1).norm(dim=1),  # over tokens and channels
@@ -94,27 +92,26 @@ class Probe:
         }
 
 
-def sample(args, checkpoint, probe, device):
-    """Run the sampler on all samples, in batches; what it makes is thrown away."""
-    options, path = checkpoint.options, PATHS[checkpoint.run.get("path_type") or "linear"]
-    shape, sampler = (options["in_channels"], options["input_size"], options["input_size"]), SAMPLERS[args.mode]
-    for indices in tqdm(split(range(args.num_samples), args.batch_size), unit="batch", mininterval=1):
-        y = sample_labels(args.seed, indices, options["num_classes"]).to(device)
-        step = sampler.step(path, lambda step, who=indices: sample_noise(args.seed, who, step + 1, shape))
-        noise = sample_noise(args.seed, indices, 0, shape).to(device)
-        x = integrate(step, GuidedVelocity(probe, y, y), noise, sampler.times(args.num_steps))  # without guidance
-        if not x.isfinite().all():
-            raise InputError(f"{args.ckpt} gives samples that are not finite (images {indices[0]}..{indices[-1]})")
+@dataclasses.dataclass(kw_only=True)
+class Sampled(SamplingFlags):
+    """What is sampled: latents of random classes, without guidance."""
+
+    labels: str = "random"
+    decode: bool = False
+
+
+def open_sampler(args):
+    """ImageSampler of the checkpoint. Raises InputError."""
+    known = {name: getattr(args, name) for name in ("ckpt", "weights", "df_idxs", "dmf_depth", "legacy_scaling")}
+    sizes = {"num_fid_samples": args.num_samples, "per_proc_batch_size": args.batch_size, "global_seed": args.seed}
+    config = Sampled(**known, **sizes, mode=args.mode, num_steps=args.num_steps)
+    return ImageSampler(config, ClassLabels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def table(probe):
-    """Markdown: the means over all steps, by reduction, then the distances per token at some of the steps."""
-    curves = probe.curves()
-    times = [t for t, _ in next(iter(curves.values()))]
-    chosen = sorted({round(i * (len(times) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    means = [[f"mean, {name}", *(f"{mean(c):.3f}" for c in probe.curves(name).values())] for name in REDUCTIONS]
-    rows = [[f"{times[i]:.3f}", *(f"{curve[i][1]:.3f}" for curve in curves.values())] for i in chosen]
-    return "\n".join(markdown(["t", *curves], means + rows))
+    """Markdown: the means over all steps, by reduction."""
+    rows = [[name, *(f"{mean(curve):.3f}" for curve in probe.curves(name).values())] for name in REDUCTIONS]
+    return "\n".join(markdown(["mean distance", *probe.curves()], rows))
 
 
 def mean(curve):
@@ -136,16 +133,15 @@ def main(argv=None):
     for name in ("out", "plot"):
         if path := getattr(args, name):
             check_writable(path, f"--{name}")
-    known = {"df_idxs": args.df_idxs, "dmf_depth": args.dmf_depth, "legacy_scaling": args.legacy_scaling}
-    checkpoint = load_checkpoint(args.ckpt, args.weights, **known)
-    if "num_classes" not in checkpoint.options:
-        raise InputError(f"--ckpt {args.ckpt} is a text-to-image model; name a model of classes")
     set_math(allow_tf32=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    probe = Probe(checkpoint.model.to(device), choose_block(checkpoint.model, args.block))
-    sample(args, checkpoint, probe, device)
+    sampler = open_sampler(args)
+    checkpoint = sampler.checkpoint
+    sampler.network = probe = Probe(checkpoint.model, choose_block(checkpoint.model, args.block))
+    batches = sampler.config.batches()
+    for _ in tqdm(sampler.batches(batches), total=len(batches), unit="batch", mininterval=1):
+        pass  # the probe sees the calls; the samples are thrown away
     curves = probe.curves()
-    print(f"{table(probe)}\nrows of a time are per token; the paper does not say which of these distances it takes")
+    print(f"{table(probe)}\nthe paper does not say which of these distances it takes")
     if args.out:
         metrics = {}
         for reduction in REDUCTIONS:

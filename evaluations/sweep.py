@@ -66,8 +66,8 @@ class Setting:
 
     @property
     def name(self):
-        guidance = f"cfg-{self.cfg_scale}-{self.low}-{self.high}" if self.guided else "cfg-1.0"
-        return f"steps-{self.num_steps}-{guidance}"
+        guidance = f"{self.cfg_scale}-{self.low}-{self.high}" if self.guided else "1.0"
+        return f"steps-{self.num_steps}-cfg-{guidance}"
 
     @property
     def flags(self):
@@ -86,11 +86,10 @@ def settings(args):
 def run_python(processes, *command):
     """Run a program of the repository, under torchrun where there are several processes. Raises InputError."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words = [*(torchrun if processes > 1 else []), *command]
-    done = subprocess.run([sys.executable, *map(str, words)], check=False)
-    if done.returncode:
+    words = map(str, [*(torchrun if processes > 1 else []), *command])
+    if code := subprocess.run([sys.executable, *words], check=False).returncode:
         name = command[1] if command[0] == "-m" else command[0]
-        raise InputError(f"{name} ended with {done.returncode}; see its output above")
+        raise InputError(f"{name} ended with {code}; see its output above")
 
 
 def measure(setting, args, generate):

@@ -205,7 +205,7 @@ def test_writing_in_threads_bounds_what_waits_and_writes_everything():
 
     def batches():
         for item in range(6):
-            if item == 3:  # three are being written
+            if item == 2:  # two are being written, and the third is waited for
                 gate.set()
             sampled.append(item)
             yield (item,)
