@@ -154,7 +154,8 @@ def launched(launcher, data, output_dir, **changes):
     done = launcher(tiny.ROOT / "train.py", *tiny.train_flags(data, output_dir, **{**TEN_STEPS, **changes}))
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
-    assert [line["step"] for line in tiny.log_lines(run_dir)] == list(range(1, LAST + 1))
+    steps = [line["step"] for line in tiny.log_lines(run_dir) if "changes" not in line]
+    assert steps == list(range(1, LAST + 1))
     return outcome(run_dir)
 
 
