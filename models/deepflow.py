@@ -174,10 +174,8 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
             self.final_layer = nn.ModuleList([self.final_layer, VelocityLayer(*sizes)])
             self.final_acc_layer = VelocityLayer(*sizes) if vera in WITH_ACCELERATION else None
             self.dt_embedder = TimestepEmbedder(gap_width(hidden_size, vera)) if vera != "none" else None
-        acc_mlp = acc_mlp or (projector_dim, 2 * projector_dim, projector_dim)
-        self.df_blocks = nn.ModuleList(
-            VeRA(hidden_size, num_heads, acc_mlp, legacy_scaling, vera) for _ in self.df_idxs
-        )
+        widths = acc_widths(acc_mlp, projector_dim)
+        self.df_blocks = nn.ModuleList(VeRA(hidden_size, num_heads, widths, legacy_scaling, vera) for _ in self.df_idxs)
         aligned_places = (len(self.df_idxs) or 1) if ssl_align else 0
         self.projectors = nn.ModuleList(
             silu_mlp(hidden_size, projector_dim, projector_dim, z_dim)  # from refined tokens to an encoder's width
@@ -309,6 +307,11 @@ def silu_mlp(*widths):
     """Linear layers from each width to the next, with SiLU between them."""
     layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
     return nn.Sequential(*layers[:-1])
+
+
+def acc_widths(acc_mlp, projector_dim):
+    """Hidden widths of ACC_MLP: as given, else P, 2P, P."""
+    return tuple(acc_mlp or (projector_dim, 2 * projector_dim, projector_dim))
 
 
 def gap_width(hidden_size, step):

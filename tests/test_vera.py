@@ -112,6 +112,12 @@ def test_bad_steps(flags, culprit):
         create_model("DeepFlow-B/2", **flags)
 
 
+def test_an_unknown_step_ends_a_run_before_it_begins(tmp_path):
+    with pytest.raises(InputError, match="--vera most is unknown; choose one of none, gap"):
+        tiny.run_train(tiny.data_folder(tmp_path / "data"), tmp_path / "exps", vera="most")
+    assert not (tmp_path / "exps").exists()
+
+
 def test_without_vera_the_branches_share_one_time():
     line = ["--exp-name", "a", "--vera", "none"]
     assert parse_flags(TrainConfig, line).resolve().tg_upper_bound == 0

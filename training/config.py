@@ -163,7 +163,7 @@ class RunFlags:
 class BranchFlags:
     """What leads from branch to branch, and how the branches' times are drawn."""
 
-    vera: str = model_flag("full", "what leads from branch to branch, the steps of Table 7a", choices=list(VERA_STEPS))
+    vera: str = model_flag("full", "what leads from branch to branch, as in Table 7a: " + ", ".join(VERA_STEPS))
     acc_mlp: int = model_flag(None, "hidden widths of ACC_MLP; default: 2048 4096 2048", int, nargs="+")
     weighting: str = loss_flag("uniform", "distribution of t", choices=list(WEIGHTINGS))
     tg_upper_bound: float = loss_flag(

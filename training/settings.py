@@ -5,6 +5,7 @@ import re
 
 from common.errors import InputError
 from common.flags import shown
+from models.deepflow import acc_widths
 from models.presets import PRESETS, model_config, spaced_key_layers
 
 COUNTS = {"count": "number of images in --data-dir", "captions": "number of captions in --data-dir"}
@@ -43,8 +44,7 @@ def settings(config, options):
     What a preset fills in has the preset's value, so that a flag may be left out or say the same.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
-    width = options["projector_dim"]
-    acc_mlp = list(options["acc_mlp"] or (width, 2 * width, width))  # as DeepFlow fills it in
+    acc_mlp = list(acc_widths(options["acc_mlp"], options["projector_dim"]))
     encoders = ",".join(config.encoders())
     filled = {**options, "trans_depth": options["depth"], "acc_mlp": acc_mlp, "enc_type": encoders}
     values.update({name: filled[name] for name in values.keys() & filled.keys()})
