@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from common.errors import InputError, note
+from common.processes import cores_of_process
 from latents.captions import CaptionRows, open_text, read_empty
 from latents.foreign import CaptionFiles, LogVarianceRows, find_empty, is_foreign, list_foreign
-from latents.manifest import MANIFEST, DataManifest
+from latents.manifest import MANIFEST, PREPARE, DataManifest
 from latents.rows import FolderRows, ImageFiles, StoredRows
 from latents.sets import Moments, check_labels, open_features, open_images, open_mirror, open_moments, spec_of_vae
 from models.codec import LatentSpec
@@ -44,10 +45,12 @@ class DataInfo:
         return {"num_classes": self.num_classes, "in_channels": self.spec.channels, "input_size": self.moments_shape[1]}
 
     def __str__(self):
-        return (
-            f"{self.count:,} latents {self.moments_shape}, {self.num_classes} classes, "
-            f"VAE {self.spec.vae} at scale {self.spec.scale}"
-        )
+        what, spec = self.conditions(), self.spec
+        return f"{self.count:,} latents {self.moments_shape}, {what}, VAE {spec.vae} at scale {spec.scale}"
+
+    def conditions(self):
+        """What the latents are of, in words."""
+        return f"{self.num_classes} classes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +64,8 @@ class CaptionInfo(DataInfo):
         """Constructor arguments of a model for this data."""
         return {"context_dim": self.text.width, "in_channels": self.spec.channels, "input_size": self.moments_shape[1]}
 
-    def __str__(self):
-        return (
-            f"{self.count:,} latents {self.moments_shape}, {self.captions:,} captions of {self.text.encoder}, "
-            f"VAE {self.spec.vae} at scale {self.spec.scale}"
-        )
+    def conditions(self):
+        return f"{self.captions:,} captions of {self.text.encoder}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +93,13 @@ class Batch:
 class LatentDataset:
     """Moments with labels, and images and features {encoder: StoredRows} where asked for; made by open_dataset."""
 
-    def __init__(self, info, rows, labels, images=None, mirror=None, features=None, workers=4):
+    def __init__(self, info, rows, labels, images=None, mirror=None, features=None, workers=None):
         self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
         self.features = features or {}
         self._moments = StoredRows(rows, mirror)
-        self._pool = ThreadPoolExecutor(max(1, workers))
+        usual = max(4, cores_of_process() if images else 0)  # to decode an image takes milliseconds of a core
+        self.workers = max(1, usual if workers is None else workers)
+        self._pool = ThreadPoolExecutor(self.workers)
 
     def __len__(self):
         return self.info.count
@@ -134,7 +136,7 @@ class LatentDataset:
 class CaptionDataset(LatentDataset):
     """Moments with the features of a caption in place of the label; of an image's captions each step draws one."""
 
-    def __init__(self, info, rows, text, images=None, features=None, workers=4):
+    def __init__(self, info, rows, text, images=None, features=None, workers=None):
         super().__init__(info, rows, None, images, features=features, workers=workers)
         self.text, self._text_rows = text, StoredRows(text.rows)
         self._empty = text.empty
@@ -162,11 +164,12 @@ class CaptionDataset(LatentDataset):
         return self.context(rows).float(), self.text.empty.expand(n, -1, -1), texts
 
 
-def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_classes=None, data_vae=None, workers=4):
+def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_classes=None, data_vae=None, workers=None):
     """Open a data folder of either layout. Raises InputError for what does not fit.
 
     images, mirror: also read `images`, `vae-sd-mirror`; features: names of the encoders whose `features-NAME` to read;
-    num_classes, data_vae: what a folder without a manifest does not say; workers: threads that read files.
+    num_classes, data_vae: what a folder without a manifest does not say; workers: threads that read files, by default 4
+    or, where images are read, as many as there are cores.
     """
     moments = open_moments(data_dir, data_vae)
     if moments.labels is None:
@@ -193,7 +196,7 @@ def _count_classes(moments, num_classes):
     return classes
 
 
-def open_captions(data_dir, *, images=False, features=(), data_vae=None, workers=4):
+def open_captions(data_dir, *, images=False, features=(), data_vae=None, workers=None):
     """Open a data folder with captions; arguments as open_dataset's. Raises InputError for what does not fit."""
     if is_foreign(data_dir):
         if features:
@@ -216,6 +219,8 @@ def open_foreign(folder, data_vae):
     spec = spec_of_vae(data_vae) if data_vae else LatentSpec()
     rows = LogVarianceRows(folder, [f"{i}.npy" for i in range(count)])
     contexts = FolderRows(folder, ["{}_{}.npy".format(*pair) for pair in pairs])
+    if len(contexts.shape) != 2:
+        raise InputError(f"{folder}: features of captions have shape {contexts.shape}, not (L, W); {PREPARE}")
     text_spec = TextSpec(tokens=contexts.shape[0], width=contexts.shape[1])
     note(f"warning: {folder} does not say its encoders; taken as {spec.vae} at {spec.scale} and {text_spec.encoder}")
     starts = np.searchsorted([i for i, _ in pairs], np.arange(count + 1))

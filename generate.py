@@ -12,10 +12,11 @@ The same command resumes an interrupted run.
 import dataclasses
 
 from common.errors import InputError, exit_on_input_error, note
-from common.files import named_full_disk
-from common.flags import flag, parse_flags
+from common.files import naming
+from common.flags import CLASSES, flag, parse_flags
 from common.precision import set_math
 from common.processes import Processes
+from models.compiling import keep_compiled
 from sampling.conditions import ClassLabels
 from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
 from sampling.results import save_images, save_picture
@@ -26,7 +27,7 @@ from sampling.sampler import ImageSampler
 class GenerateConfig(SamplingFlags):
     """Flags of generate.py."""
 
-    num_classes: int | None = flag(None, "number of classes", int, group=MODEL)
+    num_classes: int | None = flag(None, "number of classes", int, range=CLASSES, group=MODEL)
     labels: str = flag("random", "random, balanced, or in turn: 207,360 or a file with one per line", group=SAMPLING)
     classes: str | None = flag(None, "classes of the picture, 207,360: equally many images of each", str, group=OUTPUT)
 
@@ -54,12 +55,14 @@ def generate(config, make_condition=ClassLabels):
     config.check()
     if config.projector_embed_dims:
         note("--projector-embed-dims is unused: the checkpoint says what it holds")
+    if config.compile:
+        keep_compiled(config.sample_dir)
     set_math(config.tf32, config.fused_attn)
-    with Processes.join() as processes, named_full_disk(config.out or config.sample_dir):
+    with Processes.join() as processes, naming(config.out or config.sample_dir):
         save = save_picture if config.grid else save_images
         return save(ImageSampler(config, make_condition, processes.device), processes)
 
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        generate(parse_flags(GenerateConfig, description=__doc__.splitlines()[0]).resolve())
+        generate(parse_flags(GenerateConfig, description=__doc__).resolve())

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 
 from common.errors import InputError, exit_on_input_error
-from common.flags import Range, flag, parse_flags, required
+from common.flags import IMAGES, flag, parse_flags, required
 from generate import generate
 from sampling.conditions import Prompts, read_prompts
 from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
@@ -27,11 +27,11 @@ PROMPTS = (
 class TextGenerateConfig(SamplingFlags):
     """Flags of generate_t2i.py."""
 
-    prompts: list = required(PROMPTS, str, nargs="+", group=SAMPLING)
-    images_per_prompt: int | None = flag(None, "default 1, for GenEval 4", int, range=Range(low=1), group=SAMPLING)
+    prompts: list = required(PROMPTS, str, nargs="+", group=SAMPLING, empty=True)
+    images_per_prompt: int | None = flag(None, "default 1, for GenEval 4", int, range=IMAGES, group=SAMPLING)
     text_encoder: str | None = flag(None, "name or folder; default: the training data's", str, group=MODEL)
     cfg_scale: float = flag(2.0, "classifier-free guidance with the empty caption; 1.0 is none", group=SAMPLING)
-    num_fid_samples: int | None = flag(None, "default: --images-per-prompt each", int, range=Range(low=1), group=OUTPUT)
+    num_fid_samples: int | None = flag(None, "default: --images-per-prompt each", int, range=IMAGES, group=OUTPUT)
 
     def resolve(self, source):
         """As SamplingFlags.resolve, with the number of images that a PromptList gives. Raises InputError."""
@@ -60,4 +60,4 @@ def generate_prompts(config):
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        generate_prompts(parse_flags(TextGenerateConfig, description=__doc__.splitlines()[0]))
+        generate_prompts(parse_flags(TextGenerateConfig, description=__doc__))

@@ -62,6 +62,11 @@ class GuidedVelocity:
         self.calls = 0  # forward passes
         self.guided_calls = 0  # those of 2N rows
 
+    @property
+    def evaluations(self):
+        """Model evaluations of an image."""
+        return self.calls + self.guided_calls
+
     @torch.no_grad()
     def __call__(self, x, *times, interval_time=None):
         """interval_time: the time that the guidance interval is tested on; default: the first of `times`."""

@@ -68,7 +68,7 @@ def objective_of(run):
 
 
 def draw(run, step):
-    return draw_flow_map_step(step, run.config, run.latent_shape)
+    return draw_flow_map_step(step, run.config, run.latent_shape, run.rows, run.noise_block)
 
 
 def train(config):
@@ -78,4 +78,4 @@ def train(config):
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        train(parse_flags(FlowMapConfig, description=__doc__.splitlines()[0], epilog=EXIT_CODES))
+        train(parse_flags(FlowMapConfig, description=__doc__, epilog=EXIT_CODES))

@@ -14,4 +14,4 @@ from training.stop import EXIT_CODES
 
 if __name__ == "__main__":
     with exit_on_input_error():
-        train(parse_flags(TextTrainConfig, description=__doc__.splitlines()[0], epilog=EXIT_CODES))
+        train(parse_flags(TextTrainConfig, description=__doc__, epilog=EXIT_CODES))

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python -m benchmarks.dmf_step                           # CPU, fp32
     python -m benchmarks.dmf_step --model DMFT-XL/2 --batch-size 64            # GPU, bf16
 
-Both steps are of the same network and batch, eager and compiled. Parts: guidance (one pass of 2N rows for the flow
-part, one for the mean-flow part), derivative (the Jacobian-vector product), forward and backward (2N rows). Passes are
-counted in N rows: a flow step is 1 forward and 1 backward, about 3 forwards' worth; a flow map's is 4 of guidance, a
-derivative worth 2, 2 forward and 2 backward, about 12. Times are medians of interleaved repeats.
+Both steps are of the same network and batch, eager and compiled. Parts: guidance (of two thirds of the 2N rows, as the
+default flags draw them on average), derivative (the Jacobian-vector product), forward and backward (2N rows). Passes
+are counted in N rows: a flow step is 1 forward and 1 backward, about 3 forwards' worth; a flow map's is 2 to 3 of
+guidance, a derivative worth 2, 2 forward and 2 backward, about 11. Times are medians of interleaved repeats.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from common.errors import exit_on_input_error
 from common.flags import Range, flag
 from loss import GuidedTarget, flow_map_loss, flow_map_targets, flow_map_times
 from models import create_model, model_config
+from models.compiling import compile_blocks
 from models.deepflow import DeepFlow
 from training.draws import FlowMapDraws
 
@@ -52,16 +53,14 @@ class Bench:
         self.x0, posterior, noise, map_noise = torch.randn(4, *latent_shape(options, n), generator=g).to(DEVICE)
         times = flow_map_times(torch.randn(3, n, generator=g), (0.0, 0.4, -1.2), (1.0, 1.0, 1.0)).to(DEVICE)
         self.y = torch.randint(options["num_classes"], (n,), generator=g).to(DEVICE)
-        drop, guided = torch.zeros(n, dtype=torch.bool), torch.ones(2, n, dtype=torch.bool)
+        drop, guided = torch.zeros(n, dtype=torch.bool), (torch.arange(2 * n) < round(4 * n / 3)).view(2, n)
         self.draws = FlowMapDraws(times, drop, posterior, noise, map_noise, guided)
         self.model.supervise_branches(False)
-        velocity = self.model.velocity
         if compiled:
-            self.model.compile(fullgraph=True)
-            self.flow.compile(fullgraph=True)
+            compile_blocks(self.model)
+            compile_blocks(self.flow)
             self.model.compile_derivative()
-            velocity = torch.compile(velocity, fullgraph=True)
-        self.guide = GuidedTarget("mg", 0.6, self.counted(velocity), options["num_classes"])
+        self.guide = GuidedTarget("mg", 0.6, self.counted(self.model.velocity), options["num_classes"])
         self.rows = 0
         self.targets = self.make_targets(GuidedTarget())
 
@@ -79,10 +78,10 @@ class Bench:
             return flow_map_targets(self.model, guide, self.x0, self.y, self.draws, PATH)
 
     def guidance(self):
+        times, noise = self.draws.times[:2].flatten(), torch.cat([self.draws.noise, self.draws.map_noise])
+        x0, y = torch.cat([self.x0, self.x0]), torch.cat([self.y, self.y])
         with self.autocast():
-            parts = zip(self.draws.times[:2], (self.draws.noise, self.draws.map_noise), self.draws.guided, strict=True)
-            for t, noise, guided in parts:
-                self.guide(noise - self.x0, PATH.interpolate(self.x0, noise, t), t, self.y, guided)
+            self.guide(noise - x0, PATH.interpolate(x0, noise, times), times, y, self.draws.guided.flatten())
 
     def derivative(self):
         _, t, r = self.draws.times

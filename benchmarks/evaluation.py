@@ -14,16 +14,14 @@ import time
 from unittest import mock
 
 import torch
-from torch_fidelity import feature_extractor_inceptionv3
 
-from benchmarks.timing import describe_machine, synchronize
+from benchmarks.timing import describe_machine, installed, synchronize
 from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags
 from common.precision import set_math
 from common.processes import Processes
 from evaluations.metrics.features import extract
 from evaluations.metrics.frechet import RunningStatistics, frechet_distance
-from evaluations.metrics.images import split
 from evaluations.metrics.inception import Inception, inception_score
 from evaluations.metrics.precision_recall import PRECISIONS, precision_recall
 
@@ -89,6 +87,8 @@ class Rows:
 
 def random_inception(device):
     """InceptionV3 with random weights."""
+    from torch_fidelity import feature_extractor_inceptionv3
+
     download = mock.patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url")
     with download, mock.patch.object(torch.nn.Module, "load_state_dict"):
         return Inception(device=device)
@@ -103,7 +103,7 @@ def features_like_inceptions(count, width, seed):
 def measure_extraction(args, processes, rows):
     """Images through the network, in images/s."""
     extractor = random_inception(processes.device)
-    batches = split(range(args.images), args.batch_size)
+    batches = torch.arange(args.images).split(args.batch_size)
     extract(RandomImages(args.resolution), batches[:1], extractor, processes)
     count = sum(map(len, batches))
     rows.time(f"features of {count} images of {args.resolution}²",
@@ -148,7 +148,9 @@ def main():
         rows = Rows(processes.device)
         print(f"{describe_machine()}, load {os.getloadavg()[0]:.1f}\n")
         measure_distances(args, processes, rows)
-        if args.images:
+        if args.images and not installed("torch_fidelity"):
+            print("features of images: torch-fidelity is not installed")
+        elif args.images:
             measure_extraction(args, processes, rows)
 
 

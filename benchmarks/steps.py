@@ -9,6 +9,7 @@ from benchmarks.timing import DEVICE, ON_GPU, describe_machine
 from common.flags import Range, flag, parse_flags
 from common.precision import set_math
 from loss import deepflow_loss
+from models.compiling import compile_blocks
 from models.paths import PATHS
 from training.ema import EMA
 
@@ -32,6 +33,10 @@ class StepFlags:
         """The ways a network is run."""
         return ("eager", "compiled") if self.compile else ("eager",)
 
+    def resolve(self):
+        """A copy with the defaults that depend on the machine."""
+        return self
+
     def autocast(self):
         return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -46,7 +51,7 @@ class BranchFlags(StepFlags):
 
 def begin(flags, description):
     """Parse the command line into `flags`, set the precision of products, and print what is measured where."""
-    args = parse_flags(flags, description=description)
+    args = parse_flags(flags, description=description).resolve()
     set_math(allow_tf32=True)
     print(f"{args.model}, batch {args.batch_size}, precision {args.precision}, {describe_machine()}", flush=True)
     return args
@@ -68,27 +73,32 @@ def make_batch(options, batch_size):
 
 def our_loss(model, x0, noise, times, y):
     """Loss of a DeepFlow model, a scalar; times (k, N) of as many branches as it has, or more."""
-    times = times[: model.num_branches]
+    k = getattr(model, "module", model).num_branches  # in DistributedDataParallel it is the module's
+    times = times[:k]
     out = model(PATH.interpolate(x0, noise, times[0]), list(times), y)
-    weights = [0.2] * (model.num_branches - 1) + [1.0]
+    weights = [0.2] * (k - 1) + [1.0]
     return deepflow_loss(out, x0, noise, times, PATH, weights, 1.0).total.mean()
 
 
 class Step:
     """One training step of a model: forward, loss, backward, clipping, AdamW, EMA."""
 
-    def __init__(self, model, loss, batch, autocast, compiled):
+    def __init__(self, model, loss, batch, autocast, how, wrap=None):
+        """how: eager, compiled (by block, as train*.py do it) or whole graph; wrap: as DistributedDataParallel."""
         self.model, self.loss, self.batch, self.autocast = model.to(DEVICE).train(), loss, batch, autocast
         trained = [p for p in model.parameters() if p.requires_grad]
+        self.network = model if wrap is None else wrap(model)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
         self.ema = EMA(model, 0.9999)
         self.flops = self.count_flops()
-        if compiled:
-            self.model.compile(fullgraph=True)
+        if how == "compiled" and hasattr(model, "blocks"):
+            compile_blocks(model)
+        elif how != "eager":
+            model.compile(fullgraph=True)
 
     def gradient(self):
         with self.autocast():
-            loss = self.loss(self.model, *self.batch)
+            loss = self.loss(self.network, *self.batch)
         loss.backward()
 
     def count_flops(self):

@@ -50,7 +50,7 @@ def make_steps(args):
         "SiT of classes": (lambda: DeepFlow(**{**classes, "df_idxs": ()}), labels),
     }
     return {
-        (what, how): Step(build(), our_loss, (x0, noise, times, y), args.autocast, how == "compiled")
+        (what, how): Step(build(), our_loss, (x0, noise, times, y), args.autocast, how)
         for what, (build, y) in builders.items()
         for how in args.hows
     }

@@ -1,6 +1,8 @@
 """What the benchmarks share: the device, interleaved timing, memory, the rate of matrix products, tables."""
 
 import ctypes
+import gc
+import importlib.util
 import platform
 import statistics
 import sys
@@ -10,6 +12,11 @@ import torch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def installed(package):
+    """Whether a package that only some rows need is there; a machine with a GPU may lack it."""
+    return importlib.util.find_spec(package) is not None
 
 
 def synchronize():
@@ -68,6 +75,14 @@ def interleaved_medians(runs, repeats):
 def median_ratio(times, name, other):
     """Median over the repeats of name's time to other's in the same repeat: steadier than a ratio of medians."""
     return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+
+
+def free():
+    """Give back the memory of networks that nobody holds any more, and forget what was compiled for them."""
+    torch.compiler.reset()
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 def peak_gpu_memory(run):

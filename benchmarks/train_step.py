@@ -1,25 +1,72 @@
 """Speed of a training step, as ratios measured in one run.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.train_step                               # CPU, fp32
-    python -m benchmarks.train_step --model DeepFlow-XL/2 --batch-size 256           # GPU, bf16
+    OMP_NUM_THREADS=2 python -m benchmarks.train_step                    # CPU, fp32
+    python -m benchmarks.train_step --model DeepFlow-XL/2                 # GPU, bf16
+    python -m benchmarks.train_step --model DeepFlow-XL/2 --only model
 
 Side by side: the model, SiT of equal width and depth (one branch), and diffusers' DiTTransformer2DModel of equal width
 and depth, each eager and compiled, trained with the same optimizer, batch and precision. A step is forward pass, loss,
-backward pass, clipping, AdamW and EMA; times are medians of interleaved repeats. MFU is taken of the rate of a large
-matrix product measured in the same run; memory is the peak of one model's steps alone.
+backward pass, clipping, AdamW and EMA; times are medians. Networks whose predicted memory fits on the GPU together run
+in turns, step by step; otherwise one is built, measured and freed after the other, and a ratio says so. MFU is taken of
+the rate of a large matrix product measured in the same run; memory is the peak of one model's steps alone.
 """
 
+import dataclasses
+import functools
 import multiprocessing
 import resource
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from benchmarks.memory import fixed_bytes, largest_batch, saved_bytes
 from benchmarks.steps import PATH, BranchFlags, Step, begin, cells, make_batch, our_loss
-from benchmarks.timing import ON_GPU, interleaved_medians, matmul_rate, peak_gpu_memory, print_table
+from benchmarks.timing import (
+    DEVICE,
+    ON_GPU,
+    free,
+    installed,
+    interleaved_medians,
+    matmul_rate,
+    peak_gpu_memory,
+    print_table,
+)
 from common.errors import exit_on_input_error
+from common.flags import Range, flag
 from loss import mean_square
 from models import create_model, model_config
+
+NETWORKS = ("model", "sit", "dit")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainStepFlags(BranchFlags):
+    """Flags of this program."""
+
+    batch_size: int | None = flag(
+        None if ON_GPU else 8,
+        "images of a step; default on a GPU: as many of 256, 128, … as the prediction lets fit",
+        int,
+        range=Range(low=1),
+        group="optimisation",
+    )
+    only: list = flag(
+        NETWORKS, "networks to measure", str, nargs="+", choices=NETWORKS, group="precision and speed", metavar="NAME"
+    )
+
+    def options(self):
+        """Constructor arguments of the model."""
+        return model_config(self.model, depth=self.trans_depth, df_idxs=self.df_idxs)
+
+    def resolve(self):
+        """A copy with a batch size."""
+        size = self.batch_size or largest_batch(self.options(), gpu_bytes(), self.hows[0])
+        return dataclasses.replace(self, batch_size=size)
+
+
+def gpu_bytes():
+    """Memory of the GPU."""
+    return torch.cuda.get_device_properties(DEVICE).total_memory
 
 
 def diffusers_loss(model, x0, noise, times, labels):
@@ -45,73 +92,110 @@ def diffusers_model(options):
 
 
 def make_steps(args):
-    """{(what, how): function that builds its Step}."""
-    options = model_config(args.model, depth=args.trans_depth, df_idxs=args.df_idxs)
+    """{(what, how): function that builds its Step}, without diffusers' where that is not installed."""
+    options = args.options()
     batch = make_batch(options, args.batch_size)
     sit = {**options, "df_idxs": ()}
     builders = {
-        args.model: (lambda: create_model(args.model, **options), our_loss),
-        "SiT, equal width and depth": (lambda: create_model(args.model, **sit), our_loss),
-        "diffusers DiT, equal width and depth": (lambda: diffusers_model(options), diffusers_loss),
+        "model": (args.model, lambda: create_model(args.model, **options), our_loss),
+        "sit": ("SiT, equal width and depth", lambda: create_model(args.model, **sit), our_loss),
+        "dit": ("diffusers DiT, equal width and depth", lambda: diffusers_model(options), diffusers_loss),
     }
     return {
-        (what, how): lambda build=build, loss=loss, how=how: Step(
-            build(), loss, batch, args.autocast, how == "compiled"
-        )
-        for what, (build, loss) in builders.items()
+        (what, how): functools.partial(build_step, build, loss, batch, args.autocast, how)
         for how in args.hows
+        for name, (what, build, loss) in builders.items()
+        if name in args.only and (name != "dit" or installed("diffusers"))
     }
+
+
+def build_step(build, *rest):
+    """The Step of the network that build() makes."""
+    return Step(build(), *rest)
+
+
+def groups(args, keys):
+    """The (what, how) in lists of those that are held and run together: on a GPU as many as the prediction lets fit."""
+    if not ON_GPU:
+        return [list(keys)]
+    options, found = args.options(), [[]]
+    for what, how in keys:
+        together = [*found[-1], (what, how)]
+        states = len(together) * fixed_bytes(options)
+        if found[-1] and states + max(saved_bytes(options, h) for _, h in together) * args.batch_size > gpu_bytes():
+            found.append([])
+        found[-1].append((what, how))
+    return found
 
 
 def peak_memory(args, key):
-    """Peak memory of one model's steps in MB: the GPU's, or on a CPU that of the process, imports included."""
-    step = make_steps(args)[key]()
-    step()
-    if ON_GPU:
-        return peak_gpu_memory(step)
+    """Peak memory of the process while one model trains on a CPU, imports included, MB."""
+    make_steps(args)[key]()()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kilobytes on Linux
 
 
-def peak_memories(args):
-    """{(what, how): MB}; on a CPU each in a process of its own."""
-    keys = make_steps(args)
-    if ON_GPU:
-        return {key: peak_memory(args, key) for key in keys}
-    memory = {}
-    for key in keys:
+def build_and_weigh(args, key, build):
+    """A Step, ready to run, and the peak memory of its steps in MB; on a CPU that of a process of its own."""
+    if not ON_GPU:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            memory[key] = fresh.submit(peak_memory, args, key).result()
-    return memory
+            memory = fresh.submit(peak_memory, args, key).result()
+        return build(), memory
+    others = torch.cuda.memory_allocated(DEVICE) / 1e6
+    step = build()
+    step()
+    return step, peak_gpu_memory(step) - others
 
 
-def measure(args):
-    """Rows of the table, and {(what, how): median seconds}."""
-    rate = matmul_rate(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    print(f"large matrix product: {rate / 1e12:.2f} TFLOP/s", flush=True)
-    memory = peak_memories(args)
-    steps = {key: build() for key, build in make_steps(args).items()}
+def measure_group(args, keys, rate):
+    """Rows of the table, and {(what, how): median seconds}, of networks that are held together."""
+    builders, steps, rows, memory = make_steps(args), {}, [], {}
+    for key in keys:
+        try:
+            steps[key], memory[key] = build_and_weigh(args, key, builders[key])
+        except torch.OutOfMemoryError:
+            rows.append([*key, "out of memory", *"––––"])
+            free()
     medians = interleaved_medians(steps, args.repeats)
-    rows = []
     for key, seconds in medians.items():
         mfu = 100 * steps[key].flops / seconds / rate
         rows.append([*key, *cells(steps[key], seconds, args.batch_size), f"{mfu:.1f}", f"{memory[key]:,.0f}"])
     return rows, medians
 
 
-def print_ratios(medians, model):
+def measure(args):
+    """Rows of the table, and a list of {(what, how): median seconds}, one for each group."""
+    rate = matmul_rate(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    print(f"large matrix product: {rate / 1e12:.2f} TFLOP/s", flush=True)
+    if "dit" in args.only and not installed("diffusers"):
+        print("diffusers is not installed: its row is left out", flush=True)
+    rows, medians = [], []
+    for keys in groups(args, make_steps(args)):
+        more, times = measure_group(args, keys, rate)
+        rows, medians = [*rows, *more], [*medians, times]
+        free()
+    return rows, medians
+
+
+def print_ratios(groups, args):
     """The ratios that the table is for."""
-    for how in dict.fromkeys(how for _, how in medians):
-        ours, sit, theirs = (seconds for (_, h), seconds in medians.items() if h == how)
-        print(
-            f"{how}: SiT to diffusers' DiT {sit / theirs:.3f} of the time; {model} to SiT {ours / sit:.3f}", flush=True
-        )
+    medians = {key: seconds for group in groups for key, seconds in group.items()}
+    ours, sit, dit = args.model, "SiT, equal width and depth", "diffusers DiT, equal width and depth"
+    for how in args.hows:
+        for a, b in ((sit, dit), (ours, sit)):
+            pair = (a, how), (b, how)
+            if medians.keys() >= set(pair):
+                together = any(group.keys() >= set(pair) for group in groups)
+                note = "run in turns" if together else "one after the other: they do not fit together"
+                print(
+                    f"{how}: {a} takes {medians[pair[0]] / medians[pair[1]]:.3f} of the time of {b}; {note}", flush=True
+                )
 
 
 def main():
-    args = begin(BranchFlags, __doc__)
+    args = begin(TrainStepFlags, __doc__)
     rows, medians = measure(args)
     print_table(["model", "", "ms/step", "images/s", "GFLOP/image", "MFU %", "peak MB"], rows)
-    print_ratios(medians, args.model)
+    print_ratios(medians, args)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,111 @@
 """What is said to the user: remarks, and the one kind of exception for a mistake with the one way it ends a command."""
 
 import contextlib
+import errno
 import os
+import re
 import sys
 import time
+
+EXIT_INTERRUPTED = 130  # as shells say of a program that Ctrl-C ended
+ROOM = "free space, or raise the quota (ulimit -f), and run the same again: what is finished is kept"
+REMEDIES = {  # of what the machine refuses, by errno: it says nothing about the content of a file
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n 4096); run the same again"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a folder is needed where a file is; move it, or name another"),
+    errno.EACCES: "permit it (chmod, chown), or name another place",
+    errno.EISDIR: "a file is needed where a folder is; move it, or name another file",
+    errno.ELOOP: "the link leads to itself; name another file",
+    errno.EROFS: "name a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOMEM: "choose smaller batches, or a machine with more memory",
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk or its connection, and run the same again"),
+}
+WORDS = {  # of exceptions without errno, from libraries
+    r"\d+ requested and \d+ written|unexpected pos|PytorchStreamWriter failed": errno.ENOSPC,
+    r"can't allocate memory": errno.ENOMEM,
+    **{re.escape(os.strerror(number)): number for number in REMEDIES},
+}
 
 
 class InputError(ValueError):
     """A mistake in flags, files or data. The message is one line: the culprit (file or flag) and the remedy."""
 
 
+def system_error(error):
+    """OSError of what the machine refused where an exception comes from that and not from a file's content, else None.
+
+    Libraries hide it in their text, or in the exception before.
+    """
+    chain = [] if isinstance(error, InputError) else [error]
+    while chain and (before := chain[-1].__cause__ or chain[-1].__context__):
+        chain.append(before)
+    for found in chain:
+        number = errno.ENOMEM if isinstance(found, MemoryError) else getattr(found, "errno", None)
+        if number in REMEDIES:
+            return OSError(number, os.strerror(number), getattr(found, "filename", None))
+    numbers = (number for found in chain for words, number in WORDS.items() if re.search(words, str(found)))
+    return next((OSError(number, os.strerror(number)) for number in numbers), None)
+
+
+def system_fault(error, path=None):
+    """What the machine refused, and a remedy; None where an exception comes from content. path: where it names none."""
+    if (found := system_error(error)) is None:
+        return None
+    place = found.filename or path
+    return f"{f'{place}: ' if place else ''}{found.strerror}; {REMEDIES[found.errno]}"
+
+
+def unreadable(error, where, remedy):
+    """InputError of an OSError at reading the file `where`; remedy: unless the machine refused."""
+    return InputError(f"{where} cannot be read ({error.strerror or error}); {REMEDIES.get(error.errno, remedy)}")
+
+
 @contextlib.contextmanager
 def exit_on_input_error():
-    """End the command with one line on stderr and exit code 2 on an InputError; anything else keeps its traceback.
+    """End the command with one line on stderr and exit code 2 on an InputError; what is no mistake keeps its traceback.
 
-    The first process prints it at once; the others wait, so that the launcher ends them before they repeat it.
+    So end what the machine refuses (no space, no permission, …), a failure of torch's compiler, and Ctrl-C, with exit
+    code 130. The first process prints at once; the others wait, so that the launcher ends them before they repeat it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names need not be text that the terminal can show
     try:
         yield
-    except InputError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        _end("interrupted; run the same again to continue", EXIT_INTERRUPTED)
+    except Exception as error:
+        if (line := _in_one_line(error)) is None:
+            raise
+        _end(f"error: {line}", 2)
+
+
+def _in_one_line(error):
+    """What to print instead of a traceback; None for what is a mistake of this program."""
+    if isinstance(error, InputError):
+        return str(error)
+    compiler = sys.modules.get("torch._dynamo.exc")  # which is imported with the compiler only
+    if compiler and isinstance(error, compiler.TorchDynamoException):
+        reason = first_line(getattr(error, "inner_exception", error))
+        return f"--compile fails on this machine ({reason}); pass --no-compile, or mend the compiler"
+    if "in the docstring of" in str(error):  # diffusers and transformers
+        return "a library reads docstrings, which python -OO drops; unset PYTHONOPTIMIZE, or set it to 1"
+    if isinstance(error, OSError | MemoryError | RuntimeError | ImportError) and (fault := system_fault(error)):
+        return fault
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}; check the path"
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none
+        return f"{error.strerror}; free space there, or set TMPDIR to another folder"
+    return None
+
+
+def _end(line, code):
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+    with contextlib.suppress(OSError):  # of a log that is full in turn
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def first_line(error):

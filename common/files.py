@@ -2,34 +2,140 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import mmap
 import os
+import shutil
+import stat
 import tempfile
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import REMEDIES, InputError, system_error, unreadable
 
 
 def write_atomically(path, write, durable=True, temporary=None):
-    """Call write(file) on a temporary name, then rename: no half file under the final name.
+    """Call write(file) on a temporary name, then rename: no half file under the final name. Raises OSError naming it.
 
     durable: flush to disk before the rename, so that this holds after a power cut as well.
     temporary: a name on the same file system, for a caller that clears away what a killed process leaves there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp"))
+    with naming(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # else it would hide the error before
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path, temporary=None):
+    """What the machine refuses in this context is an OSError that names a file: `path` where it would not.
+
+    temporary: what `path`, a file or folder, is called until it is finished.
+    """
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        if (found := system_error(error)) is None:
+            raise
+        if found.filename is None or (temporary and str(found.filename).startswith(str(temporary))):
+            found.filename = str(path)
+        raise found from None
+
+
+@contextlib.contextmanager
+def locked(path, flag, main=True):
+    """Hold the file or folder `path` of a flag, so that no second process writes it. Raises InputError at once.
+
+    What killed processes left half-written of it is removed. main: whether this process of a launch holds it; the
+    others go on. The lock is a file beside the result, and goes with the context.
+    """
+    path = Path(os.path.realpath(path))
+    alone = path.is_dir() and not os.access(path.parent, os.W_OK)  # the mount point of a volume, say
+    lock = path / ".lock" if alone else path.parent / f".{path.name}.lock"
+    with _open_lock(path, lock, flag) if main else contextlib.nullcontext() as file:
+        if file:
+            remove_leftovers(path)
+            os.register_at_fork(after_in_child=file.close)  # a worker that outlives a killed command holds nothing
+        try:
+            yield
+        finally:
+            if file:
+                lock.unlink(missing_ok=True)
+
+
+def _open_lock(path, lock, flag):
+    """The lock as a file that is held until it is closed; None where the place is read-only, so nothing is written."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb")  # a pipe must not wait
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EROFS):
+                return contextlib.nullcontext()
+            raise _unwritable(error, path, flag) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(f"another process is writing {path}; wait for it, or pass another {flag}") from None
+        except OSError:
+            return file  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        file.close()  # of a process that ended in between, and removed it
+
+
+@contextlib.contextmanager
+def whole_folder(folder, flag):
+    """A locked folder to fill, renamed to `folder` at the end, which is whole or absent; an empty one is replaced."""
+    folder = Path(folder)
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    with locked(folder, flag), naming(folder, partial):
+        partial.mkdir()
+        try:
+            yield partial
+            for path in (path for path in partial.rglob("*") if path.is_file()):
+                path.chmod(partial.stat().st_mode & 0o666)  # as the umask says: safetensors lets only the owner read
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(path):
+    """Remove what processes that are no more left half-written of the result `path`, beside it."""
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and (int(number) == os.getpid() or not _is_alive(int(number))):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_alive(number):
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def _unwritable(error, path, flag):
+    remedy = REMEDIES.get(error.errno, "name another file")
+    return InputError(f"{flag} {path} cannot be written ({error.strerror}); {remedy}")
 
 
 def check_writable(path, flag):
@@ -38,26 +144,15 @@ def check_writable(path, flag):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+        remove_leftovers(path)
     except OSError as error:
-        raise InputError(f"{flag} {path} cannot be written ({error.strerror}); name another file") from None
+        raise _unwritable(error, path, flag) from None
     if path.is_dir():
         raise InputError(f"{flag} {path} is a folder; name a file")
 
 
 def write_json(path, content):
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-@contextlib.contextmanager
-def named_full_disk(path):
-    """Turn a full disk, or a spent quota, into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        remedy = "free some space and run the same again, what is finished is kept"
-        raise InputError(f"{path}: {error.strerror}; {remedy}") from None
 
 
 def sha256_of_files(*paths, progress=None):
@@ -72,21 +167,31 @@ def sha256_of_files(*paths, progress=None):
     return digest.hexdigest()
 
 
+def regular(path):
+    """The path of a regular file. Raises OSError for anything else: reading a pipe or a device may never end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
 def read_bytes(path, remedy):
     """Content of a file. Raises InputError."""
     try:
-        return Path(path).read_bytes()
+        return Path(regular(path)).read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+        raise unreadable(error, path, remedy) from None
 
 
 def map_file(path, remedy):
     """Memory map of a file for reading, b"" of an empty one. Raises InputError."""
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+        raise unreadable(error, path, remedy) from None
 
 
 def read_lines(path, where=None):
@@ -100,7 +205,7 @@ def read_lines(path, where=None):
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
     except OSError as error:
-        raise InputError(f"{where} cannot be read ({error.strerror}); name another file") from None
+        raise unreadable(error, where, "name another file") from None
     found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise InputError(f"{where} is empty; name another file")

@@ -5,7 +5,7 @@ class Config:
     ckpt: str = required("checkpoint")
     steps: int = flag(50, "sampler steps", group="sampling", range=Range(low=1))
 
-config = parse_flags(Config, description="...")
+config = parse_flags(Config, description=__doc__)
 name, options = parse_commands({"pack": PackFlags, "verify": VerifyFlags}, description="...")
 """
 
@@ -38,13 +38,30 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
 
 
-def flag(default, help, kind=None, *, group=None, range=None, free=False, **options):
+LARGEST = 10**9  # of whole numbers without a bound of their own: nothing that is counted here comes near it
+SEED = Range(low=0, high=2**63 - 1)
+IMAGES = Range(low=1, high=10**7)  # that are made
+BATCH = Range(low=1, high=2**20)  # rows that are computed at once
+WORKERS = Range(low=1, high=1024)  # threads or processes
+SAMPLER_STEPS = Range(low=1, high=10**5)
+BLOCKS = Range(low=1, high=1000)  # of a network
+CLASSES = Range(low=1, high=10**6)  # the label table of an XL model would have a billion parameters
+SIDE = Range(low=1, high=2**14)  # pixels
+
+
+def flag(default, help, kind=None, *, group=None, range=None, free=False, empty=False, **options):
     """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type).
 
-    group: heading in --help; range: a Range, for each value of a list; free: bears on no result, so that what is
-    continued may change it. options go to argparse; `also` lists other names of the flag.
+    group: heading in --help; range: a Range, for each value of a list, of numbers at least finite; free: bears on no
+    result, so that what is continued may change it; empty: "" means something. options go to argparse; `also` lists
+    other names of the flag.
     """
-    metadata = {"help": help, "kind": kind or type(default), "group": group, "range": range, "free": free, **options}
+    kind = kind or type(default)
+    range = range or (Range() if kind in (int, float) else None)
+    if kind is int:
+        ends = (end if math.isfinite(end) else math.copysign(LARGEST, end) for end in (range.low, range.high))
+        range = dataclasses.replace(range, **dict(zip(("low", "high"), map(int, ends), strict=True)))
+    metadata = {"help": help, "kind": kind, "group": group, "range": range, "free": free, "empty": empty, **options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -90,10 +107,12 @@ def parse_commands(commands, argv=None, description=None):
 
 
 def check_ranges(config):
-    """The config. Raises InputError naming flag, value and range of a value outside its flag's range; None passes."""
+    """The config. Raises InputError naming a flag that is empty, or outside its range; None passes."""
     for field in dataclasses.fields(config):
         allowed, values = field.metadata["range"], getattr(config, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:
+            if value == "" and not field.metadata["empty"]:  # an empty path would be the current folder
+                raise InputError(f"{shown(field.name)} is empty; give it a value, or leave it out")
             if allowed is not None and value is not None and value not in allowed:
                 raise InputError(f"{shown(field.name)} {value} is out of range; it must be {allowed}")
     return config
@@ -103,7 +122,7 @@ def add_flags(parser, cls):
     """Add the flags of a dataclass to a parser, under the headings of their groups."""
     groups = {None: parser}
     for field in dataclasses.fields(cls):
-        options = {name: value for name, value in field.metadata.items() if name not in ("range", "free")}
+        options = {name: value for name, value in field.metadata.items() if name not in ("range", "free", "empty")}
         kind, group, names = options.pop("kind"), options.pop("group"), [shown(field.name), *options.pop("also", ())]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
@@ -120,7 +139,5 @@ def check_checkout():
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).resolve()
     own = next((folder for folder in script.parents if (folder / "common" / "flags.py").is_file()), ROOT)
     if own != ROOT:
-        raise InputError(
-            f"{script} would run with the modules of {ROOT}, which is installed in this environment; "
-            f"run pip install -e {own}, or start it as python -m from {own}"
-        )
+        remedy = f"run pip install -e {own}, or start it as python -m from {own}"
+        raise InputError(f"{script} would run with the modules of {ROOT}, which is installed here; {remedy}")

@@ -73,11 +73,20 @@ class Processes:
         return torch.cat(parts)
 
 
+def cores_of_process():
+    """Number of processor cores for this process: its share, where a launch has several on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def device_of_process(device=None):
     """This process's device, its own GPU where there are GPUs. Raises InputError where there are too few."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind != "cuda":
-        return torch.device(kind)
+        try:
+            return torch.device(kind)
+        except RuntimeError:
+            raise InputError(f"--device {kind} is unknown; pass cuda or cpu") from None
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= count:
         remedy = f"start at most {count}" if count else "use the CPU"

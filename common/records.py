@@ -20,8 +20,8 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from common.errors import InputError
 from common.files import read_bytes, read_lines
 
-Whole = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
+Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 Finite = FiniteFloat
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]  # without a folder
@@ -65,7 +65,7 @@ def _named_fault(where, remedy):
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(map(str, fault["loc"]))  # shards.0.count
-        found = "" if fault["type"] == "missing" else f" is {fault['input']!r:.60}:"
+        found = "" if fault["type"] == "missing" else f" is {' '.join(repr(fault['input']).split()):.60}:"
         raise InputError(f"{where}{f': {key!r}' if key else ''}{found} {fault['msg']}; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); {remedy}") from None

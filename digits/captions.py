@@ -85,17 +85,10 @@ def write_encoder(folder, phrases):
     write_atomically(folder / "merges.txt", lambda file: file.write("\n".join(["#version: 0.2", *merges, ""]).encode()))
     write_json(folder / "tokenizer_config.json", {"model_max_length": TOKENS, "tokenizer_class": "CLIPTokenizer"})
     torch.manual_seed(SEED)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1,
-    )
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lengths, end = {"vocab_size": len(tokens), "max_position_embeddings": TOKENS}, len(tokens) - 1
+    special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    config = transformers.CLIPTextConfig(**sizes, **lengths, **special)
     transformers.CLIPTextModel(config).save_pretrained(folder)
 
 

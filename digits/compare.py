@@ -17,7 +17,7 @@ from common.flags import flag, parse_flags, required
 from common.pictures import save_grid
 from digits.data import CLASSES
 from digits.judge import build_report, load_samples
-from digits.report import class_grid
+from digits.report import class_grid, in_words
 
 PER_CLASS = 2
 
@@ -39,11 +39,11 @@ def main(argv=None):
     for name, path in files.items():
         images, digits, _ = load_samples(path)
         report = build_report(images, digits)
-        agree, of = (report["agreement"]["samples"][key] for key in ("agree", "of"))
-        frechet = report["frechet"]["samples"]
-        found[name] = {"samples": path, "agree": agree, "of": of, "agreement": agree / of, "frechet": frechet}
+        counts, frechet = report["agreement"]["samples"], report["frechet"]["samples"]
+        share = counts["agree"] / counts["of"]
+        found[name] = {"samples": path, **counts, "agreement": share, "frechet": frechet}
         pictures.append(class_grid(images, digits, PER_CLASS))
-        print(f"{name}: {agree} of {of} carry their label; Fréchet distance {frechet:.4f}")
+        print(f"{name}: {in_words(report)}")
     if args.out:
         write_json(args.out, found)
     if args.picture:

@@ -6,10 +6,7 @@ writes the training digits as an image folder, one subfolder per class; the held
 as files, so nothing is trained on them by accident. Letters: N images, R resolution.
 """
 
-import contextlib
 import dataclasses
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +14,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from common.errors import InputError, exit_on_input_error
+from common.files import whole_folder
 from common.flags import parse_flags, required
 from preprocessing.transforms import center_crop_dhariwal
 
 CLASSES = 10
 RESOLUTION = 32  # of the images that the VAE, the flow model and the report work on
-GREY_LEVELS = 16  # largest value in the data set; 0 is background
 HELD_OUT_PER_CLASS = 40  # equal per class, as the labels of the samples they are compared with
-SPLIT_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Digits:
     indices: np.ndarray
 
     def take(self, rows):
-        """The digits of these rows, in this order."""
+        """The digits of these rows, numbers or a mask."""
         return Digits(self.images[rows], self.labels[rows], self.indices[rows])
 
 
@@ -46,32 +42,19 @@ def load_digits_split():
     Grey values 0..16 become 0..255, rounded.
     """
     source = load_digits()
-    images = np.rint(source.images * (255 / GREY_LEVELS)).astype(np.uint8)
+    images = np.rint(source.images * (255 / 16)).astype(np.uint8)
     digits = Digits(images, source.target.astype(np.int64), np.arange(len(images)))
     # numpy's legacy generator is frozen for good; scikit-learn's own splitter may change, and with it what is held out
-    rng = np.random.RandomState(SPLIT_SEED)
-    held = np.zeros(len(digits.labels), dtype=bool)
-    for label in range(CLASSES):
-        rows = np.flatnonzero(digits.labels == label)
-        held[rng.permutation(rows)[:HELD_OUT_PER_CLASS]] = True
-    return digits.take(np.flatnonzero(~held)), digits.take(np.flatnonzero(held))
+    permutation = np.random.RandomState(0).permutation
+    chosen = [permutation(np.flatnonzero(digits.labels == label))[:HELD_OUT_PER_CLASS] for label in range(CLASSES)]
+    held = np.isin(digits.indices, chosen)
+    return digits.take(~held), digits.take(held)
 
 
 def upsample(images, resolution=RESOLUTION):
     """Grey (N, 8, 8) uint8 → RGB (N, R, R, 3) uint8, the bytes that `dataset_tools.py convert` makes of the PNGs."""
     pictures = (Image.fromarray(image).convert("RGB") for image in images)
     return np.stack([np.asarray(center_crop_dhariwal(picture, resolution, resolution)) for picture in pictures])
-
-
-@contextlib.contextmanager
-def whole_folder(dest):
-    """A folder beside `dest` to write in, renamed at the end: `dest` is whole or absent. An empty one is replaced."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dest.name}-", dir=dest.parent) as private:
-        partial = Path(private, dest.name)
-        partial.mkdir()
-        yield partial
-        os.replace(partial, dest)
 
 
 def write_image_folder(digits, dest):
@@ -83,7 +66,7 @@ def write_image_folder(digits, dest):
         return False
     if found or dest.is_file():
         raise InputError(f"--dest {dest} is a file, or holds some ({min(found, default='')}); name a new folder")
-    with whole_folder(dest) as partial:
+    with whole_folder(dest, "--dest") as partial:
         for name, image in zip(names, digits.images, strict=True):
             (partial / name).parent.mkdir(exist_ok=True)
             Image.fromarray(image).convert("RGB").save(partial / name)

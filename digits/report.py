@@ -44,21 +44,19 @@ def class_grid(images, digits, columns):
     return np.pad(larger, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
 
 
-def describe(report):
-    """The report as the lines that people read."""
-    lines, frechet = [], report["frechet"]
-    for key, name in (("samples", "samples"), ("held_out_digits", "held-out digits")):
-        a = report["agreement"][key]
-        lines.append(f"{name}: {a['agree']} of {a['of']} carry their label; Fréchet distance {frechet[key]:.4f}")
-    side = f"{frechet['images_a_side']} images a side, seed {frechet['seed']}"
-    return "\n".join([*lines, f"(Fréchet distance to the training digits, {side})"])
+def in_words(report, of="samples"):
+    """The two numbers of a report for people; of: "samples", or "held_out_digits"."""
+    found = report["agreement"][of]
+    return f"{found['agree']} of {found['of']} carry their label; Fréchet distance {report['frechet'][of]:.4f}"
 
 
 def main(argv=None):
     args = parse_flags(ReportFlags, argv, __doc__)
     images, digits, prompts = load_samples(args.samples)
     report = build_report(images, digits)
-    print(describe(report))
+    print(f"samples: {in_words(report)}\nheld-out digits: {in_words(report, 'held_out_digits')}")
+    side = "{images_a_side} images a side, seed {seed}".format(**report["frechet"])
+    print(f"(Fréchet distance to the training digits, {side})")
     if args.out:
         write_json(args.out, {"samples": args.samples, **report})
     if args.grid:

@@ -1,4 +1,4 @@
-"""Train the tiny KL autoencoder of the quickstart, and measure it. About six minutes on one CPU core.
+"""Train the tiny KL autoencoder of the quickstart. About six minutes on one CPU core.
 
     OMP_NUM_THREADS=1 python -m digits.train_vae --dest assets/tiny-vae
 
@@ -8,7 +8,6 @@ It sees the training digits only. Letters: N batch, R = 32 image size, C = 4 lat
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -17,10 +16,9 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from common.errors import InputError, exit_on_input_error
-from common.flags import Range, flag, parse_flags
-from digits.data import RESOLUTION, load_digits_split, upsample, whole_folder
-from digits.judge import pixels, train_classifier
-from models.codec import LatentCodec
+from common.files import whole_folder
+from common.flags import BATCH, SEED, Range, flag, parse_flags
+from digits.data import RESOLUTION, load_digits_split, upsample
 
 CHANNELS = (16, 32, 32)  # three entries: downsampling factor 4
 SHIFT = 2  # pixels (of 32) that a training image is moved by at most
@@ -32,24 +30,17 @@ class VaeFlags:
 
     dest: str = flag("assets/tiny-vae", "diffusers folder to make; must not exist", group="output")
     steps: int = flag(1200, "training steps", range=Range(1), group="optimisation")
-    batch_size: int = flag(64, "images of a step", range=Range(1), group="optimisation")
+    batch_size: int = flag(64, "images of a step", range=BATCH, group="optimisation")
     learning_rate: float = flag(2e-3, "of Adam, at the start of its cosine schedule", group="optimisation")
     kl_weight: float = flag(1e-3, "weight of the KL per latent value", group="loss")
-    seed: int = flag(0, "of initial weights, batches and latents", group="optimisation")
+    seed: int = flag(0, "of initial weights, batches and latents", range=SEED, group="optimisation")
 
 
 def build_vae():
     """AutoencoderKL 32×32×3 ↔ 4×8×8 of 0.23 M parameters; without attention, which costs more than it gives here."""
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=CHANNELS,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=RESOLUTION,
-        mid_block_add_attention=False,
-    )
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    sizes = {"block_out_channels": CHANNELS, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 8}
+    return AutoencoderKL(**blocks, **sizes, sample_size=RESOLUTION, mid_block_add_attention=False)
 
 
 def shifted_batch(images, size, generator):
@@ -96,22 +87,6 @@ def set_scale(vae, images, seed):
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
 
 
-def measure(folder):
-    """Reconstruction by a saved VAE of the 400 held-out digits, as a dict."""
-    train_digits, held_out = load_digits_split()
-    codec, images = LatentCodec.load(folder), upsample(held_out.images)
-    moments = torch.cat([codec.encode(part) for part in to_tensor(images).split(64)])
-    noise = torch.randn(moments.chunk(2, dim=1)[0].shape, generator=torch.Generator().manual_seed(0))
-    decoded = codec.decode(codec.spec.sample(moments, noise)).numpy()
-    classifier, accuracy = train_classifier(train_digits, held_out)
-    return {
-        "mean_absolute_error_grey_levels": abs(decoded.astype(float) - images).mean(),
-        "accuracy_raw": accuracy,
-        "accuracy_reconstructed": classifier.score(pixels(decoded), held_out.labels),
-        "scaling_factor": codec.spec.scale,
-    }
-
-
 def main(argv=None):
     args = parse_flags(VaeFlags, argv, __doc__)
     if Path(args.dest).exists():
@@ -122,11 +97,8 @@ def main(argv=None):
     train(vae, images / 127.5 - 1, args)
     vae = vae.eval().half().float()  # the scale belongs to the weights as they are stored
     set_scale(vae, images, args.seed)
-    with whole_folder(Path(args.dest)) as partial:
+    with whole_folder(args.dest, "--dest") as partial:
         vae.half().save_pretrained(partial)
-        for path in partial.iterdir():
-            path.chmod(0o644)  # the writer of safetensors makes it private
-    print(json.dumps(measure(args.dest), indent=2))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import pickle
 import numpy as np
 
 from common.errors import InputError, exit_on_input_error, note, say
-from common.files import check_writable, named_full_disk, write_atomically
-from common.flags import Range, flag, parse_commands, required
+from common.files import check_writable, write_atomically
+from common.flags import BATCH, SEED, Range, flag, parse_commands, required
 from common.precision import set_math
 from common.processes import Processes
 from evaluations.metrics.features import MeasureFlags, extract, features_name, load_dinov2, load_features
@@ -23,20 +23,17 @@ from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.images import open_images
 from evaluations.metrics.inception import Inception
 from evaluations.metrics.references import other_size, read_reference
-from evaluations.metrics.results import Result, result_path
+from evaluations.metrics.results import Result
 
-DETECTORS = {"fid": "InceptionV3", "fd_dinov2": "DINOv2"}  # of each metric
 RESIZE = "torch's (bicubic, antialiased), as EDM2; Stein et al., whom the DeepFlow paper's Table 6 cites, use Pillow's"
 SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  # kept in the result
 
 
 @dataclasses.dataclass(kw_only=True)
 class MetricFlags(MeasureFlags):
-    """Flags of both commands."""
-
-    metrics: str = flag(",".join(DETECTORS), "comma list of " + ", ".join(DETECTORS), group="features")
+    metrics: str = flag("fid,fd_dinov2", "comma list of fid, fd_dinov2", group="features", empty=True)
     dinov2_weights: str | None = flag(None, "the authors' file; default: timm's", str, group="features", metavar="FILE")
-    batch: int = flag(64, "largest batch of a process", range=Range(1), group="precision and speed")
+    batch: int = flag(64, "largest batch of a process", range=BATCH, group="precision and speed")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,7 +44,7 @@ class CalcFlags(MetricFlags):
     ref: str = required(".pkl, or .npz with mu and sigma", metavar="FILE")
     # --num-images: torchrun takes --num for an abbreviation of its own --numa-binding, wherever it stands
     num: int = flag(50_000, "images to draw; under torchrun write --num-images", range=Range(2), also=("--num-images",))
-    seed: int = flag(0, "seed of the draw", range=Range(0))
+    seed: int = flag(0, "seed of the draw", range=SEED)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,8 +57,6 @@ class RefFlags(MetricFlags):
 
 def choose_subset(count, num=None, seed=0):
     """Ascending indices of `num` of `count` images, drawn as EDM2 does; all of them where num is None."""
-    if num is None or num >= count:
-        return np.arange(count)
     return np.sort(np.random.RandomState(seed % (1 << 31)).permutation(count)[:num])
 
 
@@ -73,23 +68,24 @@ def split_batches(indices, batch_size, world=1, rank=0):
 
 def load_detectors(args, device, known=None):
     """{metric: extractor} of --metrics and --features; a line says which are left out as they are not in `known`."""
+    loaders = {
+        "fid": ("InceptionV3", lambda: Inception(args.inception_weights, device)),
+        "fd_dinov2": ("DINOv2", lambda: load_dinov2(args.dinov2_weights, device)),
+    }
     names = [name.strip() for name in args.metrics.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in DETECTORS]:
-        raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(DETECTORS)}')
+    if unknown := [name for name in names if name not in loaders]:
+        raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(loaders)}')
     if args.features:
         names.append(f"fd_{features_name(args.features)}")
+        loaders[names[-1]] = (args.features, lambda: load_features(args.features, device))
     detectors = {}
     for name in names:
         if known is not None and name not in known:
             say(f"No statistics computed for {name} -- skipping.")
             continue
-        say(f"Setting up {DETECTORS.get(name, args.features)}...")
-        if name == "fid":
-            detectors[name] = Inception(args.inception_weights, device)
-        elif name == "fd_dinov2":
-            detectors[name] = load_dinov2(args.dinov2_weights, device)
-        else:
-            detectors[name] = load_features(args.features, device)
+        what, load = loaders[name]
+        say(f"Setting up {what}...")
+        detectors[name] = load()
     if not detectors:
         raise InputError("--metrics leaves nothing to measure; name a metric that the reference has, or --features")
     return detectors
@@ -112,7 +108,7 @@ def calculate_statistics(images, indices, detectors, batch_size, processes):
         return {name: detector(batch)["pool"] for name, detector in detectors.items()}
 
     batches = split_batches(indices, batch_size, processes.world, processes.rank)
-    statistics, _ = extract(images, [batch for batch in batches if len(batch)], all_features, processes)
+    statistics, _ = extract(images, batches, all_features, processes)
     return {name: running.finish() for name, running in statistics.items()}
 
 
@@ -120,8 +116,9 @@ def calc(args, processes):
     """Distances of --images to --ref, printed as EDM2 does; what the reference lacks is not computed."""
     say(f"Loading feature statistics from {args.ref} ...")
     reference, size = read_reference(args.ref)
-    path = result_path(args.json, args.images, "-edm2")
+    path = args.result_path(args.images, "-edm2")
     images = load_images(args.images, "--images", args.num)
+    args.check_count(args.images, len(images))
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")
     detectors = load_detectors(args, processes.device, reference)
@@ -141,8 +138,7 @@ def calc(args, processes):
     if "fd_dinov2" in metrics:
         settings["fd_dinov2_resize"] = RESIZE
         note(f"fd_dinov2: the resize is {RESIZE}")
-    if path is not None:
-        Result(metrics, args.images, reference=args.ref, count=len(indices), settings=settings).write(path)
+    Result(metrics, args.images, reference=args.ref, count=len(indices), settings=settings).write(path)
 
 
 def ref(args, processes):
@@ -153,8 +149,7 @@ def ref(args, processes):
     if processes.is_main:
         content = {"num_images": len(images), "image_size": images.shape[:2]}
         content |= {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}
-        with named_full_disk(args.dest):
-            write_atomically(args.dest, lambda file: pickle.dump(content, file))
+        write_atomically(args.dest, lambda file: pickle.dump(content, file))
         say(f"wrote {args.dest}")
 
 

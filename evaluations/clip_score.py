@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines
-from common.flags import Range, flag, parse_flags, required
-from evaluations.metrics.images import open_images, split
-from evaluations.metrics.results import Result, json_flag, result_path, sample_labels
+from common.flags import BATCH, flag, parse_flags, required
+from evaluations.metrics.images import open_images
+from evaluations.metrics.results import Result, ResultFlags, sample_labels
 from models.encoders import CLIP_STATISTICS
 from models.text import Tokens, load_clip
 
@@ -28,15 +28,12 @@ PREFIX = "A photo depicts "
 
 
 @dataclasses.dataclass(kw_only=True)
-class ClipFlags:
-    """Flags of this program."""
-
+class ClipFlags(ResultFlags):
     samples: str = required("npz or folder of images", positional=True)
     prompts: str | None = flag(None, "a prompt per line; default: the manifest's", str, group="data", metavar="FILE")
     clip: str = flag(DEFAULT_CLIP, "name or folder of the CLIP model", group="model")
-    batch_size: int = flag(64, "images at once", range=Range(1), group="precision and speed")
+    batch_size: int = flag(64, "images at once", range=BATCH, group="precision and speed")
     device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group="precision and speed")
-    json: str | None = json_flag()
 
 
 class ClipScorer:
@@ -77,7 +74,8 @@ def score(images, prompts, scorer, batch_size=64):
     """The three scores of a set of images (NpzImages, FolderImages) with one prompt each."""
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} images for {len(prompts)} prompts; name the prompts that the images are of")
-    cosines, prefixed, batches = [], [], split(np.arange(len(images)), batch_size)
+    cosines, prefixed = [], []
+    batches = np.split(np.arange(len(images)), range(batch_size, len(images), batch_size))
     for batch, pixels in zip(tqdm(batches, unit="batch"), images.batches(batches), strict=True):
         cosines.append(scorer.cosines(pixels, [prompts[index] for index in batch]))
         prefixed.append(scorer.cosines(pixels, [PREFIX + prompts[index] for index in batch]))
@@ -87,20 +85,20 @@ def score(images, prompts, scorer, batch_size=64):
 def read_prompts(samples, count, path=None):
     """A prompt for each of `count` images: lines of a text file, or those beside the samples. Raises InputError."""
     if path is None:
-        return sample_labels(samples, (str,), count, "name a file of prompts with --prompts, a line per image")
+        return sample_labels(samples, list[str], count, "name a file of prompts with --prompts, a line per image")
     return [text for _, text in read_lines(path, f"--prompts {path}")]
 
 
 def main(argv=None):
     args = parse_flags(ClipFlags, argv, __doc__)
-    images, path = open_images(args.samples, "samples"), result_path(args.json, args.samples)
+    images, path = open_images(args.samples, "samples"), args.result_path(args.samples)
+    args.check_count(args.samples, len(images))
     prompts = read_prompts(args.samples, len(images), args.prompts)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     scores = score(images, prompts, ClipScorer(args.clip, device), args.batch_size)
     print(f"{len(images)} images, {args.clip}")
     print("\n".join(f"{name:24} {value:.4f}" for name, value in scores.items()))
-    if path is not None:
-        Result(scores, args.samples, clip=args.clip, images=len(images)).write(path)
+    Result(scores, args.samples, clip=args.clip, images=len(images)).write(path)
 
 
 if __name__ == "__main__":

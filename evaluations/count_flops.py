@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from common.errors import exit_on_input_error
-from common.flags import Range, flag, parse_flags, required
+from common.flags import BLOCKS, flag, parse_flags, required
 from evaluations.metrics.results import markdown
 from evaluations.published import TABLE_8
 from models import create_model
@@ -20,10 +20,8 @@ from models.flops import Part, count_flops, count_parts
 
 @dataclasses.dataclass(kw_only=True)
 class FlopsFlags:
-    """Flags of this program."""
-
     model: str = required("preset name", positional=True)
-    trans_depth: int | None = flag(None, "number of blocks", int, range=Range(1))
+    trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS)
     df_idxs: list | None = flag(None, "blocks (from 1) after which a branch ends", str, nargs="+")
 
 
@@ -49,7 +47,7 @@ def main(argv=None):
     for name, part in parts.items():
         macs = (part.layer_macs, part.layer_macs + part.attention_macs)
         rows.append([name, f"{part.parameters / 1e6:.2f}", *(f"{count / 1e9:.3f}" for count in macs)])
-    print("\n".join(markdown(["part", "parameters (M)", "G multiply-adds", "with attention products"], rows)))
+    print(markdown(["part", "parameters (M)", "G multiply-adds", "with attention products"], rows))
     print(beside_table_8(args.model, model))
 
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, exit_on_input_error, note, say
-from common.flags import Range, flag, parse_flags, required
+from common.flags import BATCH, Range, flag, parse_flags, required
 from common.precision import set_math
 from common.processes import Processes
 from evaluations.metrics.features import MeasureFlags, extract, load_features
 from evaluations.metrics.frechet import frechet_distance
-from evaluations.metrics.images import NpzImages, open_images, split
+from evaluations.metrics.images import NpzImages, open_images
 from evaluations.metrics.inception import Inception, inception_score
 from evaluations.metrics.precision_recall import BLOCK, PRECISIONS, precision_recall
 from evaluations.metrics.references import other_size, read_statistics
-from evaluations.metrics.results import Result, result_path
+from evaluations.metrics.results import Result
 
 SAMPLES = 50_000  # what published numbers are computed on
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -34,17 +34,13 @@ SETTINGS = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size") 
 
 @dataclasses.dataclass(kw_only=True)
 class EvaluatorFlags(MeasureFlags):
-    """Flags of this program."""
-
     reference: str = required("npz of reference images, with statistics or without; folder or zip", positional=True)
     samples: str = required("npz, folder or zip of sampled images", positional=True)
-    batch_size: int = flag(64, "images per forward pass and process", range=Range(1), group="precision and speed")
+    batch_size: int = flag(64, "images per forward pass and process", range=BATCH, group="precision and speed")
     precision: str = flag("float16", "arithmetic of precision and recall", group="distances", choices=list(PRECISIONS))
-    block: int = flag(BLOCK, "rows and columns of a block of distances", range=Range(1), group="distances")
+    block: int = flag(BLOCK, "rows and columns of a block of distances", range=BATCH, group="distances")
     neighbors: int = flag(3, "k of precision and recall", range=Range(1), group="distances")
-    splits: int | None = flag(
-        None, "equal parts for the Inception Score; default: of 5,000 images", int, range=Range(1), group="distances"
-    )
+    splits: int | None = flag(None, "of the Inception Score; default: of 5,000", int, range=Range(1), group="distances")
 
 
 class Side:
@@ -53,8 +49,7 @@ class Side:
     def __init__(self, which, path, args):
         self.which, self.path, self.images = which, path, open_images(path, which.upper())
         if len(self.images) <= args.neighbors:
-            fault = f"{which} {path} holds {len(self.images)} images"
-            raise InputError(f"{fault}; --neighbors {args.neighbors} needs more")
+            raise InputError(f"{which} {path} holds {len(self.images)} images; --neighbors {args.neighbors} needs more")
         of_inception = isinstance(self.images, NpzImages) and not args.features
         self.stored = read_statistics(path, STATISTICS) if of_inception else {}
 
@@ -62,7 +57,8 @@ class Side:
         """Run the images through the extractor; stored statistics take the place of computed ones."""
         say(f"computing {self.which} batch activations...")
         share = np.array_split(np.arange(len(self.images)), processes.world)[processes.rank]
-        running, self.rows = extract(self.images, split(share, args.batch_size), extractor, processes, keep=True)
+        batches = np.split(share, range(args.batch_size, len(share), args.batch_size))
+        running, self.rows = extract(self.images, batches, extractor, processes, keep=True)
         say(f"computing/reading {self.which} batch statistics...")
         self.moments = self.stored or {kind: statistics.finish() for kind, statistics in running.items()}
 
@@ -83,16 +79,14 @@ def oddities(reference, sample, args):
 
 def compare(reference, sample, extractor, args, device):
     """{name: number} in the published order. Raises ValueError where one cannot be computed."""
-    distances = [
-        frechet_distance(*sample.moments[kind], *reference.moments[kind], sqrtm=args.sqrtm) for kind in sample.moments
-    ]
+    pairs = [(*sample.moments[kind], *reference.moments[kind]) for kind in sample.moments]
+    numbers = [frechet_distance(*pair, sqrtm=args.sqrtm) for pair in pairs]
     rows = (reference.rows.to(device), sample.rows.to(device))
-    both = precision_recall(*rows, args.neighbors, args.precision, args.block)
+    numbers += precision_recall(*rows, args.neighbors, args.precision, args.block)
     if args.features:
-        names = (f"{kind}_{extractor.name}" for kind in ("fd", "precision", "recall"))
-        return dict(zip(names, (*distances, *both), strict=True))
-    score = inception_score(rows[1], extractor.classifier, splits=args.splits)
-    return dict(zip(LABELS, (score, *distances, *both), strict=True))
+        return dict(zip([f"{kind}_{extractor.name}" for kind in ("fd", "precision", "recall")], numbers, strict=True))
+    numbers.insert(0, inception_score(rows[1], extractor.classifier, splits=args.splits))
+    return dict(zip(LABELS, numbers, strict=True))
 
 
 def label(name):
@@ -104,12 +98,12 @@ def label(name):
 def evaluate(args, processes):
     """Wire files, extractor and distances; every process takes its share of the images, the first does the rest."""
     sides = reference, sample = Side("reference", args.reference, args), Side("sample", args.samples, args)
+    args.check_count(args.samples, len(sample.images))
     if (args.splits or 1) > len(sample.images):
         raise InputError(f"--splits {args.splits}: {args.samples} holds only {len(sample.images)} images")
     lines, odd = [str(side) for side in sides], oddities(*sides, args)
-    path = result_path(args.json, args.samples, f"-{Path(args.features).stem}" if args.features else "")
-    for line in [*lines, *("warning: " + line for line in odd)]:
-        note(line)
+    path = args.result_path(args.samples, f"-{Path(args.features).stem}" if args.features else "")
+    note("\n".join([*lines, *(f"warning: {line}" for line in odd)]))
     device = processes.device
     extractor = load_features(args.features, device) if args.features else Inception(args.inception_weights, device)
     for side in sides:
@@ -123,11 +117,10 @@ def evaluate(args, processes):
         raise InputError(f"{args.reference} and {args.samples} cannot be compared: {error}") from None
     for name, value in metrics.items():
         say(f"{label(name)}: {value}")
-    if path is not None:
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        settings.update(features=extractor.name, inception_weights=args.inception_weights)
-        about = {"reference": args.reference, "arrays": lines, "warnings": odd, "count": len(sample.images)}
-        Result(metrics, args.samples, **about, settings=settings).write(path)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"features": extractor.name, "inception_weights": args.inception_weights}
+    about = {"reference": args.reference, "arrays": lines, "warnings": odd, "count": len(sample.images)}
+    Result(metrics, args.samples, **about, settings=settings).write(path)
 
 
 def main(argv=None):

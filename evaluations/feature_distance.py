@@ -11,18 +11,18 @@ mean over all steps is given for each of REDUCTIONS.
 
 import collections
 import dataclasses
-import functools
 from statistics import fmean
 
-import torch
 from tqdm import tqdm
 
 from common.errors import InputError, exit_on_input_error
 from common.files import check_writable
-from common.flags import Range, flag, parse_flags, required
+from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, flag, parse_flags, required
 from common.pictures import save_lines
 from common.precision import set_math
+from common.processes import device_of_process
 from evaluations.metrics.results import Result, markdown
+from models.published import PublishedFlags
 from sampling.conditions import ClassLabels
 from sampling.flags import SamplingFlags
 from sampling.sampler import ImageSampler
@@ -35,20 +35,15 @@ REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
 
 
 @dataclasses.dataclass(kw_only=True)
-class DistanceFlags:
-    """Flags of this program."""
-
+class DistanceFlags(PublishedFlags):
     ckpt: str = required("checkpoint of ours, or a published file", group="model")
     weights: str = flag("ema", "averaged weights or raw ones", group="model", choices=["ema", "raw"])
-    df_idxs: list | None = flag(None, "of a published file, as in generate.py", str, group="model", nargs="+")
-    dmf_depth: int | None = flag(None, "of a published flow map, as in generate.py", int, group="model")
-    legacy_scaling: bool | None = flag(None, "as in generate.py", bool, group="model")
-    block: int | None = flag(None, "also the output of this block (from 1); SiT needs it", int)
-    num_samples: int = flag(64, "samples to make", range=Range(1), group="sampling")
-    batch_size: int = flag(16, "samples at once", range=Range(1), group="sampling")
+    block: int | None = flag(None, "also the output of this block (from 1); SiT needs it", int, range=BLOCKS)
+    num_samples: int = flag(64, "samples to make", range=IMAGES, group="sampling")
+    batch_size: int = flag(16, "samples at once", range=BATCH, group="sampling")
     mode: str = flag("sde", "sampler", group="sampling", choices=["sde", "ode"])
-    num_steps: int = flag(250, "sampler steps", range=Range(1), group="sampling")
-    seed: int = flag(0, "of labels and noise", group="sampling")
+    num_steps: int = flag(250, "sampler steps", range=SAMPLER_STEPS, group="sampling")
+    seed: int = flag(0, "of labels and noise", range=SEED, group="sampling")
     out: str | None = flag(None, "file for all steps", str, group="output", metavar="JSON")
     plot: str | None = flag(None, "picture to write", str, group="output", metavar="PNG")
 
@@ -56,13 +51,17 @@ class DistanceFlags:
 class Probe:
     """The network as the sampler sees it, (x, t, y) → velocity; records every call's distances.
 
-    distances: {reduction: {feature: {t: [of each sample]}}}, features in the order in which they appear.
+    block: also looked at, which a model of one branch needs. Raises InputError for one that does not fit.
     """
 
     def __init__(self, model, block=None):
+        last = len(model.blocks) - 1
+        if block is None and model.num_branches == 1:
+            raise InputError(f"this model has one branch; name a block with --block (1 to {last})")
+        if block is not None and not 1 <= block <= last:
+            raise InputError(f"--block {block} is out of range; 1 to {last} can be compared with the last")
         self.model, self.block = model, block
-        of_time = functools.partial(collections.defaultdict, list)
-        self.distances = {reduction: collections.defaultdict(of_time) for reduction in REDUCTIONS}
+        self.distances = collections.defaultdict(list)  # {(reduction, feature, t): [of each sample]}
         if block is not None:
             model.blocks[block - 1].register_forward_hook(self.keep)
 
@@ -82,14 +81,14 @@ class Probe:
         """Add the distances of one call, (N, T, D) each; t (N,) is one time for all."""
         difference = (features - final).double()
         for reduction, reduce in REDUCTIONS.items():
-            self.distances[reduction][name][round(float(t[0]), 9)] += reduce(difference).tolist()
+            self.distances[reduction, name, round(float(t[0]), 9)] += reduce(difference).tolist()
 
-    def curves(self, reduction="per token"):
-        """{feature: [(t, mean distance)]} from noise to data."""
-        return {
-            name: [(t, fmean(values)) for t, values in sorted(of_time.items(), reverse=True)]
-            for name, of_time in self.distances[reduction].items()
-        }
+    def curves(self):
+        """{reduction: {feature: [(t, mean distance)] from noise to data}}."""
+        curves = {reduction: {} for reduction in REDUCTIONS}
+        for (reduction, name, t), values in self.distances.items():
+            curves[reduction].setdefault(name, []).append((t, fmean(values)))
+        return curves
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -102,30 +101,14 @@ class Sampled(SamplingFlags):
 
 def open_sampler(args):
     """ImageSampler of the checkpoint. Raises InputError."""
-    known = {name: getattr(args, name) for name in ("ckpt", "weights", "df_idxs", "dmf_depth", "legacy_scaling")}
+    same = ("ckpt", "weights", "mode", "num_steps")
     sizes = {"num_fid_samples": args.num_samples, "per_proc_batch_size": args.batch_size, "global_seed": args.seed}
-    config = Sampled(**known, **sizes, mode=args.mode, num_steps=args.num_steps)
-    return ImageSampler(config, ClassLabels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def table(probe):
-    """Markdown: the means over all steps, by reduction."""
-    rows = [[name, *(f"{mean(curve):.3f}" for curve in probe.curves(name).values())] for name in REDUCTIONS]
-    return "\n".join(markdown(["mean distance", *probe.curves()], rows))
+    config = Sampled(**{name: getattr(args, name) for name in same}, **args.published(), **sizes)
+    return ImageSampler(config, ClassLabels, device_of_process())
 
 
 def mean(curve):
     return fmean(distance for _, distance in curve)
-
-
-def choose_block(model, block):
-    """The block to look at: required of a model of one branch, optional of others. Raises InputError."""
-    last = len(model.blocks) - 1
-    if block is None and model.num_branches == 1:
-        raise InputError(f"this model has one branch; name a block with --block (1 to {last})")
-    if block is not None and not 1 <= block <= last:
-        raise InputError(f"--block {block} is out of range; 1 to {last} can be compared with the last")
-    return block
 
 
 def main(argv=None):
@@ -136,21 +119,23 @@ def main(argv=None):
     set_math(allow_tf32=True)
     sampler = open_sampler(args)
     checkpoint = sampler.checkpoint
-    sampler.network = probe = Probe(checkpoint.model, choose_block(checkpoint.model, args.block))
+    sampler.network = probe = Probe(checkpoint.model, args.block)
     batches = sampler.config.batches()
-    for _ in tqdm(sampler.batches(batches), total=len(batches), unit="batch", mininterval=1):
-        pass  # the probe sees the calls; the samples are thrown away
+    for _, wait in tqdm(sampler.batches(batches), total=len(batches), unit="batch", mininterval=1):
+        wait()  # checks the samples, which are thrown away: the probe sees the calls
     curves = probe.curves()
-    print(f"{table(probe)}\nthe paper does not say which of these distances it takes")
+    per_token, rows, metrics = curves["per token"], [], {}
+    for reduction, of_feature in curves.items():
+        rows.append([reduction, *(f"{mean(curve):.3f}" for curve in of_feature.values())])
+        kind = "distance" if reduction == "per token" else f"distance {reduction}"
+        metrics |= {f"{kind}, {name}": mean(curve) for name, curve in of_feature.items()}
+    print(markdown(["mean distance", *per_token], rows))
+    print("the paper does not say which of these distances it takes")
     if args.out:
-        metrics = {}
-        for reduction in REDUCTIONS:
-            kind = "distance" if reduction == "per token" else f"distance {reduction}"
-            metrics |= {f"{kind}, {name}": mean(curve) for name, curve in probe.curves(reduction).items()}
         about = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, "curves": "per token"}
-        Result(metrics, args.ckpt, curves=curves, settings={**about, **dataclasses.asdict(args)}).write(args.out)
+        Result(metrics, args.ckpt, curves=per_token, settings={**about, **dataclasses.asdict(args)}).write(args.out)
     if args.plot:  # noise on the left, as in sampling
-        lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in curves.items()}
+        lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in per_token.items()}
         axes = {"xlabel": "t (1 is noise, 0 is data)", "ylabel": "distance to the final features"}
         save_lines(lines, args.plot, **axes, xlim=(1, 0))
 

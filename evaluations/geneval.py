@@ -1,22 +1,26 @@
 """GenEval: check a folder of images before the detector sees it, and aggregate the detector's results afterwards.
 
     python -m evaluations.geneval check SAMPLES evaluation_metadata.jsonl
-    python -m evaluations.geneval score results.jsonl [--samples SAMPLES --json results/NAME.json]
+    python -m evaluations.geneval score results.jsonl [--metadata evaluation_metadata.jsonl --samples SAMPLES --json]
 
 The detector itself (Mask2Former, mmdet 2) is not part of this repository: docs/text_to_image.md says how to run it.
-The overall score is the mean of the accuracies of the six tags, each of which counts the same.
+The overall score is the mean of the accuracies of the six tags, each of which counts the same. Results that lack images
+or hold one twice are refused; only --metadata tells whether the last prompts are there.
 """
 
+import collections
 import dataclasses
+import re
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
+from statistics import fmean
 from typing import Literal, get_args
 
 from common.errors import InputError, exit_on_input_error
-from common.flags import Range, flag, parse_commands, required
-from common.records import check_record, read_record_lines
-from evaluations.metrics.results import Result, json_flag, result_path
-from sampling.stores import GENEVAL_IMAGES, ends_as_png
+from common.flags import IMAGES, flag, parse_commands, required
+from common.records import read_record_lines
+from evaluations.metrics.results import Result, ResultFlags
+from sampling.stores import GENEVAL_IMAGES, GenEvalFiles, ends_as_png
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TAGS = get_args(Tag)
@@ -28,6 +32,26 @@ class Detection:
 
     tag: Tag
     correct: bool
+    filename: str = ""  # …/00000/samples/0000.png
+    prompt: str = ""
+
+    @property
+    def name(self):
+        """Name in the folder that was scored: 00000/samples/0000.png."""
+        return "/".join(PurePath(self.filename).parts[-3:])
+
+    @property
+    def place(self):
+        """Folder of the prompt, 00000; the prompt itself where the file's name does not say."""
+        return self.name.partition("/")[0] if "/" in self.name else self.prompt
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A line of GenEval's metadata."""
+
+    tag: Tag
+    prompt: str
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,16 +60,17 @@ class CheckFlags:
 
     samples: str = required("folder that generate_t2i.py made of the prompts", positional=True)
     metadata: str = required("GenEval's evaluation_metadata.jsonl", positional=True)
-    images_per_prompt: int = flag(GENEVAL_IMAGES, "images of each prompt", range=Range(1))
+    images_per_prompt: int = flag(GENEVAL_IMAGES, "images of each prompt", range=IMAGES)
 
 
 @dataclasses.dataclass(kw_only=True)
-class ScoreFlags:
+class ScoreFlags(ResultFlags):
     """accuracy of each tag and their mean"""
 
     results: str = required("the detector's JSON-lines file", positional=True)
-    samples: str | None = flag(None, "folder that was scored; its manifest goes into the result", str, group="output")
-    json: str | None = json_flag()
+    samples: str | None = flag(None, "folder that was scored; its manifest goes into the result", str, group="data")
+    metadata: str | None = flag(None, "evaluation_metadata.jsonl, whose prompts must all be there", str, group="data")
+    images_per_prompt: int = flag(GENEVAL_IMAGES, "images of each prompt", range=IMAGES, group="data")
 
 
 def check_layout(folder, metadata, images=GENEVAL_IMAGES):
@@ -73,25 +98,44 @@ def check_prompt(place, record, images):
             faults.append(f"{metadata} is not the record of its prompt alone")
     except InputError as error:
         faults.append(str(error))
-    found = [p for p in (place / "samples").glob("*.png") if p.stem.isdigit()]
+    found = sorted(path for path in (place / "samples").glob("*.png") if path.stem.isdigit())
     if len(found) != images:
         faults.append(f"{place / 'samples'} holds {len(found)} images instead of {images}")
-    return faults + [f"{p} is cut off" for p in sorted(found) if not ends_as_png(p)]
+    return faults + [f"{path} is cut off" for path in found if not ends_as_png(path)]
 
 
-def aggregate(results):
-    """{tag: accuracy, …, "overall": mean of the tags'} of the detector's records [(line, {tag, correct, …})].
+def faults_of(detections, images, metadata=None, samples=None):
+    """What keeps results from being whole, one line per fault; empty: nothing.
 
-    Raises InputError where a tag is missing or unknown.
+    images: of each prompt; metadata: [Prompt] that must be there; samples: folder whose images must.
     """
-    groups = {tag: [] for tag in TAGS}
-    for number, record in results:
-        detection = check_record(Detection, record, f"line {number} of the results", "restore the file")
-        groups[detection.tag].append(detection.correct)
+    names = collections.Counter(found.name or "an image without a file name" for found in detections)
+    faults = [f"{name} is there {number} times" for name, number in names.items() if number > 1]
+    if metadata is None:
+        found = collections.Counter(found.place for found in detections)
+        expected = dict.fromkeys(found, images)
+        numbers = {int(place) for place in found if re.fullmatch("[0-9]{1,9}", place)}
+        if gaps := max(numbers, default=-1) + 1 - len(numbers):
+            first = next(number for number in range(len(numbers) + 1) if number not in numbers)
+            faults.append(f"{gaps} prompts are missing, the first is {first:05d}")
+    else:
+        found = collections.Counter(f"{found.tag}: {found.prompt}" for found in detections)
+        prompts = collections.Counter(f"{record.tag}: {record.prompt}" for record in metadata)
+        expected = {prompt: images * number for prompt, number in prompts.items()}
+    for prompt in {**expected, **found}:
+        if found[prompt] != expected.get(prompt, 0):
+            faults.append(f"prompt {prompt!r} has {found[prompt]} images instead of {expected.get(prompt, 0)}")
+    files = sorted(Path(samples).glob(GenEvalFiles.pattern)) if samples else ()
+    return faults + [f"{path} is not there" for path in files if path.relative_to(samples).as_posix() not in names]
+
+
+def aggregate(detections):
+    """{tag: accuracy, …, "overall": mean of the tags'}. Raises InputError where a tag is missing."""
+    groups = {tag: [found.correct for found in detections if found.tag == tag] for tag in TAGS}
     if empty := [tag for tag, group in groups.items() if not group]:
         raise InputError(f"the results have no image of the tag {empty[0]}; score all prompts")
-    scores = {tag: sum(group) / len(group) for tag, group in groups.items()}
-    return {**scores, "overall": sum(scores.values()) / len(scores)}
+    scores = {tag: fmean(group) for tag, group in groups.items()}
+    return {**scores, "overall": fmean(scores.values())}
 
 
 def check(args):
@@ -103,13 +147,20 @@ def check(args):
 
 
 def score(args):
-    """Print the accuracies, write them as JSON where asked."""
-    scores = aggregate(read_record_lines(dict, args.results))
-    print("\n".join(f"{tag:14} {score:.4f}" for tag, score in scores.items()))
-    if args.json is not None:
-        samples = args.samples or args.results
-        metrics = {f"geneval_{tag}": score for tag, score in scores.items()}
-        Result(metrics, samples, results=args.results).write(result_path(args.json, samples))
+    """Print accuracies and counts, write them as JSON where asked. Raises InputError where results are not whole."""
+    detections = [found for _, found in read_record_lines(Detection, args.results)]
+    metadata = args.metadata and [record for _, record in read_record_lines(Prompt, args.metadata)]
+    if faults := faults_of(detections, args.images_per_prompt, metadata, args.samples):
+        others = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        args.refuse(f"{args.results}: {faults[0]}{others}")
+    detections = list({found.name or number: found for number, found in enumerate(detections)}.values())
+    scores = aggregate(detections)
+    for tag, value in scores.items():
+        of_tag = [found for found in detections if tag in (found.tag, "overall")]
+        print(f"{tag:14} {value:.4f}  {len(of_tag)} images of {len({found.place for found in of_tag})} prompts")
+    samples = args.samples or args.results
+    metrics = {f"geneval_{tag}": value for tag, value in scores.items()}
+    Result(metrics, samples, results=args.results, count=len(detections)).write(args.result_path(samples))
 
 
 def main(argv=None):

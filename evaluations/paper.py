@@ -122,7 +122,7 @@ def render(page):
         header = ["model", "training", "steps (epochs)", "GFLOP per image", "GPU-hours", *size]
         header += [" / ".join(METRICS[name] for name in metrics), "here", "measuring"]
         table = markdown(header, [cells(row, metrics) for row in rows])
-        lines += [f"## {rows[0].title}", "", *textwrap.wrap(about, 128), "", *table, ""]
+        lines += [f"## {rows[0].title}", "", *textwrap.wrap(about, 128), "", table, ""]
     return "\n".join(lines)
 
 

@@ -9,13 +9,13 @@ import functools
 from common.flags import shown
 from models import PRESETS, model_config
 from models.codec import LatentSpec
+from models.presets import spaced_key_layers
 from training.config import FlowMapConfig, TextTrainConfig, TrainConfig
 
 CONFIGS = {config.kind: config for config in (TrainConfig, FlowMapConfig, TextTrainConfig)}
 STEPS_PER_EPOCH = 5000  # as the papers count: 80 epochs are 400,000 steps of 256 images
 SDE = {"mode": "sde", "num_steps": 250}
 ALIGNED = {None: {}, "DINOv1": {"ssl_align": True, "enc_type": "dinov1-vit-b"}, "DINOv2": {"ssl_align": True}}
-TITLES = {"2d": "Figure 2(d)", "DMF": "Decoupled MeanFlow"}
 FLOW_FILE = "FLOW.pt"  # stands for the flow model that a flow map starts from
 
 
@@ -53,8 +53,7 @@ class Row:
 
     @property
     def title(self):
-        """`Table 2`, `Figure 2d`, `Decoupled MeanFlow`."""
-        return TITLES.get(self.table, f"Table {self.table}")
+        return {"2d": "Figure 2(d)", "DMF": "Decoupled MeanFlow"}.get(self.table, f"Table {self.table}")
 
     @property
     def name(self):
@@ -78,12 +77,13 @@ def as_flag(name, value):
     return " ".join(map(str, [shown(name), *(value if isinstance(value, list) else [value])]))
 
 
-def flow(table, model, numbers, epochs=80, weighting="lognormal", alignment=None, sampler=SDE, size=None, **flags):
-    """Row of a flow model; numbers: FID, or FID, sFID and Inception Score."""
+def flow(table, model, *numbers, epochs=80, weighting="lognormal", alignment=None, sampler=SDE, size=None, **flags):
+    """Row of a flow model; numbers: FID, or FID, sFID and Inception Score, or the distance of Figure 2(d)."""
     given = {"model": model, "weighting": weighting, "max_train_steps": epochs * STEPS_PER_EPOCH}
     if alignment and model.startswith("DeepFlow"):
         given["legacy_scaling"] = True  # as in every released file with alignment
-    named = dict(zip(("fid", "sfid", "inception_score"), numbers, strict=False))
+    metrics = ("feature_distance",) if table == "2d" else ("fid", "sfid", "inception_score")
+    named = dict(zip(metrics, numbers, strict=False))
     return Row(table, {**given, **ALIGNED[alignment], **flags}, named, sampler is None, sampler, size)
 
 
@@ -149,16 +149,38 @@ MAPS = {  # Decoupled MeanFlow: {resolution: (steps of the flow model, flags of 
 
 
 def spaced(size, branches, depth):
-    """Flags of a model of Table 8, where they differ from the preset's; key layers are evenly spaced."""
+    """(preset, flags that differ from its) of a model of Table 8, whose key layers are evenly spaced."""
     preset = PRESETS[name := f"{'SiT' if branches == 1 else 'DeepFlow'}-{size}/2"]
-    flags = {"model": name} if depth == preset.depth else {"model": name, "trans_depth": depth}
+    flags = {} if depth == preset.depth else {"trans_depth": depth}
     if branches != len(preset.df_idxs) + 1:
-        flags["df_idxs"] = list(range(depth // branches, depth, depth // branches))
-    return flags
+        flags["df_idxs"] = list(spaced_key_layers(depth, branches))
+    return name, flags
 
 
-def rows_of_flow_maps():
-    """Rows of Decoupled MeanFlow's release: the flow model that a flow map starts from, and the flow map."""
+def rows():
+    """All of them, in the order of the tables; the flow models that flow maps start from come before these."""
+    for (model, alignment), both in TABLE_2.items():
+        for weighting, numbers in zip(("uniform", "lognormal"), both, strict=True):
+            yield flow("2", model, *numbers, weighting=weighting, alignment=alignment)
+    for table, models in BY_EPOCHS.items():
+        given = {"3": {}, "4": {"sampler": None}, "5": {"sampler": None, **AT_512}}[table]
+        for (model, alignment), by_epochs in models.items():
+            for epochs, numbers in by_epochs.items():
+                yield flow(table, model, *numbers, epochs=epochs, alignment=alignment, **given)
+    for (model, aligned), numbers in TABLE_6.items():
+        flags = {"ssl_align": True, "legacy_scaling": model.startswith("DeepFlow")} if aligned else {}
+        yield Row("6", {"model": model, **flags}, dict(zip(TEXT_METRICS, numbers, strict=True)), guided=None)
+    yield flow("7a", "SiT-B/2", 34.4, weighting="uniform")
+    for table, weighting, name, by_value in ABLATIONS:
+        for value, fid in by_value.items():
+            yield flow(table, "DeepFlow-B/2", fid, weighting=weighting, **{name: value})
+    yield flow("7c", "DeepFlow-B/2", 30.4, weighting="uniform", acc_mlp=[2048])
+    for (size, branches), depths in TABLE_8.items():
+        for depth, (millions, gflops, fid) in depths.items():
+            model, flags = spaced(size, branches, depth)
+            yield flow("8", model, fid, size=(millions, gflops), **flags)
+    for (model, step), distance in DISTANCE.items():
+        yield flow("2d", model, distance, weighting="uniform", vera=step)
     start = {"weighting": "lognormal", "ssl_align": True, "adam_beta2": 0.95}
     for resolution, (flow_steps, flags, shift, fids) in MAPS.items():
         size = AT_512 if resolution == 512 else {}
@@ -167,33 +189,6 @@ def rows_of_flow_maps():
             given = {"model": "DMFT-XL/2", "pretrained": FLOW_FILE, **flags, **size}
             yield Row("DMF", given, {"fid": fid}, sampler={"num_steps": steps, "shift": shift})
     yield Row("DMF", {"model": "DMFT-B/2", "pretrained": FLOW_FILE}, {}, sampler={"num_steps": 1})
-
-
-def rows():
-    """All of them, in the order of the tables."""
-    for (model, alignment), both in TABLE_2.items():
-        for weighting, numbers in zip(("uniform", "lognormal"), both, strict=True):
-            yield flow("2", model, numbers, weighting=weighting, alignment=alignment)
-    for table, models in BY_EPOCHS.items():
-        given = {"3": {}, "4": {"sampler": None}, "5": {"sampler": None, **AT_512}}[table]
-        for (model, alignment), by_epochs in models.items():
-            for epochs, numbers in by_epochs.items():
-                yield flow(table, model, numbers, epochs, alignment=alignment, **given)
-    for (model, aligned), numbers in TABLE_6.items():
-        flags = {"ssl_align": True, "legacy_scaling": model.startswith("DeepFlow")} if aligned else {}
-        yield Row("6", {"model": model, **flags}, dict(zip(TEXT_METRICS, numbers, strict=True)), guided=None)
-    yield flow("7a", "SiT-B/2", (34.4,), weighting="uniform")
-    for table, weighting, name, by_value in ABLATIONS:
-        for value, fid in by_value.items():
-            yield flow(table, "DeepFlow-B/2", (fid,), weighting=weighting, **{name: value})
-    yield flow("7c", "DeepFlow-B/2", (30.4,), weighting="uniform", acc_mlp=[2048])
-    for (size, branches), depths in TABLE_8.items():
-        for depth, (millions, gflops, fid) in depths.items():
-            yield flow("8", **spaced(size, branches, depth), numbers=(fid,), size=(millions, gflops))
-    for (model, step), distance in DISTANCE.items():
-        row = flow("2d", model, (), weighting="uniform", vera=step)
-        yield dataclasses.replace(row, numbers={"feature_distance": distance})
-    yield from rows_of_flow_maps()
 
 
 PUBLISHED = list(rows())

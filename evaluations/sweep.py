@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable, write_atomically, write_json
-from common.flags import ROOT, FlagTextError, Range, flag, parse_flags, required, shown
+from common.flags import IMAGES, ROOT, SAMPLER_STEPS, WORKERS, FlagTextError, flag, parse_flags, required, shown
 from common.pictures import save_lines
 from common.records import read_record
 from evaluations.evaluator import label
@@ -34,18 +34,21 @@ def interval(text):
     return low, high
 
 
+def folder(text):
+    """Path of a text; an empty one, which would be the current folder, stays what it is."""
+    return text and Path(text)
+
+
 @dataclasses.dataclass(kw_only=True)
 class SweepFlags:
-    """Flags of this program; those of generate.py follow `--`."""
-
     ckpt: str = required("checkpoint", group="model")
     ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
-    out: Path = required("folder for samples, results, table.md, best.txt, plot.png", Path, group="output")
-    num_samples: int = flag(5000, "samples of each setting", range=Range(1), group="sampling")
+    out: Path = required("folder for samples, results, table.md, best.txt, plot.png", folder, group="output")
+    num_samples: int = flag(5000, "samples of each setting", range=IMAGES, group="sampling")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
-    num_steps: list = flag((250,), "sampler steps", int, range=Range(1), group="sampling", nargs="+")
-    processes: int = flag(1, "of torchrun, for sampling and measuring", range=Range(1), group="precision and speed")
+    num_steps: list = flag((250,), "sampler steps", int, range=SAMPLER_STEPS, group="sampling", nargs="+")
+    processes: int = flag(1, "of torchrun, for sampling and measuring", range=WORKERS, group="precision and speed")
     inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
     features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
     other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")
@@ -112,7 +115,7 @@ def measure(setting, args, generate):
 
 
 def build_table(rows, metrics):
-    """Markdown lines of [(setting, Result)]."""
+    """Markdown of [(setting, Result)]."""
     cells = []
     for setting, result in rows:
         where = f"[{setting.low}, {setting.high}]" if setting.guided else ""
@@ -161,7 +164,7 @@ def main(argv=None):
     check_same(args, generate)
     rows = [(setting, measure(setting, args, generate)) for setting in settings(args)]
     metrics = list(rows[0][1].metrics)
-    table = "\n".join(build_table(rows, metrics))
+    table = build_table(rows, metrics)
     write_atomically(args.out / "table.md", lambda file: file.write(f"{table}\n".encode()))
     fid = next(name for name in metrics if name.startswith("f"))
     save_plot(rows, fid, args.out / "plot.png")

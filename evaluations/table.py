@@ -26,14 +26,11 @@ from training.settings import settings
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
-
 UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  # flags that the table shows otherwise
 
 
 @dataclasses.dataclass
 class TableFlags:
-    """Flags of this program."""
-
     results: list = required("JSON files that the evaluators wrote", positional=True, nargs="+")
     plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
     plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
@@ -108,7 +105,7 @@ def counterparts(result):
 
 
 def build_table(results):
-    """Lines of the table of {path: Result}; results with the same counterparts stand together."""
+    """Text of the table of {path: Result}; results with the same counterparts stand together."""
     names = [name for result in results.values() for name in result.metrics]
     names = [name for name in METRICS if name in (*ALWAYS, *names)] + sorted({*names} - {*METRICS})
     groups = {}
@@ -121,29 +118,27 @@ def build_table(results):
     return markdown(["result", "model", "trained", "sampled", *(METRICS.get(name, name) for name in names)], rows)
 
 
-def epochs(_options, images):
-    """Epochs of ImageNet that so many images are."""
-    return images and images / IMAGENET["count"]
+def epochs(manifest):
+    """Epochs of ImageNet that the model of some samples was trained, None where that is not known."""
+    step, batch = manifest.get("step"), (manifest.get("training") or {}).get("batch_size")
+    return step and batch and step * batch / IMAGENET["count"]
 
 
-def parameters(options, _images):
-    """Millions of parameters of the model with these constructor arguments."""
+def parameters(manifest):
+    """Millions of parameters of the model of some samples, None where that is not known."""
+    options = manifest.get("model_options")
     with torch.device("meta"):
         return options and sum(parameter.numel() for parameter in build(options).parameters()) / 1e6
 
 
-def curves(results, table, of_row, x):
-    """{label: [(x, FID)]}: rows of a published table, and of the results those without guidance, a line per run.
-
-    of_row(row) and x(constructor arguments, images of the training) → number; None where that is not known.
-    """
+def curves(results, table, of_row, of_manifest):
+    """{label: [(x, FID)]}: rows of a published table, and of the results those without guidance, a line per run."""
     lines = collections.defaultdict(list)
     for row in (row for row in PUBLISHED if row.table == table):
         lines[f"paper: {row.name}"].append((of_row(row), row.numbers["fid"]))
     for path, result in results.items():
         manifest = result.manifest or {}
-        step, batch = manifest.get("step"), (manifest.get("training") or {}).get("batch_size")
-        where = x(manifest.get("model_options"), step and batch and step * batch)
+        where = of_manifest(manifest)
         if "fid" not in result.metrics or is_guided(manifest) or where is None:
             note(f"{path} is not drawn: no FID without guidance of a model whose size, steps and batch are known")
         else:
@@ -164,7 +159,7 @@ def main(argv=None):
         if path := getattr(args, name):
             check_writable(path, shown(name))
             save_lines(curves(results, table, of_row, x), path, marker="o", xlabel=label, ylabel="FID")
-    print("\n".join(build_table(results)))
+    print(build_table(results))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from common.errors import InputError
 from common.files import read_bytes
 from common.records import parse_record
 from latents.names import Names
-from latents.rows import read_array
+from latents.rows import read_floats
 from latents.sets import find_set, open_set
 from models.text import TextSpec
 
@@ -60,7 +60,7 @@ def open_text(moments):
 
 def read_empty(path, shape):
     """Features of the empty caption, float32 (L, W). Raises InputError."""
-    array = read_array(path, PREPARE)
+    array = read_floats(path, PREPARE)
     if array.shape != shape:
         raise InputError(f"{path} has shape {array.shape}, the captions {shape}; {PREPARE}")
     return torch.from_numpy(array.astype(np.float32))
@@ -91,18 +91,15 @@ def read_annotations(path, flag):
     """{image file name: [caption, …]} of COCO's JSON, or of {file name: caption or list}. Raises InputError."""
     where, remedy = f"{flag} {path}", "give COCO's captions JSON or {file name: [captions]}"
     content = parse_record(Coco | dict[str, str | list[str]], read_bytes(path, remedy), where, remedy)
-    captions = _of_coco(content, where) if isinstance(content, Coco) else content
+    captions = content
+    if isinstance(content, Coco):
+        names = {image.id: image.file_name for image in content.images}
+        captions = {name: [] for name in names.values()}
+        for annotation in sorted(content.annotations, key=lambda annotation: annotation.id):
+            if annotation.image_id not in names:
+                raise InputError(f"{where}: 'images' lacks the one of annotation {annotation.id}; restore the file")
+            captions[names[annotation.image_id]].append(annotation.caption)
     if not captions:
         raise InputError(f"{where} holds no captions; name another file")
     groups = {name: [group] if isinstance(group, str) else group for name, group in captions.items()}
     return {name: [" ".join(caption.split()) for caption in group] for name, group in groups.items()}
-
-
-def _of_coco(content, where):
-    names = {image.id: image.file_name for image in content.images}
-    captions = {name: [] for name in names.values()}
-    for annotation in sorted(content.annotations, key=lambda annotation: annotation.id):
-        if annotation.image_id not in names:
-            raise InputError(f"{where}: 'images' lacks the one of annotation {annotation.id}; restore the file")
-        captions[names[annotation.image_id]].append(annotation.caption)
-    return captions

@@ -15,7 +15,10 @@ class LogVarianceRows(FolderRows):
     """Moments stored as mean and log-variance, read as mean and std."""
 
     def _load(self, name):
-        mean, log_variance = np.split(super()._load(name), 2)
+        moments = super()._load(name)
+        if moments.ndim != 3 or len(moments) % 2:
+            raise InputError(f"{self.folder / name} has shape {moments.shape}, not (2C, h, h); encode it again")
+        mean, log_variance = np.split(moments, 2)
         return np.concatenate([mean, np.exp(0.5 * np.clip(log_variance, -30, 20))])
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from common.errors import InputError
 from common.files import read_bytes
+from common.flags import CLASSES
 from common.records import Count, FileName, Whole, parse_record
 from models.codec import LatentSpec
 from models.text import TextSpec
@@ -20,6 +21,7 @@ LABELS = "labels.npy"  # packed layout: int64 (N,)
 NAMES = "names.txt"  # source name of every row, lines padded to one width, so that row i is found without reading
 FORMAT = "deepflow-data"
 VERSION = 1
+MAX_CLASSES = CLASSES.high
 MOMENTS, MIRROR, IMAGES = "vae-sd", "vae-sd-mirror", "images"
 PREPARE = "prepare it with preprocessing/dataset_tools.py"
 CHECK = "python preprocessing/dataset_tools.py verify lists what is wrong"
@@ -74,7 +76,7 @@ class DataManifest(Header):
     dtype: Literal["<f2", "<f4", "<f8"] | None = None
     shard_size: Count | None = None  # rows of every shard but the last
     shards: tuple[Shard, ...] = ()
-    files: dict[str, str] = dataclasses.field(default_factory=dict)  # {name: sha256} of other files
+    files: dict[FileName, str] = dataclasses.field(default_factory=dict)  # {name: sha256} of other files
     images: str | None = None  # fingerprint of the images
     image_count: Count | None = None  # of captions: images that they describe
     left_out: tuple[tuple[str, str], ...] = ()  # ((image name, reason), …)
@@ -96,6 +98,8 @@ class DataManifest(Header):
         if header.version > VERSION:
             raise InputError(f"{path} has format version {header.version}; this code reads {VERSION}: update the code")
         manifest = dataclasses.replace(parse_record(cls, data, path, AGAIN), path=Path(path))
+        if manifest.kind != "captions" and (manifest.num_classes or 0) > MAX_CLASSES:  # those count the images
+            raise InputError(f"{path}: 'num_classes' is {manifest.num_classes}, above {MAX_CLASSES}; {AGAIN}")
         if manifest.is_packed:
             manifest._check_shards()
         return manifest

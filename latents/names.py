@@ -1,36 +1,75 @@
-"""Names and labels on disk: dataset.json of the folder layout, names.txt, and the walk through a folder of files."""
+"""Names and labels on disk: dataset.json of the folder layout, names.txt, and the walk through a folder of files.
+
+What counts as data is decided here, by is_data, for folders, zips, samples and captions alike.
+"""
 
 import collections.abc
 import dataclasses
+import errno
+import itertools
 import json
 import operator
 import os
+import stat
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from pydantic import FailFast, Field
 
-from common.errors import InputError
+from common.errors import InputError, unreadable
 from common.files import map_file, read_bytes
 from common.records import parse_record
-from latents.manifest import CHECK, LABELS_JSON, PREPARE
+from latents.manifest import CHECK, LABELS_JSON, MAX_CLASSES, PREPARE
 
 NO_LABEL = -(2**63)  # of an image without one, among int64 labels; -1 would be a wrong label
 
 
+# what systems leave behind beside names that begin with a dot; in lower case
+LEFT_BEHIND = {"__macosx", "network trash folder", "temporary items", "lost+found"}
+LEFT_BEHIND |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
+LEFT_BEHIND |= {"@eadir", "@tmp", "#recycle", "@recycle", "@recently-snapshot", "@__thumb"}  # of network disks
+
+
+def is_data(name):
+    """False for a relative name (with `/`) that systems leave behind, or that lies in such a folder."""
+    return not any(part.startswith(".") or part.lower() in LEFT_BEHIND for part in name.split("/"))
+
+
+def is_inside(name):
+    """True for the relative name of a file that stays in its folder."""
+    return bool(name) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
+
+
 def walk(folder, ancestors=()):
-    """(relative name with `/`, bytes) of every file, following links; a link back to a parent is not followed."""
+    """(relative name with `/`, (bytes, time of change in ns)) of every data file, following links, but not to a parent.
+
+    Raises InputError for a folder that cannot be listed.
+    """
     here = os.path.realpath(folder)
     if here in ancestors:
         return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                for name, size in walk(entry.path, (*ancestors, here)):
-                    yield f"{entry.name}/{name}", size
-            elif entry.is_file():
-                yield entry.name, entry.stat().st_size
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                found = _stat(entry) if is_data(entry.name) else None
+                if found and stat.S_ISDIR(found.st_mode):
+                    for name, version in walk(entry.path, (*ancestors, here)):
+                        yield f"{entry.name}/{name}", version
+                elif found and stat.S_ISREG(found.st_mode):
+                    yield entry.name, (found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise unreadable(error, folder, "move it away") from None
+
+
+def _stat(entry):
+    """stat_result of a directory's entry; None for a link to nothing or to itself."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
 
 
 def walk_files(folder, suffixes):
@@ -38,7 +77,7 @@ def walk_files(folder, suffixes):
     return sorted(name for name, _ in walk(folder) if os.path.splitext(name)[1].lower() in suffixes)
 
 
-Label = Annotated[int, Field(gt=NO_LABEL, lt=-NO_LABEL)]
+Label = Annotated[int, Field(gt=NO_LABEL, lt=MAX_CLASSES)]
 
 
 @dataclasses.dataclass
@@ -64,8 +103,12 @@ def parse_label_list(data, path):
     if pairs is None:
         return None, None
     pairs.sort(key=operator.itemgetter(0))
-    labels = [NO_LABEL if label is None else label for _, label in pairs]
-    return [name for name, _ in pairs], np.array(labels, np.int64)
+    names = [name for name, _ in pairs]
+    if (odd := next((name for name in names if not is_inside(name)), None)) is not None:
+        raise InputError(f"{path}: {odd!r} leaves the folder; {PREPARE}")
+    if twice := next((name for name, following in itertools.pairwise(names) if name == following), None):
+        raise InputError(f"{path} lists {twice!r} more than once; {PREPARE}")
+    return names, np.array([NO_LABEL if label is None else label for _, label in pairs], np.int64)
 
 
 def label_json(names, labels):
@@ -80,29 +123,32 @@ class Names(collections.abc.Sequence):
     """names.txt, memory-mapped: names[i] is the source name of row i."""
 
     def __init__(self, path, count):
-        self._count, self._map = count, map_file(path, CHECK)
-        self._width = self._map.find(b"\n") + 1 if count else 1
-        if len(self._map) != count * self._width:
+        content = map_file(path, CHECK)
+        width = content.find(b"\n") + 1 or 1
+        if len(content) != count * width:
             raise InputError(f"{path} does not hold {count} lines of one width; {CHECK}")
+        self._lines = np.frombuffer(content, f"S{width}")
 
     def __len__(self):
-        return self._count
+        return len(self._lines)
 
     def __getitem__(self, index):
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        line = self._map[index * self._width : (index + 1) * self._width]
-        return line.rstrip(b" \n").decode("utf-8", "surrogateescape")
+        return self._lines[index].rstrip(b" \n").decode("utf-8", "surrogateescape")
 
     def same(self, other):
         """True where the other holds the same names in the same order."""
-        return self._map[:] == other._map[:]
+        return np.array_equal(self._lines, other._lines)
+
+
+def check_names(names):
+    """Raise InputError for a name with a line break, which names.txt cannot hold."""
+    if odd := next((name for name in names if "\n" in name), None):
+        raise InputError(f"the file name {odd!r} contains a line break; rename the file")
 
 
 def pack_names(names):
     """Bytes of names.txt: each name padded with spaces to the longest. Raises InputError on a line break."""
+    check_names(names)
     names = [name.encode("utf-8", "surrogateescape") for name in names]
-    if odd := next((name for name in names if b"\n" in name), None):
-        raise InputError(f"the file name {odd!r} contains a line break; rename the file")
     width = max(map(len, names), default=0)
     return b"".join(name.ljust(width) + b"\n" for name in names)

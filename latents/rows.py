@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, system_fault
 from common.files import map_file, read_bytes
 from latents.manifest import CHECK
+from latents.names import is_inside
 
 PARSING = threading.Lock()  # numpy parses headers with ast, which is not safe in threads before Python 3.13
 
@@ -25,9 +26,20 @@ def read_array(path, remedy):
     content = io.BytesIO(read_bytes(path, remedy))
     try:
         with PARSING:
-            return np.load(content, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+            array = np.load(content, allow_pickle=False)
+    except Exception as error:  # numpy's parser raises nearly everything on damaged headers, which may claim any size
         raise InputError(f"{path} is truncated or not a .npy file ({first_line(error)}); {remedy}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is an npz, not a .npy file; {remedy}")
+    return array
+
+
+def read_floats(path, remedy):
+    """The float16, float32 or float64 array in a .npy file. Raises InputError."""
+    array = read_array(path, remedy)
+    if array.dtype.kind != "f" or array.itemsize > 8:
+        raise InputError(f"{path} holds {array.dtype}, not float16, float32 or float64; {remedy}")
+    return array
 
 
 class FolderRows:
@@ -36,7 +48,7 @@ class FolderRows:
     def __init__(self, folder, names):
         self.folder, self.names = Path(folder), names
         first = self._load(names[0])
-        self.shape, self.dtype = first.shape, first.dtype
+        self.shape, self.dtype = first.shape, first.dtype.newbyteorder("=")
 
     def __len__(self):
         return len(self.names)
@@ -54,7 +66,7 @@ class FolderRows:
         list(pool.map(self.read, indices, [out[place] for place in places]))
 
     def _load(self, name):
-        return read_array(self.folder / name, f"encode it again; {CHECK}")
+        return read_floats(self.folder / name, f"encode it again; {CHECK}")
 
 
 def major_faults():
@@ -133,17 +145,22 @@ class ImageFiles:
 
     def gather(self, indices, flip, pool):
         """uint8 images (B, 3, R, R); rows where `flip` is true are mirrored, as their moments are."""
-        return torch.from_numpy(np.stack(list(pool.map(self._load, indices, flip))))
+        return torch.from_numpy(np.stack(list(pool.map(self.load, indices, flip))))
 
-    def _load(self, index, flip):
+    def load(self, index, flip):
+        """uint8 image (3, R, R), mirrored where `flip` is true. Raises InputError."""
         from PIL import Image  # only alignment reads images
 
-        path, side = self.folder / self._name_of(index), self.resolution
+        name, side = self._name_of(index), self.resolution
+        path = self.folder / name
+        if not is_inside(name):
+            raise InputError(f"{path} leaves the folder; {CHECK}")
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{path} is missing or not a readable image ({error}); convert again; {CHECK}") from None
+        except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
+            fault = f"{path} is missing or not a readable image ({first_line(error)}); convert again; {CHECK}"
+            raise InputError(system_fault(error, path) or fault) from None
         if pixels.shape != (side, side, 3):
             raise InputError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the latents are of {side}x{side} images")
         return pixels.transpose(2, 0, 1)[:, :, :: -1 if flip else 1]

@@ -11,16 +11,20 @@ import re
 import textwrap
 import zipfile
 from pathlib import Path
+from typing import Annotated, Any, Literal, Union
 
 import torch
+from pydantic import Field, Strict
 from safetensors.torch import load_file
 
-from common.errors import InputError, first_line, note
+from common.errors import InputError, first_line, system_fault, unreadable
+from common.files import regular
 from common.flags import shown
-from common.records import read_record
+from common.records import Whole, check_record, read_record
 from models.deepflow import DeepFlow
+from models.paths import PATHS
 from models.presets import NETWORKS, build, constructor_defaults, kind_of, parse_df_idxs
-from models.published import from_published, published_note
+from models.published import from_published
 
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
@@ -28,40 +32,79 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by
 TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
 TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
 TRAINING += ("changes",)
+Size = Annotated[int, Field(ge=1, le=1 << 20)]  # larger ones would not be noticed until they are allocated
+Options = dict[str, Size | bool | str | list[Size] | None]  # constructor arguments
+Plain = Union[(None, *(Annotated[kind, Strict()] for kind in (bool, int, float, str, list, tuple, dict)))]  # no tensor
+
+
+@dataclasses.dataclass
+class Run:
+    """What of a run's configuration is read again."""
+
+    model_options: Options
+    model: str | None = None
+    exp_name: str | None = None
+    path_type: Literal[tuple(PATHS)] | None = None
+    cfg_prob: float | None = None
+
+
+@dataclasses.dataclass
+class About:
+    """What a file says beside its weights."""
+
+    config: Run = None  # of a file of ours
+    data: dict[str, Plain] = dataclasses.field(default_factory=dict)
+    steps: Whole | None = None
+    args: Any = None  # of a published file
 
 
 def read_file(path):
     """Content of a checkpoint, a .safetensors file or an exported folder. Raises InputError naming the file."""
-    path = Path(path)
-    if path.is_dir():
-        return read_folder(path)
+    return read_folder(Path(path)) if Path(path).is_dir() else read_weights_file(Path(path))
+
+
+def read_weights_file(path):
+    """Content of a checkpoint or a .safetensors file (which has no checksums). Raises InputError naming the file."""
     try:
-        if path.suffix == ".safetensors":
+        if regular(path).suffix == ".safetensors":
             return load_file(path)
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            check_sums(path)
         # Published files hold an argparse.Namespace beside the weights: it is harmless and allowed by name.
         # Memory-mapped, so that eight processes share one copy; torch's old format, which is not a zip, cannot be.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist; name another") from None
+    except OSError as error:
+        raise unreadable(error, f"checkpoint {path}", "name another") from None
     except Exception as error:  # in a damaged file the unpickler can fail with anything
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(
-                f"checkpoint {path} holds the Python object {refused[1]}, which is not loaded: it could run code; "
-                "save the weights alone"
-            ) from None
-        reason = first_line(error)[:120]
-        raise InputError(f"checkpoint {path} is unreadable or truncated ({reason}); copy it again") from None
+            fault = f"holds the Python object {refused[1]}, which is not loaded: it could run code"
+            raise InputError(f"checkpoint {path} {fault}; save the weights alone") from None
+        fault = f"checkpoint {path} is unreadable or truncated ({first_line(error)[:120]}); copy it again"
+        raise InputError(system_fault(error, path) or fault) from None
+
+
+def check_sums(path):
+    """Raise BadZipFile for an archive that has changed since it was written, which a mapped file does not show."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} has another checksum")
 
 
 def read_folder(folder):
     """Content of an exported folder, in the form of a checkpoint of ours. Raises InputError naming the file."""
-    config = read_record(dict, folder / CONFIG_FILE, "name a .pt file, or an exported folder")
+    where, remedy = folder / CONFIG_FILE, "name a .pt file, or an exported folder"
+    config = read_record(dict, where, remedy)
+    run = check_record(dict, config.get("run", {}), f"{where}, run", remedy)
+    weights = check_record(Literal[tuple(ENTRIES)], config.get("weights", "ema"), f"{where}, weights", remedy)
     defaults = constructor_defaults(NETWORKS[kind_of(config)])
     options = {name: config.get(name, default) for name, default in defaults.items()}
     return {
-        ENTRIES[config.get("weights", "ema")]: read_file(folder / WEIGHTS_FILE),
-        "config": {**config.get("run", {}), "model_options": options},
+        ENTRIES[weights]: read_weights_file(folder / WEIGHTS_FILE),
+        "config": {**run, "model_options": options},
         "data": config.get("data", {}),
         "steps": config.get("steps"),
     }
@@ -77,6 +120,11 @@ class Checkpoint:
     data: dict  # classes, VAE and shapes of the training data
     steps: int | None
 
+    @property
+    def is_ours(self):
+        """Whether the file holds all settings of its model."""
+        return "model_options" in self.run
+
     def weights_sha256(self):
         """SHA-256 of the weights, the same for every copy or export of them."""
         digest = hashlib.sha256()
@@ -89,24 +137,32 @@ def load_checkpoint(path, weights="ema", **overrides):
     """Checkpoint with the model in eval mode, from a file of ours or a published one.
 
     weights: "ema" or "raw" (the entry "model"); overrides: constructor arguments that a published file does not
-    determine. Raises InputError if the file lacks what is asked for.
+    determine, or states otherwise, and its convention and path_type. Raises InputError if the file lacks what is
+    asked for, or its parts contradict each other.
     """
     content = read_file(path)
     state = pick_weights(content, weights, path)
-    run, data = content.get("config"), content.get("data", {})
-    is_ours = isinstance(run, dict) and "model_options" in run
-    if is_ours:
-        options = run["model_options"]
+    about = {field.name: content[field.name] for field in dataclasses.fields(About) if field.name in content}
+    found = check_record(About, about, path, "copy it again, or name another")
+    if is_ours := found.config is not None:
+        run, data, options = about["config"], about.get("data", {}), about["config"]["model_options"]
     else:
-        run, data = {}, {}
-        state, options = from_published(state, path, overrides.get("df_idxs"), overrides.get("dmf_depth"))
-    options = check_overrides(options, overrides, path, is_ours)
-    if not is_ours:
-        note(published_note(path, options))
-    with torch.device("meta"):  # spends no time on initial weights
-        model = build(options)
+        state, options, path_type = from_published(state, path, found.args, overrides)
+        run, data = {"path_type": path_type} if path_type else {}, {}
+    overrides = {name: value for name, value in overrides.items() if name not in ("convention", "path_type")}
+    try:
+        options = check_overrides(options, overrides, path, is_ours)
+        if options["depth"] > len(state):
+            raise InputError(f"{path} is of another model: it has fewer parameters than {options['depth']} blocks")
+        with torch.device("meta"):  # spends no time on initial weights
+            model = build(options)
+    except InputError:
+        raise
+    except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:
+        fault = f"{path}: its model_options make no model ({first_line(error)[:120]})"
+        raise InputError(f"{fault}; copy it again, or name another") from None
     load_strictly(model, state, path)
-    return Checkpoint(model.float().eval(), options, run, data, content.get("steps"))
+    return Checkpoint(model.float().eval(), options, run, data, found.steps)
 
 
 def load_model(path, weights="ema", **overrides):
@@ -119,10 +175,15 @@ def pick_weights(content, weights, path):
     """The state dict `weights` ("ema" or "raw") of a file's content, wrapper prefixes stripped."""
     key, entries = ENTRIES[weights], content if isinstance(content, dict) else {f"a {type(content).__name__}": content}
     state = entries if "x_embedder.proj.weight" in map(strip_prefix, entries) else entries.get(key)
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) and is_plain(t) for t in state.values()):
         held = ", ".join(map(str, list(entries)[:6])) or "nothing"
         raise InputError(f"--ckpt {path} lacks tensors '{key}' (it holds {held}); name other --weights or another file")
     return {strip_prefix(name): tensor for name, tensor in state.items()}
+
+
+def is_plain(tensor):
+    """Whether a tensor holds real numbers, one beside the other."""
+    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def strip_prefix(name):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, system_fault
 from common.flags import ROOT
 from common.records import Count, Finite, Positive
 
@@ -77,12 +77,11 @@ class LatentCodec:
 
         name = SHORT_NAMES.get(str(name), str(name))
         try:
-            vae = AutoencoderKL.from_pretrained(resolve_vae(name), torch_dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(resolve_vae(name), torch_dtype=dtype).to(device)
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"cannot load the VAE '{name}' ({first_line(error)}); "
-                "pass --vae with a folder that holds a diffusers AutoencoderKL, or connect to the hub once"
-            ) from None
+            remedy = "pass --vae with a folder that holds a diffusers AutoencoderKL, or connect to the hub once"
+            fault = system_fault(error, name) or f"cannot load the VAE '{name}' ({first_line(error)}); {remedy}"
+            raise InputError(fault) from None
         config = vae.config
         spec = LatentSpec(
             vae=name,
@@ -92,7 +91,9 @@ class LatentCodec:
             channels=int(config.latent_channels),
             factor=2 ** (len(config.block_out_channels) - 1),
         )
-        return cls(vae.to(device), spec)
+        if dtype != torch.float32:  # what a GPU's convolutions compute in; float32 keeps its rounding
+            vae.decoder.to(memory_format=torch.channels_last)
+        return cls(vae, spec)
 
     @torch.no_grad()
     def encode(self, images):
@@ -101,16 +102,27 @@ class LatentCodec:
         posterior = self.vae.encode(x).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
-    @torch.no_grad()
     def decode(self, latents, chunk=32):
         """Network latents (N, C, h, w) → uint8 images (N, R, R, 3), `chunk` at a time to bound memory.
 
         Raises InputError if values overflow in the decoder's precision.
         """
-        z, dtype, images = latents.to(self.vae.device) / self.spec.scale + self.spec.shift, self.vae.dtype, []
+        images, is_finite = self.start_decoding(latents, chunk)
+        self.check(is_finite)
+        return images
+
+    @torch.no_grad()
+    def start_decoding(self, latents, chunk=32):
+        """The images of `decode`, and whether their values were finite for `check`: a GPU is not waited for."""
+        z, images, finite = latents.to(self.vae.device) / self.spec.scale + self.spec.shift, [], []
         for part in z.split(chunk):
-            decoded = self.vae.decode(part.to(dtype)).sample
-            if not decoded.isfinite().all():
-                raise InputError(f"the VAE {self.spec.vae} gives pixels that are not finite in {dtype}; use fp32")
+            decoded = self.vae.decode(part.to(self.vae.dtype)).sample
+            finite.append(decoded.isfinite().all())
             images.append(to_uint8(decoded))
-        return torch.cat(images)
+        return torch.cat(images), torch.stack(finite).all()
+
+    def check(self, is_finite):
+        """Raise InputError if decoded values overflowed."""
+        if not is_finite:
+            name, dtype = self.spec.vae, self.vae.dtype
+            raise InputError(f"the VAE {name} gives pixels that are not finite in {dtype}; use fp32")

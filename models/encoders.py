@@ -10,18 +10,20 @@ import dataclasses
 import functools
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, system_fault, unreadable
 from common.files import sha256_of_files
-from models.checkpoints import load_strictly, read_file, strip_prefix
+from models.checkpoints import check_sums, load_strictly, read_file, strip_prefix
 from models.layers import sincos_2d
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+UNUSED = ("head.", "decoder_", "mask_token")  # what some files hold besides the encoder
 STRIDE = 16  # image pixels per token for every encoder: patch-14 networks see the image at 14/16 of its side
 
 
@@ -35,7 +37,6 @@ def renamed(state, parts):
 def from_dinov2(state):
     """DINOv2: the giant's fused SwiGLU; with registers, timm adds the class token's position to the token itself."""
     state = renamed(state, {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."})
-    state.pop("mask_token", None)
     if "register_tokens" in state:
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
@@ -60,11 +61,6 @@ def from_mocov3(state):
         patches = sincos_2d(width, 256 // STRIDE).roll(width // 2, dims=2)
         base["pos_embed"] = torch.cat([torch.zeros(1, 1, width), patches], dim=1)
     return base
-
-
-def from_mae(state):
-    """MAE: without the decoder that some files hold."""
-    return {name: t for name, t in state.items() if not name.startswith("decoder_") and name != "mask_token"}
 
 
 CLIP_NAMES = {
@@ -123,7 +119,7 @@ ENCODERS = {
     "mocov3-vit-s": mocov3("vit_small_patch16_224", 384, options={"img_size": 256, "num_heads": 12}),
     "mocov3-vit-b": mocov3("vit_base_patch16_224", 768, options={"img_size": 256}),
     "mocov3-vit-l": mocov3("vit_large_patch16_224", 1024, options={"img_size": 256}),
-    "mae-vit-l": Family("vit_large_patch16_224.mae", 1024, final_norm=False, entry="model", convert=from_mae),
+    "mae-vit-l": Family("vit_large_patch16_224.mae", 1024, final_norm=False, entry="model"),
     "clip-vit-l": clip("vit_large_patch14_clip_quickgelu_224.openai", 1024, resize_first=True),
     "jepa-vit-h": Family("vit_huge_patch14_gap_224.in1k_ijepa", 1280, patch=14, entry="encoder"),
 }
@@ -170,7 +166,7 @@ def weights_id(name, checkpoint=None):
     try:
         return "sha256:" + sha256_of_files(checkpoint)
     except OSError as error:
-        raise InputError(f"--enc-ckpt {checkpoint} cannot be read ({error.strerror}); name a weights file") from None
+        raise unreadable(error, f"--enc-ckpt {checkpoint}", "name a weights file") from None
 
 
 def load_network(name, checkpoint=None):
@@ -188,7 +184,8 @@ def load_network(name, checkpoint=None):
         return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
     except Exception as error:  # hub client, network and file system raise all kinds
         reason = f"the weights {family.timm_name} cannot be fetched ({first_line(error)[:160]})"
-        raise InputError(f"--enc-type {name}: {reason}; give timm's or the authors' --enc-ckpt FILE") from None
+        fault = system_fault(error) or f"{reason}; give timm's or the authors' --enc-ckpt FILE"
+        raise InputError(f"--enc-type {name}: {fault}") from None
 
 
 def read_weights(path, family):
@@ -196,7 +193,7 @@ def read_weights(path, family):
     content = read_torchscript(path) or read_file(path)
     content = content.get(family.entry, content) if isinstance(content, dict) else {}
     state = {strip_prefix(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-    state = {name: tensor.float() for name, tensor in family.convert(state).items() if not name.startswith("head.")}
+    state = {name: t.float() for name, t in family.convert(state).items() if not name.startswith(UNUSED)}
     if not state:
         raise InputError(f"--enc-ckpt {path} holds no weights of {family.timm_name}; give the authors' or timm's file")
     return state
@@ -204,11 +201,14 @@ def read_weights(path, family):
 
 def read_torchscript(path):
     """State dict of an archive that torch.jit.save wrote, as OpenAI's of CLIP; None of others. Raises InputError."""
-    if not zipfile.is_zipfile(path) or not any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return None
     try:
+        if not any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+            return None
+        check_sums(path)
         return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError as error:
+    except (RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"--enc-ckpt {path} is unreadable or truncated ({first_line(error)}); copy it again") from None
 
 

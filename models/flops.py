@@ -15,16 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.mmdit import TEXT_TOKENS
 
-# Dense bf16 and fp16 tensor-core FLOP/s in the vendor's data sheets, by part of the GPU's name; the first match counts.
+# Dense bf16 and fp16 tensor-core FLOP/s with fp32 accumulation, by words of torch.cuda.get_device_name; H100, H200 and
+# V100 alone are the SXM cards. From Hopper on, NVIDIA's data sheets print the number with sparsity, twice as much.
 PEAK_FLOPS = {
+    "B200": 2250e12,  # HGX B200 data sheet
+    "H200": 989.5e12,  # H200 data sheet
+    "H200 NVL": 835.5e12,
+    "H100": 989.5e12,  # H100 data sheet
+    "H100 NVL": 835.5e12,
     "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "V100": 125e12,
+    "H20": 148e12,  # H20 data sheet, as resellers print it
+    "A100": 312e12,  # A100 data sheet
+    "L40S": 362e12,  # L40S data sheet
+    "V100": 125e12,  # V100 data sheet, fp16 only
+    "RTX 4090": 165.2e12,  # Ada architecture white paper, appendix
+    "RTX 3090": 71e12,  # GA102 architecture white paper, appendix
 }
+OTHER_CARDS = {"Ti", "SUPER", "D", "Laptop", "MIG"}  # words after which a name is not that of the card in the table
 MFU = 0.35  # share of the peak that estimates of hours assume
 
 
@@ -55,7 +62,16 @@ def peak_flops(device, precision):
     name = torch.cuda.get_device_name(device)
     if "V100" in name and precision == "bf16":
         return None  # it has no bf16 units
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak_of(name)
+
+
+def peak_of(gpu_name):
+    """The entry of PEAK_FLOPS whose words a GPU's name has in a row, the longest one; None without such."""
+    words = re.split("[ -]", gpu_name)
+    if OTHER_CARDS & set(words):
+        return None
+    found = [name for name in PEAK_FLOPS if f" {name} " in f" {' '.join(words)} "]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
 def meta_inputs(model):

@@ -7,13 +7,10 @@ the gap r − t.
 Letters: N batch, C latent channels, H = W latent size, T tokens, D hidden size, k branches.
 """
 
-import contextlib
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
 from models.attention import forward_mode
@@ -32,32 +29,6 @@ class FlowMapOutput:
     log_variance: torch.Tensor | None  # (N,) float32
 
 
-class LinearOfConstants(torch.autograd.Function):
-    """F.linear whose weight and bias have no tangent; torch's own rule multiplies by zeros for them."""
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.weight = inputs[1]
-
-    @staticmethod
-    def jvp(ctx, dx, _dweight, _dbias):
-        return F.linear(dx, ctx.weight)
-
-
-class ConstantWeights(TorchFunctionMode):
-    """Within the context F.linear is LinearOfConstants: two products in a derivative pass instead of three.
-
-    Not for a compiled pass: the compiler drops custom rules, and removes the products by zeros itself.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return LinearOfConstants.apply(*args) if func is F.linear else func(*args, **(kwargs or {}))
-
-
 class FlowMap(DeepFlow):
     """The network. dmf_depth: number of blocks that see t; use_logvar: with the head that only training needs."""
 
@@ -69,7 +40,6 @@ class FlowMap(DeepFlow):
         if dmf_depth not in possible:
             raise InputError(f"--dmf-depth {dmf_depth}: the last block that sees t can be one of {list(possible)}")
         self.dmf_depth = dmf_depth
-        self.derivative_compiled = False
         self.deep_supervision = True  # whether `forward` runs the intermediate layers
         self.logvar_linear = nn.Linear(4 * LOGVAR_FREQUENCIES, 1) if use_logvar else None
         if use_logvar:
@@ -107,9 +77,9 @@ class FlowMap(DeepFlow):
 
     def derivative(self, x, t, r, y, tangent):
         """u and its Jacobian-vector product along (tangent, 1, 0) in (x, t, r), without gradient, (N, C, H, W) each."""
-        constants = contextlib.nullcontext() if self.derivative_compiled else ConstantWeights()
-        with torch.no_grad(), forward_mode(), constants:
-            return self.jvp(x.clone(), t.clone(), r, y, tangent)  # when compiled, it takes no views of larger tensors
+        with torch.no_grad(), forward_mode():
+            # when compiled, it takes no views of larger tensors
+            return self.jvp(x.clone(), t.clone(), r, y, tangent.clone())
 
     def jvp(self, x, t, r, y, tangent):
         """`derivative` without its context, so that it can be compiled in one graph."""
@@ -119,7 +89,7 @@ class FlowMap(DeepFlow):
 
     def compile_derivative(self):
         """Compile the derivative pass; nn.Module.compile does so for `forward` alone."""
-        self.jvp, self.derivative_compiled = torch.compile(self.jvp, fullgraph=True), True
+        self.jvp = torch.compile(self.jvp, fullgraph=True)
 
     def supervise_branches(self, wanted):
         """Run and train the intermediate branches' velocity and acceleration layers, or neither."""

@@ -32,17 +32,19 @@ def sincos_2d(width, grid):
 
 
 class PatchEmbed(nn.Module):
-    """p × p convolution with stride p: (N, C, H, W) → tokens (N, T, D), row-major."""
+    """p × p convolution with stride p: (N, C, H, W) → tokens (N, T, D), row-major.
+
+    As a product of patches its result is contiguous; a convolution's, seen as tokens, would be transposed.
+    """
 
     def __init__(self, patch_size, in_channels, hidden_size):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x):
-        if differentiating() and torch.compiler.is_compiling():  # torch 2.11 cannot compile a convolution's derivative
-            patches = F.unfold(x, self.proj.kernel_size, stride=self.proj.stride).transpose(1, 2)
-            return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-        return self.proj(x).flatten(2).transpose(1, 2)
+        p = self.proj.kernel_size[0]
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (N, H/p, W/p, C, p, p)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def frequencies(count, device=None):

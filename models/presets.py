@@ -21,10 +21,7 @@ def kind_of(options):
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A row of the table; `parameters` is the count at 32×32×4 latents and 1000 classes.
-
-    Text-to-image models are counted without the fixed position embedding, as published.
-    """
+    """A row of the table; `parameters`: at 32×32×4 latents and 1000 classes; of text-to-image without `pos_embed`."""
 
     depth: int
     hidden_size: int
@@ -47,6 +44,7 @@ class Preset:
 IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
 COCO = {"count": 82_783, "resolution": 256}  # text-to-image: the training images of 2014
 CLIP_WIDTH = 768  # width of CLIP ViT-L/14's text features
+REPA = {"context_dim": CLIP_WIDTH, "init": "repa"}
 
 # Ti is ours, for laptops and tests, and so are DeepFlow's and MMDiT's S. The others are the papers'.
 PRESETS = {
@@ -79,11 +77,9 @@ PRESETS = {
     "DeepFlow-DMF-B/2": Preset(12, 768, 12, 2, (6,), 166_201_649, dmf_depth=6),
     "DeepFlow-DMF-L/2": Preset(18, 1024, 16, 2, (6, 12), 433_439_025, dmf_depth=12),
     "DeepFlow-DMF-XL/2": Preset(24, 1152, 16, 2, (8, 16), 681_559_601, dmf_depth=16),
-    "MMDiT-Ti/2": Preset(
-        4, 128, 4, 2, (), 2_345_488, projector_dim=256, encoder_depth=2, context_dim=CLIP_WIDTH, init="repa"
-    ),
-    "MMDiT-S/2": Preset(12, 384, 12, 2, (), 62_768_656, context_dim=CLIP_WIDTH, init="repa"),
-    "MMDiT-L/2": Preset(24, 768, 24, 2, (), 505_070_608, context_dim=CLIP_WIDTH, init="repa"),
+    "MMDiT-Ti/2": Preset(4, 128, 4, 2, (), 2_345_488, projector_dim=256, encoder_depth=2, **REPA),
+    "MMDiT-S/2": Preset(12, 384, 12, 2, (), 62_768_656, **REPA),
+    "MMDiT-L/2": Preset(24, 768, 24, 2, (), 505_070_608, **REPA),
     "DeepFlow-MMDiT-Ti/2": Preset(4, 128, 4, 2, (2,), 3_172_656, projector_dim=256, context_dim=CLIP_WIDTH),
     "DeepFlow-MMDiT-S/2": Preset(12, 384, 12, 2, (6,), 85_178_160, context_dim=CLIP_WIDTH),
     "DeepFlow-MMDiT-L/2": Preset(24, 768, 24, 2, (8, 16), 571_330_608, context_dim=CLIP_WIDTH),

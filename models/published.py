@@ -1,36 +1,158 @@
 """Published weights (DeepFlow, SiT, REPA, Decoupled MeanFlow, MMDiT): their configuration, and conversion to ours.
 
-Sizes follow from the shapes, heads and key layers from the preset of the same width; flags override. Only the SiT
-release needs conversion: its time runs the other way.
+Sizes follow from the shapes, heads and key layers from the file's own `args`, else from the preset of the same width;
+flags override. SiT's time runs the other way, and is converted.
 """
 
+import argparse
+import dataclasses
+import itertools
 import math
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BeforeValidator
 
-from common.errors import InputError
+from common.errors import InputError, note
+from common.flags import Range, flag, shown
+from common.records import Count, check_record
 from models.layers import TimestepEmbedder, frequencies
 from models.presets import PRESETS, Preset, kind_of, parse_df_idxs, spaced_key_layers
 
 RMS_NORM = "blocks.0.attn.q_norm.scale"  # Decoupled MeanFlow's QK norm, in its flow models too
 TEXT = "context_embedder.weight"  # only text-to-image has it
+SIT_PATHS = {"Linear": "linear", "GVP": "cosine"}  # SiT's names; REPA, and what builds on it, have ours
+CONVENTIONS = ("repa", "sit")  # REPA, DeepFlow and Decoupled MeanFlow: t = 0 is data; SiT: t = 1 is data
+KeyLayers = Annotated[
+    tuple[int, ...], BeforeValidator(lambda v: parse_df_idxs(v if isinstance(v, list | tuple) else str(v)))
+]
 
 
-def from_published(state, path, df_idxs=None, dmf_depth=None):
-    """A published state dict → state dict in this project's conventions, constructor arguments. Raises InputError."""
+@dataclasses.dataclass(kw_only=True)
+class ConventionFlag:
+    """The direction of time, for published files that do not tell."""
+
+    convention: str | None = flag(
+        None, "of a published file: t = 0 (repa) or t = 1 (sit) is data", str, choices=CONVENTIONS, group="model"
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class PublishedFlags(ConventionFlag):
+    """What published files may leave open; default: as the file says, else as its preset."""
+
+    df_idxs: list | None = flag(None, "blocks that end a branch: [8,16], 8,16 or 8 16", str, nargs="+", group="model")
+    dmf_depth: int | None = flag(
+        None, "number of blocks that see t, of a published flow map", int, range=Range(low=1), group="model"
+    )
+    legacy_scaling: bool | None = flag(None, "clamp the time-gap scale to [-5, 5], as published", bool, group="model")
+
+    def published(self):
+        """{flag: value} of these."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(PublishedFlags)}
+
+
+@dataclasses.dataclass
+class Arguments:
+    """What bears on sampling of the `args` in a published training file; None: not said."""
+
+    model: str | None = None
+    trans_depth: Count | None = None
+    df_idxs: KeyLayers | None = None
+    legacy_scaling: bool | None = None
+    qk_norm: bool | None = None
+    encoder_depth: Count | None = None
+    dmf_depth: Count | None = None
+    path_type: Literal["linear", "cosine", "Linear", "GVP"] | None = None
+    prediction: Literal["v", "velocity"] | None = None  # SiT's word for it is velocity
+
+
+def read_arguments(args, path):
+    """{name: value} of what a file's `args` (a Namespace, a dict or None) say. Raises InputError."""
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    found = check_record(Arguments, {} if args is None else args, f"{path}, args", "save the weights alone")
+    return {name: value for name, value in vars(found).items() if value is not None}
+
+
+def from_published(state, path, args, given):
+    """A published state dict → state dict in this project's conventions, constructor arguments, path_type or None.
+
+    args: the file's own settings; given: {flag: value or None}, which override them. What was taken is noted. Raises
+    InputError where weights and settings contradict each other, and where the direction of time is open.
+    """
+    said, given = read_arguments(args, path), {name: value for name, value in given.items() if value is not None}
+    known, row = {**said, **given}, PRESETS.get(said.get("model"))
     try:
-        return convert(state, config_from_state(state, df_idxs, dmf_depth))
+        state, joined = join_decoder(state)
+        config = config_from_state(state, known.get("df_idxs"), known.get("dmf_depth"), row and row.kind == "flow map")
+        own = {name: value for name, value in said.items() if name not in given}
+        check_arguments(own, state, config, joined, path)
+        names = ("legacy_scaling", "num_heads", *(["encoder_depth"] if config.get("ssl_align") else []))
+        config |= {name: known[name] for name in names if name in known} | ({"encoder_depth": joined} if joined else {})
+        convention = convention_of(state, config, said, given, path)
+        state, config = convert(state, config, convention)
     except InputError:
         raise
-    except (KeyError, IndexError, ValueError, RuntimeError) as error:  # an expected name or shape is missing
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:  # a name or shape that is expected
         raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF, MMDiT): {error}") from None
+    note(published_note(path, config, convention, own, given.keys() & said.keys()))
+    return state, config, SIT_PATHS.get(known.get("path_type"), known.get("path_type"))
 
 
-def config_from_state(state, df_idxs=None, dmf_depth=None):
+def join_decoder(state):
+    """REPA's first files end `blocks` with the aligned one and go on as `decoder_blocks` → today's names, that block.
+
+    0 where there is nothing to join.
+    """
+    first, old = length_of("blocks", state), "decoder_blocks."
+    if not any(name.startswith(old) for name in state):
+        return state, 0
+    parts = {name: name.removeprefix(old).partition(".") for name in state if name.startswith(old)}
+    renamed = {name: f"blocks.{first + int(number)}.{rest}" for name, (number, _, rest) in parts.items()}
+    return {renamed.get(name, name): tensor for name, tensor in state.items()}, first
+
+
+def check_arguments(own, state, config, joined, path):
+    """Raise InputError where a file's settings (read_arguments' that no flag overrides) contradict its weights."""
+    depth, ends = config["depth"], own.get("df_idxs", ())
+    possible = {"trans_depth": [depth], "qk_norm": [bool(config["qk_norm"])]}
+    possible["dmf_depth"] = config["df_idxs"] or range(1, depth)
+    if config.get("ssl_align") and not config["df_idxs"]:
+        possible["encoder_depth"] = [joined] if joined else range(1, depth + 1)
+    wrong = [name for name, values in possible.items() if name in own and own[name] not in values]
+    increasing = all(before < after for before, after in itertools.pairwise((0, *ends, depth)))
+    if "df_idxs" in own and (len(ends) != length_of("df_blocks", state) or not increasing):
+        wrong, possible["df_idxs"] = ["df_idxs"], f"{length_of('df_blocks', state)} of {depth} blocks"
+    if wrong:
+        fault = f"{path}: its args have {wrong[0]} {own[wrong[0]]}, its weights {possible[wrong[0]]}"
+        raise InputError(f"{fault}; pass {shown(wrong[0])}, or save the weights alone")
+
+
+def convention_of(state, config, said, given, path):
+    """The convention of time, one of CONVENTIONS, as flag, keys or `args` tell it. Raises InputError otherwise."""
+    is_one = kind_of(config) == "flow" and not config["df_idxs"]
+    if wanted := given.get("convention"):
+        if wanted == "sit" and not is_one:
+            raise InputError(f"--convention sit is for flow models of one branch, {path} is another; leave it out")
+        return wanted
+    words, tells = {said.get("path_type"), said.get("prediction")}, set()
+    if not is_one or config.get("ssl_align") or RMS_NORM in state or words & {"linear", "cosine", "v"}:
+        tells.add("repa")
+    if (is_one and learns_sigma(state, config["in_channels"])) or words & {*SIT_PATHS, "velocity"}:
+        tells.add("sit")
+    if len(tells) != 1:
+        fault = f"{path} tells {'two directions' if tells else 'no direction'} of time"
+        remedy = "pass --convention sit (t = 1 is data, as in SiT's release) or repa (t = 0 is, as in REPA's and DMF's)"
+        raise InputError(f"{fault}; {remedy}")
+    return tells.pop()
+
+
+def config_from_state(state, df_idxs=None, dmf_depth=None, is_map=False):
     """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError.
 
     df_idxs: the key layers if known; default: the preset's, else evenly spaced. dmf_depth: given, the file is taken
-    as a flow map, as it is if it has a log-variance head; default: the preset's, else two thirds of the blocks.
+    as a flow map, as it is if it has a log-variance head or `is_map`; default: the preset's, else two thirds of the
+    blocks.
     """
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     is_text = TEXT in state
@@ -41,22 +163,17 @@ def config_from_state(state, df_idxs=None, dmf_depth=None):
     if df_idxs is None:
         is_preset = row and (row.depth, len(row.df_idxs) + 1) == (depth, num_branches)
         df_idxs = row.df_idxs if is_preset else spaced_key_layers(depth, num_branches)
-    config = {
-        "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": row.num_heads if row else heads_from_state(state, hidden_size),
-        "df_idxs": parse_df_idxs(df_idxs),
-        "qk_norm": "rms" if RMS_NORM in state else any(name.endswith("attn.q_norm.weight") for name in state),
-    }
+    config = {"input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size}
+    config |= {"in_channels": in_channels, "hidden_size": hidden_size, "depth": depth}
+    config["num_heads"] = row.num_heads if row else heads_from_state(state, hidden_size)
+    config["df_idxs"] = parse_df_idxs(df_idxs)
+    config["qk_norm"] = "rms" if RMS_NORM in state else any(name.endswith("attn.q_norm.weight") for name in state)
     if is_text:
         config["context_dim"] = state[TEXT].shape[1]
     else:
         config["num_classes"] = state["y_embedder.embedding_table.weight"].shape[0] - 1
     has_head = "logvar_linear.weight" in state
-    if has_head or dmf_depth is not None:
+    if has_head or is_map or dmf_depth is not None:
         depth_of_t = default_dmf_depth(depth, config["df_idxs"]) if dmf_depth is None else dmf_depth
         config.update(dmf_depth=depth_of_t, use_logvar=has_head)
     if num_branches > 1:
@@ -88,24 +205,22 @@ def heads_from_state(state, hidden_size):
     return max(1, hidden_size // (width if norm is None else norm.shape[0]))
 
 
-def convert(state, config):
-    """Bring published weights to this project's conventions: only the SiT release changes, reversed in time.
+def convert(state, config, convention="repa"):
+    """Bring published weights to this project's conventions: only SiT's (convention "sit") change, reversed in time."""
+    if kind_of(config) == "flow" and not config["df_idxs"] and learns_sigma(state, config["in_channels"]):
+        state = drop_sigma(state, config["in_channels"])
+    return reverse_time(state) if convention == "sit" else state, config
 
-    The others already have t = 0 as data: DeepFlow, MMDiT, Decoupled MeanFlow, and REPA's SiT, which has a projector.
-    """
-    is_sit_release = not (config["df_idxs"] or config.get("ssl_align") or RMS_NORM in state)
-    if kind_of(config) != "flow" or not is_sit_release:
-        return state, config
-    return reverse_time(drop_sigma(state, config["in_channels"])), config
+
+def learns_sigma(state, channels):
+    """Whether the output layer of a model of one branch has 2C channels, as in SiT's release."""
+    return state["final_layer.linear.bias"].shape[0] == state["x_embedder.proj.weight"].shape[-1] ** 2 * 2 * channels
 
 
 def drop_sigma(state, channels):
     """Remove the unused half of a `learn_sigma` output layer; its rows are ordered (patch row, column, 2C channels)."""
-    patch_area = state["x_embedder.proj.weight"].shape[-1] ** 2
-    if state["final_layer.linear.bias"].shape[0] == patch_area * channels:
-        return state
     names = ("final_layer.linear.weight", "final_layer.linear.bias")
-    rows = {name: state[name].unflatten(0, (patch_area, 2 * channels)) for name in names}
+    rows = {name: state[name].unflatten(0, (-1, 2 * channels)) for name in names}
     return {**state, **{name: tensor[:, :channels].flatten(0, 1) for name, tensor in rows.items()}}
 
 
@@ -128,21 +243,22 @@ def reverse_time(state):
     }
 
 
-def published_note(path, options):
-    """What is assumed about a published file because its weights do not determine it."""
-    told = f"{path}: taken as a published file with {options['num_heads']} heads, "
-    kind = kind_of(options)
+def published_note(path, options, convention, own, overridden):
+    """What is assumed about a published file and what its `args` say (own); overridden: names of flags against them."""
+    kind, what = kind_of(options), f"a SiT with time as {'in SiT, reversed' if convention == 'sit' else 'in REPA'}"
     if kind == "flow map":
-        return told + f"a flow map of which {options['dmf_depth']} blocks see t (others: --dmf-depth)"
-    if kind == "text" and not options["df_idxs"]:
-        return told + "REPA's text-to-image MMDiT"
-    if options["df_idxs"]:
-        told += f"key layers {list(options['df_idxs'])} (others: --df-idxs)"
-        if options.get("legacy_scaling"):
-            told += ", --legacy-scaling as in all released aligned ones (others: --no-legacy-scaling)"
-        return told
-    if options.get("ssl_align"):
-        return told + f"SiT of REPA, aligned after block {options['encoder_depth']}"
-    if options["qk_norm"] == "rms":
-        return told + "SiT of Decoupled MeanFlow"
-    return told + "SiT (without projector: time reversed)"
+        what = f"a flow map of which {options['dmf_depth']} blocks see t (others: --dmf-depth)"
+    elif options["df_idxs"]:
+        what = f"key layers {list(options['df_idxs'])} (others: --df-idxs)"
+        if options.get("legacy_scaling") and "legacy_scaling" not in own:
+            what += ", --legacy-scaling as in all released aligned ones (others: --no-legacy-scaling)"
+    elif kind == "text":
+        what = "REPA's text-to-image MMDiT"
+    elif options.get("ssl_align"):
+        what = f"SiT of REPA, aligned after block {options['encoder_depth']}"
+    elif options["qk_norm"] == "rms":
+        what = "SiT of Decoupled MeanFlow"
+    if own:
+        what += "; its args say " + ", ".join(f"{name} {value}" for name, value in own.items())
+    what += f"; flags override {', '.join(sorted(overridden))} of its args" if overridden else ""
+    return f"{path}: taken as a published file with {options['num_heads']} heads, {what}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, first_line, note
+from common.errors import InputError, first_line, note, system_fault
 from common.records import Count
 
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
@@ -36,10 +36,9 @@ class TextSpec:
         for field in ("family", "tokens", "width"):
             a, b = getattr(self, field), getattr(other, field)
             if a != b:
-                raise InputError(
-                    f"text encoder mismatch: {ours} has {field} {a} ({self.encoder}), {theirs} has {field} {b} "
-                    f"({other.encoder}); use --text-encoder {self.encoder}, or encode the captions again"
-                )
+                both = f"{ours} has {field} {a} ({self.encoder}), {theirs} has {field} {b} ({other.encoder})"
+                remedy = f"use --text-encoder {self.encoder}, or encode the captions again"
+                raise InputError(f"text encoder mismatch: {both}; {remedy}")
 
 
 def import_transformers(flag):
@@ -77,29 +76,23 @@ def load_clip(kind, name, device, flag):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(str(name))
         model = getattr(transformers, kind).from_pretrained(str(name))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"cannot load '{name}' ({first_line(error)}); pass {flag} with a folder that holds a CLIP model and its "
-            "tokenizer, or connect to the hub once"
-        ) from None
+        remedy = f"pass {flag} with the folder of a CLIP model and its tokenizer, or connect to the hub once"
+        fault = system_fault(error, name) or f"cannot load '{name}' ({first_line(error)}); {remedy}"
+        raise InputError(fault) from None
     return tokenizer, model.float().eval().requires_grad_(False).to(device)
 
 
 class TextEncoder:
-    """A CLIP text model with its tokenizer and spec."""
+    """A CLIP text model with its tokenizer and spec, by hub name or folder. Raises InputError where loading fails."""
 
-    def __init__(self, tokenizer, model, spec):
-        self.model, self.spec, self.tokens = model, spec, Tokens(tokenizer, spec.tokens)
-
-    @classmethod
-    def load(cls, name=DEFAULT_TEXT_ENCODER, device="cpu"):
-        """Load by hub name or folder. Raises InputError if that fails."""
-        tokenizer, model = load_clip("CLIPTextModel", name, device, "--text-encoder")
-        config = model.config
-        spec = TextSpec(str(name), encoder_family(name), config.max_position_embeddings, config.hidden_size)
-        return cls(tokenizer, model, spec)
+    def __init__(self, name=DEFAULT_TEXT_ENCODER, device="cpu"):
+        tokenizer, self.model = load_clip("CLIPTextModel", name, device, "--text-encoder")
+        config = self.model.config
+        self.spec = TextSpec(str(name), encoder_family(name), config.max_position_embeddings, config.hidden_size)
+        self.tokens = Tokens(tokenizer, self.spec.tokens)
 
     @torch.no_grad()
     def __call__(self, captions):
         """List of N captions → float32 (N, L, W): the last hidden state, padded to L tokens, without a mask."""
-        ids = self.tokens(captions).to(self.model.device)
+        ids = self.tokens(captions).to(self.model.device, non_blocking=True)
         return self.model(input_ids=ids).last_hidden_state.float()

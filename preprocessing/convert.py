@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 import zipfile
@@ -17,18 +18,20 @@ from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import write_atomically
-from common.flags import FlagTextError, Range, flag, required
+from common.flags import WORKERS, FlagTextError, flag, required
 from common.look_ahead import ordered_map
+from common.processes import cores_of_process
 from common.versions import versions
 from latents.manifest import LABELS_JSON, MANIFEST, NAMES, DataManifest
 from latents.names import NO_LABEL, label_json, pack_names, walk
 from preprocessing.jobs import Job, batches_of
 from preprocessing.options import ImageFlags
 from preprocessing.sources import ImageSource
-from preprocessing.transforms import TRANSFORMS, make_transform
+from preprocessing.transforms import DEFAULT, TRANSFORMS, make_transform
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # of this process
 CHUNK = 64  # images that one worker finishes before they are noted as done
+TOO_SMALL = "too small for the transform"
+SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation")
 FORMATS = {  # measured on 256² photographs: level 1 halves level 0 and writes as fast, higher ones gain 5 %
     "png": (".png", {"format": "PNG", "compress_level": 1}),
     "jpeg": (".jpg", {"format": "JPEG", "quality": 95, "subsampling": 0}),
@@ -38,7 +41,7 @@ FORMATS = {  # measured on 256² photographs: level 1 halves level 0 and writes 
 
 def width_height(text):
     """'256x256' or '256,256' → (256, 256)."""
-    match = re.fullmatch(r"(\d+)[x,](\d+)", text)
+    match = re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", text)
     if not match or 0 in (size := tuple(map(int, match.groups()))):
         raise FlagTextError(f"{text!r} is not WIDTHxHEIGHT, for example 256x256")
     return size
@@ -48,30 +51,31 @@ def width_height(text):
 class ConvertFlags(ImageFlags):
     """images of any size → square RGB images of one size"""
 
-    source: str = required("class folders, or a zip of them; or with dataset.json", metavar="DIR|ZIP", group="data")
+    source: str = required("class folders, or a zip of them; also ZIP:FOLDER", metavar="DIR|ZIP", group="data")
     dest: str = required("new or empty folder, or a .zip to make", metavar="DIR|ZIP", group="output")
     resolution: tuple | None = flag(None, "for example 256x256", width_height, metavar="WxH", group="output")
-    transform: str | None = flag(None, "default: resize only", str, choices=sorted(TRANSFORMS), group="output")
+    transform: str | None = flag(None, f"default: {DEFAULT}", str, choices=sorted(TRANSFORMS), group="output")
     _: dataclasses.KW_ONLY
     format: str = flag("png", "jpeg loses detail", choices=sorted(FORMATS), group="output")
-    workers: int = flag(CORES, "processes; by default one per core", range=Range(low=1), group="precision and speed")
+    workers: int = flag(cores_of_process(), "processes", range=WORKERS, group="precision and speed")
 
 
 def image_name(index, image_format):
     """Published name of image `index`: 00000/img00000000.png; a thousand images per folder."""
-    number = f"{index:08d}"
-    return f"{number[:5]}/img{number}{FORMATS[image_format][0]}"
+    return f"{index // 1000:05d}/img{index:08d}{FORMATS[image_format][0]}"
 
 
 def convert(options):
     """Convert every image of the source into a folder or .zip, unless it is complete. Raises InputError."""
-    transform = make_transform(options.transform, options.resolution)
+    transform_name = options.transform or (DEFAULT if options.resolution else None)
+    transform = make_transform(transform_name, options.resolution)
     images = ImageSource(options.source, options.published_labels, options.max_images)
+    _warn_of_splits(images)
     dest = Path(options.dest)
     to_zip = dest.suffix.lower() == ".zip"
     ticket = {"command": "convert", "source": images.fingerprint(), "resolution": options.resolution}
-    ticket |= {"transform": options.transform, "image_format": options.format, "chunk": CHUNK}
-    job = Job(f"{dest}.work" if to_zip else dest, ticket)
+    ticket |= {"transform": transform_name, "image_format": options.format, "chunk": CHUNK}
+    job = Job(f"{dest}.work" if to_zip else dest, ticket, images.made_from(CHUNK))
     zipped = to_zip and _zip_is_complete(dest, job.ticket)
     if not zipped and job.begin():
         side = options.resolution[0] if options.resolution else images.first_width(options.skip_bad)
@@ -90,10 +94,9 @@ def _convert_chunk(images, job, transform, side, options, chunk):
     """Convert the images of one chunk to side × side; returns {index: reason} of those left out."""
     left_out = {}
     for index in chunk:
-        image, reason = images.read_or_skip(index, options.skip_bad)
-        result = None if image is None else transform(image)
+        result, reason = images.read_or_skip(index, options.skip_bad, transform)
         if result is None:
-            left_out[index] = reason or "too small for the transform"
+            left_out[index] = reason or TOO_SMALL
             continue
         width, height = result.size
         becomes = f"{images.where(index)} becomes {width}x{height}"
@@ -134,6 +137,7 @@ _TASK = None  # set in a worker process
 def _start_worker(images, task, parent):
     global _TASK
     _TASK = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends its workers
     images.reopen()
 
     def end_with_parent():  # a killed command must leave nobody behind
@@ -150,25 +154,27 @@ def _run_chunk(chunk):
 
 def _finish(images, job, side, options):
     kept, left_out = job.kept(images.names)
-    labels = images.labels[kept]
-    manifest = {
-        "kind": "images",
-        "layout": "folder",
-        "count": len(kept),
-        "resolution": side,
-        "transform": options.transform,
-        "image_format": options.format,
-        "num_classes": images.num_classes,
-        "class_names": images.class_names,
-        "left_out": left_out,
-        "versions": versions(),
-    }
+    labels, class_names, num_classes = images.classes(kept, {name for name, why in left_out if why != TOO_SMALL})
+    manifest = {"kind": "images", "layout": "folder", "count": len(kept), "resolution": side}
+    manifest |= {"transform": job.ticket["transform"], "image_format": options.format}
+    manifest |= {"num_classes": num_classes, "class_names": class_names}
+    manifest |= {"left_out": left_out, "versions": versions()}
     sources, names = [images.names[index] for index in kept], [image_name(index, options.format) for index in kept]
+    job.remove_stale(names)
     job.finish({NAMES: pack_names(sources), LABELS_JSON: label_json(names, labels)}, manifest)
-    note(f"{job.dest}: {len(kept)} images, classes: {images.num_classes or 'none'}")
-    if NO_LABEL in labels and images.num_classes != 1:  # of a single class there are no labels, as published
+    which = f" ({class_names[0]} … {class_names[-1]})" if class_names else ""
+    note(f"{job.dest}: {len(kept)} images, {len(left_out)} left out, classes: {num_classes or 'none'}{which}")
+    if NO_LABEL in labels and num_classes != 1:  # of a single class there are no labels, as published
         first = sources[labels.tolist().index(NO_LABEL)]
         note(f"WITHOUT LABELS: {first} is in no class folder and no {LABELS_JSON}; training needs labels or captions")
+
+
+def _warn_of_splits(images):
+    """Say so where the class folders look like the splits of a data set."""
+    splits = [name for name in images.folders or () if name.lower().rstrip("0123456789_-") in SPLITS]
+    if splits:
+        choice = f"--source {images.path}{'/' if images.path.is_dir() else ':'}{splits[0]} takes that alone"
+        note(f"warning: {', '.join(splits)} in {images.path} would be classes; {choice}")
 
 
 def _zip_is_complete(dest, ticket):
@@ -195,4 +201,4 @@ def _write_zip(folder, dest, suffix):
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, (folder / name).read_bytes())
 
-    write_atomically(dest, write, temporary=f"{dest}.tmp")
+    write_atomically(dest, write)

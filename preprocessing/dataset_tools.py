@@ -8,10 +8,11 @@ Every command can be killed and run again: it resumes where it was, and does not
 """
 
 import dataclasses
+import os
 import sys
 
-from common.errors import InputError, exit_on_input_error
-from common.files import named_full_disk
+from common.errors import exit_on_input_error
+from common.files import locked, naming
 from common.flags import flag, parse_commands, required
 from preprocessing.convert import ConvertFlags, convert
 from preprocessing.encode import EncodeFlags, FeatureFlags, MirrorFlags, encode, write_features
@@ -67,14 +68,11 @@ COMMANDS = {
 
 
 def main(arguments=None):
-    """Run one command."""
     name, options = parse_commands({name: cls for name, (cls, _) in COMMANDS.items()}, arguments, __doc__)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    try:
-        with named_full_disk(getattr(options, "dest", "the disk")):
-            COMMANDS[name][1](options)
-    except PermissionError as error:
-        raise InputError(f"{error.filename}: {error.strerror}; choose a place you may write to") from None
+    dest = getattr(options, "dest", None)
+    writes = dest is not None and os.environ.get("RANK", "0") == "0"
+    with locked(dest or ".", "--dest", writes), naming(dest or "the disk"):
+        COMMANDS[name][1](options)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ class FeatureFlags(NetworkFlags, ImageFlags):
 
 def latent_name(index):
     """Published name of latent `index`, a thousand per folder."""
-    number = f"{index:08d}"
-    return f"{number[:5]}/img-mean-std-{number}.npy"
+    return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
 
 
 class FolderWriter:
@@ -70,7 +69,9 @@ class FolderWriter:
 
     def finish(self, _count, kept, names, labels, manifest, files):
         """Write names, dataset.json and the manifest."""
-        last = {NAMES: pack_names(names), LABELS_JSON: label_json(list(map(latent_name, kept)), labels)}
+        rows = list(map(latent_name, kept))
+        last = {NAMES: pack_names(names), LABELS_JSON: label_json(rows, labels)}
+        self.job.remove_stale(rows)
         self.job.finish({**files, **last}, {**manifest, "layout": "folder", "count": len(kept), "dtype": "<f4"})
 
 
@@ -87,7 +88,7 @@ def encode(options):
         what = {"kind": "moments", "latents": dataclasses.asdict(spec), "flipped": options.mirror}
         what["arithmetic"] = options.dtype
         layout = {"layout": "packed", **options.stored()} if options.packed else {"layout": "folder"}
-        job = Job(options.dest, ticket("encode", rows, options, {**what, **layout}))
+        job = Job(options.dest, ticket("encode", rows, options, {**what, **layout}), rows.made_from)
         writer = ShardWriter(job, shape, options) if options.packed else FolderWriter(job)
         fill(writer, rows, codec.encode, processes, {**what, "moments_shape": shape}, "diffusers")
 
@@ -103,6 +104,6 @@ def write_features(options):
         encoder = Encoder(name, rows.side, checkpoint, processes.device)
         what = {"kind": "features", "encoder": {"name": name, "weights": weights_id(name, checkpoint)}}
         what["flipped"] = options.mirror
-        job = Job(options.dest, ticket("features", rows, options, {**what, **options.stored()}))
+        job = Job(options.dest, ticket("features", rows, options, {**what, **options.stored()}), rows.made_from)
         writer = ShardWriter(job, ((rows.side // STRIDE) ** 2, ENCODERS[name].width), options)
         fill(writer, rows, lambda images: encoder(images.to(processes.device)), processes, what, "timm")

@@ -19,7 +19,7 @@ from preprocessing.sources import ImageSource
 class ImageRows:
     """The images of --source as network input: uint8 (B, 3, R, R), mirrored if options.mirror; all must be R×R.
 
-    names, labels: of all images; fingerprint: identifies them; facts: what the manifest says about them.
+    names, labels: of all images; fingerprint: identifies them; made_from: as Job takes it; facts: of the manifest.
     """
 
     unit = "image"
@@ -31,14 +31,10 @@ class ImageRows:
         self.side = (manifest and manifest.resolution) or images.first_width(options.skip_bad)
         if not self.side:
             raise InputError(f"--source {options.source} holds no readable images; name a folder that convert made")
-        self.fingerprint = images.fingerprint()
-        self.facts = {
-            "images": self.fingerprint,
-            "num_classes": images.num_classes,
-            "class_names": images.class_names,
-            "resolution": self.side,
-            "transform": manifest and manifest.transform,
-        }
+        self.fingerprint, self.made_from = images.fingerprint(), images.made_from(options.batch_size)
+        self.facts = {"images": self.fingerprint}
+        self.facts |= {"num_classes": images.num_classes, "class_names": images.class_names}
+        self.facts |= {"resolution": self.side, "transform": manifest and manifest.transform}
 
     def read(self, batches):
         """For each batch of positions: (images, {position: reason} of those left out); the next is read meanwhile."""
@@ -71,22 +67,10 @@ def fill(writer, rows, function, processes, manifest, package, files=dict):
 
     manifest: what was computed; package: whose version is recorded; files: makes {name: bytes} of further files.
     """
-    job = writer.job
+    job, total = writer.job, len(rows.names)
     if not processes.share("begun", processes.is_main and job.begin()):
         note(f"{job.dest} is complete: nothing to do")
         return
-    _fill_share(writer, rows, function, processes)
-    processes.barrier()
-    if processes.is_main:
-        kept, left_out = job.kept(rows.names)
-        names, labels = [rows.names[index] for index in kept], np.asarray(rows.labels)[kept]
-        manifest = {**manifest, **rows.facts, "left_out": left_out, "versions": versions("torch", package)}
-        writer.finish(len(rows.names), kept, names, labels, manifest, files())
-        note(f"{job.dest}: {len(kept)} {rows.unit}s encoded")
-
-
-def _fill_share(writer, rows, function, processes):
-    job, total = writer.job, len(rows.names)
     batches = batches_of(total, job.ticket["batch_size"])
     todo, done = job.unfinished(batches)
     mine = [number for number in todo if number % processes.world == processes.rank]
@@ -98,3 +82,10 @@ def _fill_share(writer, rows, function, processes):
                 writer.write(positions, function(batch).float().cpu().numpy(), rows.names)
             job.record(number, left_out)
             bar.update(min(len(batches[number]) * processes.world, bar.total - bar.n))
+    processes.barrier()
+    if processes.is_main:
+        kept, left_out = job.kept(rows.names)
+        names, labels = [rows.names[index] for index in kept], np.asarray(rows.labels)[kept]
+        manifest = {**manifest, **rows.facts, "left_out": left_out, "versions": versions("torch", package)}
+        writer.finish(total, kept, names, labels, manifest, files())
+        note(f"{job.dest}: {len(kept)} {rows.unit}s encoded")

@@ -1,14 +1,15 @@
 """A command that fills one folder, can be killed at any moment, and resumes when run again.
 
 While it runs, DEST/.partial holds the job's ticket (what it was asked to do), a journal of the finished batches, and
-files that are not whole yet. Batches are fixed by index: one that the journal lacks is redone whole. The manifest is
-written last, so a folder with a manifest is complete, and running the command again does nothing.
+files that are not whole yet. Batches are fixed by index: one that the journal lacks, or whose images have changed, is
+redone whole. The manifest is written last, so a folder with a manifest is complete, and running it again does nothing.
 """
 
 import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -19,9 +20,11 @@ from common.errors import InputError, note
 from common.files import write_atomically
 from common.records import parse_record, read_record
 from latents.manifest import FORMAT, MANIFEST, VERSION, DataManifest
+from latents.names import is_data, walk
 from latents.sets import PARTIAL
 
 TICKET = "job.json"
+OWN = re.compile(r"\d{5,}/img(-mean-std-)?\d{8,}\.\w+|rows-\d{5,}\.bin")  # names that the commands give
 
 
 def to_json(content):
@@ -48,15 +51,21 @@ class Finished:
 
     batch: int
     left_out: dict[int, str] = dataclasses.field(default_factory=dict)  # {position: reason}
+    made_from: list[str] | None = None
 
 
 class Job:
-    """One command's work on one folder; `ticket` is what it was asked to do, as plain JSON data."""
+    """One command's work on one folder; `ticket` is what it was asked to do, as plain JSON data.
 
-    def __init__(self, dest, ticket):
+    made_from: function number of a batch → [digest of its names, digest that also changes with their content]; without
+    one, a half filled folder is refused where the ticket's source has changed.
+    """
+
+    def __init__(self, dest, ticket, made_from=None):
         self.dest, self.partial = Path(dest), Path(dest) / PARTIAL
         self.ticket = json.loads(json.dumps(ticket))
-        self._journal = None
+        self._made_from, self._may_change = made_from or (lambda _: None), ("source",) if made_from else ()
+        self._journal, self.stale = None, False  # stale: whether images of a finished batch have changed since
 
     def begin(self):
         """Prepare the folder, or resume; False if everything is there. Raises InputError if it holds something else."""
@@ -67,15 +76,15 @@ class Job:
             return False
         if (self.partial / TICKET).is_file():
             found = read_record(dict, self.partial / TICKET, f"empty {self.dest}")
-            self._compare(found, "is half filled by another command")
+            self._compare(found, "is half filled by another command", self._may_change)
             return True
-        if self.dest.is_file() or any(entry.name != PARTIAL for entry in self.dest.glob("*")):
+        if self.dest.is_file() or any(is_data(entry.name) for entry in self.dest.glob("*")):
             raise InputError(f"--dest folder must be empty: {self.dest} is not; empty it or name another")
         self.put(f"{PARTIAL}/{TICKET}", to_json(self.ticket), durable=True)
         return True
 
-    def _compare(self, found, what):
-        for key in sorted(self.ticket | found):
+    def _compare(self, found, what, free=()):
+        for key in sorted((self.ticket | found).keys() - set(free)):
             there, now = found.get(key), self.ticket.get(key)
             if there != now:
                 raise InputError(f"--dest {self.dest} {what} ({key}: {there!r} there, {now!r} now); name another")
@@ -89,13 +98,23 @@ class Job:
         """Note in the journal that batch number `batch` is finished; left_out: {position: reason} where any was."""
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
-        self._journal.write((json.dumps({"batch": batch, "left_out": left_out or {}}) + "\n").encode())
+        line = {"batch": batch, "left_out": left_out or {}, "made_from": self._made_from(batch)}
+        self._journal.write((json.dumps(line) + "\n").encode())
 
     def records(self):
-        """Finished for every finished batch, of all processes and earlier runs."""
+        """Finished for every finished batch, of all processes and earlier runs, whose images are as they were."""
+        same_names = not self._may_change
         for path in self.partial.glob("done-*.jsonl"):
             lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut off
-            yield from parse_record(list[Finished], b"[" + b",".join(lines) + b"]", path, f"empty {self.dest}")
+            for record in parse_record(list[Finished], b"[" + b",".join(lines) + b"]", path, f"empty {self.dest}"):
+                now = self._made_from(record.batch)
+                if record.made_from == now:
+                    yield record
+                else:
+                    self.stale = True
+                same_names |= bool(now and record.made_from) and record.made_from[:1] == now[:1]
+        if self.stale and not same_names:
+            raise InputError(f"--dest {self.dest} is half filled with other images; empty it, or name another")
 
     def unfinished(self, batches):
         """(numbers of the batches that the journal lacks, how many positions the others have)."""
@@ -113,6 +132,12 @@ class Job:
         for name, reason in left_out:
             note(f"left out: {name} ({reason})")
         return kept, left_out
+
+    def remove_stale(self, names):
+        """Remove the images and rows besides `names` that were made from what is not in the source any more."""
+        if self.stale:
+            for name in {name for name, _ in walk(self.dest) if OWN.fullmatch(name)}.difference(names):
+                (self.dest / name).unlink()
 
     def finish(self, files, manifest):
         """Write the last files {name: bytes}, then the manifest, then remove what was partial."""

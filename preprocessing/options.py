@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from common.flags import Range, flag, required
+from common.flags import BATCH, WORKERS, Range, flag, required
 
 STORED = {"fp16": "<f2", "fp32": "<f4"}
 SHARD_SIZE = 65536  # rows: a gigabyte of 8×32×32 in fp16
@@ -18,11 +18,10 @@ class SetFlags:
     max_images: int | None = flag(None, "only the first N in order", int, range=Range(low=1), metavar="N", group="data")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class ImageFlags(SetFlags):
     """How images are read."""
 
-    _: dataclasses.KW_ONLY
     skip_bad: bool = flag(False, "list and leave out unreadable images instead of stopping", group="data")
     published_labels: bool = flag(False, "a file in the root is a class, as published: the first one", group="data")
 
@@ -42,6 +41,6 @@ class StoredFlags:
 class NetworkFlags(StoredFlags):
     """How a network computes the rows."""
 
-    batch_size: int = flag(16, "images per batch and process", range=Range(low=1), group="precision and speed")
-    workers: int = flag(4, "threads that read images", range=Range(low=1), group="precision and speed")
+    batch_size: int = flag(16, "images per batch and process", range=BATCH, group="precision and speed")
+    workers: int = flag(4, "threads that read images", range=WORKERS, group="precision and speed")
     device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")

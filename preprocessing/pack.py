@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import sha256_of_files
-from common.flags import Range, flag, required
+from common.flags import CLASSES, WORKERS, flag, required
 from common.versions import versions
 from dataset import open_dataset
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE
+from latents.names import check_names
 from latents.sets import images_by_order, is_set, open_set
 from preprocessing.jobs import Job, batches_of
 from preprocessing.options import StoredFlags
@@ -29,20 +30,19 @@ class PackFlags(StoredFlags):
     dest: str = required("new or empty folder of the same kind", metavar="DIR", group="output")
     _: dataclasses.KW_ONLY
     vae: str | None = flag(None, "the VAE of a source without a manifest", str, group="data")
-    num_classes: int | None = flag(None, "classes of such a source", int, range=Range(low=1), group="data")
-    workers: int = flag(8, "threads that read files", range=Range(low=1), group="precision and speed")
+    num_classes: int | None = flag(None, "classes of such a source", int, range=CLASSES, group="data")
+    workers: int = flag(8, "threads that read files", range=WORKERS, group="precision and speed")
 
 
 def pack(options):
     """Pack a set, or both sets of moments of a data folder, into sets of the same name. Raises InputError."""
     source, dest = Path(options.source), Path(options.dest)
+    sets = [name for name in (MOMENTS, MIRROR) if (source / name).is_dir()]
     if is_set(source) or not source.is_dir():
-        pack_set(source, dest, options)
-        return
-    found = [name for name in (MOMENTS, MIRROR) if (source / name).is_dir()]
-    if not found:
+        sets = ["."]
+    if not sets:
         raise InputError(f"--source {source} holds no {MOMENTS}; {PREPARE}")
-    for name in found:
+    for name in sets:
         pack_set(source / name, dest / name, options)
 
 
@@ -50,33 +50,25 @@ def pack_set(source, dest, options):
     """Pack one set of moments into the folder `dest`."""
     info = open_dataset(source, num_classes=options.num_classes, data_vae=options.vae).info
     manifest, rows, labels, names = open_set(source)
-    facts = {
-        "kind": "moments",
-        "latents": dataclasses.asdict(info.spec),
-        "flipped": bool(manifest and manifest.flipped),
-        "arithmetic": manifest and manifest.arithmetic,
-        "moments_shape": info.moments_shape,
-    }
+    facts = {"kind": "moments", "latents": dataclasses.asdict(info.spec)}
+    facts |= {"flipped": bool(manifest and manifest.flipped), "arithmetic": manifest and manifest.arithmetic}
+    facts |= {"moments_shape": info.moments_shape}
     fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
     ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
     if names is None:  # as published, the images beside the set are its images in order
         images = source.parent / IMAGES
         names = images_by_order(images, len(rows)) if images.is_dir() else rows.names
+        check_names(names)
     if not job.begin():
         note(f"{dest} is complete: nothing to do")
         return
     writer = ShardWriter(job, rows.shape, options)
     _copy(rows, names, writer, options.workers)
-    facts |= {
-        "images": manifest and manifest.image_set,
-        "num_classes": info.num_classes,
-        "class_names": info.class_names,
-        "resolution": info.resolution,
-        "transform": manifest and manifest.transform,
-        "left_out": manifest.left_out if manifest else (),
-        "versions": {**(manifest.versions if manifest else {}), "packed_with": versions()},
-    }
+    facts |= {"images": manifest and manifest.image_set, "num_classes": info.num_classes}
+    facts |= {"class_names": info.class_names, "resolution": info.resolution}
+    facts |= {"transform": manifest and manifest.transform, "left_out": manifest.left_out if manifest else ()}
+    facts |= {"versions": {**(manifest.versions if manifest else {}), "packed_with": versions()}}
     writer.finish(len(rows), range(len(rows)), names, labels, facts, {})
     note(f"{dest}: {len(rows)} images packed")
 

@@ -1,5 +1,6 @@
 """Writing packed sets: rows go to fixed places of raw shards, by any process and in any order."""
 
+import contextlib
 import math
 import os
 
@@ -29,10 +30,7 @@ class ShardWriter:
         self._files = {}
 
     def write(self, positions, rows, names):
-        """Write rows (B, *shape), which came from names[position], and wait until the disk has them.
-
-        Raises InputError where dtype cannot hold a value.
-        """
+        """Write rows (B, *shape) of names[position] and wait for the disk. Raises InputError on overflow."""
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(rows, dtype=self.dtype)
         touched = set()
@@ -51,8 +49,11 @@ class ShardWriter:
 
     def _open(self, shard):
         if shard not in self._files:
-            path = self.job.partial / shard_name(shard)
-            self._files[shard] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            path, placed = self.job.partial / shard_name(shard), self.job.dest / shard_name(shard)
+            if placed.is_file() and not path.exists():  # by a run that was killed at its end
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    os.replace(placed, path)
+            self._files[shard] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         return self._files[shard]
 
     def finish(self, count, kept, names, labels, manifest, files):
@@ -65,6 +66,7 @@ class ShardWriter:
         for file in self._files.values():
             os.close(file)
         shards = self._place(len(kept), "kept-" if compact else "")
+        self.job.remove_stale([shard["file"] for shard in shards])
         files = {NAMES: pack_names(names), **files}
         labels = np.array(labels, "<i8")
         if manifest["num_classes"] == 1:
@@ -94,6 +96,8 @@ class ShardWriter:
                 name = shard_name(number)
                 source, target = self.job.partial / f"{prefix}{name}", self.job.dest / name
                 path = source if source.is_file() else target
+                if path.stat().st_size > rows * self._row_bytes:  # of images that are not in the source any more
+                    os.truncate(path, rows * self._row_bytes)
                 shards.append({"file": name, "count": rows, "sha256": sha256_of_files(path, progress=bar)})
                 if path is source:
                     os.replace(source, target)

@@ -5,18 +5,22 @@ alpha is dropped; of animated files the first frame counts; 16-bit samples keep 
 ignored, as published. Zero bytes, unknown content, a truncated file and 32-bit samples are unreadable.
 """
 
+import errno
 import hashlib
 import io
+import re
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common.errors import InputError
-from latents.manifest import LABELS_JSON, MANIFEST, DataManifest
-from latents.names import NO_LABEL, parse_label_list, walk
+from common.errors import InputError, first_line, note, unreadable
+from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, DataManifest
+from latents.names import NO_LABEL, check_names, is_data, parse_label_list, walk
+
+LARGEST = 1 << 30  # bytes of an image file
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)  # not of one image
 
 
 class BadImageError(Exception):
@@ -50,7 +54,7 @@ def decode(data):
     except Image.UnidentifiedImageError:
         raise BadImageError("no image format that Pillow knows") from None
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
-        raise BadImageError(str(error).replace("\n", " ") or type(error).__name__) from None
+        raise BadImageError(first_line(error)) from None
 
 
 def class_of(name):
@@ -59,32 +63,41 @@ def class_of(name):
 
 
 class ImageSource:
-    """Images of a folder or a zip, sorted by name; labels: int64 (N,), NO_LABEL for an image without one."""
+    """Images of a folder or a zip, sorted by name; labels: int64 (N,), NO_LABEL for an image without one.
+
+    path: FOLDER, FILE.zip, or FILE.zip:FOLDER for a folder in a zip.
+    """
 
     def __init__(self, path, published_labels=False, max_images=None, flag="--source"):
-        self.path = Path(path)
-        self._zip = None if self.path.is_dir() else self._open_zip(flag)
-        entries = walk(self.path) if self._zip is None else ((i.filename, i.file_size) for i in self._zip.infolist())
-        sizes = dict(entries)  # of equal names in a zip the last counts
-        names = sorted(filter(is_image_name, sizes))
+        self.path = self._file = Path(path)
+        if self.path.is_dir():
+            self._zip, versions = None, dict(walk(self.path))
+        else:
+            versions = self._open_zip(flag)
+        names = sorted(filter(is_image_name, versions))
         if not names and not published_labels:
             raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
-        root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in sizes}
-        self.manifest = DataManifest.parse(root[MANIFEST], self.path / MANIFEST) if MANIFEST in root else None
-        labels, self.class_names = self._label(names, root.get(LABELS_JSON), published_labels)
-        self.num_classes = len(self.class_names or ())
-        if self.manifest and not self.class_names:
+        check_names(names)
+        root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in versions}
+        self.manifest = None
+        if FORMAT.encode() in root.get(MANIFEST, b""):  # other tools write a file of that name too
+            self.manifest = DataManifest.parse(root[MANIFEST], self.path / MANIFEST)
+        labels, self.folders = self._label(names, root.get(LABELS_JSON), published_labels)
+        self.class_names, self.num_classes = self.folders, len(self.folders or ())
+        if self.manifest and not self.folders:
             self.class_names = list(self.manifest.class_names or ()) or None
             self.num_classes = self.manifest.num_classes
         self.num_classes = self.num_classes or int(labels.max(initial=-1)) + 1 or None
         self.names, self.labels = names[:max_images], labels[:max_images]
-        self._sizes = [sizes[name] for name in self.names]
+        self._versions = [versions[name] for name in self.names]  # (bytes, time of change or checksum)
 
     def __len__(self):
         return len(self.names)
 
     def read(self, index):
         """Image `index` as PIL RGB. Raises BadImageError with the reason."""
+        if self._versions[index][0] > LARGEST:
+            raise BadImageError(f"more than {LARGEST} bytes are no image")
         return decode(self._read(self.names[index]))
 
     def first_width(self, skip_bad):
@@ -92,10 +105,14 @@ class ImageSource:
         images = (self.read_or_skip(index, skip_bad)[0] for index in range(len(self)))
         return next((image.width for image in images if image), None)
 
-    def read_or_skip(self, index, skip_bad):
-        """(image, None), or (None, reason) for an unreadable one if `skip_bad`. Raises InputError otherwise."""
+    def read_or_skip(self, index, skip_bad, transform=None):
+        """(image, None), or (None, reason) for an unreadable one if `skip_bad`. Raises InputError otherwise.
+
+        transform: is applied to it; may raise BadImageError, and return None.
+        """
         try:
-            return self.read(index), None
+            image = self.read(index)
+            return transform(image) if transform else image, None
         except BadImageError as error:
             if skip_bad:
                 return None, str(error)
@@ -108,37 +125,79 @@ class ImageSource:
     def reopen(self):
         """Prepare for reading in a forked process: a shared file handle would share its position."""
         if self._zip is not None:
-            self._zip.fp = open(self.path, "rb")
+            self._zip.fp = open(self._file, "rb")
 
     def fingerprint(self):
         """sha256 of names, sizes and labels: tells whether this is still the same source."""
+        return self._digest(range(len(self)), [size for size, _ in self._versions])
+
+    def made_from(self, batch_size):
+        """Job's function of the number of a batch: [digest of names and labels, digest also of sizes and changes]."""
+
+        def digests(number):
+            versions = self._versions[number * batch_size : (number + 1) * batch_size]
+            indices = range(number * batch_size, number * batch_size + len(versions))
+            return [self._digest(indices, [""] * len(versions)), self._digest(indices, versions)]
+
+        return digests
+
+    def _digest(self, indices, versions):
         digest = hashlib.sha256()
-        for name, size, label in zip(self.names, self._sizes, self.labels.tolist(), strict=True):
-            text = None if label == NO_LABEL else label
-            digest.update(f"{name}\0{size}\0{text}\n".encode("utf-8", "surrogateescape"))
+        for index, version in zip(indices, versions, strict=True):
+            label = self.labels[index].item()
+            text = f"{self.names[index]}\0{version}\0{None if label == NO_LABEL else label}\n"
+            digest.update(text.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def classes(self, kept, unreadable):
+        """(labels of the images `kept`, class names, number of classes).
+
+        A folder all of whose images are among the names `unreadable` has none, and is no class.
+        """
+        labels = self.labels[kept]
+        if self.folders is None:
+            return labels, self.class_names, self.num_classes
+        pairs = zip(self.names, self.labels.tolist(), strict=True)
+        gone = np.setdiff1d(self.labels, [label for name, label in pairs if name not in unreadable])
+        for number in gone.tolist():
+            note(f"{self.path}/{self.folders[number]} has no readable image, so it is no class")
+        names = [name for number, name in enumerate(self.folders) if number not in gone]
+        return np.where(labels == NO_LABEL, labels, labels - np.searchsorted(gone, labels)), names, len(names)
+
     def _open_zip(self, flag):
-        if self.path.suffix.lower() != ".zip" or not self.path.is_file():
-            raise InputError(f"{flag} {self.path} is neither a folder nor a .zip file; give one that exists")
+        """Open the zip; returns {name: (bytes, checksum)} of its data files, below the chosen folder."""
+        inside = ""
+        if not self.path.exists() and (match := re.fullmatch(r"(.+\.zip):(.+)", str(self.path), re.IGNORECASE)):
+            self._file, inside = Path(match[1]), match[2].strip("/") + "/"
+        if self._file.suffix.lower() != ".zip" or not self._file.is_file():
+            raise InputError(f"{flag} {self._file} is neither a folder nor a .zip file; give one that exists")
         try:
-            return zipfile.ZipFile(open(self.path, "rb"))
-        except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise InputError(f"{flag} {self.path} is not a readable zip ({error}); download it again") from None
+            self._zip = zipfile.ZipFile(open(self._file, "rb"))
+        except OSError as error:
+            raise unreadable(error, f"{flag} {self._file}", "name another file") from None
+        except Exception as error:  # zipfile raises nearly everything on damaged directories
+            raise InputError(f"{flag} {self._file} is not a readable zip ({error}); download it again") from None
+        self._members = {}  # of equal names the last counts
+        for info in self._zip.infolist():
+            name = info.filename.replace("\\", "/").removeprefix("./").lstrip("/")  # as some tools write them
+            if name.startswith(inside) and is_data(name := name.removeprefix(inside)):
+                self._members[name] = info
+        return {name: (info.file_size, info.CRC) for name, info in self._members.items()}
 
     def _read(self, name):
-        """Bytes of a file; threads may read at the same time. Raises BadImageError for a damaged member of a zip."""
-        if self._zip is None:
-            return (self.path / name).read_bytes()
+        """Bytes of a file; threads may read at the same time. Raises BadImageError where it cannot be read."""
         try:
-            return self._zip.read(name)
-        except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:  # also encrypted, unknown compression
-            raise BadImageError(f"unreadable in the zip: {error}") from None
+            return (self.path / name).read_bytes() if self._zip is None else self._zip.read(self._members[name])
+        except Exception as error:  # zipfile and its decompressors raise nearly everything on damaged members
+            if getattr(error, "errno", None) in OF_THE_MACHINE:
+                raise
+            where = "" if self._zip is None else "unreadable in the zip: "
+            raise BadImageError(where + (getattr(error, "strerror", None) or first_line(error))) from None
 
     def _read_root(self, name):
         try:
             return self._read(name)
-        except (BadImageError, OSError) as error:
+        except BadImageError as error:
             raise InputError(f"{self.path / name} cannot be read ({error}); restore it, or remove it") from None
 
     def _label(self, names, listed, published):
@@ -150,9 +209,10 @@ class ImageSource:
             listed_names, listed_labels = parse_label_list(listed, self.path / LABELS_JSON)
             if listed_names:
                 label_of = dict(zip(listed_names, listed_labels.tolist(), strict=True))
-                labels = np.array([label_of.get(name, NO_LABEL) for name in names], np.int64)
+                labels = np.array([label_of.pop(name, NO_LABEL) for name in names], np.int64)
                 if ((labels < 0) & (labels != NO_LABEL)).any():
                     raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0; correct it")
+                self._say_unmatched(names, labels, label_of)
                 return labels, None
             if not published:  # null is what a converted set of one class says: no classes 00000/ …
                 return np.full(len(names), NO_LABEL), None
@@ -164,3 +224,10 @@ class ImageSource:
             return np.full(len(names), NO_LABEL), None if groups in ([], [""]) else groups
         index = {group: i for i, group in enumerate(groups)}
         return np.array([index[class_of(name)] for name in names], np.int64), groups
+
+    def _say_unmatched(self, names, labels, label_of):
+        """Say how many images have no label, and how many labels, those left in label_of, no image."""
+        lone = [name for name, label in zip(names, labels.tolist(), strict=True) if label == NO_LABEL]
+        for kind, found in (("images without a label", lone), ("labels without an image", list(label_of))):
+            if found:
+                note(f"warning: {self.path}/{LABELS_JSON}: {len(found)} {kind}, the first is {found[0]}")

@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 
-from common.errors import InputError
-from common.flags import Range, flag, required
+from common.errors import InputError, note
+from common.flags import BATCH, flag, required
 from common.processes import Processes
 from latents.captions import CAPTIONS, EMPTY, read_annotations
 from latents.manifest import NAMES
-from latents.names import Names, pack_names
+from latents.names import Names, is_data, pack_names
 from models.text import DEFAULT_TEXT_ENCODER, TextEncoder
 from preprocessing.fill import fill, ticket
 from preprocessing.jobs import Job, to_npy
@@ -27,7 +27,7 @@ class CaptionFlags(StoredFlags, SetFlags):
     annotations: str = required("COCO's captions, or {file name: [captions]}", metavar="JSON", group="data")
     text_encoder: str = flag(DEFAULT_TEXT_ENCODER, "name or folder", group="model")
     _: dataclasses.KW_ONLY
-    batch_size: int = flag(64, "captions per batch and process", range=Range(low=1), group="precision and speed")
+    batch_size: int = flag(64, "captions per batch and process", range=BATCH, group="precision and speed")
     device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")
 
 
@@ -41,14 +41,21 @@ class Captions:
         groups = read_annotations(annotations, "--annotations")
         listed = images.path / NAMES  # what the files were called before convert, with folders
         origins = Names(listed, images.manifest.count) if images.manifest and listed.is_file() else images.names
-        self.texts, owners = [], []
+        self.texts, owners, without = [], [], []
         for index in range(len(images)):
             name = origins[index]
-            group = groups.pop(name, None) or groups.pop(name.rsplit("/", 1)[-1], None)  # COCO's names have no folders
-            if not group or "" in group:
-                raise InputError(f"--annotations {annotations}: {name} of {source} has no or an empty caption; add it")
+            group = groups.pop(name, None) or groups.pop(name.rsplit("/", 1)[-1], [])  # COCO's names have no folders
+            without += [] if group and "" not in group else [name]
             self.texts += group
             owners += [index] * len(group)
+        unused = list(filter(is_data, groups))
+        counts = f"{len(without)} images of {source} have no or an empty caption"
+        if unused:
+            counts += f", {len(unused)} names with captions no image (the first is {unused[0]})"
+        if without:
+            raise InputError(f"--annotations {annotations}: {counts}; the first is {without[0]}; add it")
+        if unused:
+            note(f"warning: --annotations {annotations}: {counts}")
         self.names, self.labels = [images.names[index] for index in owners], np.array(owners)
         self.facts = {"images": images.fingerprint(), "image_count": len(images), "num_classes": len(images)}
         self.facts |= dict.fromkeys(("class_names", "resolution", "transform"))
@@ -64,7 +71,7 @@ def write_captions(options):
     """Write the features of every caption of the converted images, and of the empty one, as a packed set."""
     captions = Captions(options.source, options.annotations, options.max_images)
     with Processes.join(options.device) as processes:
-        encoder = TextEncoder.load(options.text_encoder, processes.device)
+        encoder = TextEncoder(options.text_encoder, processes.device)
         spec = encoder.spec
         what = {"kind": "captions", "text": dataclasses.asdict(spec)}
         job = Job(options.dest, ticket("captions", captions, options, {**what, **options.stored()}))

@@ -3,7 +3,9 @@
 from PIL import Image
 
 from common.errors import InputError
+from preprocessing.sources import BadImageError
 
+LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # pixels of what is resized, as Pillow limits those of what is read
 BOX, BICUBIC, LANCZOS = Image.Resampling.BOX, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
 
@@ -11,7 +13,10 @@ def resize(image, size, method):
     """Resize to (width, height), width first.
 
     In two calls, since Pillow 13 changed the order of the passes of one call; this order gives the published bytes.
+    Raises BadImageError where the result would be absurdly large, as of an image of 1 × 100,000.
     """
+    if size[0] * max(size[1], image.height) > LARGEST:
+        raise BadImageError(f"{image.width}x{image.height} would become {size[0]}x{size[1]}")
     return image.resize((size[0], image.height), method).resize(size, method)
 
 
@@ -50,7 +55,9 @@ def plain_resize(image, width, height):
     return resize(image, (width, height), LANCZOS)
 
 
+DEFAULT = "center-crop-dhariwal"
 TRANSFORMS = {
+    "resize": plain_resize,
     "center-crop": center_crop,
     "center-crop-wide": center_crop_wide,
     "center-crop-dhariwal": center_crop_dhariwal,
@@ -58,7 +65,7 @@ TRANSFORMS = {
 
 
 def make_transform(name, resolution):
-    """Function image → image for a transform's name (None: resize only) and (width, height) or None (keep sizes)."""
+    """Function image → image of a transform's name and (width, height); both None: sizes are kept."""
     if resolution is None:
         if name is not None:
             raise InputError(f"--transform {name} needs --resolution, for example --resolution 256x256")
@@ -66,5 +73,4 @@ def make_transform(name, resolution):
     width, height = resolution
     if name == "center-crop-dhariwal" and width != height:
         raise InputError(f"--resolution {width}x{height}: center-crop-dhariwal needs equal sides")
-    function = TRANSFORMS[name] if name else plain_resize
-    return lambda image: function(image, width, height)
+    return lambda image: TRANSFORMS[name](image, width, height)

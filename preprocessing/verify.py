@@ -1,5 +1,6 @@
 """verify: is a data folder whole, and does it hold what its manifests say? Reports the first of each kind of fault."""
 
+import collections
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -15,6 +16,7 @@ from dataset import open_captions
 from latents.captions import TEXT
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, DataManifest
 from latents.names import Names, read_label_list, walk, walk_files
+from latents.rows import ImageFiles
 from latents.sets import is_set, is_unfinished, list_sets, open_set
 from models.codec import LatentCodec, vae_family
 from preprocessing.jobs import batches_of
@@ -27,14 +29,13 @@ REENCODED = 0.1  # rms of the difference over rms: bf16 arithmetic stays ten tim
 
 
 class Report:
-    """Faults by kind: how often, and the first."""
+    """{kind: lines about each fault}."""
 
     def __init__(self):
-        self.faults = {}
+        self.faults = collections.defaultdict(list)
 
     def add(self, kind, text):
-        count, first = self.faults.get(kind, (0, text))
-        self.faults[kind] = (count + 1, first)
+        self.faults[kind].append(text)
 
     @contextlib.contextmanager
     def catch(self, kind):
@@ -46,7 +47,7 @@ class Report:
 
     def lines(self):
         """One line per kind."""
-        return [f"FAULT {kind} ({count}): {first}" for kind, (count, first) in self.faults.items()]
+        return [f"FAULT {kind} ({len(texts)}): {texts[0]}" for kind, texts in self.faults.items()]
 
 
 def verify(data_dir, vae=None, decode=False):
@@ -69,11 +70,10 @@ def verify(data_dir, vae=None, decode=False):
         with report.catch("captions"):
             open_captions(data_dir)
     if vae is not None:
-        with report.catch("wrong VAE"):
-            codec = LatentCodec.load(vae)
-            for folder in folders:
-                with report.catch("wrong VAE"):
-                    _check_vae(folder, codec, report)
+        codec = LatentCodec.load(vae)
+        for folder in folders:
+            with report.catch("wrong VAE"):
+                _check_vae(folder, codec, report)
     return report
 
 
@@ -121,14 +121,14 @@ def _check_manifest(manifest, report):
 
 
 def _check_files(folder, listed, is_data, report):
-    """Names that are `listed` (if not None) and missing; data files, whose sorted names are returned, that are not."""
+    """Names that are `listed` (None: all) and missing; data files, whose sorted names are returned, that are not."""
     present = sorted(name for name, _ in walk(folder))
     data = list(filter(is_data, present))
-    if listed is not None:
-        for name in sorted(set(listed).difference(present)):
-            report.add("missing", f"{folder / name} is missing, though the set lists it")
-        for name in sorted(set(data).difference(listed)):
-            report.add("stray file", f"{folder / name} belongs to no entry; readers that pair by order shift by it")
+    listed = set(data if listed is None else listed)
+    for name in sorted(listed.difference(present)):
+        report.add("missing", f"{folder / name} is missing, though the set lists it")
+    for name in sorted(set(data) - listed):
+        report.add("stray file", f"{folder / name} belongs to no entry; readers that pair by order shift by it")
     return data
 
 
@@ -236,12 +236,16 @@ def _check_vae(folder, codec, report):
     _, rows, _, sources = open_set(folder)
     names = sources or walk_files(images, Image.registered_extensions())
     mirrored = manifest.flipped if manifest and manifest.flipped is not None else folder.name == MIRROR
-    row = np.empty(rows.shape, rows.dtype)
+    side = (manifest and manifest.resolution) or rows.shape[1] * codec.spec.factor
+    row, files = np.empty(rows.shape, rows.dtype), ImageFiles(images, names.__getitem__, side)
     for index in np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(int)).tolist():
-        rows.read(index, row)
-        with Image.open(images / names[index]) as image:
-            pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)[None, :, :, :: -1 if mirrored else 1]
-        again = codec.encode(torch.from_numpy(np.ascontiguousarray(pixels)))[0].numpy()
+        pixels = None
+        with report.catch("unreadable"):
+            rows.read(index, row)
+            pixels = np.ascontiguousarray(files.load(index, mirrored)[None])
+        if pixels is None:
+            continue
+        again = codec.encode(torch.from_numpy(pixels))[0].numpy()
         if again.shape != row.shape:
             report.add("wrong VAE", f"{folder}: {names[index]} encodes to {again.shape}, stored is {row.shape}")
             continue

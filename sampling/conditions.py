@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, system_fault
 from common.files import read_lines, sha256_of_files
 from common.records import read_record_lines
 from latents.captions import read_annotations
@@ -44,7 +44,7 @@ class ClassLabels:
 
     def of(self, indices):
         """Labels and null labels of images, int64 (N,) each, on the device."""
-        y = self.labels[list(indices)].to(self.device)
+        y = self.labels[list(indices)].to(self.device, non_blocking=True)
         return y, torch.full_like(y, self.null)
 
     def facts(self):
@@ -60,10 +60,11 @@ def read_labels(text, num_classes):
     """(Classes to take in turn, their file or None) of `207,360` or a text file. Raises InputError."""
     is_list = re.fullmatch(r"\d+(,\d+)*", text)
     try:
-        words = text.split(",") if is_list else Path(text).read_text().split()
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"--labels {text}: not random, balanced, a list like 207,360 or a text file") from None
-    wrong = [word for word in words or ["nothing"] if not word.isdecimal() or int(word) >= num_classes]
+        words = text.split(",") if is_list else Path(text).read_text("utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        fault = system_fault(error) or f"{text}: not random, balanced, a list like 207,360 or a text file"
+        raise InputError(f"--labels {fault}") from None
+    wrong = [word for word in words or ["nothing"] if not re.fullmatch(r"\d{1,9}", word) or int(word) >= num_classes]
     if wrong:
         raise InputError(f"--labels {text}: {wrong[0]!r} is not a class from 0 to {num_classes - 1}")
     return [int(word) for word in words], None if is_list else text
@@ -79,7 +80,7 @@ class Prompts:
         if checkpoint.model.kind != "text":
             raise InputError(f"{config.ckpt} is a model of classes; sample it with generate.py")
         trained = TextSpec(**checkpoint.data.get("text", {"width": checkpoint.options["context_dim"]}))
-        self.encoder = TextEncoder.load(config.text_encoder or trained.encoder, device)
+        self.encoder = TextEncoder(config.text_encoder or trained.encoder, device)
         if "text" in checkpoint.data or self.encoder.spec.width != trained.width:
             trained.check_same(self.encoder.spec, config.ckpt, "--text-encoder")
         self.source, self.per_prompt, self.dtype = source, config.images_per_prompt, DTYPES[config.dtype]

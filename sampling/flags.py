@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError
-from common.flags import Range, flag, required
+from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, SIDE, Range, flag, required
 from models import PRESETS
 from models.paths import PATHS
+from models.published import PublishedFlags
 from samplers import SAMPLERS, Guidance
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -19,42 +20,39 @@ MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "ou
 
 
 @dataclasses.dataclass(kw_only=True)
-class SamplingFlags:
+class SamplingFlags(PublishedFlags):
     """Flags of every program that samples. None: as the checkpoint says, or a default that `resolve` fills in."""
 
     ckpt: str = required("checkpoint, exported folder, or published file (DeepFlow, SiT, REPA, DMF)", group=MODEL)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group=MODEL)
     model: str | None = flag(None, "preset name", str, choices=list(PRESETS), group=MODEL)
-    trans_depth: int | None = flag(None, "number of blocks", int, group=MODEL)
-    df_idxs: list | None = flag(None, "blocks that end a branch: [8,16], 8,16 or 8 16", str, nargs="+", group=MODEL)
-    dmf_depth: int | None = flag(None, "number of blocks that see t, of a published flow map", int, group=MODEL)
+    trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS, group=MODEL)
     qk_norm: bool | None = flag(None, "normalised queries and keys", bool, group=MODEL)
-    legacy_scaling: bool | None = flag(None, "clamp the time-gap scale to [-5, 5], as published", bool, group=MODEL)
     ssl_align: bool | None = flag(None, "the model was trained with SSL alignment", bool, group=MODEL)
     projector_embed_dims: str | None = flag(None, "accepted for published scripts, unused", str, group=MODEL)
     path_type: str | None = flag(None, "default: the checkpoint's, else linear", str, choices=[*PATHS], group=MODEL)
-    resolution: int | None = flag(None, "image size", int, group=MODEL)
+    resolution: int | None = flag(None, "image size", int, range=SIDE, group=MODEL)
     vae: str | None = flag(None, "ema, mse, a hub name or a folder; default: the training data's", str, group=MODEL)
 
     mode: str = flag("sde", "sampler; euler and restart are for flow maps", choices=MODES, group=SAMPLING)
-    num_steps: int | None = flag(None, STEPS, int, range=Range(low=1), group=SAMPLING)
+    num_steps: int | None = flag(None, STEPS, int, range=SAMPLER_STEPS, group=SAMPLING)
     shift: float = flag(1.0, "of a flow map's times: s*t / (1 + (s - 1)*t)", range=Range(above=0), group=SAMPLING)
     heun: bool = flag(False, "second-order steps for ode", group=SAMPLING)
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none", group=SAMPLING)
     guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)", group=SAMPLING)
     guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)", group=SAMPLING)
-    global_seed: int = flag(0, "image i depends on it and on i", range=Range(low=0), also=["--seed"], group=SAMPLING)
+    global_seed: int = flag(0, "image i depends on it and on i", range=SEED, also=["--seed"], group=SAMPLING)
 
     dtype: str = flag("fp32", "precision of the network; the state is float64", choices=list(DTYPES), group=SPEED)
     vae_dtype: str = flag("fp32", "precision of the decoder", choices=list(DTYPES), group=SPEED)
     tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", group=SPEED)
     fused_attn: bool = flag(True, "fused attention kernels", group=SPEED)
-    compile: bool = flag(False, "compile the network: minutes at the start, faster steps", group=SPEED)
-    per_proc_batch_size: int = flag(32, "images per forward pass and process", range=Range(low=1), group=SPEED)
-    decode_batch_size: int = flag(32, "images that are decoded at once", range=Range(low=1), group=SPEED)
+    compile: bool = flag(False, "compile the network's blocks at the start, for faster steps", group=SPEED)
+    per_proc_batch_size: int = flag(32, "images per forward pass and process", range=BATCH, group=SPEED)
+    decode_batch_size: int = flag(32, "images that are decoded at once", range=BATCH, group=SPEED)
 
     sample_dir: str = flag("samples", "parent folder of the results", group=OUTPUT)
-    num_fid_samples: int = flag(50_000, "number of images", range=Range(low=1), group=OUTPUT)
+    num_fid_samples: int = flag(50_000, "number of images", range=IMAGES, group=OUTPUT)
     format: str = flag("both", "what is written", choices=["npz", "png", "both"], group=OUTPUT)
     decode: bool = flag(True, "decode to images; --no-decode writes an npz of latents", group=OUTPUT)
     resume: bool = flag(True, "resume an interrupted run; --no-resume refuses a folder with images", group=OUTPUT)
@@ -71,13 +69,13 @@ class SamplingFlags:
         return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
 
     def model_options(self):
-        """Constructor arguments that flags give, for a file that does not hold them."""
-        names = ("df_idxs", "dmf_depth", "legacy_scaling", "ssl_align")
+        """Constructor arguments and path that flags give, for a file that does not hold them."""
+        names = ("df_idxs", "dmf_depth", "legacy_scaling", "ssl_align", "convention", "path_type")
         return {"depth": self.trans_depth, **{name: getattr(self, name) for name in names}}
 
     def grid_size(self):
         """--grid as (rows, columns). Raises InputError."""
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.grid)
+        match = re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", self.grid)
         if not match:
             raise InputError(f"--grid {self.grid!r} is not of the form 8x8 (rows x columns)")
         return int(match[1]), int(match[2])

@@ -95,7 +95,7 @@ def build_manifest(sampler):
         "weights_sha256": sampler.weights_sha256,
         "model_evaluations": cost.evaluations,
         "forward_passes": cost.calls,
-        "guided_passes": cost.guided,
+        "guided_passes": cost.guided_calls,
         "versions": {**versions(), "torch": torch.__version__},
     }
     return SampleManifest(**{**flags, **found})

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import InputError, say
-from common.files import check_writable, write_json
+from common.files import check_writable, locked, write_json
 from common.look_ahead import ordered_map
 from common.pictures import save_grid
 from sampling.manifest import build_manifest, manifest_path, read_manifest
@@ -20,12 +20,13 @@ def save_picture(sampler, processes):
     config = sampler.config
     if processes.world > 1:
         raise InputError("--grid is made by one process; start it with plain python")
-    check_writable(config.out, "--out")
-    batches = config.batches()
-    images = [rows for _, rows in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
-    _, columns = config.grid_size()
-    save_grid(np.concatenate(images), columns, config.out, sampler.condition.captions)
-    write_json(manifest_path(config.out), build_manifest(sampler).to_json())
+    with locked(config.out, "--out"):
+        check_writable(config.out, "--out")
+        batches = config.batches()
+        images = [wait() for _, wait in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
+        _, columns = config.grid_size()
+        save_grid(np.concatenate(images), columns, config.out, sampler.condition.captions)
+        write_json(manifest_path(config.out), build_manifest(sampler).to_json())
     say(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each")
     return Path(config.out)
 
@@ -34,11 +35,12 @@ def save_images(sampler, processes):
     """Make many images, each process its share of the batches; returns the path of the npz. Raises InputError."""
     start = time.perf_counter()
     result = Result(sampler)
-    todo = processes.share("todo", result.plan() if processes.is_main else None)
-    sample_share(sampler, result.store, todo, processes)
-    if processes.is_main:
-        result.finish()
-        result.say_cost(sum(count for _, count in todo), time.perf_counter() - start)
+    with locked(result.store.folder, "--sample-dir", processes.is_main):
+        todo = processes.share("todo", result.plan() if processes.is_main else None)
+        sample_share(sampler, result.store, todo, processes)
+        if processes.is_main:
+            result.finish()
+            result.say_cost(sum(count for _, count in todo), time.perf_counter() - start)
     return result.target
 
 
@@ -58,14 +60,12 @@ def sample_share(sampler, store, todo, processes):
 
         samples = sampler.batches([batches[number] for number, _ in mine])
         # what was sampled before an error is still written
-        written = ordered_map(lambda batch: store.write(*batch), samples, ahead=3, threads=4, finish=True)
+        written = ordered_map(lambda batch: store.write(batch[0], batch[1]()), samples, 3, threads=4, finish=True)
         for _, (_, count) in zip(written, mine, strict=True):
             show_progress(processes.count("images", count))
-        processes.count("finished processes", 1)
-        while processes.is_main and processes.count("finished processes") < processes.world:
+        while processes.is_main and bar.n < total:
             time.sleep(0.2)
             show_progress(processes.count("images"))
-        show_progress(processes.count("images"))
 
 
 class Result:
@@ -91,8 +91,8 @@ class Result:
         missing = set() if self.is_packed() else set(self.store.missing(count))
         say(
             f"{config.ckpt} ({config.weights} weights, step {self.sampler.checkpoint.steps}): {count} images, "
-            f"{len(missing)} of them missing, {config.mode}, {cost.calls} forward passes per batch, {cost.guided} of "
-            f"them guided -> {self.store.folder}"
+            f"{len(missing)} of them missing, {config.mode}, {cost.calls} forward passes per batch, "
+            f"{cost.guided_calls} of them guided -> {self.store.folder}"
         )
         counts = [len(missing.intersection(batch)) for batch in config.batches()]
         return [[number, count] for number, count in enumerate(counts) if count]

@@ -1,7 +1,7 @@
 """From a checkpoint and a condition to batches of images."""
 
 import contextlib
-import dataclasses
+import functools
 import itertools
 
 import torch
@@ -12,6 +12,7 @@ from common.look_ahead import ordered_map
 from common.records import check_record
 from models import PRESETS, load_checkpoint
 from models.codec import LatentCodec, LatentSpec
+from models.compiling import compile_blocks
 from models.paths import PATHS
 from samplers import GuidedVelocity, integrate, sample_noise
 from sampling.flags import DTYPES
@@ -30,7 +31,7 @@ class ImageSampler:
         self.shape = (options["in_channels"], options["input_size"], options["input_size"])
         self.condition = make_condition(config, self.checkpoint, device)
         self.times = config.sampler.times(config.num_steps, config.shift)
-        self.cost = count_cost(config, self.path, self.times)
+        self.cost, self.draws = try_out(config, self.path, self.times)
         self.codec = None
         if config.decode:
             self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
@@ -38,9 +39,9 @@ class ImageSampler:
             self.spec = self.codec.spec
         self.weights_sha256 = self.checkpoint.weights_sha256()  # of the file's, before they are rounded to --dtype
         model = self.checkpoint.model.to(device, DTYPES[config.dtype])
-        network = model.average_velocity if config.sampler.is_map else model.velocity
-        # each batch shape its own graph: N and 2N rows, and the last batch's
-        self.network = torch.compile(network, dynamic=False, fullgraph=True) if config.compile else network
+        if config.compile:
+            compile_blocks(model)
+        self.network = model.average_velocity if config.sampler.is_map else model.velocity
 
     def latents(self, indices, noise):
         """Latents (N, C, h, w), float32, of the images `indices`; noise: iterator of their draws, on the device."""
@@ -48,22 +49,46 @@ class ImageSampler:
         y, y_null = self.condition.of(indices)
         velocity = GuidedVelocity(self.network, y, y_null, config.guidance, DTYPES[config.dtype])
         step = config.sampler.step(self.path, lambda _: next(noise))
-        latents = integrate(step, velocity, next(noise), self.times)
-        if not torch.isfinite(latents).all():
-            remedy = "the weights are damaged or diverged" if config.dtype == "fp32" else "try --dtype fp32"
-            which = f"images {indices[0]}..{indices[-1]}"
-            raise InputError(f"{config.ckpt} gives samples that are not finite ({which}); {remedy}")
-        return latents.float()
+        return integrate(step, velocity, next(noise), self.times).float()
 
     def batches(self, batches):
-        """Yield (indices, rows) for every batch: uint8 images (N, R, R, 3), or float32 latents with --no-decode."""
-        noise = batch_noise(self.config.global_seed, batches, self.cost.draws, self.shape, self.device)
+        """Yield (indices, wait) for every batch; wait() → uint8 images (N, R, R, 3), float32 latents with --no-decode.
+
+        A GPU is given the batch and not waited for. So call wait in another thread: while the images are copied and
+        written, the next batch is under way. It raises InputError where values are not finite.
+        """
+        noise = batch_noise(self.config.global_seed, batches, self.draws, self.shape, self.device)
         with contextlib.closing(noise):
             for indices in batches:
                 rows = self.latents(indices, noise)
+                finite = [rows.isfinite().all()]
                 if self.codec is not None:
-                    rows = self.codec.decode(rows, self.config.decode_batch_size)
-                yield indices, rows.cpu().numpy()
+                    rows, decoded = self.codec.start_decoding(rows, self.config.decode_batch_size)
+                    finite.append(decoded)
+                yield indices, functools.partial(self.finish, indices, *start_copy(rows, *finite))
+
+    def finish(self, indices, copied, copies):
+        """Rows of the images `indices`, checked; copied, copies: of `start_copy`. Raises InputError."""
+        if copied is not None:
+            copied.synchronize()
+        rows, finite, *decoded = copies
+        if not finite:
+            remedy = "the weights are damaged or diverged" if self.config.dtype == "fp32" else "try --dtype fp32"
+            which = f"images {indices[0]}..{indices[-1]}"
+            raise InputError(f"{self.config.ckpt} gives samples that are not finite ({which}); {remedy}")
+        if decoded:
+            self.codec.check(*decoded)
+        return rows.numpy()
+
+
+def start_copy(*tensors):
+    """(CUDA event of the end or None, copies on the host) of tensors of one device; a GPU is not waited for."""
+    if not tensors[0].is_cuda:
+        return None, [tensor.cpu() for tensor in tensors]
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory
+    copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
+    copied.record()
+    return copied, copies
 
 
 def open_checkpoint(config):
@@ -119,22 +144,11 @@ def batch_noise(seed, batches, draws, shape, device):
         yield noise.to(device, non_blocking=True)
 
 
-@dataclasses.dataclass
-class Cost:
-    """What one batch costs."""
+def try_out(config, path, times):
+    """(GuidedVelocity that counted its calls, arrays of noise) of a batch, found by running the sampler on one number.
 
-    calls: int  # forward passes
-    guided: int  # those of 2N rows
-    draws: int  # arrays of noise, the starting noise included
-
-    @property
-    def evaluations(self):
-        """Model evaluations of an image."""
-        return self.calls + self.guided
-
-
-def count_cost(config, path, times):
-    """Cost of a batch, found by running the sampler on one number."""
+    The starting noise is one of the arrays.
+    """
     zero, y, asked = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), []
 
     def noise(index):
@@ -143,4 +157,4 @@ def count_cost(config, path, times):
 
     velocity = GuidedVelocity(lambda x, *_: x, y, y, config.guidance)
     integrate(config.sampler.step(path, noise), velocity, zero, times)
-    return Cost(velocity.calls, velocity.guided_calls, draws=1 + len(asked))
+    return velocity, 1 + len(asked)

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.errors import InputError, note
+from common.errors import InputError, note, system_error, system_fault
 from common.files import write_atomically, write_json
 from common.look_ahead import ordered_map
+from latents.names import walk
 from sampling.manifest import SETTINGS, check_settings
 
 GENEVAL_IMAGES = 4  # of each prompt
@@ -55,7 +56,8 @@ class PngFiles:
             with Image.open(self.path(index)) as picture:
                 return np.asarray(picture)
         except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{self.path(index)} is damaged ({error}); {REMEDY}") from None
+            fault = system_fault(error, self.path(index)) or f"{self.path(index)} is damaged ({error}); {REMEDY}"
+            raise InputError(fault) from None
 
     def rows(self, count):
         """Yield the images 0 … count − 1, decoded by several threads, few of them in memory."""
@@ -102,7 +104,9 @@ def ends_as_png(path):
         with open(path, "rb") as file:
             file.seek(-len(PNG_END), 2)
             return file.read() == PNG_END
-    except OSError:
+    except OSError as error:
+        if system_error(error):
+            raise
         return False
 
 
@@ -136,7 +140,7 @@ class PartFiles:
             try:
                 part = np.load(path)
             except (OSError, ValueError, EOFError) as error:
-                raise InputError(f"{path} is damaged ({error}); {REMEDY}") from None
+                raise InputError(system_fault(error, path) or f"{path} is damaged ({error}); {REMEDY}") from None
             yield from part[index - start : count - start]
             index = stop
 
@@ -184,7 +188,7 @@ def prepare_folder(folder, settings, resume=True):
     settings: of a SampleManifest; resume False refuses a folder with finished images. Raises InputError.
     """
     record = folder / SETTINGS
-    has_images = any(path.suffix in (".png", ".npy") for path in folder.rglob("*"))
+    has_images = folder.is_dir() and any(name.endswith((".png", ".npy")) for name, _ in walk(folder))
     if has_images and not record.exists():
         raise InputError(f"{folder} holds images of unknown settings (no {SETTINGS}); pass another --sample-dir")
     if not resume and (has_images or Path(f"{folder}.npz").exists()):

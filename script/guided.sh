@@ -2,7 +2,6 @@
 # FID with guidance (Tables 4 and 5). The papers state no scale, interval or sampler: a sweep measures small sets of
 # images over SCALES, INTERVALS (LOW,HIGH of t, 0 is data) and STEPS; then 50,000 images at the lowest FID.
 #   REF=VIRTUAL_imagenet256_labeled.npz bash script/guided.sh [more flags of generate.py, e.g. --mode ode --heun]
-set -euo pipefail
 EXP_NAME=${EXP_NAME:-deepflow-xl-3t}
 LAST_STEP=${LAST_STEP:-2000000}
 source "$(dirname "${BASH_SOURCE[0]}")/measure.sh"
@@ -12,6 +11,6 @@ check_files "ADM's reference batch" VIRTUAL_imagenet256_labeled.npz
 [ "$REF" != none ] || fail "REF=none leaves nothing to choose the guidance by; pass REF=FILE"
 python -m evaluations.sweep --ckpt "$CKPT" --ref "$REF" --out "$SWEEP" --num-samples "${SWEEP_SAMPLES:-5000}" \
     --cfg-scale ${SCALES:-1.2 1.4 1.6 1.8} --interval ${INTERVALS:-0,1 0,0.7 0.3,0.7} --num-steps ${STEPS:-250} \
-    --processes "$NUM_GPUS" ${weights[@]+"${weights[@]}"} -- --per-proc-batch-size 64 "$@"
+    --processes "$NUM_GPUS" ${weights[@]+"${weights[@]}"} -- "${fast[@]}" "$@"
 read -ra best <"$SWEEP/best.txt"
 sample_and_measure guided "${best[@]}" "$@"

@@ -4,18 +4,24 @@
 #              EXP_NAME         name of the run; default: made of the model and what differs from the method
 #              DATA_DIR         training data, where it is not the program's default
 #              MIXED_PRECISION  no, fp16 or bf16; default: bf16 on GPUs. The published runs used fp16.
+# Networks are compiled; --no-compile, as any flag given to a recipe, goes after its own.
+set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NUM_GPUS=${NUM_GPUS:-8}
 OUTPUT_DIR=${OUTPUT_DIR:-exps}
 
 fail() { echo "error: $*" >&2; exit 2; }
-
 launch() { torchrun --standalone --nproc-per-node "$NUM_GPUS" "$@"; }
 
 train() { # PROGRAM [flags]
     # These signals reach every process, which saves and stops; a large checkpoint takes its time. See docs/cluster.md.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
     exec torchrun --standalone --nproc-per-node "$NUM_GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-        "$1" ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "$OUTPUT_DIR" --resume auto \
+        "$1" --compile ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "$OUTPUT_DIR" --resume auto \
         ${DATA_DIR:+--data-dir "$DATA_DIR"} ${MIXED_PRECISION:+--mixed-precision "$MIXED_PRECISION"} "${@:2}"
+}
+
+train_map() { # [flags]; CKPT: the flow model to start from, of ours or a published SiT, REPA or Decoupled MeanFlow file
+    [ -n "${CKPT:-}" ] || fail "CKPT is not set; name the flow model to start from with CKPT=FILE"
+    train train_dmf.py --pretrained "$CKPT" "$@"
 }

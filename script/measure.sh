@@ -1,6 +1,6 @@
 # Sourced by the eval recipes: checks what measuring needs before anything is sampled, samples, and measures.
 # Environment, beside that of launch.sh:
-#   CKPT               checkpoint (the last one of the run)
+#   CKPT               checkpoint (the last one of the run); for files that the authors released see docs/paper.md
 #   SAMPLE_DIR         folder of the samples (inside the run's)
 #   NUM_FID_SAMPLES    number of images (50000)
 #   REF                reference (docs/evaluation.md says where to get one), or none: sample only
@@ -12,6 +12,8 @@ CKPT=${CKPT:-$OUTPUT_DIR/$EXP_NAME/checkpoints/$LAST_STEP.pt}
 NUM_FID_SAMPLES=${NUM_FID_SAMPLES:-50000}
 REF=${REF:-}
 RESULTS=${RESULTS:-results}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OUTPUT_DIR/$EXP_NAME/.compile_cache} # of all settings
+fast=(--compile --dtype bf16 --vae-dtype bf16 --per-proc-batch-size 64) # of generate*.py; a recipe's own flags go after
 weights=(${INCEPTION_WEIGHTS:+--inception-weights "$INCEPTION_WEIGHTS"})
 edm2_weights=(${weights[@]+"${weights[@]}"} ${DINOV2_WEIGHTS:+--dinov2-weights "$DINOV2_WEIGHTS"})
 
@@ -21,8 +23,7 @@ need() { # VARIABLE [remedy]: the file that it names
 
 check_weights() {
     need CKPT "name a checkpoint with CKPT=FILE"
-    [ -z "${INCEPTION_WEIGHTS:-}" ] || need INCEPTION_WEIGHTS
-    [ -z "${DINOV2_WEIGHTS:-}" ] || need DINOV2_WEIGHTS
+    for name in INCEPTION_WEIGHTS DINOV2_WEIGHTS; do [ -z "${!name:-}" ] || need "$name"; done
 }
 
 check_files() { # WHAT FILE: kind of reference, an example
@@ -36,8 +37,7 @@ newest_npz() { # FOLDER
 }
 
 make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is not to be measured
-    launch generate.py --ckpt "$CKPT" --sample-dir "$1" --num-fid-samples "$NUM_FID_SAMPLES" \
-        --per-proc-batch-size 64 "${@:2}"
+    launch generate.py --ckpt "$CKPT" --sample-dir "$1" --num-fid-samples "$NUM_FID_SAMPLES" "${fast[@]}" "${@:2}"
     if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi
 }
 

@@ -20,7 +20,5 @@ train() { # PROGRAM [flags]
 }
 
 sample() { torchrun --standalone --nproc-per-node "$PROCESSES" "$@"; } # PROGRAM [flags]
-
 checkpoint() { printf '%s/checkpoints/%07d.pt' "$1" "$2"; } # RUN STEP
-
 newest_npz() { ls -t "$1"/*.npz | head -n 1; } # FOLDER

@@ -8,11 +8,7 @@ usage: bash script/test.sh [--slow] [PYTEST ARGUMENTS]
 
 Sets up .venv and runs the tests on CPU (minutes on two cores). --slow also runs those marked slow (kill tests, long
 runs). Other arguments go to pytest, e.g. -k parity; PARITY_FIXTURES=DIR takes other reference values.
-
-Inside an active virtual or conda environment that one is used and no .venv is made:
-    source my-env/bin/activate && bash script/test.sh
-Environment: TORCH_INDEX_URL  wheel index for PyTorch, e.g. https://download.pytorch.org/whl/cpu (small CPU wheels)
-             PYTHON           interpreter that makes .venv (python3)
+An active environment, TORCH_INDEX_URL and PYTHON serve as in script/quickstart.sh.
 EOF
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac

@@ -3,7 +3,7 @@
 infinite-loss, infinite-gradient: in the second step, on the last process only; slow-write: checkpoints are written in
 small pieces with pauses; late-rank: the last process takes no part in the preflight; report-exit: no fault, every
 process says its exit code; report-exit-after-own-signal: likewise, and the last one sends itself SIGUSR1 in its third
-step.
+step; interrupt-twice: Ctrl-C in the second step, and again while it goes on.
 """
 
 import os
@@ -19,6 +19,7 @@ import torch
 import train
 import training.checkpoint
 import training.distributed
+import training.stop
 from common.errors import exit_on_input_error
 from common.flags import parse_flags
 from training.config import TrainConfig
@@ -36,6 +37,13 @@ def infinite_gradient(loss, network):
     infinity = torch.zeros_like(parameter)
     infinity.view(-1)[0] = float("inf")
     handle = parameter.register_hook(lambda gradient: handle.remove() or gradient + infinity)
+    return loss
+
+
+def interrupt_twice(loss, network):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2 * training.stop.ECHO)
     return loss
 
 
@@ -87,6 +95,8 @@ def apply(fault):
             training.distributed.preflight = lambda accelerator: time.sleep(30)
     elif fault == "report-exit-after-own-signal":
         train.objective = injected(lambda loss, network: os.kill(os.getpid(), signal.SIGUSR1) or loss, at_call=3)
+    elif fault == "interrupt-twice":
+        train.objective = injected(interrupt_twice)
     elif fault != "report-exit":
         raise SystemExit(f"unknown fault {fault}")
 

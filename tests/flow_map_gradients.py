@@ -34,7 +34,7 @@ def gradients(rank, world, through_wrapper):
     options = {"depth": 2, "df_idxs": (1,), "dmf_depth": 1, "input_size": tiny.SIZE, "num_classes": tiny.CLASSES}
     model = tiny.fill_(create_model("DeepFlow-DMF-Ti/2", **options), std=0.05)
     rows = rows_of_rank(BATCH, world, 1, rank)
-    draws = draw_flow_map_step(0, config, (4, tiny.SIZE, tiny.SIZE)).rows(rows, "cpu")
+    draws = draw_flow_map_step(0, config, (4, tiny.SIZE, tiny.SIZE), rows)
     moments = torch.randn(BATCH, *info.moments_shape, generator=torch.Generator().manual_seed(0))[rows]
     labels = (torch.arange(BATCH) % tiny.CLASSES)[rows]
     network = DistributedDataParallel(model) if world > 1 else model

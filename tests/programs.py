@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -67,12 +68,15 @@ def server(preload="warm"):
     return context
 
 
-def start(*command, **environment):
-    """Start `FILE.py ARGUMENTS` or `-m MODULE ARGUMENTS` in the repository, with one thread; returns the Program."""
+def start(*command, limits=(), **environment):
+    """Start `FILE.py ARGUMENTS` or `-m MODULE ARGUMENTS` in the repository, with one thread; returns the Program.
+
+    limits: ((resource.RLIMIT_…, number), …).
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     folder = Path(tempfile.mkdtemp(prefix="program-"))
     program = Program(None, folder / "stdout", folder / "stderr")
-    arguments = [str(part) for part in command], environment, program.stdout, program.stderr
+    arguments = [str(part) for part in command], environment, program.stdout, program.stderr, limits
     program.process = server().Process(target=_become, args=arguments)
     program.process.start()
     return program
@@ -109,7 +113,7 @@ def run_ranks(count, *command, **environment):
     return Done(int(any(codes)), *output)
 
 
-def _become(command, environment, stdout, stderr):
+def _become(command, environment, stdout, stderr, limits):
     """Turn this fork into the program."""
     assert "warm" in sys.modules
     for number, path in ((1, stdout), (2, stderr)):
@@ -119,6 +123,8 @@ def _become(command, environment, stdout, stderr):
     os.environ.update(environment)
     os.chdir(ROOT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
+    for which, number in limits:
+        resource.setrlimit(which, (number, number))
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

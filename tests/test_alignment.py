@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -152,6 +154,30 @@ def test_features_are_computed_under_the_autocast_and_compared_in_float32(data, 
     assert seen == [torch.bfloat16] and not tiny.log_lines(run_dir)[0]["bad_steps"]
     for dtype in (torch.bfloat16, torch.float16):
         assert train.alignment_loss([torch.ones(1, 2, 3, dtype=dtype)], [torch.ones(1, 2, 3)]).dtype == torch.float32
+
+
+def test_compile_compiles_the_encoder_by_block(data, dino, tmp_path, monkeypatch):
+    eager, compiled = run(data, tmp_path / "eager", dino, max_train_steps=1), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **_: compiled.append(part))
+    run_dir = run(data, tmp_path, dino, max_train_steps=1, compile=True)
+    (block,) = (part for part in compiled if type(part).__module__.startswith("timm."))
+    assert not any(p.requires_grad for p in block.parameters())
+    assert losses(run_dir) == losses(eager)
+
+
+@pytest.mark.parametrize(("peak", "warns"), [(None, False), (1.0, False), (1e15, True)])
+def test_slow_images_are_announced_with_numbers_and_remedy(data, dino, tmp_path, monkeypatch, capsys, peak, warns):
+    monkeypatch.setattr(alignment, "peak_flops", lambda device, precision: peak)
+    run(data, tmp_path, dino, max_train_steps=1, num_workers=3)
+    pattern = r"warning: 3 threads read [\d,]+ images/s, the GPU can train on about [\d,]+; .*dataset_tools.py features"
+    assert bool(re.search(pattern, capsys.readouterr().err)) == warns
+
+
+def test_images_are_read_by_as_many_threads_as_there_are_cores(data, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(48), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [open_dataset(data, images=images).workers for images in (True, False)] == [12, 4]
+    assert open_dataset(data, images=True, workers=0).workers == 1
 
 
 def test_several_encoders(data, dino, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from common.errors import InputError
 from models import PRESETS, create_model, load_checkpoint, load_model
 from models.deepflow import DeepFlow
+from models.flow_map import FlowMap
 from models.published import config_from_state
 
 TINY = {"input_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 1, "num_classes": 3, "projector_dim": 16}
@@ -72,7 +73,7 @@ def test_published_training_file_with_its_arguments(tmp_path, weights, seed):
         "model": tiny(2).state_dict(),
         "ema": tiny(1).state_dict(),
         "opt": {"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
-        "args": argparse.Namespace(model="DeepFlow-B/2", df_idxs="[6]", cfg_prob=0.1),
+        "args": argparse.Namespace(model="DeepFlow-B/2", df_idxs="[2]", cfg_prob=0.1),
         "steps": 400_000,
     }
     checkpoint = load_checkpoint(save(tmp_path / "a.pt", content), weights)
@@ -102,7 +103,7 @@ def test_options_that_the_weights_tell(tmp_path, options):
     )
     assert same_weights(load_model(path)[0], expected)
     if options.get("df_idxs") == ():
-        return  # a published file of one branch is the SiT release's, tested below
+        return  # a bare file of one branch does not tell its direction of time, see below
     model, found = load_model(save(tmp_path / "b.pt", expected.state_dict()))
     assert same_weights(model, expected)
     assert {key: found[key] for key in options} == options
@@ -133,9 +134,9 @@ def test_a_model_of_one_branch_of_ours_keeps_its_direction_of_time(tmp_path):
     assert torch.equal(velocity(load_model(path)[0]), velocity(expected))
 
 
-def test_a_published_file_of_one_branch_is_turned_round_in_time(tmp_path):
+def test_sits_file_of_one_branch_is_turned_round_in_time(tmp_path):
     theirs = tiny(df_idxs=())
-    model, _ = load_model(save(tmp_path / "a.pt", theirs.state_dict()))
+    model, _ = load_model(save(tmp_path / "a.pt", theirs.state_dict()), convention="sit")
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     t, y = torch.tensor([0.2, 0.7]), torch.tensor([0, 3])
     with torch.no_grad():
@@ -218,6 +219,138 @@ def test_even_key_layers_are_recognised_from_their_weights(name, depth, df_idxs)
     assert (options["depth"], options["df_idxs"], options["num_heads"]) == (depth, df_idxs, PRESETS[name].num_heads)
 
 
+# ---- What the arguments in published files say ----------------------------------------------------------------------
+
+
+def published(path, model, **args):
+    return save(path, {"ema": model.state_dict(), "args": argparse.Namespace(**args)})
+
+
+@pytest.mark.parametrize("form", [[1, 4], "[1, 4]", "1,4", (1, 4)], ids=str)
+def test_key_layers_and_clamp_come_from_the_arguments(tmp_path, capsys, form):
+    expected = tiny(depth=6, df_idxs=(1, 4), legacy_scaling=True)
+    args = {"df_idxs": form, "legacy_scaling": True, "path_type": "cosine", "trans_depth": 6, "qk_norm": False}
+    path = published(tmp_path / "a.pt", expected, **args, num_workers=4, enc_type=None, prediction="v")
+    checkpoint = load_checkpoint(path)
+    assert torch.equal(velocity(checkpoint.model), velocity(expected))
+    assert all(vera.acc_norm.legacy_scaling for vera in checkpoint.model.df_blocks)
+    assert checkpoint.run == {"path_type": "cosine"}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(text in said for text in ("df_idxs (1, 4)", "legacy_scaling True", "path_type cosine"))
+    other = load_checkpoint(path, df_idxs="[2, 4]", legacy_scaling=False, path_type="linear")
+    assert (other.options["df_idxs"], other.options["legacy_scaling"], other.run) == (
+        (2, 4),
+        False,
+        {"path_type": "linear"},
+    )
+    assert "flags override df_idxs, legacy_scaling, path_type" in capsys.readouterr().err
+
+
+def test_an_uneven_file_with_arguments_needs_no_flag(tmp_path):
+    expected = tiny(depth=5, df_idxs=(2,))
+    assert torch.equal(
+        velocity(load_model(published(tmp_path / "a.pt", expected, df_idxs="[2]"))[0]), velocity(expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"df_idxs": "[1, 2]"}, "df_idxs"),
+        ({"df_idxs": "[4]"}, "df_idxs"),
+        ({"df_idxs": "[x]"}, "df_idxs"),
+        ({"df_idxs": {"a": 1}}, "df_idxs"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"trans_depth": 12}, "trans_depth"),
+        ({"dmf_depth": 3}, "dmf_depth"),  # no key layer
+        ({"path_type": "VP"}, "path_type"),
+        ({"prediction": "noise"}, "prediction"),
+        ({"legacy_scaling": "perhaps"}, "legacy_scaling"),
+        ({"path_type": "Linear"}, "--convention"),  # SiT's words for a DeepFlow
+    ],
+    ids=str,
+)
+def test_arguments_that_contradict_the_weights(tmp_path, args, named):
+    assert named in refusal(published(tmp_path / "a.pt", tiny(), **args))
+
+
+@pytest.mark.parametrize("args", [5, "seed", [1], torch.ones(2)], ids=str)
+def test_arguments_of_another_type(tmp_path, args):
+    assert "args" in refusal(save(tmp_path / "a.pt", {"ema": tiny().state_dict(), "args": args}))
+
+
+def test_the_number_of_blocks_that_see_t_comes_from_the_arguments(tmp_path):
+    state = {"ema": FlowMap(**TINY, df_idxs=(), dmf_depth=1, use_logvar=False).state_dict()}
+    for args in ({"dmf_depth": 3}, {"dmf_depth": 3, "model": "DMFT-XL/2"}):
+        checkpoint = load_checkpoint(save(tmp_path / "a.pt", {**state, "args": argparse.Namespace(**args)}))
+        assert checkpoint.model.kind == "flow map" and checkpoint.model.dmf_depth == 3
+    assert load_checkpoint(tmp_path / "a.pt", dmf_depth=2).model.dmf_depth == 2
+
+
+def sit(**options):
+    return tiny(df_idxs=(), **options)
+
+
+def test_a_file_that_does_not_tell_its_direction_of_time_is_refused(tmp_path):
+    """A Decoupled MeanFlow's flow model without projectors, a flow map without head, a SiT without learned sigma."""
+    expected = sit()
+    path = save(tmp_path / "a.pt", expected.state_dict())
+    assert "--convention" in refusal(path)
+    assert torch.equal(velocity(load_model(path, convention="repa")[0]), velocity(expected))
+    assert not torch.equal(velocity(load_model(path, convention="sit")[0]), velocity(expected))
+    assert load_checkpoint(path, dmf_depth=2).model.kind == "flow map"  # which SiT has none of
+
+
+@pytest.mark.parametrize(
+    ("args", "is_sit", "path_type"),
+    [
+        ({"path_type": "Linear", "prediction": "velocity"}, True, "linear"),
+        ({"path_type": "GVP"}, True, "cosine"),
+        ({"path_type": "linear"}, False, "linear"),
+        ({"path_type": "cosine", "prediction": "v"}, False, "cosine"),
+    ],
+    ids=str,
+)
+def test_the_words_of_the_arguments_tell_the_direction_of_time(tmp_path, args, is_sit, path_type):
+    theirs = sit()
+    path = published(tmp_path / "a.pt", theirs, **args)
+    model = load_model(path)[0]
+    assert torch.equal(velocity(model), velocity(theirs)) == (not is_sit)
+    assert load_checkpoint(path).run == {"path_type": path_type}
+    other = load_model(path, convention="repa" if is_sit else "sit")[0]
+    assert torch.equal(velocity(other), velocity(theirs)) == is_sit
+
+
+def test_a_learned_sigma_is_sits(tmp_path):
+    theirs = sit()
+    state, parts = theirs.state_dict(), ("final_layer.linear.weight", "final_layer.linear.bias")
+    for name in parts:  # rows are ordered (patch row, column, 2C channels)
+        rows = state[name].unflatten(0, (4, 4))
+        state[name] = torch.cat([rows, torch.ones_like(rows)], dim=1).flatten(0, 1)
+    path = save(tmp_path / "a.pt", state)
+    plain = load_model(save(tmp_path / "b.pt", theirs.state_dict()), convention="sit")[0]
+    assert same_weights(load_model(path)[0], plain)
+    assert same_weights(load_model(path, convention="repa")[0], theirs)
+    path = save(tmp_path / "c.pt", {"ema": state, "args": argparse.Namespace(prediction="v")})
+    assert "two directions of time" in refusal(path)
+
+
+def test_sits_convention_is_for_one_branch(tmp_path):
+    assert "--convention sit" in refusal(save(tmp_path / "a.pt", tiny().state_dict()), convention="sit")
+
+
+def test_repas_first_files_are_read_under_todays_names(tmp_path):
+    expected = sit(ssl_align=True, z_dims=(10,), encoder_depth=3)
+    old = {name.replace("blocks.3.", "decoder_blocks.0."): tensor for name, tensor in expected.state_dict().items()}
+    assert any("decoder_blocks" in name for name in old)
+    model, options = load_model(save(tmp_path / "a.pt", old))
+    assert same_weights(model, expected) and torch.equal(velocity(model), velocity(expected))
+    assert options["encoder_depth"] == 3
+    path = save(tmp_path / "b.pt", {"ema": old, "args": argparse.Namespace(encoder_depth=2)})
+    assert "encoder_depth" in refusal(path)
+
+
 # ---- What is refused ------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +360,33 @@ def test_a_missing_file(tmp_path):
 
 def test_a_folder(tmp_path):
     assert "or an exported folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_what_is_no_regular_file(tmp_path, name):
+    path = tmp_path / name
+    path.symlink_to(path)
+    assert "cannot be read" in refusal(path)
+    path.unlink()
+    os.mkfifo(path)
+    assert "not a regular file" in refusal(path)
+
+
+def test_a_folder_whose_weights_are_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path)
+    assert "a folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_changed_bit_is_noticed(tmp_path, place):
+    path = tmp_path / "a.pt"
+    save(path, {"ema": tiny().state_dict()})
+    weights = tiny().state_dict()[("blocks.0.attn.qkv.weight", "pos_embed")[place % 2]].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(weights) + place * len(weights) // 6] ^= 1 << place
+    path.write_bytes(content)
+    assert "unreadable or truncated" in refusal(path)
 
 
 @pytest.mark.parametrize("legacy_format", [False, True])
@@ -305,7 +465,7 @@ def test_a_lost_parameter_is_named(tmp_path, nested):
 @pytest.mark.parametrize("lost", ["final_layer.linear.weight", "t_embedder.mlp.0.weight", "blocks.0.mlp.fc1.bias"])
 def test_a_lost_parameter_of_one_branch_is_named(tmp_path, lost):
     state = {name: tensor for name, tensor in tiny(df_idxs=()).state_dict().items() if name != lost}
-    assert lost in refusal(save(tmp_path / "a.pt", state))
+    assert lost in refusal(save(tmp_path / "a.pt", state), convention="sit")
 
 
 def test_an_unknown_parameter_is_named(tmp_path):
@@ -398,3 +558,48 @@ def test_reading_leaves_torchs_list_of_safe_classes_as_it_was(tmp_path):
     before = set(torch.serialization.get_safe_globals())
     load_model(save(tmp_path / "a.pt", {"ema": tiny().state_dict(), "args": argparse.Namespace(seed=0)}))
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("config", 5),
+        ("config", None),
+        ("config", {"model": "DeepFlow-Ti/2"}),
+        ("config", [1]),
+        ("config", {"model_options": 7}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "depth": 10**9}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "depth": 10**6}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "hidden_size": "wide"}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "hidden_size": 2**70}}),
+        ("config", {"model_options": {**TINY, "df_idxs": 2}}),
+        ("config", {"model_options": {**TINY, "df_idxs": None}}),
+        ("config", {"model_options": TINY}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "unknown": 1}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "z_dims": None, "ssl_align": True}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2]}, "path_type": ["linear"]}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2]}, "model": torch.ones(3, 3)}),
+        ("data", [1]),
+        ("data", {"num_classes": torch.ones(2, 2)}),
+        ("steps", "seven"),
+        ("steps", -1),
+        ("ema", {"x": [1]}),
+    ],
+    ids=str,
+)
+def test_entries_of_another_type(tmp_path, entry, value):
+    content = {
+        "ema": tiny().state_dict(),
+        "config": {"model_options": {**TINY, "df_idxs": [2]}},
+        "data": {},
+        "steps": 3,
+    }
+    load_model(save(tmp_path / "a.pt", content))
+    refusal(save(tmp_path / "a.pt", {**content, entry: value}))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.int, torch.Tensor.to_sparse, lambda t: t.to(torch.complex64)], ids=str)
+def test_tensors_of_other_kinds(tmp_path, change):
+    state = tiny().state_dict()
+    state["blocks.1.attn.qkv.weight"] = change(state["blocks.1.attn.qkv.weight"])
+    assert "lacks tensors" in refusal(save(tmp_path / "a.pt", {"ema": state}))

@@ -114,6 +114,18 @@ def test_chunking_makes_no_difference(codec, chunk):
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01  # other batch size, other summation order
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_decodes_in_channels_last_to_nearly_the_same_digits(dtype):
+    """The digits' VAE: 0.26 grey levels on average in bf16, 0.03 in fp16 where this was written."""
+    z = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    single, half = LatentCodec.load("assets/tiny-vae"), LatentCodec.load("assets/tiny-vae", dtype=dtype)
+    for one, other in zip(single.vae.decoder.parameters(), half.vae.decoder.parameters(), strict=True):
+        assert one.is_contiguous()
+        assert other.dim() < 4 or other.is_contiguous(memory_format=torch.channels_last)
+    difference = (single.decode(z).int() - half.decode(z).int()).abs()
+    assert 0 < difference.float().mean() < 1 and difference.max() < 16
+
+
 def test_pixels_are_truncated_after_clamping():
     grey = torch.tensor([-9.0, 0.0, 0.4, 0.99, 1.0, 127.5, 127.99, 254.5, 254.99, 255.0, 255.9, 400.0])
     image = (grey / 127.5 - 1).double().view(1, 1, 1, -1).expand(1, 3, 1, -1)

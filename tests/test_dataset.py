@@ -337,6 +337,26 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def first_pair(data, place, value):
+    relabel(data, lambda content: content["labels"][0].__setitem__(place, value))
+
+
+def retype(data, dtype):
+    path = data / "vae-sd" / FIRST
+    np.save(path, np.load(path).astype(dtype))
+
+
+def to_npz(path):
+    array = np.load(path)
+    with open(path, "wb") as file:
+        np.savez(file, array)
+
+
+def claim_shape(path):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**13,)})
+
+
 FIRST = "00000/img-mean-std-00000000.npy"
 FOLDER_FAULTS = {
     "no folder": (shutil.rmtree, "data does not exist"),
@@ -354,6 +374,20 @@ FOLDER_FAULTS = {
     "sampled latents": (lambda d: rewrite(d, (4, 4, 4)), r"shape \(4, 4, 4\), not \(8, h, h\): mean and std"),
     "another shape": (lambda d: rewrite(d, (6, 4, 4)), r"shape \(6, 4, 4\)"),
     "batch axis": (lambda d: rewrite(d, (1, 8, 4, 4)), r"shape \(1, 8, 4, 4\)"),
+    "whole numbers": (lambda d: retype(d, np.int64), f"{FIRST} holds int64, not float"),
+    "complex numbers": (lambda d: retype(d, np.complex64), f"{FIRST} holds complex64, not float"),
+    "texts": (lambda d: retype(d, "U7"), f"{FIRST} holds <U7, not float"),
+    "an npz": (lambda d: to_npz(d / "vae-sd" / FIRST), f"{FIRST} is an npz"),
+    "a shape beyond memory": (lambda d: claim_shape(d / "vae-sd" / FIRST), f"{FIRST} is truncated"),
+    "huge label": (
+        lambda d: relabel(d, lambda c: c["labels"][0].__setitem__(1, 10**12)),
+        "dataset.json: .*1000000000000",
+    ),
+    "name outside": (
+        lambda d: relabel(d, lambda c: c["labels"][0].__setitem__(0, "../x.npy")),
+        r"'\.\./x\.npy' leaves",
+    ),
+    "name from the root": (lambda d: relabel(d, lambda c: c["labels"][0].__setitem__(0, "/x.npy")), "'/x.npy' leaves"),
     "truncated latent": (lambda d: cut(d / "vae-sd" / FIRST, 300), f"{FIRST} is truncated"),
     "empty latent": (lambda d: cut(d / "vae-sd" / FIRST, 0), f"{FIRST} is truncated"),
     "broken manifest": (lambda d: (d / "vae-sd/manifest.json").write_text("{"), "manifest.json .*; restore it"),
@@ -378,6 +412,15 @@ def test_unfinished_set_is_named(tmp_path):
     (tmp_path / "vae-sd/.partial").mkdir(parents=True)
     with pytest.raises(InputError, match="vae-sd is not finished; run the same"):
         open_dataset(tmp_path)
+
+
+def test_a_latent_of_another_type_is_named_when_read(folder):
+    np.save(folder / "vae-sd/00001/img-mean-std-00000006.npy", np.zeros((8, 4, 4), np.complex64))
+    np.save(folder / "vae-sd/00001/img-mean-std-00000007.npy", np.full((8, 4, 4), 0.5, ">f8"))
+    data = open_dataset(folder)
+    with pytest.raises(InputError, match=r"00000006\.npy holds complex64"):
+        data.gather([6])
+    assert (data.gather([7])[0] == 0.5).all()
 
 
 def test_a_latent_of_another_shape_is_named_when_read(folder):

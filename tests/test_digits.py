@@ -158,7 +158,8 @@ def test_reconstructed_held_out_digits_keep_their_class(codec, split, held_image
     mean, _std = encode(codec, held_images).chunk(2, dim=1)
     decoded = codec.decode((mean - codec.spec.shift) * codec.spec.scale).numpy()
     assert abs(decoded.astype(float) - held_images).mean() < 3  # of 255 grey levels
-    classifier, _accuracy = judge.train_classifier(train, held_out)
+    classifier = judge.train_classifier(train)
+    assert classifier.score(judge.pixels(held_images), held_out.labels) >= 0.975  # a good judge
     assert classifier.score(judge.pixels(decoded), held_out.labels) >= 0.975
 
 
@@ -203,13 +204,6 @@ def test_counts_are_equal_on_both_sides(split, held_images):
     assert report["frechet"]["images_a_side"] == 400 and report["agreement"]["samples"]["of"] == 800
 
 
-def test_a_poor_classifier_is_no_judge(split):
-    train, held_out = split
-    without_sevens = train.take(np.flatnonzero(train.labels != 7))  # at most 90 % right
-    with pytest.raises(InputError, match="95%"):
-        judge.train_classifier(without_sevens, held_out)
-
-
 def test_stratified_rows():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
     rows = judge.stratified_rows(labels, 23)
@@ -237,11 +231,11 @@ def test_command_writes_report_grid_and_curve(tmp_path, split, held_images):
     "images, labels, culprit",
     [
         (None, None, "samples.npz"),
-        (np.zeros((4, 32, 32, 3), np.uint8), None, "samples.json does not list a"),
-        (np.zeros((4, 32, 32, 3), np.uint8), {"seed": 0}, "samples.json does not list a"),
+        (np.zeros((4, 32, 32, 3), np.uint8), None, "samples.json: labels is None"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"seed": 0}, "samples.json: labels is None"),
         (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [1, 2]}, "2 labels for 4 samples"),
         (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, 10]}, "samples.json: label '10' names no digit"),
-        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, "3"]}, "does not list a"),
+        (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, None]}, "samples.json: labels: '3.int' is None"),
         (np.zeros((4, 16, 16, 3), np.uint8), {"labels": [0] * 4}, r"arr_0 is uint8 \(4, 16, 16, 3\)"),
         (np.zeros((4, 32, 32, 3), np.float32), {"labels": [0] * 4}, "arr_0 is float32"),
     ],

@@ -11,6 +11,7 @@ from evaluations import sweep
 from evaluations.calculate_metrics import CalcFlags
 from generate import GenerateConfig
 
+FAST = (True, "bf16", "bf16", 64)
 SIZES = ("base", "large", "xlarge")
 MAPS = {"b": ("dmft-b", 1.0), "xl": ("dmft-xl", 1.0), "xl_512": ("dmft-xl-512", 1.5)}
 STUB = """#!/usr/bin/env bash
@@ -43,11 +44,13 @@ def run(script, environment, *flags):
     return subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def sampled(line):
-    """The configuration that a noted call of torchrun gives to generate.py."""
+def sampled(line, fast=FAST):
+    """The configuration that a noted call of torchrun gives to generate.py, compiled and in half precision."""
     program, _, flags = line.partition(" generate.py ")
     assert program == "torchrun --standalone --nproc-per-node 2"
-    return parse_flags(GenerateConfig, flags.split())
+    config = parse_flags(GenerateConfig, flags.split())
+    assert (config.compile, config.dtype, config.vae_dtype, config.per_proc_batch_size) == fast
+    return config
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -66,10 +69,11 @@ def test_samples_and_measures_as_published(environment, tmp_path, size):
     assert table == "python -m evaluations.table results/run-NAME.json"
 
 
-def test_further_flags_are_passed_on(environment, tmp_path):
-    done = run("base/eval", environment, "--cfg-scale", "1.3", "--num-steps", "50")
+def test_further_flags_win_over_those_of_the_recipe(environment, tmp_path):
+    own = ["--cfg-scale", "1.3", "--num-steps", "50", "--no-compile", "--dtype", "fp32"]
+    done = run("base/eval", environment, *own)
     assert done.returncode == 0, done.stderr
-    config = sampled((tmp_path / "calls").read_text().splitlines()[0])
+    config = sampled((tmp_path / "calls").read_text().splitlines()[0], (False, "fp32", "bf16", 64))
     assert (config.cfg_scale, config.num_steps) == (1.3, 50)
 
 
@@ -111,7 +115,8 @@ def test_guided_evaluation_searches_then_measures_the_best_setting(environment, 
     args, generate = sweep.parse(search.removeprefix("python -m evaluations.sweep ").split())
     assert (args.cfg_scale, args.interval, args.num_steps, args.num_samples) == ([1.5, 2.0], [(0.0, 0.7)], [250], 40)
     assert (args.ckpt, args.ref, args.processes) == (str(tmp_path / "step.pt"), str(tmp_path / "ref.npz"), 2)
-    assert generate == ["--per-proc-batch-size", "64", "--mode", "ode"]
+    made = parse_flags(GenerateConfig, ["--ckpt", "x", *generate])
+    assert (made.compile, made.dtype, made.vae_dtype, made.per_proc_batch_size, made.mode) == (*FAST, "ode")
     config = sampled(sample)
     assert (config.num_steps, config.cfg_scale, config.guidance_low, config.guidance_high) == (50, 1.4, 0.0, 0.7)
     assert (config.num_fid_samples, config.mode) == (50_000, "ode")

@@ -255,7 +255,7 @@ def test_damage_in_the_pixels_is_noticed(files, tmp_path):
         ({"images": pictures(8, 0)}, "missing arr_0 in npz file"),
         ({"arr_0": pictures(3, 0)}, "holds 3 images; --neighbors 3 needs more"),
         ({"arr_0": pictures(8, 0), "mu": np.zeros(3)}, "does not hold both mu and sigma"),
-        ({"arr_0": pictures(8, 0), **dict.fromkeys(STATISTICS, np.zeros(3))}, r"not \(D,\) and \(D, D\)"),
+        ({"arr_0": pictures(8, 0), **dict.fromkeys(STATISTICS, np.zeros(3))}, r"not finite \(D,\) and \(D, D\)"),
         (
             {
                 "arr_0": pictures(8, 0),

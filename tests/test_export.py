@@ -1,6 +1,7 @@
 """Exported folders: what models/export.py writes is what the hub's mixin, load_model and generate.py read."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -140,9 +141,17 @@ def test_a_failing_export_leaves_nothing(ckpt, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("models.export.save_file", fail)
-    with pytest.raises(InputError, match=f"{tmp_path / 'exported'}: No space left on device"):
+    (tmp_path / ".exported.99999999.tmp").mkdir()  # of a process that was killed
+    with pytest.raises(OSError) as caught:
         export(ckpt, tmp_path / "exported")
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "exported"))
     assert not list(tmp_path.iterdir())
+
+
+def test_files_have_the_permissions_of_the_umask(ckpt, folder):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_a_plain_safetensors_file_is_read_as_a_published_one(ckpt, tmp_path):

@@ -76,12 +76,14 @@ def test_batch_size_does_not_show(checkpoints, tmp_path):
 
 
 def test_a_published_flow_map_without_head_needs_its_depth(checkpoints, tmp_path):
-    """Without --dmf-depth nothing tells it from a file of the SiT release, whose time is reversed."""
+    """Without --dmf-depth nothing tells it from a SiT, whose time is reversed."""
     state = tiny.load(checkpoints["DMFT"])["ema"]
     torch.save({name: tensor for name, tensor in state.items() if "logvar" not in name}, tmp_path / "map.pt")
     ours = run(tmp_path, checkpoints["DMFT"], "--block", 3)["curves"]
     assert run(tmp_path, tmp_path / "map.pt", "--block", 3, "--dmf-depth", 2)["curves"] == ours
-    assert run(tmp_path, tmp_path / "map.pt", "--block", 3)["curves"] != ours
+    assert run(tmp_path, tmp_path / "map.pt", "--block", 3, "--convention", "sit")["curves"] != ours
+    with pytest.raises(InputError, match="map.pt.*--convention"):
+        run(tmp_path, tmp_path / "map.pt", "--block", 3)
 
 
 @pytest.mark.parametrize("name", ["DeepFlow", "SiT", "DMFT", "DeepFlow-DMF"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import PRESETS, create_model
-from models.flops import count_flops
+from models.flops import PEAK_FLOPS, count_flops, peak_of
 
 
 def meta_model(name, **overrides):
@@ -99,3 +99,36 @@ def test_half_precision_and_alignment_are_counted():
     extra = tokens * (d * p + p * p + p * z)
     assert count_flops(aligned).paper_macs - count_flops(plain).paper_macs == extra
     assert count_flops(aligned).total_macs - count_flops(plain).total_macs == extra
+
+
+@pytest.mark.parametrize(
+    ("gpu_name", "row"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_row(gpu_name, row):
+    assert peak_of(gpu_name) == PEAK_FLOPS[row]
+
+
+@pytest.mark.parametrize(
+    "gpu_name",
+    [
+        *("NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA L40", "NVIDIA A10", "NVIDIA GeForce RTX 3090 Ti"),
+        *("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"),
+    ],
+)
+def test_another_gpu_has_no_peak(gpu_name):
+    assert peak_of(gpu_name) is None

@@ -14,10 +14,13 @@ import tiny
 import torch
 from PIL import Image
 
-from common.errors import InputError
+from common.errors import InputError, exit_on_input_error
+from common.flags import parse_flags
+from generate import GenerateConfig
 from models.codec import LatentCodec
 from samplers import sample_labels, sample_noise
 from sampling import sampler
+from sampling.conditions import ClassLabels
 from sampling.stores import PngFiles, pack
 
 
@@ -131,10 +134,9 @@ def test_two_processes_make_the_same_pixels(reference, ckpt, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [7, 64])
-def test_seventy_images_at_other_batch_sizes_on_one_and_two_processes(ckpt, tmp_path, batch):
+def test_seventy_images_at_other_batch_sizes_on_one_and_two_processes(ckpt, tmp_path):
     """Identical files for one batch size; labels the same and pixels within rounding for another."""
-    size = {"num_fid_samples": 70, "per_proc_batch_size": batch}
+    size = {"num_fid_samples": 70, "per_proc_batch_size": 64}
     folder, array, manifest = tiny.run_generate(ckpt, tmp_path / "one", **size)
     done = programs.run_ranks(2, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path / "two", **size))
     assert done.returncode == 0, done.stderr
@@ -145,12 +147,23 @@ def test_seventy_images_at_other_batch_sizes_on_one_and_two_processes(ckpt, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 3, 4])
-def test_any_number_of_processes_makes_the_same_pixels(reference, ckpt, tmp_path, processes):
-    """Four processes for three batches: one of them has nothing to do."""
-    done = programs.run_ranks(processes, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
+def test_four_processes_for_three_batches_make_the_same_pixels(reference, ckpt, tmp_path):
+    """One of them has nothing to do."""
+    done = programs.run_ranks(4, tiny.ROOT / "generate.py", *tiny.generate_flags(ckpt, tmp_path))
     assert done.returncode == 0, done.stderr
     assert np.array_equal(tiny.results(tmp_path)[1], reference[1])
+
+
+@pytest.mark.parametrize("changes", [{"cfg_scale": 2.0}, {"mode": "ode", "heun": True}, {"decode": False}])
+def test_a_device_is_not_waited_for_before_its_images_are_due(ckpt, monkeypatch, changes):
+    """Tensors on "meta" have no values: whoever reads one fails."""
+    copied = []
+    monkeypatch.setattr(sampler, "start_copy", lambda *tensors: (copied.append(tensors[0].shape), tensors))
+    config = parse_flags(GenerateConfig, tiny.generate_flags(ckpt, "nowhere", **changes)).resolve()
+    device = sampler.ImageSampler(config, ClassLabels, torch.device("meta"))
+    assert [indices for indices, _ in device.batches(config.batches())] == config.batches()
+    shape = (16, 16, 3) if config.decode else (4, 8, 8)
+    assert copied == [(2, *shape), (2, *shape), (1, *shape)]
 
 
 # ----------------------------------------------------------------------------------------------- resuming
@@ -243,7 +256,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("format", ["both", "npz"])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_interrupted_sampling_goes_on_where_it_stopped(reference, ckpt, tmp_path, monkeypatch, format, after):
-    decode = LatentCodec.decode
+    decode = LatentCodec.start_decoding
 
     def stop(self, latents, chunk):
         decoded.append(len(latents))
@@ -253,7 +266,7 @@ def test_interrupted_sampling_goes_on_where_it_stopped(reference, ckpt, tmp_path
 
     decoded = []
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(LatentCodec, "decode", stop)
+        patch.setattr(LatentCodec, "start_decoding", stop)
         tiny.run_generate(ckpt, tmp_path, format=format)
     assert not list(tmp_path.glob("*.npz"))
     rows = tiny.count_calls(monkeypatch)
@@ -316,15 +329,14 @@ def test_an_image_that_was_truncated_is_made_again_before_packing(reference, ckp
     assert tiny.file_bytes(folder) == tiny.file_bytes(reference[0])
 
 
-def test_a_full_disk_ends_in_one_line(ckpt, tmp_path, monkeypatch):
+def test_a_full_disk_ends_in_one_line(ckpt, tmp_path, monkeypatch, capsys):
     def write(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(PngFiles, "write", write)
-    with pytest.raises(
-        InputError, match=f"{tmp_path}: No space left on device; free some space and run the same again"
-    ):
+    with pytest.raises(SystemExit), exit_on_input_error():
         tiny.run_generate(ckpt, tmp_path)
+    assert f"error: {tmp_path}: No space left on device; free space" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What flags of generate.py do end to end: formats, labels, pictures, samplers; and what is refused."""
 
+import argparse
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from generate import GenerateConfig
 from models import model_config
 from models.codec import LatentCodec
 from models.deepflow import DeepFlow
+from sampling import sampler
 
 # ----------------------------------------------------------------------------------- formats, labels, pictures
 
@@ -91,14 +93,17 @@ def test_a_decoder_that_overflows_in_half_precision_gives_no_black_images(vae, c
     assert not list((tmp_path / "samples").rglob("*.png"))
 
 
-@pytest.mark.slow
-def test_a_compiled_network_gives_the_same_images(reference, ckpt, tmp_path):
-    _, array, _ = tiny.run_generate(ckpt, tmp_path, compile=True)
-    assert np.abs(array.astype(int) - reference[1]).max() <= 1
+def test_what_is_compiled_is_the_network_and_kept_beside_the_samples(ckpt, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(sampler, "compile_blocks", compiled.append)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    _, _, manifest = tiny.run_generate(ckpt, tmp_path, compile=True)
+    assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / ".compile_cache")
+    assert [model.kind for model in compiled] == ["flow"] and manifest["compile"]
 
 
 def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
-    (tmp_path / "labels.txt").write_text("2\n0\n0\n1\n2\n")
+    (tmp_path / "labels.txt").write_text("\ufeff2\n0\n0\n1\n2\n", "utf-8")  # as some editors write it
     for text, expected in (("2,0", [2, 0, 2, 0, 2]), (tmp_path / "labels.txt", [2, 0, 0, 1, 2])):
         _, _, manifest = tiny.run_generate(ckpt, tmp_path / f"{len(expected)}{expected[2]}", labels=text)
         assert manifest["labels"] == expected
@@ -109,7 +114,7 @@ def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [("0,3", "'3' is not a class from 0 to 2"), ("nowhere.txt", "or a text file"), ("", "or a text file")],
+    [("0,3", "'3' is not a class from 0 to 2"), ("nowhere.txt", "or a text file"), ("", "is empty")],
 )
 def test_labels_that_are_none_are_refused(ckpt, tmp_path, labels, message):
     with pytest.raises(InputError, match=f"--labels {labels}.*{message}"):
@@ -286,6 +291,19 @@ def test_a_published_state_dict_works_with_the_published_flags(published_vae, tm
     assert not np.array_equal(tiny.run_generate(path, tmp_path / "other", **flags)[1], array)
 
 
+def test_a_published_files_own_settings_reach_sampling(published_vae, tmp_path):
+    plain = published(tmp_path / "plain.pt", df_idxs=(3,))
+    args = argparse.Namespace(df_idxs="[3]", path_type="cosine", model="DeepFlow-B/2", trans_depth=4)
+    torch.save({"ema": torch.load(plain), "args": args}, tmp_path / "with.pt")
+    flags = {"vae": published_vae}
+    expected = tiny.run_generate(plain, tmp_path / "a", **flags, df_idxs="[3]", path_type="cosine")
+    found = tiny.run_generate(tmp_path / "with.pt", tmp_path / "b", **flags)
+    assert np.array_equal(found[1], expected[1])
+    assert found[2]["path_type"] == "cosine" and found[2]["model_options"]["df_idxs"] == [3]
+    other = tiny.run_generate(tmp_path / "with.pt", tmp_path / "c", **flags, path_type="linear")
+    assert other[2]["path_type"] == "linear" and not np.array_equal(other[1], expected[1])
+
+
 def test_a_published_state_dict_of_another_model_is_refused(published_vae, tmp_path):
     path = published(tmp_path / "released.pt")
     for name in ("DeepFlow-B/2", "SiT-Ti/2"):
@@ -333,7 +351,7 @@ def test_missing_truncated_and_foreign_files_are_named(ckpt, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "culprit"), [({}, "--sample-dir: FILE.* cannot be written"), ({"grid": "1x1"}, "--out FILE/grid.png")]
+    ("changes", "culprit"), [({}, "--sample-dir FILE.* cannot be written"), ({"grid": "1x1"}, "--out FILE/grid.png")]
 )
 def test_a_place_that_cannot_be_written_is_named_before_sampling(ckpt, tmp_path, monkeypatch, changes, culprit):
     file = tmp_path / "file"

@@ -117,7 +117,7 @@ def test_published_generate_command_is_understood():
 def test_defaults_are_the_published_ones():
     config = parse_flags(TrainConfig, []).resolve()
     expected = {"output_dir": "exps", "logging_dir": "logs", "sampling_steps": 10_000, "resume": "0", "seed": 0}
-    expected.update(batch_size=256, epochs=1400, max_train_steps=400_000, checkpointing_steps=200_000, num_workers=4)
+    expected.update(batch_size=256, epochs=1400, max_train_steps=400_000, checkpointing_steps=200_000)
     expected.update(
         gradient_accumulation_steps=1, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.999, ema_decay=0.9999
     )

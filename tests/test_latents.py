@@ -10,7 +10,17 @@ from data_helpers import SPEC, write_folder_layout
 
 from common.errors import InputError
 from latents.manifest import DataManifest, Shard
-from latents.names import NO_LABEL, Names, label_json, pack_names, parse_label_list, read_label_list, walk, walk_files
+from latents.names import (
+    NO_LABEL,
+    Names,
+    is_data,
+    label_json,
+    pack_names,
+    parse_label_list,
+    read_label_list,
+    walk,
+    walk_files,
+)
 from latents.sets import find_set, is_set, is_unfinished, list_sets
 from models.codec import LatentSpec
 from models.text import TextSpec
@@ -84,7 +94,7 @@ WRONG = {
     "count": -1,
     "kind": "moment",
     "layout": "zip",
-    "num_classes": 0,
+    "num_classes": 10**12,
     "class_names": "cat",
     "resolution": 16.0,
     "transform": 3,
@@ -96,7 +106,7 @@ WRONG = {
     "dtype": "<i4",
     "shard_size": None,
     "shards": [{"file": "../x", "count": 5, "sha256": ""}],
-    "files": ["names.txt"],
+    "files": {"../names.txt": ""},
     "image_count": 0,
     "left_out": [["a"]],
     "versions": [],
@@ -138,7 +148,7 @@ def test_moments_spec_of_other_kinds_is_refused():
 
 # ------------------------------------------------------------------------------------------------------- dataset.json
 
-ODD = ["", "a/b", "a b", "Z", "\ud800", "\U0001f600", 'qu"ote', "ü", "a\udc80/x"]
+ODD = ["0", "a/b", "a b", "Z", "\ud800", "\U0001f600", 'qu"ote', "ü", "a\udc80/x"]
 
 
 def test_labels_are_written_as_json_writes_them_and_read_again():
@@ -157,9 +167,9 @@ def test_one_image_without_a_label_makes_the_list_null():
     assert data == b'{"labels": null}' and parse_label_list(data, "dataset.json") == (None, None)
 
 
-def test_equal_names_keep_their_order_and_a_byte_order_mark_is_skipped():
-    names, labels = parse_label_list('\ufeff{"x": [1], "labels": [["b", 1], ["a", 2], ["b", 3]]}'.encode(), "x")
-    assert names == ["a", "b", "b"] and labels.tolist() == [2, 1, 3]
+def test_names_are_sorted_and_a_byte_order_mark_is_skipped():
+    names, labels = parse_label_list('\ufeff{"x": [1], "labels": [["b", 1], ["a", 2], ["c", 3]]}'.encode(), "x")
+    assert names == ["a", "b", "c"] and labels.tolist() == [2, 1, 3]
 
 
 def test_null_labels_are_for_sources_only(tmp_path):
@@ -171,6 +181,8 @@ def test_null_labels_are_for_sources_only(tmp_path):
 
 BROKEN = ["", "{", '{"labels": [1,]}', "[" * 100_000, "[1]", "{}", '{"labels": 3}', '{"labels": [["a"]]}']
 BROKEN += ['{"labels": [5]}', '{"labels": [["a", "0"]]}', '{"labels": [["a", true]]}', '{"labels": [["a", 1.0]]}']
+BROKEN += [f'{{"labels": [["{name}", 1]]}}' for name in ("", "/a", "../a", "a/../../b", "a/..", r"a\u0000b")]
+BROKEN += ['{"labels": [["a", 1], ["b", 1], ["a", 2]]}', f'{{"labels": [["a", {10**12}]]}}']
 BROKEN += [f'{{"labels": [["a", {2**63}]]}}', f'{{"labels": [["a", {-(2**63)}]]}}']
 
 
@@ -205,8 +217,27 @@ def test_walk_follows_links_but_not_back_to_a_parent(tmp_path):
         path.write_bytes(b"x" * size)
     os.symlink(root, root / "a/back")
     os.symlink(tmp_path / "elsewhere", root / "z")
-    assert sorted(walk(root)) == [("2.txt", 0), ("a/b/1.PNG", 3), ("z/3.png", 5)]
+    os.symlink(root / "loop", root / "loop")
+    os.symlink(root / "nothing", root / "a/gone.png")
+    for left in (".hidden.png", "a/__MACOSX", "lost+found"):
+        (root / left).write_bytes(b"")
+    files = sorted((name, size, changed) for name, (size, changed) in walk(root))
+    assert [file[:2] for file in files] == [("2.txt", 0), ("a/b/1.PNG", 3), ("z/3.png", 5)]
+    assert files[1][2] == (root / "a/b/1.PNG").stat().st_mtime_ns
     assert walk_files(root, {".png"}) == ["a/b/1.PNG", "z/3.png"]
+
+
+DATA = ("a.png", "a/b.png", "__a__/x.npy", "a.b/c", "macosx/x.png", "Thumbs/x.png")
+LEFT = (".a.png", "a/._b.png", ".git/x.png", "__MACOSX/a.png", "a/@eaDir/x.png", "THUMBS.DB", "lost+found/x.npy")
+
+
+def test_what_systems_leave_behind_is_no_data():
+    assert [name for name in DATA + LEFT if is_data(name)] == list(DATA)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+    with pytest.raises(InputError, match="nothing cannot be read"):
+        list(walk(tmp_path / "nothing"))
 
 
 def test_sets_of_a_data_folder(tmp_path):

@@ -137,12 +137,3 @@ def test_a_published_file_is_recognised_by_its_keys(tmp_path, capsys):
     assert options["context_dim"] == 16
     assert options["ssl_align"]
     assert tiny.differences(loaded.state_dict(), state) == []
-
-
-@pytest.mark.slow
-def test_compiled_model_is_one_graph_and_gives_the_same():
-    model, compiled = make().eval(), make().eval()
-    compiled.compile(fullgraph=True)
-    expected, found = model(*inputs()), compiled(*inputs())
-    for a, b in zip(expected.velocities, found.velocities, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

@@ -566,3 +566,17 @@ def test_qk_norm_normalises_each_head_after_the_split():
     torch.testing.assert_close(q, attention.qkv(h)[..., :16].view(3, 5, 2, 8).transpose(1, 2))
     centred = q - q.mean(-1, keepdim=True)
     torch.testing.assert_close(normalised, centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["DeepFlow-Ti/2", "SiT-Ti/2", "DeepFlow-DMF-Ti/2", "DeepFlow-MMDiT-Ti/2"])
+def test_tokens_are_contiguous_before_and_after_every_block(name, half):
+    """A transposed layout would stay through all residuals, and split fused kernels on a GPU."""
+    model, seen = create_model(name, input_size=8), []
+    x, t = torch.randn(2, 4, 8, 8), torch.rand(2)
+    y = torch.randn(2, 6, model.context_dim) if model.kind == "text" else torch.tensor([0, 1])
+    for part in [*model.blocks, *model.df_blocks]:
+        part.register_forward_hook(lambda _, given, made: seen.extend(h for h in (*given, *made) if h is not None))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model(x, t, y)
+    assert len(seen) >= 3 * len(model.blocks) and all(h.is_contiguous() for h in seen)

@@ -47,7 +47,7 @@ def test_parity_sit_release_turned_round_in_time(case):
     state = parity.parameters("sit", case)
     heads = case["config"]["num_heads"]
     config = {**config_from_state(state), "num_heads": heads}
-    state, config = convert(state, config)
+    state, config = convert(state, config, "sit")
     model = DeepFlow(**config).eval()
     load_strictly(model, state, case["id"])
     values = parity.arrays("sit", case["id"])
@@ -81,7 +81,7 @@ def test_parity_manifests_load_strictly(family):
     assert manifests or parity.FIXTURES != parity.OWN_FIXTURES
     for name, shapes in manifests.items():
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        state, config = convert(state, config_from_state(state))
+        state, config = convert(state, config_from_state(state), "sit" if family == "sit" else "repa")
         with torch.device("meta"):
             model = build_model(config)
         load_strictly(model, state, name)

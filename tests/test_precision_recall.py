@@ -58,8 +58,3 @@ def test_features_that_half_cannot_hold_are_said(capsys):
     assert "float16 distances overflow unnoticed" in capsys.readouterr().err
     precision_recall(rows, rows, 1, precision="float32")
     assert capsys.readouterr().err == ""
-
-
-def test_too_few_rows_are_refused():
-    with pytest.raises(ValueError, match="no 3 neighbours"):
-        precision_recall(LINE, LINE[:3])

@@ -1,7 +1,9 @@
 """convert: published layout and labels, odd images, zips, formats, several workers, one line per mistake."""
 
+import errno
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from data_helpers import photo, tree, write_class_folders
 from PIL import Image
 
 import preprocessing.convert
+import preprocessing.sources
+import preprocessing.transforms
 from common.errors import InputError
 from latents.names import NO_LABEL
 from preprocessing.convert import ConvertFlags, convert
@@ -139,6 +143,78 @@ def test_one_class_has_null_labels_as_published_and_counts_as_one(tmp_path):
     assert again.num_classes == 1 and again.labels.tolist() == [NO_LABEL] * 4 and again.class_names == ["n0000"]
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(preprocessing.convert, "CHUNK", 3)
+
+
+def half_convert(source, dest):
+    """Convert until an unreadable image at position 7 (chunk 2) ends it; returns the flags."""
+    bad = sorted(source.glob("*/*"))[7]
+    content = bad.read_bytes()
+    bad.write_bytes(content[:200])
+    options = ConvertFlags(source, dest, (16, 16), workers=1)
+    with pytest.raises(InputError, match=bad.name):
+        convert(options)
+    bad.write_bytes(content)
+    return options
+
+
+def repair(source):
+    photo(50, 20, 24).save(source / "n0000/1.png")
+
+
+def remove(source):
+    (source / "n0002/3.png").unlink()
+    (source / "n0002/2.JPEG").unlink()
+
+
+def add(source):
+    photo(51, 20, 24).save(source / "n0001/0.png")
+
+
+def remove_most(source):
+    for path in (*sorted(source.glob("n0001/*"))[1:], *source.glob("n0002/*")):
+        path.unlink()
+
+
+@pytest.mark.parametrize("change", [repair, remove, add, remove_most])
+def test_after_images_were_repaired_added_or_removed_only_their_chunks_are_redone(
+    change, tmp_path, small_chunks, monkeypatch
+):
+    source = write_class_folders(tmp_path / "source")
+    options = half_convert(source, tmp_path / "dest")
+    change(source)
+    done, put = [], Job.put
+    monkeypatch.setattr(Job, "put", lambda job, name, *rest, **more: (done.append(name), put(job, name, *rest, **more)))
+    convert(options)
+    convert(ConvertFlags(source, tmp_path / "fresh", (16, 16), workers=1))
+    assert tree(tmp_path / "dest") == tree(tmp_path / "fresh")
+    kept = 3 if change is repair else 0  # the first image of a chunk that is as it was
+    assert f"00000/img{kept:08d}.png" not in done[: done.index("names.txt")]
+
+
+def test_a_half_filled_folder_is_not_filled_from_elsewhere(tmp_path, small_chunks):
+    source, other = (write_class_folders(tmp_path / name, classes=3) for name in ("source", "other"))
+    half_convert(source, tmp_path / "dest")
+    for path in sorted(other.glob("*/*")):
+        path.rename(path.with_stem(f"other{path.stem}"))
+    with pytest.raises(InputError, match=r"--dest .*dest is half filled with other images"):
+        convert(ConvertFlags(other, tmp_path / "dest", (16, 16), workers=1))
+
+
+def test_the_end_says_what_was_made_and_splits_are_warned_about(tmp_path, capsys):
+    source = write_class_folders(tmp_path / "data/train")
+    shutil.copytree(source, tmp_path / "data/val")
+    convert(ConvertFlags(tmp_path / "data", tmp_path / "whole", (16, 16)))
+    printed = capsys.readouterr().err
+    assert "warning: train, val in" in printed and f"--source {tmp_path}/data/train" in printed
+    packed = zip_of(tmp_path / "data", tmp_path / "data.zip")
+    convert(ConvertFlags(f"{packed}:train", tmp_path / "dest", (16, 16)))
+    printed = capsys.readouterr().err
+    assert "dest: 12 images, 0 left out, classes: 3 (n0000 … n0002)" in printed and "warning" not in printed
+
+
 # ------------------------------------------------------------------------------------------------- zips, formats
 
 
@@ -227,6 +303,18 @@ def test_plain_resize_keeps_equal_sizes():
     np.testing.assert_array_equal(np.asarray(plain_resize(image, 16, 16)), np.asarray(image))
 
 
+def test_the_published_crop_is_the_default(tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=1, per_class=1, size=(20, 40))
+    found = {}
+    for transform in (None, "center-crop-dhariwal", "resize"):
+        dest = tmp_path / str(transform)
+        convert(ConvertFlags(source, dest, (16, 16), transform))
+        said = json.loads((dest / "manifest.json").read_text())["transform"]
+        found[transform] = said, (dest / "00000/img00000000.png").read_bytes()
+    assert found[None] == found["center-crop-dhariwal"] and found["resize"][0] == "resize"
+    assert found["resize"][1] != found[None][1]
+
+
 @pytest.mark.parametrize(
     ("resolution", "transform", "message"),
     [
@@ -269,6 +357,43 @@ def test_unreadable_images_stop_or_are_listed_and_left_out(tmp_path):
     assert [label for _, label in labels] == [0, 1, 1]
 
 
+def test_everything_that_cannot_be_read_is_skipped(tmp_path, monkeypatch):
+    source = write_class_folders(tmp_path / "source", classes=2, per_class=3)
+    Image.new("L", (1, 60_000)).save(source / "n0000/thin.png")  # of which the crop would be 16 × 960,000
+    monkeypatch.setattr(preprocessing.transforms, "LARGEST", 10**6)
+    with open(source / "n0000/huge.png", "wb") as file:
+        file.truncate(preprocessing.sources.LARGEST + 1)
+    (source / "junk").mkdir()
+    (source / "junk/x.png").write_text("<html>")
+    read = Path.read_bytes
+
+    def denied(path):
+        if path.name == "2.JPEG":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    convert(ConvertFlags(source, tmp_path / "dest", (16, 16), skip_bad=True, workers=1))
+    manifest = json.loads((tmp_path / "dest/manifest.json").read_text())
+    left_out = dict(manifest["left_out"])
+    assert sorted(left_out) == ["junk/x.png", "n0000/2.JPEG", "n0000/huge.png", "n0000/thin.png", "n0001/2.JPEG"]
+    assert left_out["n0001/2.JPEG"] == "Permission denied"
+    assert (manifest["class_names"], manifest["num_classes"]) == (["n0000", "n0001"], 2)  # a class has images
+    labels = json.loads((tmp_path / "dest/dataset.json").read_text())["labels"]
+    assert [label for _, label in labels] == [0, 0, 1, 1]
+
+
+def test_too_many_open_files_are_no_bad_image(tmp_path, monkeypatch):
+    source = write_class_folders(tmp_path / "source", classes=1)
+
+    def refuse(path):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(OSError, match="Too many"):
+        convert(ConvertFlags(source, tmp_path / "dest", (16, 16), skip_bad=True, workers=1))
+
+
 def test_workers_stop_at_an_unreadable_image_too(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing.convert, "CHUNK", 3)
     source = write_class_folders(tmp_path / "source", classes=2)
@@ -291,4 +416,5 @@ def test_command_line_ends_in_one_line_on_a_mistake(tmp_path):
     assert result.returncode == 0, result.stderr
     labels = json.loads((tmp_path / "dest/dataset.json").read_text())["labels"]
     assert [label for _, label in labels] == [1, 1, 1, 1, 2, 2, 2, 2, 0]
+    assert "--source is empty" in run_tool("convert", "--source", "", "--dest", tmp_path / "empty").stderr
     assert "not WIDTHxHEIGHT" in run_tool("convert", *common, "--resolution", "big").stderr

@@ -183,6 +183,26 @@ def test_a_first_image_that_cannot_be_read_is_left_out_too(tmp_path):
         encode(EncodeFlags(source, tmp_path / "none", tiny_vae(), skip_bad=True))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("change", ["repaired", "removed"])
+def test_after_images_have_changed_only_their_batches_are_redone(change, packed, tmp_path):
+    source = write_class_folders(tmp_path / "source", size=(16, 16))
+    places = sorted(source.glob("*/*"))
+    bad, content = places[7], places[7].read_bytes()
+    bad.write_bytes(b"")
+    options = {"batch_size": 3, "packed": packed, "shard_size": 4, "device": "cpu"}
+    with pytest.raises(InputError, match=f"{bad.parent.name}/{bad.name} cannot be read"):
+        encode(EncodeFlags(source, tmp_path / "dest", tiny_vae(), **options))
+    bad.write_bytes(content)
+    for path in places[5:] if change == "removed" else ():
+        path.unlink()
+    if change == "repaired":
+        photo(77, 16, 16).save(places[1])
+    encode(EncodeFlags(source, tmp_path / "dest", tiny_vae(), **options))
+    encode(EncodeFlags(source, tmp_path / "fresh", tiny_vae(), **options))
+    assert tree(tmp_path / "dest") == tree(tmp_path / "fresh")
+
+
 def test_one_class_trains(tmp_path):
     source = write_class_folders(tmp_path / "source", classes=1)
     convert(ConvertFlags(source, tmp_path / "data/images", (16, 16), "center-crop-dhariwal"))

@@ -18,6 +18,7 @@ from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folde
 
 import preprocessing.convert
 import preprocessing.pack
+from common.files import locked
 from models.text import TextEncoder
 from preprocessing.convert import ConvertFlags, convert
 from preprocessing.pack import PackFlags, pack
@@ -94,7 +95,7 @@ def killed_after(operations, job, dest):
 def only_whole_files(folder, expected):
     """True where every file under a final name is what it will be in the end."""
     files = tree(folder)
-    final = [name for name in files if not any(mark in name for mark in (".partial", ".work", ".tmp"))]
+    final = [name for name in files if not any(mark in name for mark in (".partial", ".work", ".tmp", ".lock"))]
     return {name: files[name] for name in final}.items() <= expected.items()
 
 
@@ -123,7 +124,8 @@ def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
     source = write_class_folders(tmp_path / "source", per_class=2)
 
     def job(dest):
-        convert(ConvertFlags(source, dest, (16, 16), "center-crop-dhariwal", workers=1))
+        with locked(dest, "--dest"):
+            convert(ConvertFlags(source, dest, (16, 16), "center-crop-dhariwal", workers=1))
 
     # Enough moments were tried; their number differs between Python versions, which remove folders in other calls.
     assert kill_everywhere(job, tmp_path / "runs", name) > 20
@@ -140,8 +142,8 @@ def test_pack_killed_at_every_write(tmp_path, monkeypatch):
 
 
 def test_captions_killed_at_every_write(tmp_path, monkeypatch):
-    encoder = TextEncoder.load(captioned.text_folder(tmp_path / "clip"))
-    monkeypatch.setattr(TextEncoder, "load", lambda *_: encoder)  # once: it takes longer than everything else
+    encoder = TextEncoder(captioned.text_folder(tmp_path / "clip"))
+    monkeypatch.setattr("preprocessing.text.TextEncoder", lambda *_: encoder)  # once: it takes longest
     source, annotations = captioned.photos(tmp_path / "photos"), captioned.coco_json(tmp_path / "captions.json")
 
     def job(dest):

@@ -1,6 +1,8 @@
 """ImageSource: odd and unreadable images, classes, and zips as others write them."""
 
 import io
+import json
+import os
 import random
 import struct
 import tracemalloc
@@ -15,7 +17,7 @@ from PIL import Image
 
 import preprocessing.sources
 from common.errors import InputError
-from latents.names import label_json, pack_names
+from latents.names import NO_LABEL, label_json, pack_names
 from preprocessing.sources import BadImageError, ImageSource, decode
 
 
@@ -136,6 +138,68 @@ def test_labels_of_a_dataset_json_are_numbers_from_zero(tmp_path):
         ImageSource(source)
 
 
+LEFT_BEHIND = ("__MACOSX/{}/._0.png", ".ipynb_checkpoints/{}.png", "@eaDir/{}/x.png", "{}/.thumbs/x.png", "{}/._1.png")
+LEFT_BEHIND += ("lost+found/{}.png", "$RECYCLE.BIN/{}.png", "Thumbs.db/{}.png", "{}/DESKTOP.INI/x.png")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "folder of a zip"])
+def test_what_systems_leave_behind_is_neither_image_nor_class(kind, tmp_path):
+    image, names = to_bytes(Image.new("RGB", (2, 2))), ["ant/0.png", "bee/0.png", "__bee__/x.png"]
+    content = [name.format(folder) for name in LEFT_BEHIND for folder in ("ant", "bee")] + names
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in content:
+            archive.writestr(f".hidden/{name}" if kind == "folder of a zip" else name, image)
+    place = {"zip": tmp_path / "a.zip", "folder": tmp_path / "a"}.get(kind, f"{tmp_path}/a.zip:.hidden/")
+    if kind == "folder":
+        zipfile.ZipFile(tmp_path / "a.zip").extractall(place)
+    source = ImageSource(place)
+    assert source.names == sorted(names) and source.class_names == ["__bee__", "ant", "bee"]
+    assert source.read(0).size == (2, 2)
+
+
+def test_names_in_a_zip_as_some_tools_write_them(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("./ant/0.png", "/bee/0.png", "cat\\0.png", "../dog/0.png"):
+            archive.writestr(name, to_bytes(Image.new("RGB", (2, 2))))
+    assert ImageSource(tmp_path / "a.zip").names == ["ant/0.png", "bee/0.png", "cat/0.png"]
+    with pytest.raises(InputError, match=r"a\.zip:ape holds no images"):
+        ImageSource(f"{tmp_path}/a.zip:ape")
+
+
+def test_links_to_nothing_and_to_themselves_are_no_images(tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=1)
+    (source / "n0000/gone.png").symlink_to(tmp_path / "gone.png")
+    (source / "n0000/loop.png").symlink_to(source / "n0000/loop.png")
+    os.mkfifo(source / "n0000/pipe.png")
+    assert len(ImageSource(source)) == 4
+
+
+def test_images_and_labels_that_do_not_meet_are_counted(tmp_path, capsys):
+    source = write_class_folders(tmp_path / "source", classes=1, per_class=3)
+    (source / "dataset.json").write_bytes(label_json(["n0000/1.png", "gone.png", "n0000/x.png"], [3, 0, 7]))
+    assert ImageSource(source).labels.tolist().count(NO_LABEL) == 2
+    printed = capsys.readouterr().err
+    assert "2 images without a label, the first is n0000/0.JPEG" in printed
+    assert "2 labels without an image, the first is gone.png" in printed
+
+
+@pytest.mark.parametrize(
+    "labels", [[["../a.png", 0]], [["/a.png", 0]], [["a/../../b.png", 0]], [["a.png", 0]] * 2, [["a.png", 10**12]]]
+)
+def test_names_and_labels_of_a_dataset_json_that_make_no_sense(labels, tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=1)
+    (source / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(InputError, match=r"source/dataset\.json"):
+        ImageSource(source)
+
+
+def test_a_line_break_in_a_name_is_noticed_first(tmp_path):
+    source = write_class_folders(tmp_path / "source", classes=1)
+    (source / "n0000/0.JPEG").rename(source / "n0000/a\nb.png")
+    with pytest.raises(InputError, match=r"a\\nb\.png.*rename"):
+        ImageSource(source)
+
+
 # ---------------------------------------------------------------------------------------------------------- zips
 
 CONTENT = {f"c{k % 3}/ü{k}.png": random.Random(k).randbytes(50 * k) for k in range(12)}
@@ -152,7 +216,7 @@ def read_zip(path):
     source = ImageSource(path)
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(source.names, pool.map(source._read, source.names), strict=True))
-    assert source._sizes == [len(data) for data in found.values()]
+    assert [size for size, _ in source._versions] == [len(data) for data in found.values()]
     return found
 
 
@@ -197,12 +261,12 @@ def test_members_that_cannot_be_read_are_bad_images(offset, value, tmp_path):
         ImageSource(path).read(0)
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_damaged_members_are_bad_images(compression, tmp_path):
     path = write_zip(tmp_path / "a.zip", compression=compression)
     content = bytearray(path.read_bytes())
     at = content.index(list(CONTENT)[-1].encode()) + 30
-    content[at : at + 40] = bytes(40)
+    content[at + 8 : at + 60] = bytes(52)
     path.write_bytes(content)
     source = ImageSource(path)
     with pytest.raises(BadImageError, match="unreadable in the zip"):
@@ -226,7 +290,9 @@ def test_memory_of_names_and_labels(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in names:
             archive.writestr(name, b"")
-    monkeypatch.setattr(preprocessing.sources, "walk", lambda _: ((name, 0) for name in names))
+    monkeypatch.setattr(
+        preprocessing.sources, "walk", lambda _: ((name, (7, 10**18 + k)) for k, name in enumerate(names))
+    )
     ImageSource(tmp_path)  # what is made once and stays
     tracemalloc.start()
     for path in (tmp_path, tmp_path / "a.zip"):

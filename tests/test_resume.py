@@ -11,9 +11,11 @@ import torch
 
 from common.errors import InputError
 from common.flags import parse_flags
+from common.records import check_record
 from models import create_model
-from training.checkpoint import checkpoint_path, existing_steps
+from training.checkpoint import REMEDY, Checkpoint, check_same, checkpoint_path, existing_steps, find_resume, restore
 from training.config import TrainConfig
+from training.ema import EMA
 from training.loader import SeekableSampler
 
 RUN_LENGTH = ("resume", "max_train_steps", "output_dir", "checkpointing_steps", "rolling_steps")
@@ -191,7 +193,17 @@ def test_foreign_files_among_the_checkpoints_are_no_steps(tmp_path):
     folder.mkdir()
     for name in ("0000002.pt", "0000007-copy.pt", ".0000009.pt.17.tmp", "best.pt", "0000008.json"):
         (folder / name).touch()
+    (folder / "0000003.pt").mkdir()
+    (folder / "²³.pt").touch()
     assert existing_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("wanted", ["²", "9" * 5000, "x" * 300, "a\0b", "checkpoints", "loop", ""], ids=ascii)
+def test_what_cannot_be_resumed_from(tmp_path, wanted):
+    (tmp_path / "loop").symlink_to("loop")
+    wanted = str(tmp_path / wanted) if wanted in ("loop", "checkpoints") else wanted
+    with pytest.raises(InputError, match="--resume"):
+        find_resume(tmp_path, wanted)
 
 
 @pytest.mark.slow
@@ -235,3 +247,127 @@ def test_after_a_rollback_latest_follows_the_new_branch(tmp_path):
     assert [line["step"] for line in tiny.log_lines(run_dir) if "loss" in line] == list(range(1, 11))
     straight = tiny.run_train(data, tmp_path / "straight", max_train_steps=10, **intervals)
     assert tiny.differences(state_of(run_dir, 10)["model"], state_of(straight, 10)["model"])
+
+
+def resumed_from(content, data, folder):
+    """Message of the InputError with which a run ends that goes on from a checkpoint with this content."""
+    path = folder / "another.pt"
+    torch.save(content, path)
+    with pytest.raises(InputError) as caught:
+        tiny.run_train(data, folder / "on", resume=path, max_train_steps=3)
+    message = str(caught.value)
+    assert "\n" not in message and "another.pt" in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """(data, checkpoint of step 1)."""
+    folder = tmp_path_factory.mktemp("start")
+    data = tiny.data_folder(folder / "data")
+    return data, checkpoint_path(tiny.run_train(data, folder, max_train_steps=1), 1)
+
+
+def not_restored(content):
+    """Message of the InputError with which a model and its optimizer refuse this content and stay as they are."""
+    model = create_model("DeepFlow-Ti/2", **content["config"]["model_options"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"^a\.pt.* choose a checkpoint") as caught:
+        restore(check_record(Checkpoint, content, "a.pt", REMEDY), "a.pt", model, EMA(model, 0.9), optimizer, None)
+    assert not tiny.differences(before, dict(model.state_dict())) and not optimizer.state
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+OTHER_STATES = {
+    "shorter": lambda state: state[3].update(exp_avg=state[3]["exp_avg"][:1].clone()),
+    "transposed": lambda state: state[matrix(state)].update(exp_avg=state[matrix(state)]["exp_avg"].T.contiguous()),
+    "laid out otherwise": lambda state: state[matrix(state)].update(
+        exp_avg=state[matrix(state)]["exp_avg"].T.contiguous().T
+    ),
+    "of another type": lambda state: state[3].update(exp_avg_sq=state[3]["exp_avg_sq"].double()),
+    "a number": lambda state: state[3].update(step=1.0),
+    "empty": lambda state: state.clear(),
+    "of one parameter empty": lambda state: state[3].clear(),
+    "lacks one": lambda state: state.pop(3),
+    "has one more": lambda state: state.update({9999: state[3]}),
+    "lacks a part": lambda state: state[3].pop("exp_avg_sq"),
+    "has a part more": lambda state: state[3].update(max_exp_avg_sq=state[3]["exp_avg"]),
+    "a list": lambda state: state.update({3: [1, 2]}),
+}
+
+
+def matrix(state):
+    """Number of the first parameter that is a matrix with different sides."""
+    shapes = {i: part["exp_avg"].shape for i, part in state.items()}
+    return next(i for i, shape in shapes.items() if len(shape) == 2 and shape[0] != shape[1])
+
+
+@pytest.mark.parametrize("change", OTHER_STATES)
+def test_the_state_of_another_optimizer(start, change):
+    content = tiny.load(start[1])
+    OTHER_STATES[change](content["opt"]["state"])
+    assert " opt" in not_restored(content)
+
+
+@pytest.mark.parametrize("groups", [None, [], [{}], [{"params": "all"}], [{"params": [1, 0]}], [[1]], 5], ids=str)
+def test_the_groups_of_another_optimizer(start, groups):
+    content = tiny.load(start[1])
+    content["opt"]["param_groups"] = groups
+    assert "opt" in not_restored(content)
+
+
+OTHER_WEIGHTS = {
+    "final_layer.1.linear.weight": lambda tensor: tensor[:1],
+    "blocks.0.attn.qkv.weight": torch.Tensor.half,
+    "blocks.0.attn.qkv.bias": lambda tensor: [tensor],
+}
+
+
+@pytest.mark.parametrize("entry", ["model", "ema"])
+@pytest.mark.parametrize("name", OTHER_WEIGHTS)
+def test_weights_of_another_form(start, entry, name):
+    content = tiny.load(start[1])
+    content[entry][name] = OTHER_WEIGHTS[name](content[entry][name])
+    assert name in not_restored(content)
+    del content[entry][name]
+    assert f"Missing {name}" in not_restored(content)
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "value"),
+    [
+        ("train_state", None, {}),
+        ("train_state", "bad_steps", -1),
+        ("train_state", "bad_steps", 10**30),
+        ("train_state", "noise_block", "x"),
+        ("data", "num_classes", torch.ones(2)),
+        ("config", "model", 5),
+        ("config", "model", "unknown"),
+        ("config", "changes", 3),
+        ("config", "model_options", None),
+        ("config", "scale_weight", {"a": 1}),
+        ("config", "scale_weight", "heavy"),
+        ("config", "learning_rate", [[1]]),
+        ("config", "enc_type", 3.5),
+        ("config", "resolution", "large"),
+        ("steps", None, 10**30),
+        ("steps", None, "one"),
+        ("scaler", None, 3),
+    ],
+    ids=str,
+)
+def test_entries_of_another_type(start, tmp_path, entry, key, value):
+    data, path = start
+    content = tiny.load(path)
+    content[entry] = value if key is None else {**content[entry], key: value}
+    resumed_from(content, data, tmp_path)
+
+
+def test_a_scaler_of_another_form():
+    found, expected = {"scale": 2.0, "_growth_tracker": 0}, {"scale": 65536.0, "_growth_tracker": 3}
+    check_same(found, expected, "a.pt", "scaler")
+    for other in ({"scale": 2.0}, {**found, "more": 1}, {**found, "scale": "2"}, {}):
+        with pytest.raises(InputError, match=r"a\.pt .*scaler"):
+            check_same(other, expected, "a.pt", "scaler")

@@ -158,7 +158,7 @@ def test_a_dry_run_tells_the_hours(tmp_path, capsys):
     tiny.run_train(tmp_path / "nowhere", tmp_path, **flags)
     lines = capsys.readouterr().out.splitlines()
     (gflop,) = (float(line.split()[5]) for line in lines if line.startswith("forward pass"))
-    hours = 3 * gflop * 1e9 * 400_000 * 256 / (0.5 * 989e12) / 3600
+    hours = 3 * gflop * 1e9 * 400_000 * 256 / (0.5 * 989.5e12) / 3600
     assert f"{hours:,.1f} hours on 1 H100 at 50% of the bf16 peak, {hours:,.1f} GPU-hours" in lines
 
 

@@ -1,6 +1,5 @@
 """Signals, launchers and machines: a told run stops with a checkpoint, and the same command continues from there."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -13,8 +12,17 @@ import tiny
 
 import train
 from common.errors import InputError
-from training.checkpoint import existing_steps, lock_run
+from common.files import locked
+from training.checkpoint import existing_steps
 from training.stop import EXIT_STOPPED, SIGNALS, StopRequest
+
+
+@pytest.fixture(autouse=True)
+def heeded_interrupt():
+    """As in a terminal: a shell starts what it runs in the background with this signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -79,20 +87,29 @@ def test_no_answer_is_wanted_from_other_processes_where_there_are_none():
 
 def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     with (
-        lock_run(tmp_path / "run"),
-        pytest.raises(InputError, match=rf"another process trains in {tmp_path}/run; wait"),
+        locked(tmp_path / "run", "--exp-name"),
+        pytest.raises(InputError, match=rf"another process is writing {tmp_path}/run; .* another --exp-name"),
     ):
         tiny.run_train(data, tmp_path)
     assert not (tmp_path / "run/checkpoints").exists()
     tiny.run_train(data, tmp_path, max_train_steps=1)
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
-    def flock(*args):
-        raise OSError(38, "Function not implemented")
+def test_a_second_interrupt_ends_at_once(data, tmp_path):
+    run = programs.start("tests/faulty_train.py", "interrupt-twice", *tiny.train_flags(data, tmp_path))
+    assert run.wait() == 130
+    assert "--resume auto continues" in run.stderr.read_text()
+    tiny.run_train(data, tmp_path, resume="auto")
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    lock_run(tmp_path).close()
+
+def test_signals_that_a_shell_has_the_process_ignore_stay_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest(num_processes=1) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.agreed()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_help_names_the_exit_code():
@@ -222,7 +239,7 @@ def slurm(tmp_path, data):
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "MASTER_PORT": port, "SLURM_NTASKS": "2"}
     environment.update(SLURM_SUBMIT_DIR=str(tiny.ROOT), SLURM_JOB_NODELIST="localhost", SLURM_JOB_ID="17")
     environment.update(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path), EXP_NAME="run")
-    return ["bash", "script/slurm/train.sh"], environment
+    return ["bash", "script/slurm/train.sh", "--no-compile"], environment
 
 
 @pytest.mark.slow

@@ -91,6 +91,7 @@ def test_evaluation_samples_and_measures_as_table_6(environment, tmp_path):
     assert programs(calls) == ["generate_t2i", *measured, "generate_t2i", "check"]
     sampled = parse_flags(TextGenerateConfig, calls[0][1:])
     assert (sampled.num_fid_samples, sampled.mode) == (40192, "sde") and sampled.num_steps in (None, 250)
+    assert (sampled.compile, sampled.dtype, sampled.vae_dtype) == (True, "bf16", "bf16")
     assert (sampled.cfg_scale, sampled.global_seed, sampled.prompts) == (2.0, 5, [str(tmp_path / "val.json")])
     npz, images = str(tmp_path / "samples/coco/NAME.npz"), str(tmp_path / "val/images")
     (_, ref), (_, calc) = (parse_commands(METRICS, line[1:]) for line in calls[1:3])

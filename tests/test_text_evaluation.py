@@ -15,6 +15,7 @@ from digits.data import load_digits_split, upsample, write_image_folder
 from evaluations import clip_score, geneval
 from evaluations.clip_score import ClipScorer, conventions, read_prompts, score
 from evaluations.metrics.images import FolderImages
+from evaluations.metrics.results import ResultFlags
 from models.text import TextEncoder
 
 
@@ -95,8 +96,8 @@ def test_prompts_that_cannot_be_read(clip, tmp_path):
 
 
 def results(right, total):
-    """Numbered records of each tag: `right[tag]` correct ones of `total[tag]`."""
-    return list(enumerate({"tag": tag, "correct": i < right[tag]} for tag in geneval.TAGS for i in range(total[tag])))
+    """Detections of each tag: `right[tag]` correct ones of `total[tag]`."""
+    return [geneval.Detection(tag, i < right[tag]) for tag in geneval.TAGS for i in range(total[tag])]
 
 
 def test_the_overall_score_is_the_mean_of_the_tags_not_of_the_images():
@@ -111,12 +112,87 @@ def test_the_overall_score_is_the_mean_of_the_tags_not_of_the_images():
 def test_results_that_cannot_be_aggregated(tmp_path):
     total = dict.fromkeys(geneval.TAGS, 1)
     with pytest.raises(InputError, match="no image of the tag counting"):
-        geneval.aggregate([(n, r) for n, r in results(total, total) if r["tag"] != "counting"])
+        geneval.aggregate([found for found in results(total, total) if found.tag != "counting"])
     unknown = b'{"tag": "shapes", "correct": true}'
     for content, message in ((b"", "empty"), (b"\n{", "line 2"), (b"\xff", "not UTF-8"), (unknown, "line 1")):
         (tmp_path / "r.jsonl").write_bytes(content)
         with pytest.raises(InputError, match=message):
             geneval.main(["score", str(tmp_path / "r.jsonl")])
+
+
+def detections(prompts=2, images=4):
+    """Lines of the detector: so many prompts of each tag, numbered in order."""
+    return [
+        {"filename": f"s/{number:05d}/samples/{i:04d}.png", "tag": tag, "prompt": f"{tag} {number}", "correct": i == 0}
+        for number, tag in enumerate(geneval.TAGS * prompts)
+        for i in range(images)
+    ]
+
+
+def score_lines(folder, lines, *flags):
+    (folder / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    geneval.main(["score", str(folder / "r.jsonl"), *map(str, flags)])
+
+
+def test_whole_results_are_scored_with_their_counts(tmp_path, capsys):
+    lines = detections()
+    prompts = [{"tag": line["tag"], "prompt": line["prompt"]} for line in lines[::4]]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    score_lines(tmp_path, lines, "--metadata", tmp_path / "m.jsonl", "--json", tmp_path / "out.json")
+    printed = capsys.readouterr().out
+    assert "counting       0.2500  8 images of 2 prompts" in printed
+    assert "overall        0.2500  48 images of 12 prompts" in printed
+    assert json.loads((tmp_path / "out.json").read_text())["count"] == 48
+    with pytest.raises(InputError, match=r"'colors: colors 9' has 0 images instead of 4"):
+        score_lines(
+            tmp_path, [line for line in lines if line["prompt"] != "colors 9"], "--metadata", tmp_path / "m.jsonl"
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda lines: lines[:-1], r"prompt '00011' has 3 images instead of 4"),
+        (lambda lines: lines[:8] + lines[12:], r"1 prompts are missing, the first is 00002"),
+        (lambda lines: lines + lines[3:4], r"00000/samples/0003.png is there 2 times"),
+        (lambda lines: [line for line in lines if "0000.png" in line["filename"]], r"has 1 images instead of 4"),
+        (lambda lines: [{**line, "filename": "", "prompt": ""} for line in lines], r"without a file name"),
+    ],
+    ids=["an image lacks", "a prompt lacks", "one twice", "one of each prompt", "no names"],
+)
+def test_results_that_are_not_whole_are_refused(change, fault, tmp_path, capsys):
+    with pytest.raises(InputError, match=rf"r\.jsonl: .*{fault}.*--incomplete"):
+        score_lines(tmp_path, change(detections()))
+    score_lines(tmp_path, change(detections()), "--incomplete")
+    printed = capsys.readouterr()
+    assert "warning: " in printed.err and "overall" in printed.out
+    if "twice" in fault:
+        assert "0.2500  48 images" in printed.out  # it counts once
+
+
+def test_images_that_were_not_scored_are_refused(tmp_path):
+    for line in detections():
+        path = tmp_path / line["filename"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    score_lines(tmp_path, detections(), "--samples", tmp_path / "s")
+    with pytest.raises(InputError, match=r"00000/samples/0003\.png is not there"):
+        score_lines(tmp_path, detections(images=3), "--samples", tmp_path / "s", "--images-per-prompt", 3)
+
+
+def test_samples_that_are_not_whole_are_refused(tmp_path, capsys):
+    flags = ResultFlags(json=None)
+    flags.check_count(tmp_path / "s", 3)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/settings.json").write_text("{}")
+    with pytest.raises(InputError, match=r"sampling into .*s is not finished.*--incomplete"):
+        flags.check_count(tmp_path / "s", 3)
+    (tmp_path / "s.json").write_text('{"num_fid_samples": 4}')
+    flags.check_count(tmp_path / "s", 4)
+    with pytest.raises(InputError, match=r"holds 3 samples, .*s\.json says 4.*--incomplete"):
+        flags.check_count(tmp_path / "s", 3)
+    ResultFlags(incomplete=True).check_count(tmp_path / "s", 3)
+    assert "warning" in capsys.readouterr().err
 
 
 def test_a_folder_for_geneval_with_faults(tmp_path):
@@ -173,7 +249,7 @@ def test_captions_encoder_and_prompts_of_the_digits(tmp_path):
     assert {digit_of(text) == int(name[0]) for name, group in captions.items() for text in group} == {True}
     prompts = (tmp_path / "text/prompts.txt").read_text().splitlines()
     assert [digit_of(prompt) for prompt in prompts] == [d for d in range(10) for _ in range(10)]
-    encode = TextEncoder.load(tmp_path / "text/encoder")
+    encode = TextEncoder(tmp_path / "text/encoder")
     features = encode([*prompts, "the digit 7", "the digit 3"])
     assert features.shape == (102, 16, 64)
     assert (features[-1] - features[-2]).abs().max() > 0.1

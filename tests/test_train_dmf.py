@@ -138,7 +138,7 @@ def test_a_run_says_how_its_start_compares_and_logs_what_to_watch(data, flow, tm
 @pytest.mark.parametrize(
     ("name", "options", "taken_as"),
     [
-        ("SiT-Ti/2", {}, "SiT (without projector: time reversed)"),
+        ("SiT-Ti/2", {}, "a SiT with time as in SiT, reversed"),
         ("SiT-Ti/2", {"ssl_align": True, "z_dims": (24,)}, "SiT of REPA"),
         ("DeepFlow-Ti/2", {"df_idxs": (1,)}, "key layers [1]"),
         ("DMFT-Ti/2", {"dmf_depth": 1, "qk_norm": "rms"}, "a flow map of which"),
@@ -151,6 +151,10 @@ def test_published_files_are_starting_points(data, tmp_path, capsys, name, optio
     torch.save({"ema": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "published.pt")
     model = "DeepFlow-DMF-Ti/2" if "df_idxs" in options else "DMFT-Ti/2"
     flags = {"model": model, "df_idxs": str(list(options.get("df_idxs", ()))), "max_train_steps": 1}
+    if not options:
+        with pytest.raises(InputError, match="published.pt.*--convention"):
+            tiny.run_train_dmf(data, tmp_path, tmp_path / "published.pt", **flags)
+        flags["convention"] = "sit"
     run = tiny.run_train_dmf(data, tmp_path, tmp_path / "published.pt", **flags)
     assert taken_as in capsys.readouterr().err
     assert load_checkpoint(run / "checkpoints/0000001.pt").model.dmf_depth == 1
@@ -220,12 +224,17 @@ def test_branches_learn_the_guided_flow():
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_like_an_eager_one(data, flow, tmp_path):
+    """Seven graphs: the derivative; of block, VeRA and velocity layer one to train, one to guide however many rows."""
     torch._dynamo.reset()
     counters.clear()
-    runs = [tiny.run_train_dmf(data, tmp_path / str(c), flow, compile=c, g_max=1.0) for c in (False, True)]
-    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]  # forward, guidance, derivative
-    eager, compiled = ([line["loss"] for line in tiny.log_lines(run)] for run in runs)
-    assert compiled == pytest.approx(eager, rel=1e-4)
+    steps = {"max_train_steps": 2, "batch_size": 8}
+    eager, compiled = (
+        tiny.log_lines(tiny.run_train_dmf(data, tmp_path / str(c), flow, compile=c, **steps)) for c in (False, True)
+    )
+    assert counters["stats"]["unique_graphs"] == 7 and not counters["graph_break"]
+    assert len({line["guided_fraction"] for line in eager}) == 2
+    for name in ("loss", "du_dt_norm", "grad_norm"):
+        assert [line[name] for line in compiled] == pytest.approx([line[name] for line in eager], rel=1e-4)
 
 
 def refused(data, output_dir, flow, **changes):

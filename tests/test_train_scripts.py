@@ -59,7 +59,7 @@ def check_common(config):
     config.check()
     assert (config.path_type, config.batch_size, config.learning_rate, config.max_grad_norm) == ("linear", 256, 1e-4, 1)
     assert (config.adam_beta1, config.adam_weight_decay, config.ema_decay, config.acc_coeff) == (0.9, 0, 0.9999, 1)
-    assert (config.resume, config.seed) == ("auto", 0)
+    assert (config.resume, config.seed, config.compile) == ("auto", 0, True)
 
 
 @pytest.mark.parametrize("size", FLOW)
@@ -87,10 +87,10 @@ def test_the_baseline_is_one_flag_away(tmp_path):
 
 def test_the_environment_of_a_recipe(tmp_path):
     own = {"DATA_DIR": "my data", "OUTPUT_DIR": "out", "EXP_NAME": "a b", "MIXED_PRECISION": "fp16", "NUM_GPUS": "1"}
-    _, line = launched("base/train.sh", tmp_path, **own)
+    _, line = launched("base/train.sh", tmp_path, "--no-compile", **own)
     config = parse_flags(TrainConfig, line)
     assert (config.data_dir, config.output_dir, config.exp_name) == ("my data", "out", "a b")
-    assert config.mixed_precision == "fp16"
+    assert (config.mixed_precision, config.compile) == ("fp16", False)
 
 
 @pytest.mark.parametrize("size", MAPS)

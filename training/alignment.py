@@ -1,12 +1,15 @@
 """SSL alignment in training (REPA): where the features of a batch come from, and what the log shows of them."""
 
 import itertools
+import time
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, note
 from latents.manifest import DataManifest
 from latents.sets import find_features
+from models.compiling import compile_blocks
 from models.encoders import ENCODERS, Encoder, weights_id
+from models.flops import peak_flops
 
 
 def find_caches(config):
@@ -42,6 +45,20 @@ def describe_alignment(config):
     return lines
 
 
+def warn_of_slow_images(run):
+    """Note that images are read too slowly, by the time of this rank's rows of a batch and the GPU's speed at --mfu."""
+    peak, rows = peak_flops(run.accelerator.device, run.config.mixed_precision), run.rows.numpy()
+    if not peak:
+        return
+    run.dataset.gather_step(run.sampler, 0, rows[:1])  # imports
+    start = time.perf_counter()
+    run.dataset.gather_step(run.sampler, 0, rows)
+    read, needed = len(rows) / (time.perf_counter() - start), run.config.mfu * peak / run.flops_per_image
+    if read < needed:
+        speeds = f"{run.dataset.workers} threads read {read:,.0f} images/s, the GPU can train on about {needed:,.0f}"
+        note(f"warning: {speeds}; write the features once (dataset_tools.py features), or give more --num-workers")
+
+
 class Targets:
     """Features of a batch, one tensor (B, T, Z) per encoder: as stored where they are on disk, or computed here."""
 
@@ -55,6 +72,10 @@ class Targets:
                 shapes = f"have the shape {stored.rows.shape}, the model needs {needed}"
                 raise InputError(f"features of --enc-type {name} {shapes}; write them again, from the latents' images")
             self.encoders[name] = None if stored else Encoder(name, run.info.resolution, checkpoint, device)
+            if run.config.compile and not stored:
+                compile_blocks(self.encoders[name].network)
+        if any(self.encoders.values()):
+            warn_of_slow_images(run)
 
     def __call__(self, batch):
         """List of features of a Batch, without gradient."""

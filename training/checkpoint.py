@@ -1,16 +1,54 @@
 """Writing and finding the checkpoints of a run: plain tensors and JSON-like data, complete or absent."""
 
+import contextlib
 import dataclasses
-import fcntl
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from common.errors import InputError
 from common.files import write_atomically, write_json
-from common.records import Count, check_record, read_record
-from models.checkpoints import load_strictly, read_file
+from common.records import Count, Whole, check_record, read_record
+from models.checkpoints import Options, Plain, is_plain, read_file
+from models.presets import PRESETS
+
+REMEDY = "choose a checkpoint of a run to resume from"
+STEP = re.compile("[0-9]{1,18}")
+
+
+@dataclasses.dataclass
+class TrainState:
+    """The counters of a run; files of older runs lack some."""
+
+    bad_steps: Whole
+    bad_steps_in_a_row: Whole
+    noise_block: Whole = 0
+
+
+@dataclasses.dataclass
+class Settings:
+    """What of a run's configuration every reader leans on."""
+
+    model: Literal[tuple(PRESETS)]
+    model_options: Options
+    changes: list[dict] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Group:
+    params: list[int]
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """State of AdamW; what else its groups hold is set by flags."""
+
+    state: dict
+    param_groups: list[Group]
 
 
 @dataclasses.dataclass
@@ -19,11 +57,11 @@ class Checkpoint:
 
     model: dict
     ema: dict
-    opt: dict
+    opt: Optimizer
     steps: Count
-    train_state: dict[str, int]
-    data: dict
-    config: dict
+    train_state: dict[str, Whole]
+    data: dict[str, Plain]
+    config: dict[str, Plain]
     scaler: dict | None = None
 
 
@@ -34,7 +72,7 @@ def checkpoint_path(run_dir, step):
 def existing_steps(run_dir):
     """Steps that a run has checkpoints of, ascending."""
     files = (Path(run_dir) / "checkpoints").glob("*.pt")
-    return sorted(int(path.stem) for path in files if path.stem.isdigit())
+    return sorted(int(path.stem) for path in files if STEP.fullmatch(path.stem) and path.is_file())
 
 
 def find_resume(run_dir, wanted):
@@ -47,9 +85,10 @@ def find_resume(run_dir, wanted):
         return checkpoint_path(run_dir, steps[-1])
     if wanted == "latest":
         raise InputError(f"--resume latest: {run_dir} holds no checkpoint; --resume auto starts where there is none")
-    fresh = wanted == "auto" or (wanted.isdigit() and int(wanted) == 0)
-    path = checkpoint_path(run_dir, int(wanted)) if wanted.isdigit() else Path(wanted)
-    if not fresh and not path.is_file():
+    number = int(wanted) if STEP.fullmatch(wanted) else None
+    fresh = wanted == "auto" or number == 0
+    path = Path(wanted) if number is None else checkpoint_path(run_dir, number)
+    if not fresh and not os.path.isfile(path):  # of absurd names pathlib's raises OSError
         raise InputError(f"--resume {wanted}: {path} does not exist; the run has steps {steps}")
     if steps and (fresh or path.resolve().parent != checkpoint_path(run_dir, 0).resolve().parent):
         held = f"{run_dir} already holds checkpoints up to step {steps[-1]}"
@@ -57,85 +96,88 @@ def find_resume(run_dir, wanted):
     return None if fresh else path
 
 
-def lock_run(run_dir):
-    """Hold the run's folder while the returned file is open, so that no second run writes there. Raises InputError."""
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    file = open(Path(run_dir) / ".lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"another process trains in {run_dir}; wait for it, or choose another --exp-name") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+@contextlib.contextmanager
+def replacing_old(run_dir, step, stays, keep):
+    """Write the checkpoint of `step` in this context; at its end all rolling ones but the newest `keep` are deleted.
 
-
-def rolling_record(run_dir):
-    """The file that lists the steps of rolling checkpoints, ascending."""
-    return checkpoint_path(run_dir, 0).with_name("rolling.json")
-
-
-def read_rolling(run_dir):
-    record = rolling_record(run_dir)
-    return read_record(list[int], record, "delete it: its checkpoints then stay") if record.exists() else []
-
-
-def note_rolling(run_dir, step, stays):
-    """Note in rolling.json that the checkpoint of `step` may be deleted later, unless it stays.
-
-    It is noted before it is written, so that a kill in between leaves no checkpoint that nothing deletes. Only noted
-    checkpoints are ever deleted: a run may continue with other intervals than it began with.
+    Unless it `stays`, rolling.json has its step before it is written, so that a kill leaves none that nothing deletes.
+    Only steps that are listed there are ever deleted: a run may continue with other intervals than it began with.
     """
-    before = read_rolling(run_dir)
-    others = [old for old in before if old != step and checkpoint_path(run_dir, old).exists()]
-    noted = others if stays else sorted([*others, step])
-    if noted != before:
-        write_json(rolling_record(run_dir), noted)
-
-
-def delete_old(run_dir, keep):
-    """Delete all rolling checkpoints but the newest `keep`."""
-    noted = read_rolling(run_dir)
-    for old in noted[:-keep]:
+    record = checkpoint_path(run_dir, 0).with_name("rolling.json")
+    before = read_record(list[int], record, "delete it: its checkpoints then stay") if record.exists() else []
+    rolling = [old for old in before if old != step and checkpoint_path(run_dir, old).exists()]
+    rolling += [] if stays else [step]
+    write_json(record, rolling)
+    yield
+    for old in rolling[:-keep]:
         checkpoint_path(run_dir, old).unlink(missing_ok=True)
-    if len(noted) > keep:
-        write_json(rolling_record(run_dir), noted[-keep:])
+    write_json(record, rolling[-keep:])
 
 
-def set_aside_after(run_dir, step):
-    """Rename checkpoints later than `step`, where a run resumes, to .pt.abandoned; returns their steps.
+def clear_way(run_dir, step):
+    """Before a run goes on from `step`: half-written files of killed processes go, later checkpoints are set aside.
 
     Otherwise `latest` would find the abandoned branch.
     """
-    later = [other for other in existing_steps(run_dir) if other > step]
-    for other in later:
-        path = checkpoint_path(run_dir, other)
-        os.replace(path, path.with_name(path.name + ".abandoned"))
-    return later
-
-
-def remove_leftovers(run_dir):
-    """Delete half-written checkpoints of killed processes: large files that nothing would ever read."""
-    for path in (Path(run_dir) / "checkpoints").glob(".*.pt.*.tmp"):
+    for path in (path for path in Path(run_dir).rglob(".*.tmp") if path.is_file()):
         path.unlink(missing_ok=True)
+    if later := [other for other in existing_steps(run_dir) if other > step]:
+        print(f"checkpoints of later steps {later} are set aside as .pt.abandoned", flush=True)
+    for path in (checkpoint_path(run_dir, other) for other in later):
+        os.replace(path, f"{path}.abandoned")
 
 
 def save_checkpoint(path, **content):
     """Write a checkpoint, whole or not at all. Raises OSError, for example when the disk is full."""
+    write_atomically(path, lambda file: torch.save(content, file))
 
-    def write(file):
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # after a failed write torch's writer complains in turn
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
-    write_atomically(path, write)
+def on_host(content):
+    """A copy of nested dicts, with their tensors in host memory; on a GPU the caller has to wait for it."""
+    if isinstance(content, dict):
+        return {name: on_host(value) for name, value in content.items()}
+    if not isinstance(content, torch.Tensor):
+        return content
+    # a GPU copies at full speed only to page-locked memory; torch keeps what is freed of it for the next checkpoint
+    return torch.empty_like(content, device="cpu", pin_memory=content.is_cuda).copy_(content, non_blocking=True)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread, one after the other, while training goes on.
+
+    A full disk is reported as by RunLog.reporting_disk_errors: at once for a rolling checkpoint, for one that stays by
+    an InputError of `save` or `check`. The context of `pool` ends when nothing is being written.
+    """
+
+    def __init__(self, run_dir, keep, log):
+        self.run_dir, self.keep, self.log = run_dir, keep, log
+        self.pool, self.writing = ThreadPoolExecutor(1), None
+
+    def save(self, step, stays, content):
+        """Write the content as it is now; unless the checkpoint `stays`, later ones replace it."""
+        self.check(wait=True)  # never two at a time, on the disk or in host memory
+        content = on_host(content)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        self.writing = self.pool.submit(self._write, step, stays, content)
+
+    def _write(self, step, stays, content):
+        path = checkpoint_path(self.run_dir, step)
+        with self.log.reporting_disk_errors(path, stays), replacing_old(self.run_dir, step, stays, self.keep):
+            save_checkpoint(path, **content)
+            self.log.say(f"checkpoint: {path}")
+
+    def check(self, wait=False):
+        """Raise what the last write raised, if it has ended; wait: until it has."""
+        if self.writing and (wait or self.writing.done()):
+            self.writing.result()
 
 
 def read(path, data):
     """The Checkpoint in a file; data: that of the current run, which must be of the same kind. Raises InputError."""
-    content = check_record(Checkpoint, read_file(path), path, "choose a checkpoint of a run to resume from")
+    content = check_record(Checkpoint, read_file(path), path, REMEDY)
+    check_record(TrainState, content.train_state, f"{path}, train_state", REMEDY)
+    check_record(Settings, content.config, f"{path}, config", REMEDY)
     for key in ("num_classes", "family", "scale", "shift", "moments_shape", "text"):
         if (before := content.data.get(key)) != (now := data.get(key)):
             trained = f"{path} was trained on data with {key} {before}"
@@ -144,14 +186,48 @@ def read(path, data):
 
 
 def restore(content, path, model, ema, optimizer, scaler):
-    """Restore model, EMA, optimizer and scaler in place from the Checkpoint of the file `path`. Raises InputError."""
-    load_strictly(model, content.model, path)
+    """Restore model, EMA, optimizer and scaler in place from the Checkpoint of the file `path`.
+
+    Raises InputError where names, types or shapes differ, before anything is changed.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    check_same([group.params for group in content.opt.param_groups], [group["params"] for group in groups], path, "opt")
+    check_same(content.opt.state, adam_state(optimizer), path, "opt")
+    check_same(content.model, model.state_dict(), path, "model")
+    check_same(content.ema, ema.state_dict(), path, "ema")
+    if scaler is not None and content.scaler is not None:
+        check_same(content.scaler, scaler.state_dict(), path, "scaler")
+        scaler.load_state_dict(content.scaler)
+    model.load_state_dict(content.model)
     ema.load_state_dict(content.ema)
-    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(content.opt)
+    # learning rate and the like are those of the flags, not those of the file
+    optimizer.load_state_dict({"state": content.opt.state, "param_groups": groups})
     for state in optimizer.state.values():  # on CPU they are still the file's pages, and the file may be deleted
         state.update({name: value.clone() for name, value in state.items()})
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # learning rate and the like are those of the flags, not those of the file
-    if scaler is not None and content.scaler:
-        scaler.load_state_dict(content.scaler)
+
+
+def adam_state(optimizer):
+    """What the state of AdamW looks like after a step: {number of the parameter: {name: tensor of its form}}."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
+
+
+def check_same(found, expected, path, where):
+    """Raise InputError at the first difference in names, types, shapes or dtypes of nested dicts and lists."""
+    if (has := form(found)) != (needs := form(expected)):
+        raise InputError(f"{path} is of another model: its {where} has {has!s:.80}, this run {needs!s:.80}; {REMEDY}")
+    if isinstance(expected, dict):
+        if unequal := found.keys() ^ expected.keys():
+            name = min(unequal, key=str)
+            fault = "Missing" if name in expected else "Unexpected"
+            raise InputError(f"{path} is of another model: {fault} {name} in its {where}; {REMEDY}")
+        for name, value in expected.items():
+            check_same(found[name], value, path, f"{where} {name}")
+
+
+def form(value):
+    """What two states have in common at a place, in words; numbers may differ."""
+    if not isinstance(value, torch.Tensor):
+        return "dict" if isinstance(value, dict) else value if isinstance(value, list) else type(value).__name__
+    kind = f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+    return kind if is_plain(value) and value.is_contiguous() else f"{kind} in another layout"

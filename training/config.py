@@ -8,12 +8,13 @@ means: taken from the preset, the data or the machine.
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import torch
 
 from common.errors import InputError, note
-from common.flags import Range, flag
+from common.flags import BATCH, BLOCKS, CLASSES, SEED, SIDE, WORKERS, Range, flag
 from loss import GUIDED_VELOCITIES, WEIGHTINGS
 from models.attention import ATTENTION
 from models.deepflow import VERA_STEPS
@@ -22,6 +23,7 @@ from models.flops import MFU, PEAK_FLOPS
 from models.mmdit import INITIALISATIONS
 from models.paths import PATHS
 from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
+from models.published import ConventionFlag
 from training.settings import run_name
 
 GROUPS = ("model", "loss", "data", "optimisation", "precision and speed", "output")
@@ -40,7 +42,7 @@ class RunFlags:
     """The flags that all programs have. `kind` is the kind of model that a program trains, a key of PROGRAMS."""
 
     model: str
-    trans_depth: int = model_flag(None, "number of blocks; alone it spaces the preset's branches evenly", int)
+    trans_depth: int = model_flag(None, "blocks; alone it spaces the preset's branches evenly", int, range=BLOCKS)
     df_idxs: str = model_flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
     qk_norm: bool = model_flag(False, "normalise queries and keys")
     legacy_scaling: bool = model_flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
@@ -54,16 +56,16 @@ class RunFlags:
     cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
 
     data_dir: str = data_flag("data/imagenet256", "folder that holds images/ and vae-sd/, or packed shards", free=True)
-    resolution: int = data_flag(None, "image size; checked against the data", int, free=True)
+    resolution: int = data_flag(None, "image size; checked against the data", int, range=SIDE, free=True)
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
-    num_workers: int = data_flag(4, "threads that read latent files", range=AT_LEAST_0, free=True)
-
-    batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=AT_LEAST_1)
-    gradient_accumulation_steps: int = optim_flag(1, "micro-batches per step and process", range=AT_LEAST_1, free=True)
-    max_train_steps: int = optim_flag(400_000, "optimizer steps", range=AT_LEAST_1, free=True)
-    epochs: int = optim_flag(
-        1400, "passes over the data; the run ends at whichever comes first", range=AT_LEAST_1, free=True
+    num_workers: int = data_flag(
+        None, "threads that read; default: 4, a core each for images", int, range=Range(0, WORKERS.high), free=True
     )
+
+    batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=BATCH)
+    gradient_accumulation_steps: int = optim_flag(1, "micro-batches per step and process", range=BATCH, free=True)
+    max_train_steps: int = optim_flag(400_000, "optimizer steps", range=AT_LEAST_1, free=True)
+    epochs: int = optim_flag(1400, "passes over the data, if they end before the steps", range=AT_LEAST_1, free=True)
     learning_rate: float = optim_flag(1e-4, "constant learning rate of AdamW", range=POSITIVE)
     adam_beta1: float = optim_flag(0.9, "first moment decay", range=DECAY)
     adam_beta2: float = optim_flag(0.999, "second moment decay", range=DECAY)
@@ -71,22 +73,16 @@ class RunFlags:
     adam_epsilon: float = optim_flag(1e-8, "denominator offset", range=POSITIVE)
     max_grad_norm: float = optim_flag(1.0, "gradients are clipped to this norm", range=POSITIVE)
     ema_decay: float = optim_flag(0.9999, "decay of the weights' exponential moving average", range=PROBABILITY)
-    max_bad_steps: int = optim_flag(
-        20, "steps in a row with non-finite gradients that end the run", range=AT_LEAST_1, free=True
-    )
-    seed: int = optim_flag(0, "seed of everything random", range=AT_LEAST_0)
+    max_bad_steps: int = optim_flag(20, "non-finite steps in a row that end the run", range=AT_LEAST_1, free=True)
+    seed: int = optim_flag(0, "seed of everything random", range=SEED)
 
     mixed_precision: str = speed_flag(None, "autocast; default: bf16 on GPU", str, choices=["no", "fp16", "bf16"])
     allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them", free=True)
     fused_attn: bool = speed_flag(True, "fused attention kernels", free=True)
-    gradient_checkpointing: bool = speed_flag(
-        False, "recompute block activations in the backward pass to save memory", free=True
-    )
-    compile: bool = speed_flag(False, "torch.compile the network; the first step takes minutes", free=True)
+    gradient_checkpointing: bool = speed_flag(False, "recompute activations backward, to save memory", free=True)
+    compile: bool = speed_flag(False, "compile each kind of block: a slower start, faster steps", free=True)
 
-    exp_name: str = output_flag(
-        None, "name of the run, in OUTPUT_DIR; default: tells the variant, as in deepflow-b-2t-uniform-alpha0.05", str
-    )
+    exp_name: str = output_flag(None, "name of the run, in OUTPUT_DIR; default: tells the variant", str)
     output_dir: str = output_flag("exps", "parent folder of all runs")
     logging_dir: str = output_flag("logs", "folder of tracker files inside the run's folder")
     report_to: str = output_flag("none", "tracker beside the JSONL log", choices=["none", "wandb", "tensorboard"])
@@ -94,9 +90,7 @@ class RunFlags:
     hours_on: str = output_flag(None, "print the hours that the run takes on such GPUs", str, choices=list(PEAK_FLOPS))
     mfu: float = output_flag(MFU, "share of the GPU's peak that --hours-on assumes", range=Range(above=0, high=1))
     log_every: int = output_flag(100, "interval of log lines, in steps", range=AT_LEAST_1)
-    checkpointing_steps: int = output_flag(
-        200_000, "interval of permanent checkpoints, in steps; the last step has one too", range=AT_LEAST_1
-    )
+    checkpointing_steps: int = output_flag(200_000, "interval of checkpoints that stay, in steps", range=AT_LEAST_1)
     rolling_steps: int = output_flag(5_000, "interval of rolling checkpoints, in steps; 0: never", range=AT_LEAST_0)
     keep_last: int = output_flag(2, "number of rolling checkpoints to keep", range=AT_LEAST_1)
     sampling_steps: int = output_flag(10_000, "interval of sample grids, in steps; 0: never", range=AT_LEAST_0)
@@ -153,6 +147,9 @@ class RunFlags:
             raise InputError(f"--model {self.model!r} is unknown; choose one of {', '.join(names)}")
         if (kind := PRESETS[self.model].kind) != self.kind:
             raise InputError(f"--model {self.model} is trained with {PROGRAMS[kind]}; use that, or another model")
+        name = self.exp_name
+        if name is not None and not (re.fullmatch(r"[^./\\:\s][^/\\:]*", name) and name.isprintable()):
+            raise InputError(f"--exp-name {name!r} must name a folder: no slash, colon or line break, no dot in front")
         if self.prediction != "v":
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
         if self.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -164,13 +161,10 @@ class BranchFlags:
     """What leads from branch to branch, and how the branches' times are drawn."""
 
     vera: str = model_flag("full", "what leads from branch to branch, as in Table 7a: " + ", ".join(VERA_STEPS))
-    acc_mlp: int = model_flag(None, "hidden widths of ACC_MLP; default: 2048 4096 2048", int, nargs="+")
+    acc_mlp: int = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=Range(1, 2**16), nargs="+")
     weighting: str = loss_flag("uniform", "distribution of t", choices=list(WEIGHTINGS))
     tg_upper_bound: float = loss_flag(
-        None,
-        "upper bound of the time gap between branches (alpha); default: 0.01, --vera none: 0",
-        float,
-        range=PROBABILITY,
+        None, "upper bound of branches' time gap (alpha); default: 0.01, --vera none: 0", float, range=PROBABILITY
     )
 
     def resolve(self):
@@ -189,7 +183,7 @@ class BranchFlags:
 class ClassFlags:
     """What datasets of labelled images have."""
 
-    num_classes: int = data_flag(None, "number of classes, for data without a manifest", int, free=True)
+    num_classes: int = data_flag(None, "number of classes, for data without a manifest", int, range=CLASSES, free=True)
     mirror: bool = data_flag(False, "use vae-sd-mirror instead of vae-sd for a random half of the images")
 
 
@@ -216,9 +210,7 @@ class AlignmentFlags(RunFlags):
     def check(self):
         super().check()
         if self.ssl_align and not self.encoders():
-            raise InputError(
-                "--ssl-align has nothing to align with --enc-type None; name an encoder, or drop --ssl-align"
-            )
+            raise InputError("--ssl-align has nothing to align with --enc-type None; name an encoder, or drop it")
         if not self.ssl_align and parse_enc_type(self.enc_type) and self.enc_type != AlignmentFlags.enc_type:
             note(f"warning: no alignment: --enc-type {self.enc_type} is unused without --ssl-align")
         if not self.ssl_align and (self.enc_ckpt or self.encoder_depth is not None):
@@ -248,7 +240,7 @@ class TextTrainConfig(BranchFlags, AlignmentFlags):
 
 
 @dataclasses.dataclass(kw_only=True)
-class FlowMapConfig(ClassFlags, RunFlags):
+class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
     """Flags of train_dmf.py."""
 
     kind = "flow map"
@@ -261,10 +253,8 @@ class FlowMapConfig(ClassFlags, RunFlags):
     pretrained: str = model_flag(None, "flow model to start from: a checkpoint of ours or a published file", str)
     weights: str = model_flag("ema", "which weights of --pretrained and --teacher", choices=["ema", "raw"])
     from_scratch: bool = model_flag(False, "start from random weights instead of --pretrained")
-    dmf_depth: int = model_flag(None, "number of blocks that see t; the later ones see r", int, range=AT_LEAST_1)
-    attn_func: str = speed_flag(
-        "auto", "attention kernel outside the derivative pass", choices=list(ATTENTION), free=True
-    )
+    dmf_depth: int = model_flag(None, "number of blocks that see t; the later ones see r", int, range=BLOCKS)
+    attn_func: str = speed_flag("auto", "attention outside the derivative", choices=list(ATTENTION), free=True)
 
     g_type: str = loss_flag("mg", "guidance: none, by the network itself, by a teacher", choices=GUIDED_VELOCITIES)
     teacher: str = loss_flag(None, "frozen flow model of --g-type distill; default: --pretrained", str)
@@ -281,8 +271,8 @@ class FlowMapConfig(ClassFlags, RunFlags):
 
     @property
     def passes(self):
-        """Of each image: both parts forward and backward, a derivative, and guidance by a network."""
-        return 2 * (1 + 2) + 2 + (0 if self.g_type == "default" else 4)
+        """Of each image: both parts forward and backward, a derivative, and guidance of 3 in 4 rows, as published."""
+        return 2 * (1 + 2) + 2 + {"default": 0, "mg": 3, "distill": 3.5}[self.g_type]
 
     def resolve(self):
         """As of every run; distillation drops no labels."""
@@ -295,7 +285,7 @@ class FlowMapConfig(ClassFlags, RunFlags):
         """As of every run; a resumed one starts from its own checkpoint, whatever that run started from."""
         if self.pretrained or self.from_scratch:
             return self
-        names = ("pretrained", "from_scratch", *(() if self.teacher else ("weights",)))
+        names = ("pretrained", "from_scratch", *(() if self.teacher else ("weights", "convention")))
         return dataclasses.replace(self, **{name: getattr(before, name) for name in names})
 
     def check(self):

@@ -1,35 +1,47 @@
 """Starting a run on one or many processes: precision, attention kernels, preflight."""
 
+import datetime
 import importlib.util
+import os
 import platform
 import threading
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from common.errors import InputError, first_line
 from common.precision import set_math
 from common.processes import device_of_process
 
 PREFLIGHT_SECONDS = 60
+STALL = datetime.timedelta(hours=1)  # of a file system, at most: so long the other processes wait for one
+WRAPPERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # of accelerate, around the model
 
 
 def start_accelerator(config, run_dir):
     """Accelerator of a resolved configuration. Raises InputError for too few GPUs, or processes that do not connect.
 
-    Precision and accumulation are passed, so that no configuration of accelerate changes them.
+    Precision, accumulation and compilation are passed, so that no configuration of accelerate changes them.
     """
+    for name in (f"ACCELERATE_USE_{wrapper}" for wrapper in WRAPPERS):
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise InputError(f"accelerate is configured to split the model ({name}); launch with --multi_gpu instead")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"--report-to {config.report_to} needs a package: pip install {config.report_to}")
     set_math(config.allow_tf32, config.fused_attn)
     accelerator = Accelerator(
         cpu=device_of_process().type == "cpu",
         mixed_precision=config.mixed_precision,
+        dynamo_backend="no",  # --compile compiles
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / config.logging_dir)),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # few large reductions, while the backward pass goes on
+            DistributedDataParallelKwargs(bucket_cap_mb=250, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=STALL),
+        ],
     )
     preflight(accelerator)
     return accelerator

@@ -1,6 +1,7 @@
-"""All random numbers of a training step, for the whole global batch, as a pure function of (seed, step).
+"""The random numbers of a training step, a pure function of (seed, step) and of the row in the global batch.
 
-Every rank and micro-batch takes its rows, so that a step is the same whatever the number of processes.
+So a step is the same whatever the number of processes. Small draws are made for the whole batch; the normals of latents
+come from a generator for each block of rows, and a rank draws only the blocks that hold rows of its own.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ import torch
 from loss import flow_map_times, guided_samples, sample_times
 from models.paths import PATHS
 
-STREAM = 1  # the data order draws from stream 0 of the same seed
+STREAM, NORMALS = 1, 4  # the data order draws from streams 0, 2 and 3 of the same seed
+BLOCK = 16  # rows: few, as a rank draws some of others', and not too few, as to make a generator takes 2 % of its time
 SAMPLES_SECOND = ("times", "guided")  # draws that have the samples in their second dimension
 ON_CPU = ("guided",)  # draws that decide what is run; on the CPU nothing has to wait for them
 
@@ -25,14 +27,12 @@ class StepDraws:
     posterior: torch.Tensor  # (N, C, h, w) standard normal, samples the VAE posterior
     noise: torch.Tensor  # (N, C, h, w) standard normal, ε
 
-    def rows(self, rows, device):
-        """The given rows on the given device; pinned memory lets the copy to a GPU run beside what follows."""
-        chosen = {name: tensor.index_select(int(name in SAMPLES_SECOND), rows) for name, tensor in vars(self).items()}
-        pinned = torch.device(device).type == "cuda"
-        for name, tensor in chosen.items():
-            if name not in ON_CPU:
-                chosen[name] = (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
-        return type(self)(**chosen)
+    def to(self, device):
+        """The draws on the given device; pinned memory lets the copy to a GPU run beside what follows."""
+        moved, pinned = dict(vars(self)), torch.device(device).type == "cuda"
+        for name in moved.keys() - ON_CPU:
+            moved[name] = (moved[name].pin_memory() if pinned else moved[name]).to(device, non_blocking=True)
+        return type(self)(**moved)
 
     def part(self, rows):
         """The given slice of the rows."""
@@ -48,24 +48,37 @@ class FlowMapDraws(StepDraws):
     guided: torch.Tensor  # (2, N) bool, samples with guidance in the flow part and in the mean-flow part
 
 
-def draw_step(step, config, num_branches, latent_shape):
-    """Draws of one step; latent_shape (C, h, w)."""
+def draw_step(step, config, num_branches, latent_shape, rows=slice(None), block=BLOCK):
+    """Draws of the rows (int64 positions) of one step's global batch; latent_shape (C, h, w), block as of `normals`."""
     rng = np.random.default_rng([config.seed, step, STREAM])
     n = config.batch_size
     times = sample_times(rng, n, num_branches, config.weighting, PATHS[config.path_type], config.tg_upper_bound)
     drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
-    posterior, noise = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(2))
-    return StepDraws(times, drop, posterior, noise)
+    return StepDraws(times[:, rows], drop[rows], *normals(2, latent_shape, step, config, rows, block, rng))
 
 
-def draw_flow_map_step(step, config, latent_shape):
-    """Draws of one step of a flow map's training; latent_shape (C, h, w)."""
+def draw_flow_map_step(step, config, latent_shape, rows=slice(None), block=BLOCK):
+    """As draw_step, for a flow map's training."""
     rng = np.random.default_rng([config.seed, step, STREAM])
     n = config.batch_size
-    normals = torch.from_numpy(rng.standard_normal((3, n), dtype=np.float32))
+    logits = torch.from_numpy(rng.standard_normal((3, n), dtype=np.float32))
     means, stds = (config.P_mean, config.P_mean_t, config.P_mean_r), (config.P_std, config.P_std_t, config.P_std_r)
-    times = flow_map_times(normals, means, stds)
+    times = flow_map_times(logits, means, stds)
     drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
-    latents = (torch.from_numpy(rng.standard_normal((n, *latent_shape), dtype=np.float32)) for _ in range(3))
     guided = guided_samples(config.g_type, times, drop, config.g_min, config.g_max)
-    return FlowMapDraws(times, drop, *latents, guided)
+    latents = normals(3, latent_shape, step, config, rows, block, rng)
+    return FlowMapDraws(times[:, rows], drop[rows], *latents, guided[:, rows])
+
+
+def normals(count, shape, step, config, rows, block, rng):
+    """`count` draws of standard normals for the given rows, float32 (count, len(rows), *shape).
+
+    block: rows of one generator. 0: all rows have `rng`, as in runs that began before there were blocks.
+    """
+    rows, size = torch.arange(config.batch_size)[rows].numpy(), block or config.batch_size
+    out = np.empty((count, len(rows), *shape), np.float32)
+    for number in np.unique(rows // size):
+        generator = np.random.default_rng([config.seed, step, NORMALS, number]) if block else rng
+        own = rows // size == number
+        out[:, own] = generator.standard_normal((count, size, *shape), dtype=np.float32)[:, rows[own] % size]
+    return torch.from_numpy(out)

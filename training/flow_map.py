@@ -3,11 +3,13 @@
 import torch
 
 from common.errors import InputError, note
+from common.processes import device_of_process
 from common.records import check_record
 from loss import GuidedTarget
 from models import PRESETS, create_model, load_checkpoint, model_config
 from models.attention import set_attention
 from models.codec import LatentSpec
+from models.compiling import compile_blocks
 from models.flow_map import FlowMap, to_flow_map
 
 TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
@@ -46,7 +48,7 @@ def start_from_file(path, config, info, name):
     own = checkpoint.options.get("dmf_depth")
     if name == "resume" and checkpoint.model.kind != FlowMap.kind:
         raise InputError(f"{source} is a flow model; start a run from it with --pretrained")
-    if own and checkpoint.run and config.dmf_depth not in (None, own):
+    if own and checkpoint.is_ours and config.dmf_depth not in (None, own):
         raise InputError(f"--dmf-depth {config.dmf_depth} contradicts {source}, a flow map with {own}")
     if name == "pretrained" and config.g_type == "mg" and config.cfg_prob == 0 == checkpoint.run.get("cfg_prob"):
         raise InputError(f"--g-type mg needs a null class, which --cfg-prob 0 never trains, nor did {source}; raise it")
@@ -60,8 +62,8 @@ def start_from_file(path, config, info, name):
 
 def load_flow(path, config, info, name):
     """Checkpoint of a flow model, made sure to fit the data; name: the flag that gave `path`. Raises InputError."""
-    checkpoint = load_checkpoint(path, config.weights, df_idxs=config.df_idxs, legacy_scaling=config.legacy_scaling)
-    source = f"--{name} {path}"
+    flags = {name: getattr(config, name) for name in ("df_idxs", "legacy_scaling", "convention")}
+    checkpoint, source = load_checkpoint(path, config.weights, **flags), f"--{name} {path}"
     for key, wanted in info.model_options().items():
         found = checkpoint.options.get(key)
         if found != wanted:
@@ -93,12 +95,14 @@ def check_preset(config, options, source):
 def check_conversion(flow, model, changed, n=4):
     """Note how far u(x, t, t, y) is from the flow model's velocity on a batch of n; InputError if too far.
 
-    changed: a QK norm was added, which makes them differ.
+    changed: a QK norm was added, which makes them differ. Both models end on this process's device, where
+    training has the flow map and large networks are fast.
     """
-    g = torch.Generator().manual_seed(0)
+    device, g = device_of_process(), torch.Generator().manual_seed(0)
+    flow, model = flow.to(device), model.to(device)
     side = int(model.pos_embed.shape[1] ** 0.5) * model.patch_size
     x, t = torch.randn(n, model.in_channels, side, side, generator=g), torch.rand(n, generator=g)
-    y = torch.arange(n) % (model.num_classes + 1)
+    x, t, y = (part.to(device) for part in (x, t, torch.arange(n) % (model.num_classes + 1)))
     v = flow.velocity(x, t, y)
     difference = ((model.average_velocity(x, t, t, y) - v).abs().max() / v.abs().max().clamp_min(1e-12)).item()
     note(f"u(x, t, t, y) is the flow model's velocity up to a relative difference of {difference:.1e}")
@@ -117,5 +121,6 @@ def guided_target(run):
         if teacher.run.get("cfg_prob") == 0 and config.omega != 1:
             raise InputError(f"--teacher {path} has no null class, it was trained with --cfg-prob 0; pass --omega 1")
         source = teacher.model.to(run.accelerator.device)
-    velocity = torch.compile(source.velocity, fullgraph=True) if config.compile else source.velocity
-    return GuidedTarget(config.g_type, config.omega, velocity, run.info.num_classes)
+        if config.compile:
+            compile_blocks(source)
+    return GuidedTarget(config.g_type, config.omega, source.velocity, run.info.num_classes)

@@ -8,7 +8,7 @@ class BadSteps:
 
     def __init__(self, device):
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.seen = 0  # of the whole run, when last reported
+        self.seen = 0  # of the whole run, when last read
 
     def count(self, bad):
         """Note one step; bad: 0-d bool on the device."""
@@ -17,20 +17,15 @@ class BadSteps:
         self.counts = torch.stack([total + bad, in_a_row, torch.maximum(longest, in_a_row)])
 
     def read(self):
-        """(of the whole run, the longest in a row); waits for the device."""
+        """(of the whole run, since the reading before, the longest in a row); waits for the device."""
         total, _, longest = self.counts.tolist()
-        return total, longest
+        new, self.seen = total - self.seen, total
+        return total, new, longest
 
     def state_dict(self):
         total, in_a_row, _ = self.counts.tolist()
         return {"bad_steps": total, "bad_steps_in_a_row": in_a_row}
 
     def load_state_dict(self, state):
-        total, in_a_row = state["bad_steps"], state["bad_steps_in_a_row"]
-        self.seen = total
-        self.counts.copy_(torch.tensor([total, in_a_row, in_a_row]))
-
-
-def all_finite(tensors):
-    """Whether no tensor holds an infinity or NaN (or numbers whose squares overflow); waits for the device."""
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm([t.detach() for t in tensors]))).all())
+        self.seen, in_a_row = state["bad_steps"], state["bad_steps_in_a_row"]
+        self.counts.copy_(torch.tensor([self.seen, in_a_row, in_a_row]))

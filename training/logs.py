@@ -38,8 +38,7 @@ class RunLog:
     SPIKE = 3.0  # times the running median of the loss
 
     def __init__(self, accelerator, run_dir, config, start_step, total_steps, flops_per_image=None):
-        self.accelerator, self.config = accelerator, config
-        self.path = Path(run_dir) / "log.jsonl"
+        self.accelerator, self.config, self.path = accelerator, config, Path(run_dir) / "log.jsonl"
         peak = peak_flops(accelerator.device, config.mixed_precision)
         self.mfu_per_rate = flops_per_image / (peak * accelerator.num_processes) if flops_per_image and peak else None
         self.names, self.sums, self.count, self.steps = [], 0, 0, 0
@@ -75,10 +74,9 @@ class RunLog:
         record = {"step": step, "epoch": round(epoch, 4), **means, **extra, **self._speed()}
         self.sums, self.count, self.steps = 0, 0, 0
         self.append(record)
-        if self.accelerator.is_main_process:
-            if means:
-                self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
-                self._warn_of_spike(record, step)
+        if means:
+            self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
+            self._warn_of_spike(record, step)
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
 
     def append(self, record):
@@ -89,14 +87,12 @@ class RunLog:
 
     def _speed(self):
         """Steps and images per second since the last line, MFU where the GPU's peak is known, memory (this process)."""
-        now = time.perf_counter()
-        rate = self.steps / (now - self.since)
-        self.since = now
+        before, self.since = self.since, time.perf_counter()
+        rate = self.steps / (self.since - before)
         images = rate * self.config.batch_size
-        speed = {"steps_per_s": round(rate, 4), "images_per_s": round(images, 2)}
-        if self.mfu_per_rate:
-            speed["mfu"] = round(images * self.mfu_per_rate, 4)
-        return {**speed, "memory_gib": round(peak_memory(self.accelerator.device) / 2**30, 3)}
+        mfu = {"mfu": round(images * self.mfu_per_rate, 4)} if self.mfu_per_rate else {}
+        memory = round(peak_memory(self.accelerator.device) / 2**30, 3)
+        return {"steps_per_s": round(rate, 4), "images_per_s": round(images, 2), **mfu, "memory_gib": memory}
 
     @contextlib.contextmanager
     def reporting_disk_errors(self, path, fatal=False):
@@ -124,19 +120,14 @@ class RunLog:
 
     def _warn_of_spike(self, record, step):
         name = "error_map" if "error_map" in record else "loss"  # a flow map's loss is a logarithm, often negative
-        loss = record[name]
-        median = statistics.median(self.recent) if len(self.recent) >= 10 else float("inf")
-        if loss > self.SPIKE * median:
-            self.say(f"warning: at step {step} the {name} is {loss:.4f}, its running median {median:.4f}")
-        self.recent.append(loss)
+        if len(self.recent) >= 10 and record[name] > self.SPIKE * (median := statistics.median(self.recent)):
+            self.say(f"warning: at step {step} the {name} is {record[name]:.4f}, its running median {median:.4f}")
+        self.recent.append(record[name])
 
     def say(self, text):
         """Print a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
-
-    def close(self):
-        self.bar.close()
 
 
 def peak_memory(device):

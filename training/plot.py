@@ -46,21 +46,19 @@ def save_curves(runs, path):
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4 * columns, 2.8 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, name in zip(panels, names, strict=False):
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(rows, columns, place)
         for run, of_run in curves.items():
             axes.plot(*of_run.get(name, ([], [])), label=run, linewidth=1)
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
-    for axes in panels[len(names) :]:
-        axes.axis("off")
     if len(curves) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def main(argv=None):
-    flags = parse_flags(PlotFlags, argv, description=__doc__.splitlines()[0])
+    flags = parse_flags(PlotFlags, argv, description=__doc__)
     save_curves(flags.runs, flags.out)
     print(f"curves of {len(flags.runs)} runs: {flags.out}")
 

@@ -13,12 +13,14 @@ from common.errors import InputError, say
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
 from models.codec import LatentCodec, LatentSpec
+from models.compiling import keep_compiled
 from models.flops import count_flops, gpu_hours
 from models.presets import COCO, IMAGENET
 from training.alignment import describe_alignment, find_caches
 from training.checkpoint import find_resume
 from training.config import RunFlags
 from training.distributed import rows_of_rank, start_accelerator
+from training.draws import BLOCK
 from training.loader import SeekableSampler
 from training.stop import EXIT_STOPPED
 from training.trainer import Trainer
@@ -30,7 +32,7 @@ class Task:
 
     start: Callable  # (config, info, resumed checkpoint or None) → constructor arguments; the model, or None: a new one
     objective: Callable  # (run) → function (network, batch, draws) → loss and {name: 0-d tensor} for the log
-    draw: Callable  # (run, step) → the random draws of the whole global batch
+    draw: Callable  # (run, step) → the random draws of this rank's rows
     grids: type  # draws the sample grids: grids(codec, dataset, run_dir, seed)
 
 
@@ -49,6 +51,7 @@ class Run:
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         self.weights = config.branch_weights(len(self.options["df_idxs"]) + 1)  # β of each branch
         self.rows = rows_of_rank(config.batch_size, world, config.gradient_accumulation_steps, rank)
+        self.noise_block = BLOCK  # a resumed run keeps its own
         self.sampler = SeekableSampler(self.info.count, config.batch_size, config.seed)
         self.stop_step = min(config.max_train_steps, config.epochs * self.sampler.steps_per_epoch)
         self.latent_shape = (self.info.spec.channels, *self.info.moments_shape[1:])  # (C, h, w)
@@ -74,6 +77,8 @@ def run_task(config, task):
         holds = f"which holds latents of {info.resolution}x{info.resolution} images"
         raise InputError(f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, {holds}")
     config = config.named(info.resolution)
+    if config.compile and not config.dry_run:
+        keep_compiled(config.folder)
     resumed = None if config.dry_run else find_resume(config.folder, config.resume)
     options, model = task.start(config, info, resumed)
     run = Run(config, start_accelerator(config, config.folder), info, dataset, options)
@@ -102,17 +107,15 @@ def open_data(config):
         name, known = ("COCO", COCO) if text else ("ImageNet", IMAGENET)
         say(f"--data-dir {config.data_dir} does not exist: {name} and the usual encoders are assumed")
         spec, resolution = LatentSpec(), config.resolution or known["resolution"]
-        shape = (2 * spec.channels, resolution // spec.factor, resolution // spec.factor)
+        facts = (spec, (2 * spec.channels, *[resolution // spec.factor] * 2), resolution)
         if text:
-            return CaptionInfo(known["count"], 0, spec, shape, resolution), None
-        return DataInfo(known["count"], config.num_classes or known["num_classes"], spec, shape, resolution), None
+            return CaptionInfo(known["count"], 0, *facts), None
+        return DataInfo(known["count"], config.num_classes or known["num_classes"], *facts), None
     caches = find_caches(config)
     shared = {"features": tuple(caches), "data_vae": config.data_vae, "workers": config.num_workers}
     shared["images"] = len(caches) < len(config.encoders())
-    if text:
-        dataset = open_captions(config.data_dir, **shared)
-    else:
-        dataset = open_dataset(config.data_dir, mirror=config.mirror, num_classes=config.num_classes, **shared)
+    classes = {} if text else {"mirror": config.mirror, "num_classes": config.num_classes}
+    dataset = (open_captions if text else open_dataset)(config.data_dir, **classes, **shared)
     return dataset.info, dataset
 
 

@@ -12,13 +12,12 @@ COUNTS = {"count": "number of images in --data-dir", "captions": "number of capt
 
 FAMILIES = {"DeepFlow-MMDiT": "deepflow-t2i"}  # others in lower case
 UNMARKED_SIZES = ("DeepFlow-MMDiT-L/2", "MMDiT-L/2")  # the only ones of Table 6
-USUAL = {  # by kind of model: what the papers' runs have where the flags' defaults differ
+USUAL = {  # by kind of model, and at a resolution: what the papers' runs have where the flags' defaults differ
     "flow": {"weighting": "lognormal", "enc_type": "None"},
     "text": {"enc_type": "None"},
-    "flow map": {},
+    ("flow map", 512): {"qk_norm": True, "g_max": 0.8},
 }
-USUAL_AT_512 = {"flow map": {"qk_norm": True, "g_max": 0.8}}
-UNNAMED = ("model", "df_idxs", "pretrained", "teacher", "enc_ckpt", "ssl_align", "mixed_precision")
+UNNAMED = {"model", "df_idxs", "pretrained", "convention", "teacher", "enc_ckpt", "ssl_align", "mixed_precision"}
 LABELS = {  # in this order, before others; "": the value tells enough
     "trans_depth": "d",
     "weighting": "",
@@ -58,7 +57,10 @@ def resumed_settings(run, content, path):
     those that make another network.
     """
     saved, kind = content.config, type(run.config)
-    before = kind(**{f.name: saved[f.name] for f in dataclasses.fields(kind) if f.name in saved}).resolve()
+    known = [f for f in dataclasses.fields(kind) if f.name in saved]
+    for f in known:
+        check_type(saved[f.name], f.metadata["kind"], f"{path}, config: {f.name!r}")
+    before = kind(**{f.name: saved[f.name] for f in known}).resolve()
     config = run.config.resumed(before)
     old = settings(before, {**model_config(before.model), **saved["model_options"]})
     new = settings(config, run.options)
@@ -72,6 +74,14 @@ def resumed_settings(run, content, path):
     return config, changes
 
 
+def check_type(value, kind, where):
+    """Raise InputError unless the value is None, of the flag's kind, or a list of that; key layers are numbers too."""
+    kinds = (type(None), kind, *({float: [int], str: [int]}.get(kind, [])))
+    for part in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(part, kinds):
+            raise InputError(f"{where} is {part!r:.60}; choose a checkpoint of a run to resume from")
+
+
 def in_words(changes):
     return ", ".join(f"{COUNTS.get(name, shown(name))} was {a}, is {b}" for name, (a, b) in sorted(changes.items()))
 
@@ -83,10 +93,8 @@ def run_name(config):
     """
     options = model_config(config.model, **config.model_flags())
     now, marks = settings(config, options), []
-    usual = {**USUAL[config.kind], **(USUAL_AT_512.get(config.kind, {}) if config.resolution == 512 else {})}
-    defaults = {
-        f.name: f.default for f in dataclasses.fields(config) if f.name in now and f.name not in UNNAMED
-    } | usual
+    usual = USUAL.get(config.kind, {}) | USUAL.get((config.kind, config.resolution), {})
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name in now.keys() - UNNAMED} | usual
     for name in (name for name in {**LABELS, **defaults} if name in defaults):
         left_out = dataclasses.replace(config, **{name: defaults[name]}).resolve()
         if now[name] != settings(left_out, model_config(config.model, **left_out.model_flags()))[name]:

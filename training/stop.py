@@ -1,55 +1,62 @@
-"""Stopping a run by SIGTERM or SIGUSR1: every process ends after the same step, with a checkpoint behind it."""
+"""Stopping a run by SIGTERM, SIGUSR1 or Ctrl-C: every process ends after the same step, with a checkpoint behind it."""
 
+import os
 import signal
+import time
 
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from common.errors import EXIT_INTERRUPTED
+from training.distributed import STALL
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO = 0.3  # seconds: terminal and launcher may send the same signal
 EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
 EXIT_CODES = (
-    "On SIGTERM and SIGUSR1 the step is finished, a checkpoint is written and the exit code\n"
-    f"is {EXIT_STOPPED}: the same command with --resume auto continues. 0: the run is complete;\n"
-    "2: a mistake, named by a line 'error: ...'."
+    "On SIGTERM, SIGUSR1 and Ctrl-C the step is finished, a checkpoint is written and the exit code\n"
+    f"is {EXIT_STOPPED}: the same command with --resume auto continues. A second Ctrl-C ends at once, with\n"
+    f"{EXIT_INTERRUPTED}. 0: the run is complete; 2: a mistake, named by a line 'error: ...'."
 )
 
 
 class StopRequest:
-    """Within this context SIGTERM and SIGUSR1 are noted instead of ending the process.
+    """Within this context SIGNALS are noted instead of ending the process, but for a second Ctrl-C.
 
     Several processes add up what they noted on the CPU while the next step runs, and read the sum one step later: all
     of them stop after the same step, and none waits for its device.
     """
 
     def __init__(self, num_processes):
-        self.noted = False
-        self.group = dist.new_group(backend="gloo") if num_processes > 1 else None
-        self.exchange = False, None  # sum over the processes, and its handle, of the step before
+        self.noted, self.interrupted = False, None
+        self.group = dist.new_group(backend="gloo", timeout=STALL) if num_processes > 1 else None
+        self.before = torch.futures.Future()  # of the sum over the processes, of the step before
+        self.before.set_result([torch.zeros(1)])
 
     def __enter__(self):
-        self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def _note(self, number, frame):
         self.noted = True
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self.interrupted is not None and now - self.interrupted > ECHO:
+                os.write(2, b"interrupted twice; --resume auto continues from the last checkpoint\n")
+                os._exit(EXIT_INTERRUPTED)
+            self.interrupted = now
 
     def agreed(self):
         """Whether to stop now. Must be called once per step; all processes get the same answer."""
         if self.group is None:
             return self.noted
-        before = self._finish_exchange()
-        flag = torch.tensor([self.noted], dtype=torch.int64)
-        self.exchange = flag, dist.all_reduce(flag, group=self.group, async_op=True)
-        return before
-
-    def _finish_exchange(self):
-        flag, handle = self.exchange
-        if handle is not None:
-            handle.wait()
-        return bool(flag)
+        (total,) = self.before.wait()
+        self.before = dist.all_reduce(torch.tensor([int(self.noted)]), group=self.group, async_op=True).get_future()
+        return bool(total)
 
     def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if kind is None:
-            self._finish_exchange()
+            self.before.wait()

@@ -1,15 +1,14 @@
 """The training loop of every train*.py: batches and draws in, one optimizer step, EMA, log, checkpoints, grids."""
 
-import contextlib
-
 import torch
 
 from common.errors import InputError
-from common.files import write_json
+from common.files import locked, write_json
 from common.look_ahead import ordered_map
+from models.compiling import compile_blocks
 from training import checkpoint
 from training.ema import EMA
-from training.guard import BadSteps, all_finite
+from training.guard import BadSteps
 from training.loader import LatentLoader
 from training.logs import RunLog
 from training.settings import in_words, resumed_settings
@@ -31,26 +30,29 @@ class Trainer:
         self.model = run.model.to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay)
         self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(config, self.model))
-        if config.compile:  # in place: no name in a checkpoint changes
-            self.model.compile(fullgraph=True)
+        self.network.broadcast_buffers = False  # which are constants; DDP's argument of this name is deprecated
+        if config.compile:
+            compile_blocks(self.model)
         self.bad_steps = BadSteps(self.accelerator.device)
 
     def fit(self):
         """Train from --resume to the last step; returns whether it got there, which a signal may prevent."""
         main = self.accelerator.is_main_process
         with (
-            checkpoint.lock_run(self.run_dir) if main else contextlib.nullcontext(),
+            locked(self.run_dir, "--exp-name", main),
             StopRequest(self.accelerator.num_processes) as stop,
         ):
             step = self.resume()
             if step >= self.stop_step:
                 return True
             if main:
-                checkpoint.remove_leftovers(self.run_dir)
-                if later := checkpoint.set_aside_after(self.run_dir, step):
-                    print(f"checkpoints of later steps {later} are set aside as .pt.abandoned", flush=True)
+                checkpoint.clear_way(self.run_dir, step)
                 write_json(self.run_dir / "config.json", self.saved["config"])
-            return self.loop(step, stop)
+            step = self.loop(step, stop)
+            self.accelerator.wait_for_everyone()  # one that ended earlier may make its launcher end the one that writes
+        if step < self.stop_step:
+            self.accelerator.print(f"stopped by a signal after step {step}; --resume auto continues the run")
+        return step == self.stop_step
 
     def resume(self):
         """Restore the state of --resume; returns the step to continue from."""
@@ -76,26 +78,29 @@ class Trainer:
         """Record what a resumed run keeps of the Checkpoint's settings, and what it changes. Raises InputError."""
         self.run.config, self.changes = resumed_settings(self.run, found, path)
         self.config, self.saved = self.run.config, self.run.saved()
+        self.run.noise_block = found.train_state.get("noise_block", 0)  # 0: it began before there were blocks
         record = [{"step": found.steps, "changes": self.changes}] if self.changes else []
         if record := [*found.config.get("changes", []), *record]:
             self.saved["config"]["changes"] = record
 
     def loop(self, step, stop):
-        """All steps from `step` on, until the last or a stop; returns whether the last was reached."""
+        """All steps from `step` on, until the last or a stop; returns the number of steps done."""
         device, end = self.accelerator.device, self.stop_step
         batches = LatentLoader(self.run.dataset, self.run.sampler, self.run.rows.numpy(), step, end, device)
         log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.run.flops_per_image)
-        with contextlib.closing(log) as self.log:
+        writer = checkpoint.CheckpointWriter(self.run_dir, self.config.keep_last, log)
+        self.log, self.writer = log, writer
+        with log.bar, writer.pool:
             if self.changes:
-                self.log.append({"step": step, "changes": self.changes})
+                log.append({"step": step, "changes": self.changes})
             for batch, draws in zip(batches, ordered_map(self.draw, range(step, end)), strict=True):
-                self.log.add(*self.train_step(batch, draws.rows(self.run.rows, device)))
+                log.add(*self.train_step(batch, draws.to(device)))
                 step, stopping = batch.step + 1, stop.agreed()
                 self.after_step(step, stopping)
-                if stopping and step < end:
-                    self.log.say(f"stopped by a signal after step {step}; --resume auto continues the run")
-                    return False
-            return True
+                if stopping:
+                    break
+            writer.check(wait=True)
+        return step
 
     def train_step(self, batch, draws):
         """One optimizer step over this rank's rows, micro-batch by micro-batch; returns values to log and `bad`.
@@ -112,34 +117,45 @@ class Trainer:
                 self.accelerator.backward(loss * (0 * loss.detach() + 1))  # times 1, or times NaN
             for name, value in {"loss": loss.detach(), **parts}.items():
                 values[name] = values.get(name, 0) + value / accumulation
-        values["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        bad = ~torch.isfinite(values["grad_norm"])
-        self.update(bad)
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        values["grad_norm"] = norm = torch.nn.utils.get_total_norm(gradients)
+        bad = ~torch.isfinite(norm)
+        self.update(norm, bad)
         return values, bad
 
-    def update(self, bad):
-        """Optimizer and EMA step; where `bad` is true neither changes anything, to the bit. Waits for no device.
+    def update(self, norm, bad):
+        """Optimizer step with gradients clipped by their norm, and EMA step. Waits for no device.
+
+        Where `bad` is true nothing changes, to the bit.
 
         accelerate's wrapper of the optimizer is bypassed: it would wait for the device to see whether the fp16 scaler
         skipped the step.
         """
         optimizer, scaler = self.optimizer.optimizer, self.accelerator.scaler
+        excess = (norm + 1e-6) / self.config.max_grad_norm  # as torch.nn.utils.clip_grad_norm_ has it
+        optimizer.grad_scale = excess.clamp(min=1)  # fused AdamW divides by it: clipping is no pass of its own
         optimizer.found_inf = bad.float()  # fused AdamW then changes nothing
         optimizer.step()
         optimizer.zero_grad()
         if scaler is not None:
-            scaler.update()  # it saw the gradients when clipping unscaled them
+            scaler.update()  # it saw the gradients when they were unscaled
         self.ema.update(self.model, skip=bad)
         self.bad_steps.count(bad)
 
     def after_step(self, step, stopping):
         """Log, checkpoint and sample at their intervals; a checkpoint is always written at the end."""
         config, last = self.config, step == self.stop_step
+        self.writer.check()
         if step % config.log_every == 0 or last or stopping:
-            bad_steps, in_a_row = self.bad_steps.read()
+            bad, new, in_a_row = self.bad_steps.read()
             epoch = step / self.run.sampler.steps_per_epoch
-            self.log.write(step, epoch, learning_rate=config.learning_rate, bad_steps=bad_steps)
-            self.check_bad_steps(step, bad_steps, in_a_row)
+            self.log.write(step, epoch, learning_rate=config.learning_rate, bad_steps=bad)
+            if in_a_row >= config.max_bad_steps:
+                fault = f"the loss or its gradients were not finite for {in_a_row} steps in a row, up to step {step}"
+                raise self.diverged(fault)
+            if new:
+                self.log.say(f"warning: skipped, as loss or gradients were not finite: {new} of the steps up to {step}")
         stays = step % config.checkpointing_steps == 0 or last
         with self.log.paused():
             if stays or stopping or (config.rolling_steps and step % config.rolling_steps == 0):
@@ -147,66 +163,49 @@ class Trainer:
             if config.sampling_steps and (last or (step % config.sampling_steps == 0 and not stopping)):
                 self.sample(step)
 
-    def check_bad_steps(self, step, bad_steps, in_a_row):
-        """Warn of bad steps since the last check. Raises InputError when there were too many in a row."""
-        if in_a_row >= self.config.max_bad_steps:
-            fault = f"the loss or its gradients were not finite for {in_a_row} steps in a row, up to step {step}"
-            remedy = "resume from one with a lower --learning-rate or another --mixed-precision"
-            raise InputError(f"{fault}; {self.last_checkpoint()}; {remedy}")
-        if bad_steps > self.bad_steps.seen:
-            more = bad_steps - self.bad_steps.seen
-            self.log.say(f"warning: skipped, as loss or gradients were not finite: {more} of the steps up to {step}")
-        self.bad_steps.seen = bad_steps
-
-    def last_checkpoint(self):
-        """The last checkpoint in words. Every one is good: bad steps change nothing, bad weights are not saved."""
-        steps = checkpoint.existing_steps(self.run_dir)
-        if not steps:
-            return "no checkpoint yet"
-        return f"the last good checkpoint is {checkpoint.checkpoint_path(self.run_dir, steps[-1])}"
+    def diverged(self, fault):
+        """InputError naming the last checkpoint. It is good: bad steps change nothing, bad weights are not saved."""
+        self.writer.check(wait=True)
+        steps, last = checkpoint.existing_steps(self.run_dir), "no checkpoint yet"
+        if steps:
+            last = f"the last good checkpoint is {checkpoint.checkpoint_path(self.run_dir, steps[-1])}"
+        remedy = "resume from one with a lower --learning-rate or another --mixed-precision"
+        return InputError(f"{fault}; {last}; {remedy}")
 
     def sample(self, step):
-        """Draw a grid with the averaged weights on the main process; the others wait."""
+        """Draw a grid with the averaged weights on the main process; the others wait in their next step."""
         if self.accelerator.is_main_process:
-            with self.ema.swapped_into(self.model), self.log.reporting_disk_errors(self.run_dir / "samples"):
+            with (
+                torch.compiler.set_stance("force_eager"),  # compiling for its batch and precision would take longer
+                self.ema.swapped_into(self.model),
+                self.log.reporting_disk_errors(self.run_dir / "samples"),
+            ):
                 self.log.say(f"sample grid: {self.on_sample(self.model, step)}")
-        self.accelerator.wait_for_everyone()
 
     def save(self, step, stays):
-        """Write the checkpoint of a step on the main process; unless it `stays`, later ones replace it."""
-        if not all_finite([*self.model.parameters(), *self.ema.shadow.values()]):
-            fault = f"the weights at step {step} are not finite and are not saved; {self.last_checkpoint()}"
-            raise InputError(f"{fault}; resume from one with a lower --learning-rate")
+        """Write the checkpoint of a step on the main process, in a thread; unless it `stays`, later ones replace it."""
+        if not torch.nn.utils.get_total_norm([*self.model.parameters(), *self.ema.shadow.values()]).isfinite():
+            raise self.diverged(f"the weights at step {step} are not finite and are not saved")
         if self.accelerator.is_main_process:
-            path = checkpoint.checkpoint_path(self.run_dir, step)
-            with self.log.reporting_disk_errors(path, fatal=stays):
-                checkpoint.note_rolling(self.run_dir, step, stays)
-                checkpoint.save_checkpoint(path, **self.state(step))
-                self.log.say(f"checkpoint: {path}")
-                checkpoint.delete_old(self.run_dir, self.config.keep_last)
-        self.accelerator.wait_for_everyone()
+            self.writer.save(step, stays, self.state(step))
 
     def state(self, step):
         """Content of the checkpoint of a step."""
         scaler = self.accelerator.scaler
+        noted = {"samples_seen": step * self.config.batch_size, "noise_block": self.run.noise_block}
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "opt": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "steps": step,
-            "train_state": {**self.bad_steps.state_dict(), "samples_seen": step * self.config.batch_size},
+            "train_state": {**self.bad_steps.state_dict(), **noted},
             **self.saved,
         }
 
 
 def make_optimizer(config, model):
     """AdamW over the parameters that are trained."""
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas, decay, epsilon = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay, config.adam_epsilon
+    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)

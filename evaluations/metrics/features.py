@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, system_fault
 from common.flags import flag
 from evaluations.metrics.frechet import RunningStatistics
-from evaluations.metrics.results import json_flag
+from evaluations.metrics.results import ResultFlags
 from models.encoders import IMAGENET_STATISTICS
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -24,14 +24,13 @@ DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_
 
 
 @dataclasses.dataclass(kw_only=True)
-class MeasureFlags:
+class MeasureFlags(ResultFlags):
     """Flags of the programs that run images through a network."""
 
     inception_weights: str | None = flag(None, "file; default: torch-fidelity's", str, group="features", metavar="FILE")
     features: str | None = flag(None, "timm model or TorchScript file instead", str, group="features", metavar="NAME")
     sqrtm: bool = flag(False, "published arithmetic of the Fréchet distance (scipy's sqrtm)", group="distances")
     other_size: bool = flag(False, "allow a reference of another resolution", group="distances")
-    json: str | None = json_flag()
 
 
 @dataclasses.dataclass
@@ -81,7 +80,8 @@ def load_features(name, device="cpu"):
         try:
             return Script(features_name(name), torch.jit.load(name, map_location=device).eval())
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"--features {name} is no TorchScript file to be read ({first_line(error)})") from None
+            fault = system_fault(error) or f"it is no TorchScript file to be read ({first_line(error)})"
+            raise InputError(f"--features {name}: {fault}") from None
     import timm  # seconds to import, and InceptionV3 does not need it
 
     network = create_pretrained(name, f"--features {name}", "timm.list_models(pretrained=True) lists the names")
@@ -128,12 +128,13 @@ def resample_position(embedding, grid):
 
 
 def extract(images, batches, extractor, processes, keep=False):
-    """Run the images of `batches` (this process's arrays of indices; there may be none) through the extractor.
+    """Run the images of `batches` (this process's arrays of indices, which may be empty) through the extractor.
 
     Returns {name: RunningStatistics} over all processes, and the "pool" rows (N, D) float32 of all processes in their
     order, on the CPU, where keep is true, else None. Raises InputError for features that are not finite.
     """
     # a process without images runs one to know the features, and counts none of its rows
+    batches = [batch for batch in batches if len(batch)]
     batches, counted = (batches, None) if batches else ([np.arange(1)], 0)
     statistics, kept = {}, []
     progress = tqdm(total=sum(map(len, batches)), unit="image", disable=processes.rank > 0, mininterval=1)

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, system_fault
 from common.look_ahead import ordered_map
 from preprocessing.sources import BadImageError, ImageSource
 
@@ -32,18 +32,17 @@ class NpzImages:
         try:
             self.archive = zipfile.ZipFile(path)
             with self.archive.open("arr_0.npy") as member:
-                first = form.read_magic(member) == (1, 0)
-                shape, fortran, dtype = (form.read_array_header_1_0 if first else form.read_array_header_2_0)(member)
+                form.read_magic(member)
+                shape, fortran, dtype = form.read_array_header_1_0(member)
                 self.start = member.tell()  # of the first pixel
         except KeyError:
             held = self.archive.namelist()
             raise InputError(f"{flag} {path}: missing arr_0 in npz file; it holds {held}") from None
         except READ_ERRORS as error:
             raise unreadable(f"{flag} {path}", error) from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise InputError(f"{flag} {path}: arr_0 is {dtype} {shape}; images must be uint8 (N, H, W, 3), 0 to 255")
-        if fortran:
-            raise InputError(f"{flag} {path}: arr_0 is in Fortran order; save numpy.ascontiguousarray of it")
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran:
+            found = f"{dtype} {shape}{' in Fortran order' if fortran else ''}"
+            raise InputError(f"{flag} {path}: arr_0 is {found}; images must be uint8 (N, H, W, 3), in C order")
         self.count, self.shape = shape[0], shape[1:]
 
     def __len__(self):
@@ -88,7 +87,8 @@ class FolderImages:
         try:
             pixels = np.asarray(self.source.read(index))
         except (BadImageError, OSError) as error:
-            raise InputError(f"{name} cannot be read as an image ({error}); replace or remove it") from None
+            fault = f"{name} cannot be read as an image ({error}); replace or remove it"
+            raise InputError(system_fault(error, name) or fault) from None
         if pixels.shape != getattr(self, "shape", pixels.shape):
             raise InputError(f"{name} is {pixels.shape}, the first image {self.shape}; all must have one size")
         return pixels
@@ -99,8 +99,3 @@ class FolderImages:
         images = ordered_map(self.read, itertools.chain.from_iterable(batches), ahead, THREADS)
         for indices in batches:
             yield np.stack(list(itertools.islice(images, len(indices))))
-
-
-def split(indices, size):
-    """Consecutive batches of an array, `size` each; the last may have fewer."""
-    return [indices[start : start + size] for start in range(0, len(indices), size)]

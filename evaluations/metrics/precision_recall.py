@@ -34,21 +34,14 @@ def distance_block(u, v, dtype):
 
 
 def radii(features, k=3, dtype=torch.float16, block=BLOCK):
-    """Squared distance of each row of (N, D) to its k-th neighbour, (N,): entry k, from 0, of its sorted distances.
-
-    The row itself is among them. Raises ValueError for too few rows.
-    """
-    if len(features) <= k:
-        raise ValueError(f"{len(features)} samples have no {k} neighbours each")
+    """Squared distance of each row of (N, D), N > k, to its k-th neighbour, (N,); the row itself is number 0."""
     found = []
     for rows in features.split(block):
-        nearest = None
+        nearest = []  # k + 1 of each block
         for columns in features.split(block):
             part = distance_block(rows, columns, dtype)
-            part = part.topk(min(k + 1, len(columns)), dim=1, largest=False).values
-            part = part if nearest is None else torch.cat([nearest, part], dim=1)
-            nearest = part.topk(min(k + 1, part.shape[1]), dim=1, largest=False).values
-        found.append(nearest.amax(dim=1))
+            nearest.append(part.topk(min(k + 1, len(columns)), dim=1, largest=False).values)
+        found.append(torch.cat(nearest, dim=1).topk(k + 1, dim=1, largest=False).values.amax(dim=1))
     return torch.cat(found)
 
 
@@ -70,7 +63,6 @@ def precision_recall(reference, sample, k=3, precision="float16", block=BLOCK):
     """(precision, recall) of features (N, D) and (M, D) on one device.
 
     precision: arithmetic of the distances; published numbers are float16. Features are finite, their widths the same.
-    Raises ValueError for too few rows.
     """
     largest = max(rows.double().square().sum(dim=1).amax() for rows in (reference, sample))
     if precision == "float16" and HALF_MAX / 2 < largest <= HALF_MAX:

@@ -1,30 +1,28 @@
 """What images are compared with: statistics in a pickle or an npz, and the size of the images they are of."""
 
+import codecs
 import io
 import pickle
-import re
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
 from common.errors import InputError
+from common.files import read_bytes
 from evaluations.metrics.images import READ_ERRORS, NpzImages, unreadable
+
+MAKERS = [value.__reduce_ex__(protocol)[0] for value in (np.empty(1), np.float64()) for protocol in (2, 5)]
+# encode: old protocols write bytes as text
+KNOWN = {found.__name__: found for found in (np.ndarray, np.dtype, codecs.encode, *MAKERS)}
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Unpickler that knows the few names that arrays and numbers of numpy need, and refuses all others."""
-
-    CORE = "numpy.core" if np.__version__.startswith("1.") else "numpy._core"  # renamed in numpy 2
-    ARRAYS = re.compile(r"numpy\._?core\.(multiarray (_reconstruct|scalar)|numeric _frombuffer)")
-    OTHERS = ("numpy ndarray", "numpy dtype", "_codecs encode")  # the last: old protocols write bytes as text
+    """Unpickler that knows what arrays and numbers of numpy need, in modules of any version, and refuses all else."""
 
     def find_class(self, module, name):
-        if self.ARRAYS.fullmatch(f"{module} {name}"):
-            module = f"{self.CORE}.{module.rsplit('.', 1)[1]}"
-        elif f"{module} {name}" not in self.OTHERS:
+        if name not in KNOWN:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not loaded: it could run code")
-        return super().find_class(module, name)
+        return KNOWN[name]
 
 
 def read_reference(path):
@@ -35,23 +33,16 @@ def read_reference(path):
         if "arr_0.npy" in zipfile.ZipFile(path).namelist():
             size = NpzImages(path, "--ref").shape[:2]
     else:
-        content = read_pickle(path)
+        data = io.BytesIO(read_bytes(path, "download the file first, or make it with `ref`"))
+        try:
+            content = dict(NumpyUnpickler(data).load())
+        except Exception as error:  # the bytes of a damaged pickle decide what fails
+            raise InputError(f"--ref {path} cannot be read as a dict of statistics ({error}); copy it again") from None
         size, _ = content.pop("image_size", None), content.pop("num_images", None)
         metrics = {name: moments(value, "mu", "sigma", f"--ref {path}: {name}") for name, value in content.items()}
     if not metrics:
         raise InputError(f"--ref {path} holds no statistics; make a reference of its images with `ref`")
     return metrics, size
-
-
-def read_pickle(path):
-    """The dict in a pickle of arrays and numbers; {} of anything else. Raises InputError."""
-    try:
-        content = NumpyUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-    except FileNotFoundError:
-        raise InputError(f"--ref {path} does not exist; download the file first, or make it with `ref`") from None
-    except Exception as error:  # the bytes of a damaged pickle decide what fails
-        raise InputError(f"--ref {path} cannot be read as a pickle of statistics ({error}); copy it again") from None
-    return content if isinstance(content, dict) else {}
 
 
 def read_statistics(path, members):
@@ -69,19 +60,14 @@ def moments(held, mean, covariance, where):
     if not isinstance(held, dict) or not {mean, covariance} <= held.keys():
         raise InputError(f"{where} does not hold both {mean} and {covariance}; take a whole reference file")
     mu, sigma = (np.asarray(held[name], np.float64) for name in (mean, covariance))
-    if mu.ndim != 1 or sigma.shape != mu.shape * 2:
-        shapes = f"{mu.shape} and {sigma.shape}, not (D,) and (D, D)"
-        raise InputError(f"{where}: {mean}, {covariance} have shapes {shapes}; take another reference")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise InputError(f"{where}: {mean}, {covariance} are not finite; make the statistics again")
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        shapes = f"{mean} {mu.shape} and {covariance} {sigma.shape}"
+        raise InputError(f"{where}: {shapes} are not finite (D,) and (D, D); take another reference")
     return mu, sigma
 
 
 def other_size(images, size, allowed):
-    """A line where images differ from the reference's size (H, W, …; None: not known), else None.
-
-    Raises InputError where that is not allowed.
-    """
+    """A line where images have another size than the reference, (H, W, …) or None; InputError if not `allowed`."""
     if size is None or tuple(size[:2]) == tuple(images.shape[:2]):
         return None
     line = "samples of {}x{} are compared with a reference of {}x{}".format(*images.shape[:2], *size[:2])

@@ -6,9 +6,9 @@ from pathlib import Path
 from common.errors import InputError, note
 from common.files import check_writable, write_json
 from common.flags import flag
-from common.records import read_record
+from common.records import check_record, read_record
 from common.versions import versions
-from sampling.manifest import manifest_path, read_manifest
+from sampling.manifest import SETTINGS, manifest_path, read_manifest
 
 PACKAGES = ("torch", "scipy", "torch-fidelity", "timm")
 
@@ -37,7 +37,9 @@ class Result:
         return read_record(cls, path, "pass files that the evaluators wrote")
 
     def write(self, path):
-        """Write the file, with the manifest beside the samples. Raises InputError where it cannot be written."""
+        """Write the file, if there is one, with the manifest beside the samples. Raises InputError."""
+        if path is None:
+            return
         if found := sample_manifest(self.samples):
             self.manifest = {name: value for name, value in found.to_json().items() if name != "labels"}
         content = dataclasses.asdict(self).items()
@@ -55,37 +57,47 @@ def sample_manifest(samples):
     return read_manifest(path) if path.is_file() else None
 
 
-def sample_labels(samples, kinds, count, remedy):
-    """The `labels` of the manifest beside samples: `count`, all of one of the types. Raises InputError."""
+def sample_labels(samples, kind, count, remedy):
+    """The `labels` of the manifest beside samples: `count`, as `kind`, such as list[str]. Raises InputError."""
     path, manifest = manifest_path(samples), sample_manifest(samples)
-    labels = manifest and manifest.labels
-    if not labels or {*map(type, labels)} not in [{kind} for kind in kinds]:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"{path} does not list a {names} for each sample under 'labels'; {remedy}")
+    labels = check_record(kind, manifest and manifest.labels, f"{path}: labels", remedy)
     if len(labels) != count:
         raise InputError(f"{path} lists {len(labels)} labels for {count} samples; {remedy}")
     return labels
 
 
 def markdown(header, rows):
-    """Lines of a table."""
+    """Text of a table."""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, *rows)]
-    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
-def json_flag():
-    """--json, alone or with a file, as result_path takes it."""
-    help = "write the result; without FILE results/NAME….json"
-    return flag(None, help, str, group="output", nargs="?", const="", metavar="FILE")
+@dataclasses.dataclass(kw_only=True)
+class ResultFlags:
+    """Where the result goes, and whether it may be of a part."""
 
+    json: str | None = flag(None, "write results/NAME.json", str, group="output", nargs="?", const="", empty=True)
+    incomplete: bool = flag(False, "measure what is there, though samples are missing", group="data")
 
-def result_path(given, samples, suffix=""):
-    """Path for a --json flag: as given, or results/NAME + suffix + .json of samples NAME; None for None.
+    def check_count(self, samples, count):
+        """Refuse `count` samples where the manifest beside them says another number, or sampling is not finished."""
+        manifest = sample_manifest(samples)
+        said = manifest and manifest.num_fid_samples
+        if said not in (None, count):
+            self.refuse(f"{samples} holds {count} samples, {manifest_path(samples)} says {said}")
+        if manifest is None and (Path(samples) / SETTINGS).is_file():
+            self.refuse(f"sampling into {samples} is not finished ({count} samples)")
 
-    Raises InputError where it cannot be written.
-    """
-    if given is None:
-        return None
-    path = Path(given) if given else Path("results") / f"{Path(samples).name.removesuffix('.npz')}{suffix}.json"
-    check_writable(path, "--json")
-    return path
+    def refuse(self, fault):
+        """Raise InputError of samples that are not whole; with --incomplete only a warning."""
+        if not self.incomplete:
+            raise InputError(f"{fault}; complete them, or pass --incomplete to measure what is there")
+        note(f"warning: {fault}")
+
+    def result_path(self, samples, suffix=""):
+        """--json's file, by default results/NAME + suffix + .json of samples NAME; None without. Raises InputError."""
+        if self.json is None:
+            return None
+        path = Path(self.json or f"results/{Path(samples).name.removesuffix('.npz')}{suffix}.json")
+        check_writable(path, "--json")
+        return path

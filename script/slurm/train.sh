@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DeepFlow-XL/2-3T on two nodes of eight GPUs under Slurm, requeued until it is done; docs/cluster.md explains it.
 #   sbatch script/slurm/train.sh [more flags of train.py]
+# The repository, DATA_DIR (data/imagenet256) and OUTPUT_DIR (exps) lie on a file system that all nodes share.
 #SBATCH --job-name=deepflow-xl-3t
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8       # one process per GPU
@@ -14,16 +15,13 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"
 
-DATA_DIR=${DATA_DIR:-data/imagenet256}   # on a file system that all nodes share, as the repository and OUTPUT_DIR
-OUTPUT_DIR=${OUTPUT_DIR:-exps}
-
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # No launcher in between: srun starts every process, passes on the signals it gets, and waits as long as it takes.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train.py \
-    ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "$OUTPUT_DIR" --data-dir "$DATA_DIR" --resume auto \
-    --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 "$@" &
+    ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "${OUTPUT_DIR:-exps}" --data-dir "${DATA_DIR:-data/imagenet256}" \
+    --resume auto --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 --compile "$@" &
 step=$!
 out_of_time=no
 trap 'out_of_time=yes; kill -USR1 "$step"' USR1

@@ -3,7 +3,6 @@
 #   bash script/t2i/eval.sh [more flags of generate_t2i.py]
 # References are the validation crops of script/t2i/preprocess.sh; REF=none: sample only.
 # GENEVAL: its evaluation_metadata.jsonl; its images are then made and checked (docs/text_to_image.md goes on).
-set -euo pipefail
 EXP_NAME=${EXP_NAME:-deepflow-t2i-3t}
 LAST_STEP=0150000
 VAL_JSON=${VAL_JSON:-coco/annotations/captions_val2014.json}
@@ -16,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../measure.sh"
 SAMPLE_DIR=${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/samples-t2i}
 
 sample() { # NAME PROMPTS [flags]
-    launch generate_t2i.py --ckpt "$CKPT" --sample-dir "$SAMPLE_DIR/$1" --prompts "$2" --per-proc-batch-size 64 "${@:3}"
+    launch generate_t2i.py --ckpt "$CKPT" --sample-dir "$SAMPLE_DIR/$1" --prompts "$2" "${fast[@]}" "${@:3}"
 }
 
 measure() {

@@ -3,7 +3,6 @@
 #   COCO=coco bash script/t2i/preprocess.sh
 # COCO holds train2014/, val2014/ and annotations/captions_{train,val}2014.json, as they unpack.
 # Disk: features of the training captions take about 49 GB in fp16, of the validation captions 24 GB.
-set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 COCO=${COCO:-coco}
 DATA_DIR=${DATA_DIR:-data/coco256}
