@@ -49,7 +49,8 @@ class PublishedFlags(ConventionFlag):
 
     def published(self):
         """{flag: value} of these."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(PublishedFlags)}
+        named = {"df_idxs": self.df_idxs, "dmf_depth": self.dmf_depth, "legacy_scaling": self.legacy_scaling}
+        return {**named, "convention": self.convention}
 
 
 @dataclasses.dataclass

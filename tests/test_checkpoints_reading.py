@@ -598,7 +598,9 @@ def test_entries_of_another_type(tmp_path, entry, value):
     refusal(save(tmp_path / "a.pt", {**content, entry: value}))
 
 
-@pytest.mark.parametrize("change", [torch.Tensor.int, torch.Tensor.to_sparse, lambda t: t.to(torch.complex64)], ids=str)
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.int, torch.Tensor.to_sparse, torch.Tensor.cfloat], ids=["int", "sparse", "complex"]
+)
 def test_tensors_of_other_kinds(tmp_path, change):
     state = tiny().state_dict()
     state["blocks.1.attn.qkv.weight"] = change(state["blocks.1.attn.qkv.weight"])

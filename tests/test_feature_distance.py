@@ -82,7 +82,7 @@ def test_a_published_flow_map_without_head_needs_its_depth(checkpoints, tmp_path
     ours = run(tmp_path, checkpoints["DMFT"], "--block", 3)["curves"]
     assert run(tmp_path, tmp_path / "map.pt", "--block", 3, "--dmf-depth", 2)["curves"] == ours
     assert run(tmp_path, tmp_path / "map.pt", "--block", 3, "--convention", "sit")["curves"] != ours
-    with pytest.raises(InputError, match="map.pt.*--convention"):
+    with pytest.raises(InputError, match=r"map.pt.*--convention"):
         run(tmp_path, tmp_path / "map.pt", "--block", 3)
 
 

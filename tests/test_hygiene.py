@@ -71,8 +71,8 @@ def names_of_getattr(tree):
         (TrainConfig, ("train.py", "training/")),
         (FlowMapConfig, ("train_dmf.py", "training/")),
         (TextTrainConfig, ("train.py", "train_t2i.py", "training/")),
-        (GenerateConfig, ("generate.py", "sampling/")),
-        (TextGenerateConfig, ("generate.py", "generate_t2i.py", "sampling/")),
+        (GenerateConfig, ("generate.py", "sampling/", "models/published.py")),
+        (TextGenerateConfig, ("generate.py", "generate_t2i.py", "sampling/", "models/published.py")),
     ],
     ids=["train", "train_dmf", "train_t2i", "generate", "generate_t2i"],
 )

@@ -152,7 +152,7 @@ def test_published_files_are_starting_points(data, tmp_path, capsys, name, optio
     model = "DeepFlow-DMF-Ti/2" if "df_idxs" in options else "DMFT-Ti/2"
     flags = {"model": model, "df_idxs": str(list(options.get("df_idxs", ()))), "max_train_steps": 1}
     if not options:
-        with pytest.raises(InputError, match="published.pt.*--convention"):
+        with pytest.raises(InputError, match=r"published.pt.*--convention"):
             tiny.run_train_dmf(data, tmp_path, tmp_path / "published.pt", **flags)
         flags["convention"] = "sit"
     run = tiny.run_train_dmf(data, tmp_path, tmp_path / "published.pt", **flags)
