@@ -49,7 +49,7 @@ class DataInfo:
         return f"{self.count:,} latents {self.moments_shape}, {what}, VAE {spec.vae} at scale {spec.scale}"
 
     def conditions(self):
-        """What the latents are of, in words."""
+        """What the latents are conditioned on, in words."""
         return f"{self.num_classes} classes"
 
 
@@ -97,7 +97,7 @@ class LatentDataset:
         self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
         self.features = features or {}
         self._moments = StoredRows(rows, mirror)
-        usual = max(4, cores_of_process() if images else 0)  # to decode an image takes milliseconds of a core
+        usual = max(4, cores_of_process() if images else 0)  # decoding an image takes milliseconds of a core
         self.workers = max(1, usual if workers is None else workers)
         self._pool = ThreadPoolExecutor(self.workers)
 
@@ -168,8 +168,8 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
     """Open a data folder of either layout. Raises InputError for what does not fit.
 
     images, mirror: also read `images`, `vae-sd-mirror`; features: names of the encoders whose `features-NAME` to read;
-    num_classes, data_vae: what a folder without a manifest does not say; workers: threads that read files, by default 4
-    or, where images are read, as many as there are cores.
+    num_classes, data_vae: what a folder without a manifest leaves open; workers: threads that read files, by default 4
+    or, if images are read, at least one per core.
     """
     moments = open_moments(data_dir, data_vae)
     if moments.labels is None:

@@ -123,10 +123,10 @@ class GuidedTarget:
 
     @torch.no_grad()
     def __call__(self, v, x, t, y, guided):
-        """v* (M, C, H, W); v: dx_t/dt; guided (M,) bool on the CPU, where reading it waits for no device.
+        """v* (M, C, H, W); v: dx_t/dt; guided: (M,) bool, on the CPU so that reading it does not wait for the device.
 
         mg: v + ω·(u(y) − u(null)) where guided, else v; distill: the teacher's u(null) + ω·(u(y) − u(null)), else u(y).
-        Only the rows that this takes pass through the network, M/4 at a time: to a compiled one all passes look alike.
+        Only the rows that this needs pass through the network, M/4 at a time, so that a compiled one sees one shape.
         """
         m, guided = len(x), guided.nonzero().flatten()
         conditional = {"default": guided[:0], "mg": guided, "distill": torch.arange(m)}[self.kind]

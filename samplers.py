@@ -64,7 +64,7 @@ class GuidedVelocity:
 
     @property
     def evaluations(self):
-        """Model evaluations of an image."""
+        """Model evaluations per image."""
         return self.calls + self.guided_calls
 
     @torch.no_grad()

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python -m benchmarks.dmf_step                           # CPU, fp32
     python -m benchmarks.dmf_step --model DMFT-XL/2 --batch-size 64            # GPU, bf16
 
-Both steps are of the same network and batch, eager and compiled. Parts: guidance (of two thirds of the 2N rows, as the
-default flags draw them on average), derivative (the Jacobian-vector product), forward and backward (2N rows). Passes
-are counted in N rows: a flow step is 1 forward and 1 backward, about 3 forwards' worth; a flow map's is 2 to 3 of
-guidance, a derivative worth 2, 2 forward and 2 backward, about 11. Times are medians of interleaved repeats.
+Both steps use the same network and batch, eager and compiled. Parts: guidance (of two thirds of the 2N rows, which is
+the average with default flags), derivative (the Jacobian-vector product), forward and backward (2N rows). In passes of
+N rows, a flow step has 1 forward and 1 backward, worth about 3 forward passes; a flow map's has 2 to 3 for guidance, a
+derivative worth 2, 2 forward and 2 backward, worth about 11. Times are medians of interleaved repeats.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The items of gpu_session.py: functions of Sizes that yield what they measure, one Measured after the other."""
+"""The items of gpu_session.py: generator functions of Sizes that yield one Measured after the other."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ TINY = Sizes("DeepFlow-Ti/2", "DeepFlow-Ti/2", "DMFT-Ti/2", (1, 2), 2, 1, 2, 2, 
 
 @dataclasses.dataclass
 class Measured:
-    """A number (or a text) that was measured, beside what was predicted."""
+    """A measured number or text, and its prediction."""
 
     what: str
     value: float | str
@@ -83,7 +83,7 @@ class Measured:
     predicted: float | None = None
 
     def ratio(self):
-        """Measured to predicted."""
+        """Measured over predicted; None without a prediction or a number."""
         return self.value / self.predicted if self.predicted and isinstance(self.value, float) else None
 
 
@@ -180,7 +180,7 @@ def compiled_steps(sizes):
 
 
 def top_kernels(sizes, count=12):
-    """The kernels that take the most of a compiled step, and their share."""
+    """The kernels that take the most time of a compiled step, and their shares."""
     step, _ = make_step(sizes, sizes.xl, sizes.batches[0], "compiled")
     activities = [torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
@@ -245,7 +245,7 @@ def sampling_rates(sizes):
 
 
 def vae_folder(folder, width):
-    """A VAE of Stable Diffusion's form with random weights; the folder's name makes it one of its family."""
+    """Write a VAE of Stable Diffusion's architecture with random weights; the folder's name marks it as that family."""
     from diffusers import AutoencoderKL
 
     widths = (width, 2 * width, 4 * width, 4 * width)
@@ -305,7 +305,7 @@ def compiled():
 
 
 def run_program(*command):
-    """Standard output of a Python program of the repository. Raises RuntimeError with its last line where it fails."""
+    """Standard output of a Python program of the repository. Raises RuntimeError with its last line if it fails."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])

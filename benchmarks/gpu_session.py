@@ -7,8 +7,8 @@
 1: versions, GPU tests, rates of copies and matrix products, attention kernels. 2: steps of DeepFlow-XL/2, eager and
 compiled, its top kernels. 3: DeepFlow-B/2, whole graph, data parallelism, flow maps. 4: sampling, decoding, programs.
 
-Every row is appended to --out as JSON when it is there, and the table comes last. What runs out of memory, out of time,
-lacks a package or fails leaves one row that says so. Predictions are for one H200, compiled bf16; none was measured.
+Every row is appended to --out as JSON once it is measured, and the table is printed at the end. An item that runs out
+of memory or time, lacks a package or fails leaves a row that says so. Predictions: one H200, compiled bf16; unmeasured.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from common.errors import InputError, exit_on_input_error, first_line
 from common.flags import flag, parse_flags
 from common.precision import set_math
 
-SECONDS = 8 * 60 - 15  # of a phase; what still runs then is interrupted
+SECONDS = 8 * 60 - 15  # per phase; what is still running then is interrupted
 PHASES = {
     1: (gpu_items.versions, gpu_items.gpu_tests, gpu_items.rates, gpu_items.attention_kernels),
     2: (gpu_items.eager_steps, gpu_items.compiled_steps, gpu_items.top_kernels),
@@ -51,7 +51,7 @@ class SessionFlags:
 
 
 class Session:
-    """Runs items, and keeps a row of each thing that they measure."""
+    """Runs items and keeps a row for everything that they measure."""
 
     def __init__(self, out, sizes):
         self.out, self.sizes, self.rows = Path(out), sizes, []
@@ -62,7 +62,7 @@ class Session:
             self.run(phase, item, end - time.monotonic())
 
     def run(self, phase, item, seconds):
-        """Run one item; what ends it early becomes its last row."""
+        """Run one item; if it ends early, its last row gives the reason."""
         name = item.__name__.replace("_", " ")
         try:
             with time_limit(seconds):
@@ -75,14 +75,14 @@ class Session:
             fault = "out of time"
         except ModuleNotFoundError as error:
             fault = f"{error.name} is not installed"
-        except Exception as error:  # whatever it is, the other rows are worth having
+        except Exception as error:  # one failure must not cost the other rows
             fault = f"failed: {type(error).__name__}: {first_line(error)}"
         finally:
             free()
         self.add(phase, name, gpu_items.Measured("–", fault))
 
     def add(self, phase, item, measured):
-        """Append a row to the file, and say it."""
+        """Append a row to the file and print it on stderr."""
         ratio = measured.ratio()
         row = {"phase": phase, "item": item, **dataclasses.asdict(measured), "ratio": ratio}
         with open(self.out, "a") as file:
@@ -95,7 +95,7 @@ class Session:
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """Raise TimeoutError in what runs within the context for longer."""
+    """Raise TimeoutError if the context takes longer than `seconds`."""
 
     def stop(*_):
         raise TimeoutError
@@ -110,7 +110,7 @@ def time_limit(seconds):
 
 
 def run(args):
-    """All phases that the flags name; returns the Session."""
+    """Run the phases that the flags name; returns the Session."""
     args.check()
     set_math(allow_tf32=True)
     session = Session(args.out, gpu_items.TINY if args.tiny else gpu_items.FULL)

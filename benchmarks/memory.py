@@ -4,9 +4,9 @@
     python -m benchmarks.memory --models DeepFlow-XL/2 --batches 96 192
 
 bytes = parameters · BYTES_PER_PARAMETER + images · saved + WORKSPACE, all on one GPU, bf16 autocast. "Saved" is what
-the forward pass keeps for the backward pass, in units of T·D bf16 values (T tokens, of text too; D width): so many per
-block, per VeRA block and for the rest. Eager is what autograd holds (tests count it), compiled what the graphs that
-Inductor lowers for an H200 keep. Alignment's projectors are not in it.
+the forward pass keeps for the backward pass: a count per block, per VeRA block and for the rest, in units of T·D bf16
+values (T tokens, text included; D width). Eager counts what autograd holds (tests check it), compiled what the graphs
+that Inductor lowers for an H200 keep. Alignment's projectors are left out.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from models.mmdit import TEXT_TOKENS
 from models.presets import build
 
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 2  # weights, EMA, AdamW's moments, gradients in fp32; bf16 casts of the weights
-WORKSPACE = 2e9  # CUDA's context, cuBLAS, what the allocator cannot use; an estimate
+WORKSPACE = 2e9  # CUDA's context, cuBLAS, fragmentation; an estimate
 CARDS = (24, 40, 80, 141)  # GB
-# Units of T·D bf16 values that are saved: (block, VeRA, VeRA per P/D, rest); P is the width of ACC_MLP.
+# Saved values in units of T·D: (block, VeRA, VeRA per P/D, rest); P is the width of ACC_MLP.
 UNITS = {"eager": (24.1, 30.1, 8.0, 5.1), "compiled": (20.1, 26.1, 8.0, 2.1)}
 MODELS = (
     *("DeepFlow-B/2", "DeepFlow-L/2", "DeepFlow-XL/2", "SiT-B/2", "SiT-XL/2", "DMFT-B/2", "DMFT-XL/2"),
@@ -36,22 +36,22 @@ class MemoryFlags:
     """Flags of this program."""
 
     models: tuple = flag(MODELS, "presets", str, nargs="+")
-    batches: tuple = flag((32, 64, 128, 256), "images a GPU and micro-batch", int, nargs="+", range=Range(low=1))
+    batches: tuple = flag((32, 64, 128, 256), "images per GPU and micro-batch", int, nargs="+", range=Range(low=1))
 
 
 def fixed_bytes(options):
-    """Memory that does not grow with the batch; options: constructor arguments."""
+    """Bytes that do not grow with the batch; options: constructor arguments."""
     with torch.device("meta"):
         model = build(options)
     return BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters()) + WORKSPACE
 
 
 def saved_bytes(options, how):
-    """What an image's forward pass keeps for its backward pass; how: eager or compiled."""
+    """Bytes that the forward pass of an image keeps for the backward pass; how: eager or compiled."""
     block, vera, vera_mlp, rest = UNITS[how]
     width, is_text = options["hidden_size"], options.get("context_dim") is not None
     unit = 2 * width * (options["input_size"] // options["patch_size"]) ** 2
-    share = 1 + is_text * TEXT_TOKENS * 2 * width / unit  # tokens of text pass through the blocks too
+    share = 1 + is_text * TEXT_TOKENS * 2 * width / unit  # text tokens pass through the blocks too
     each = options["depth"] * block * share + rest
     each += len(options["df_idxs"]) * (vera + vera_mlp * options["projector_dim"] / width)
     rows = 2 if options.get("dmf_depth") is not None else 1  # a flow map trains two rows of each image
@@ -59,18 +59,18 @@ def saved_bytes(options, how):
 
 
 def step_bytes(options, batch, how):
-    """Predicted memory of a training step of so many images on one GPU, checkpointing of gradients aside."""
+    """Predicted bytes of a training step of `batch` images on one GPU, without gradient checkpointing."""
     return fixed_bytes(options) + batch * saved_bytes(options, how)
 
 
 def largest_batch(options, memory, how):
-    """The most of 256, 128, … 1 images whose step fits into so many bytes by prediction; 1 where none does."""
+    """The largest of 256, 128, … 1 images whose step is predicted to fit into `memory` bytes; 1 if none does."""
     sizes = [2**power for power in range(8, -1, -1)]
     return next((size for size in sizes if step_bytes(options, size, how) <= memory), 1)
 
 
 def fits_on(memory):
-    """The smallest of CARDS for so many bytes, as text. A card has some 5 % more than its name says: the reserve."""
+    """The smallest of CARDS that holds `memory` bytes, as text. Cards have some 5 % more than named, as a reserve."""
     return next((f"{card} GB" for card in CARDS if memory <= card * 1e9), "none")
 
 

@@ -35,7 +35,7 @@ from sampling.sampler import batch_noise
 
 CLASSES = 1000
 GUIDANCES = {"none": Guidance(), "all steps": Guidance(1.5), "[0.3, 0.7]": Guidance(1.5, 0.3, 0.7)}
-IMAGES_PER_S = {"XL": 7.8, "B": 26.0}  # to reach on one H200: compiled bf16, 250 steps, no guidance
+IMAGES_PER_S = {"XL": 7.8, "B": 26.0}  # target on one H200: compiled bf16, 250 steps, no guidance
 SDE = SAMPLERS["sde"]
 
 
@@ -71,7 +71,7 @@ class Case:
 
 
 def build_networks(size, args, compiled):
-    """{name: (x, t, y) → velocity} of SiT, DeepFlow and diffusers' DiT, where installed, the last of SiT's sizes."""
+    """{name: (x, t, y) → velocity} of SiT, DeepFlow and, if installed, diffusers' DiT of SiT's width and depth."""
     names = (f"SiT-{size}/2", f"DeepFlow-{size}/2")
     models = [create_model(name, input_size=args.latent_size) for name in names]
     if installed("diffusers"):
@@ -155,7 +155,7 @@ def targets(size, networks, times, medians, args):
         yield f"{name}: guided run at most 2.1 unguided ones", f"{guided:.2f}", guided <= 2.1
         yield f"{name}: with interval [0.3, 0.7] at most 1.45", f"{interval:.2f}", interval <= 1.45
         yield f"{name}: overhead under 2 %", f"{overhead:.2f} %", overhead < 2
-        if model.startswith("SiT") and (dit, how) in networks:  # DeepFlow of its name has VeRA beside as many blocks
+        if model.startswith("SiT") and (dit, how) in networks:  # DeepFlow of this size has VeRA besides the blocks
             to_dit = median_ratio(times, none, (dit, how, "none"))
             yield f"{name}: time per image at most diffusers'", f"{to_dit:.3f}", to_dit <= 1
         elif model.startswith("DeepFlow") and ON_GPU and how == "compiled" and size in IMAGES_PER_S:

@@ -34,7 +34,7 @@ class StepFlags:
         return ("eager", "compiled") if self.compile else ("eager",)
 
     def resolve(self):
-        """A copy with the defaults that depend on the machine."""
+        """A copy with machine-dependent defaults filled in."""
         return self
 
     def autocast(self):
@@ -84,7 +84,7 @@ class Step:
     """One training step of a model: forward, loss, backward, clipping, AdamW, EMA."""
 
     def __init__(self, model, loss, batch, autocast, how, wrap=None):
-        """how: eager, compiled (by block, as train*.py do it) or whole graph; wrap: as DistributedDataParallel."""
+        """how: eager, compiled (by block, as in train*.py) or whole graph; wrap: such as DistributedDataParallel."""
         self.model, self.loss, self.batch, self.autocast = model.to(DEVICE).train(), loss, batch, autocast
         trained = [p for p in model.parameters() if p.requires_grad]
         self.network = model if wrap is None else wrap(model)

@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def installed(package):
-    """Whether a package that only some rows need is there; a machine with a GPU may lack it."""
+    """Whether a package is installed; only some rows need it, and a GPU machine may lack it."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -78,7 +78,7 @@ def median_ratio(times, name, other):
 
 
 def free():
-    """Give back the memory of networks that nobody holds any more, and forget what was compiled for them."""
+    """Free the memory of networks that are no longer referenced, and drop what was compiled for them."""
     torch.compiler.reset()
     gc.collect()
     if ON_GPU:

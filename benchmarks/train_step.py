@@ -6,9 +6,9 @@
 
 Side by side: the model, SiT of equal width and depth (one branch), and diffusers' DiTTransformer2DModel of equal width
 and depth, each eager and compiled, trained with the same optimizer, batch and precision. A step is forward pass, loss,
-backward pass, clipping, AdamW and EMA; times are medians. Networks whose predicted memory fits on the GPU together run
-in turns, step by step; otherwise one is built, measured and freed after the other, and a ratio says so. MFU is taken of
-the rate of a large matrix product measured in the same run; memory is the peak of one model's steps alone.
+backward pass, clipping, AdamW and EMA; times are medians. Networks whose predicted memory fits on the GPU together
+take turns, step by step; others are built, measured and freed one after the other, which is noted beside their ratio.
+MFU is relative to the rate of a large matrix product in the same run; memory is the peak of one model's steps.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class TrainStepFlags(BranchFlags):
 
     batch_size: int | None = flag(
         None if ON_GPU else 8,
-        "images of a step; default on a GPU: as many of 256, 128, … as the prediction lets fit",
+        "images per step; default on a GPU: the largest of 256, 128, … that is predicted to fit",
         int,
         range=Range(low=1),
         group="optimisation",
@@ -65,7 +65,7 @@ class TrainStepFlags(BranchFlags):
 
 
 def gpu_bytes():
-    """Memory of the GPU."""
+    """Bytes of GPU memory."""
     return torch.cuda.get_device_properties(DEVICE).total_memory
 
 
@@ -92,7 +92,7 @@ def diffusers_model(options):
 
 
 def make_steps(args):
-    """{(what, how): function that builds its Step}, without diffusers' where that is not installed."""
+    """{(what, how): function that builds its Step}, without diffusers' if that is not installed."""
     options = args.options()
     batch = make_batch(options, args.batch_size)
     sit = {**options, "df_idxs": ()}
@@ -115,7 +115,7 @@ def build_step(build, *rest):
 
 
 def groups(args, keys):
-    """The (what, how) in lists of those that are held and run together: on a GPU as many as the prediction lets fit."""
+    """The keys (what, how) in lists of those that run together: on a GPU as many as are predicted to fit."""
     if not ON_GPU:
         return [list(keys)]
     options, found = args.options(), [[]]
@@ -129,13 +129,13 @@ def groups(args, keys):
 
 
 def peak_memory(args, key):
-    """Peak memory of the process while one model trains on a CPU, imports included, MB."""
+    """Peak memory in MB of the process while one model trains on a CPU, imports included."""
     make_steps(args)[key]()()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kilobytes on Linux
 
 
 def build_and_weigh(args, key, build):
-    """A Step, ready to run, and the peak memory of its steps in MB; on a CPU that of a process of its own."""
+    """A Step, ready to run, and the peak memory of its steps in MB; on a CPU measured in a separate process."""
     if not ON_GPU:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             memory = fresh.submit(peak_memory, args, key).result()
@@ -147,7 +147,7 @@ def build_and_weigh(args, key, build):
 
 
 def measure_group(args, keys, rate):
-    """Rows of the table, and {(what, how): median seconds}, of networks that are held together."""
+    """Rows of the table and {(what, how): median seconds} for networks that are held together."""
     builders, steps, rows, memory = make_steps(args), {}, [], {}
     for key in keys:
         try:
@@ -163,7 +163,7 @@ def measure_group(args, keys, rate):
 
 
 def measure(args):
-    """Rows of the table, and a list of {(what, how): median seconds}, one for each group."""
+    """Rows of the table and a list of {(what, how): median seconds}, one for each group."""
     rate = matmul_rate(torch.bfloat16 if args.precision == "bf16" else torch.float32)
     print(f"large matrix product: {rate / 1e12:.2f} TFLOP/s", flush=True)
     if "dit" in args.only and not installed("diffusers"):

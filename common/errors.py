@@ -7,9 +7,9 @@ import re
 import sys
 import time
 
-EXIT_INTERRUPTED = 130  # as shells say of a program that Ctrl-C ended
+EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 ROOM = "free space, or raise the quota (ulimit -f), and run the same again: what is finished is kept"
-REMEDIES = {  # of what the machine refuses, by errno: it says nothing about the content of a file
+REMEDIES = {  # by errno, for what the operating system refuses, which says nothing about a file's content
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n 4096); run the same again"),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a folder is needed where a file is; move it, or name another"),
@@ -21,7 +21,7 @@ REMEDIES = {  # of what the machine refuses, by errno: it says nothing about the
     errno.ENOMEM: "choose smaller batches, or a machine with more memory",
     **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk or its connection, and run the same again"),
 }
-WORDS = {  # of exceptions without errno, from libraries
+WORDS = {  # patterns in the messages of library exceptions that have no errno
     r"\d+ requested and \d+ written|unexpected pos|PytorchStreamWriter failed": errno.ENOSPC,
     r"can't allocate memory": errno.ENOMEM,
     **{re.escape(os.strerror(number)): number for number in REMEDIES},
@@ -33,9 +33,9 @@ class InputError(ValueError):
 
 
 def system_error(error):
-    """OSError of what the machine refused where an exception comes from that and not from a file's content, else None.
+    """The OSError behind an exception that the operating system caused; None if a file's content caused it.
 
-    Libraries hide it in their text, or in the exception before.
+    Libraries hide the OSError in their message or in the chained exception.
     """
     chain = [] if isinstance(error, InputError) else [error]
     while chain and (before := chain[-1].__cause__ or chain[-1].__context__):
@@ -49,7 +49,7 @@ def system_error(error):
 
 
 def system_fault(error, path=None):
-    """What the machine refused, and a remedy; None where an exception comes from content. path: where it names none."""
+    """One line with a system error and its remedy, else None. path: the file to name if the exception names none."""
     if (found := system_error(error)) is None:
         return None
     place = found.filename or path
@@ -57,20 +57,20 @@ def system_fault(error, path=None):
 
 
 def unreadable(error, where, remedy):
-    """InputError of an OSError at reading the file `where`; remedy: unless the machine refused."""
+    """InputError for an OSError on reading the file `where`; remedy: used for an errno without one in REMEDIES."""
     return InputError(f"{where} cannot be read ({error.strerror or error}); {REMEDIES.get(error.errno, remedy)}")
 
 
 @contextlib.contextmanager
 def exit_on_input_error():
-    """End the command with one line on stderr and exit code 2 on an InputError; what is no mistake keeps its traceback.
+    """On an InputError, end the command with one line on stderr and exit code 2; a bug keeps its traceback.
 
-    So end what the machine refuses (no space, no permission, …), a failure of torch's compiler, and Ctrl-C, with exit
-    code 130. The first process prints at once; the others wait, so that the launcher ends them before they repeat it.
+    System errors (no space, no permission, …) and failures of torch's compiler end the same way, Ctrl-C with exit code
+    130. The first process prints at once; the others wait, so that the launcher ends them before they repeat the line.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names need not be text that the terminal can show
+            stream.reconfigure(errors="backslashreplace")  # file names may not be printable in the terminal's encoding
     try:
         yield
     except KeyboardInterrupt:
@@ -82,10 +82,10 @@ def exit_on_input_error():
 
 
 def _in_one_line(error):
-    """What to print instead of a traceback; None for what is a mistake of this program."""
+    """The line to print instead of a traceback; None for a bug in this program."""
     if isinstance(error, InputError):
         return str(error)
-    compiler = sys.modules.get("torch._dynamo.exc")  # which is imported with the compiler only
+    compiler = sys.modules.get("torch._dynamo.exc")  # only imported together with the compiler
     if compiler and isinstance(error, compiler.TorchDynamoException):
         reason = first_line(getattr(error, "inner_exception", error))
         return f"--compile fails on this machine ({reason}); pass --no-compile, or mend the compiler"
@@ -103,7 +103,7 @@ def _in_one_line(error):
 def _end(line, code):
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
-    with contextlib.suppress(OSError):  # of a log that is full in turn
+    with contextlib.suppress(OSError):  # stderr may go to the same full disk
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 

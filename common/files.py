@@ -17,7 +17,7 @@ from common.errors import REMEDIES, InputError, system_error, unreadable
 
 
 def write_atomically(path, write, durable=True, temporary=None):
-    """Call write(file) on a temporary name, then rename: no half file under the final name. Raises OSError naming it.
+    """Call write(file) on a temporary file, then rename it: never a half file at `path`. Raises OSError naming `path`.
 
     durable: flush to disk before the rename, so that this holds after a power cut as well.
     temporary: a name on the same file system, for a caller that clears away what a killed process leaves there.
@@ -34,15 +34,15 @@ def write_atomically(path, write, durable=True, temporary=None):
                     os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(OSError):  # else it would hide the error before
+            with contextlib.suppress(OSError):  # it would hide the original error
                 temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def naming(path, temporary=None):
-    """What the machine refuses in this context is an OSError that names a file: `path` where it would not.
+    """Turn system errors in this context into an OSError that names a file, `path` if the error names none.
 
-    temporary: what `path`, a file or folder, is called until it is finished.
+    temporary: the name of `path`, a file or folder, until it is finished; `path` is named in its place.
     """
     try:
         yield
@@ -56,10 +56,10 @@ def naming(path, temporary=None):
 
 @contextlib.contextmanager
 def locked(path, flag, main=True):
-    """Hold the file or folder `path` of a flag, so that no second process writes it. Raises InputError at once.
+    """Lock the file or folder `path` of a flag against other writers. Raises InputError at once if it is locked.
 
-    What killed processes left half-written of it is removed. main: whether this process of a launch holds it; the
-    others go on. The lock is a file beside the result, and goes with the context.
+    Half-written files that killed processes left are removed. main: whether this process takes the lock; the others of
+    a launch go on without. The lock is a file beside the result, removed when the context ends.
     """
     path = Path(os.path.realpath(path))
     alone = path.is_dir() and not os.access(path.parent, os.W_OK)  # the mount point of a volume, say
@@ -67,7 +67,7 @@ def locked(path, flag, main=True):
     with _open_lock(path, lock, flag) if main else contextlib.nullcontext() as file:
         if file:
             remove_leftovers(path)
-            os.register_at_fork(after_in_child=file.close)  # a worker that outlives a killed command holds nothing
+            os.register_at_fork(after_in_child=file.close)  # a worker that outlives its command keeps no lock
         try:
             yield
         finally:
@@ -76,11 +76,11 @@ def locked(path, flag, main=True):
 
 
 def _open_lock(path, lock, flag):
-    """The lock as a file that is held until it is closed; None where the place is read-only, so nothing is written."""
+    """The lock file, locked until it is closed; a null context in a read-only folder, where nothing is written."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb")  # a pipe must not wait
+            file = open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb")  # a pipe must not block
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EROFS):
                 return contextlib.nullcontext()
@@ -95,12 +95,12 @@ def _open_lock(path, lock, flag):
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                 return file
-        file.close()  # of a process that ended in between, and removed it
+        file.close()  # the lock file of a process that has since ended and removed it
 
 
 @contextlib.contextmanager
 def whole_folder(folder, flag):
-    """A locked folder to fill, renamed to `folder` at the end, which is whole or absent; an empty one is replaced."""
+    """A locked temporary folder to fill, renamed to `folder` at the end: complete or absent. Replaces an empty one."""
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     with locked(folder, flag), naming(folder, partial):
@@ -108,14 +108,15 @@ def whole_folder(folder, flag):
         try:
             yield partial
             for path in (path for path in partial.rglob("*") if path.is_file()):
-                path.chmod(partial.stat().st_mode & 0o666)  # as the umask says: safetensors lets only the owner read
+                # apply the umask: safetensors makes files readable by the owner only
+                path.chmod(partial.stat().st_mode & 0o666)
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_leftovers(path):
-    """Remove what processes that are no more left half-written of the result `path`, beside it."""
+    """Remove temporary files beside the result `path` whose processes no longer run."""
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         number = left.name.split(".")[-2]

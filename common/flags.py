@@ -38,10 +38,10 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)) or "finite"
 
 
-LARGEST = 10**9  # of whole numbers without a bound of their own: nothing that is counted here comes near it
+LARGEST = 10**9  # bound of whole numbers without one of their own: no count here comes near it
 SEED = Range(low=0, high=2**63 - 1)
-IMAGES = Range(low=1, high=10**7)  # that are made
-BATCH = Range(low=1, high=2**20)  # rows that are computed at once
+IMAGES = Range(low=1, high=10**7)  # generated
+BATCH = Range(low=1, high=2**20)  # rows computed at once
 WORKERS = Range(low=1, high=1024)  # threads or processes
 SAMPLER_STEPS = Range(low=1, high=10**5)
 BLOCKS = Range(low=1, high=1000)  # of a network
@@ -52,9 +52,9 @@ SIDE = Range(low=1, high=2**14)  # pixels
 def flag(default, help, kind=None, *, group=None, range=None, free=False, empty=False, **options):
     """A dataclass field that is also a command-line flag; `kind` converts its text (default: the default's type).
 
-    group: heading in --help; range: a Range, for each value of a list, of numbers at least finite; free: bears on no
-    result, so that what is continued may change it; empty: "" means something. options go to argparse; `also` lists
-    other names of the flag.
+    group: heading in --help; range: a Range for the value or each value of a list, by default any finite number;
+    free: does not affect results, so a resumed run may change it; empty: "" is a valid value. options go to argparse;
+    `also` lists other names of the flag.
     """
     kind = kind or type(default)
     range = range or (Range() if kind in (int, float) else None)
@@ -107,7 +107,7 @@ def parse_commands(commands, argv=None, description=None):
 
 
 def check_ranges(config):
-    """The config. Raises InputError naming a flag that is empty, or outside its range; None passes."""
+    """Return the config. Raises InputError naming a flag that is empty or out of range; None passes."""
     for field in dataclasses.fields(config):
         allowed, values = field.metadata["range"], getattr(config, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:

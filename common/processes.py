@@ -74,7 +74,7 @@ class Processes:
 
 
 def cores_of_process():
-    """Number of processor cores for this process: its share, where a launch has several on the machine."""
+    """Number of CPU cores for this process: its share if a launch runs several processes on the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 

@@ -32,7 +32,7 @@ class Digits:
     indices: np.ndarray
 
     def take(self, rows):
-        """The digits of these rows, numbers or a mask."""
+        """The digits of these rows, given as indices or a mask."""
         return Digits(self.images[rows], self.labels[rows], self.indices[rows])
 
 

@@ -54,7 +54,7 @@ def stratified_rows(labels, count, seed=SEED):
     """`count` row numbers, ascending, as evenly over the classes as the labels (N,) allow; random within a class."""
     order = np.random.RandomState(seed).permutation(len(labels))
     classes = labels[order, None] == np.unique(labels)  # (N, number of classes), rows in that order
-    rank = classes.cumsum(axis=0)[classes]  # place of a row among those of its class
+    rank = classes.cumsum(axis=0)[classes]  # rank of a row within its class
     return np.sort(order[np.argsort(rank, kind="stable")][:count])
 
 

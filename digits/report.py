@@ -45,7 +45,7 @@ def class_grid(images, digits, columns):
 
 
 def in_words(report, of="samples"):
-    """The two numbers of a report for people; of: "samples", or "held_out_digits"."""
+    """The two numbers of a report as text; of: "samples" or "held_out_digits"."""
     found = report["agreement"][of]
     return f"{found['agree']} of {found['of']} carry their label; Fréchet distance {report['frechet'][of]:.4f}"
 

@@ -30,10 +30,10 @@ class VaeFlags:
 
     dest: str = flag("assets/tiny-vae", "diffusers folder to make; must not exist", group="output")
     steps: int = flag(1200, "training steps", range=Range(1), group="optimisation")
-    batch_size: int = flag(64, "images of a step", range=BATCH, group="optimisation")
+    batch_size: int = flag(64, "images per step", range=BATCH, group="optimisation")
     learning_rate: float = flag(2e-3, "of Adam, at the start of its cosine schedule", group="optimisation")
     kl_weight: float = flag(1e-3, "weight of the KL per latent value", group="loss")
-    seed: int = flag(0, "of initial weights, batches and latents", range=SEED, group="optimisation")
+    seed: int = flag(0, "seed of initial weights, batches and latents", range=SEED, group="optimisation")
 
 
 def build_vae():

@@ -32,7 +32,7 @@ class ClipFlags(ResultFlags):
     samples: str = required("npz or folder of images", positional=True)
     prompts: str | None = flag(None, "a prompt per line; default: the manifest's", str, group="data", metavar="FILE")
     clip: str = flag(DEFAULT_CLIP, "name or folder of the CLIP model", group="model")
-    batch_size: int = flag(64, "images at once", range=BATCH, group="precision and speed")
+    batch_size: int = flag(64, "images per batch", range=BATCH, group="precision and speed")
     device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group="precision and speed")
 
 

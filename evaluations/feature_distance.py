@@ -38,12 +38,12 @@ REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
 class DistanceFlags(PublishedFlags):
     ckpt: str = required("checkpoint of ours, or a published file", group="model")
     weights: str = flag("ema", "averaged weights or raw ones", group="model", choices=["ema", "raw"])
-    block: int | None = flag(None, "also the output of this block (from 1); SiT needs it", int, range=BLOCKS)
-    num_samples: int = flag(64, "samples to make", range=IMAGES, group="sampling")
-    batch_size: int = flag(16, "samples at once", range=BATCH, group="sampling")
+    block: int | None = flag(None, "block (from 1) to compare too; SiT needs it", int, range=BLOCKS)
+    num_samples: int = flag(64, "number of samples", range=IMAGES, group="sampling")
+    batch_size: int = flag(16, "samples per batch", range=BATCH, group="sampling")
     mode: str = flag("sde", "sampler", group="sampling", choices=["sde", "ode"])
     num_steps: int = flag(250, "sampler steps", range=SAMPLER_STEPS, group="sampling")
-    seed: int = flag(0, "of labels and noise", range=SEED, group="sampling")
+    seed: int = flag(0, "seed of labels and noise", range=SEED, group="sampling")
     out: str | None = flag(None, "file for all steps", str, group="output", metavar="JSON")
     plot: str | None = flag(None, "picture to write", str, group="output", metavar="PNG")
 
@@ -51,7 +51,7 @@ class DistanceFlags(PublishedFlags):
 class Probe:
     """The network as the sampler sees it, (x, t, y) → velocity; records every call's distances.
 
-    block: also looked at, which a model of one branch needs. Raises InputError for one that does not fit.
+    block: number of a block to compare too; a model of one branch needs it. Raises InputError if it does not fit.
     """
 
     def __init__(self, model, block=None):
@@ -61,7 +61,7 @@ class Probe:
         if block is not None and not 1 <= block <= last:
             raise InputError(f"--block {block} is out of range; 1 to {last} can be compared with the last")
         self.model, self.block = model, block
-        self.distances = collections.defaultdict(list)  # {(reduction, feature, t): [of each sample]}
+        self.distances = collections.defaultdict(list)  # {(reduction, feature, t): [one per sample]}
         if block is not None:
             model.blocks[block - 1].register_forward_hook(self.keep)
 
@@ -122,7 +122,7 @@ def main(argv=None):
     sampler.network = probe = Probe(checkpoint.model, args.block)
     batches = sampler.config.batches()
     for _, wait in tqdm(sampler.batches(batches), total=len(batches), unit="batch", mininterval=1):
-        wait()  # checks the samples, which are thrown away: the probe sees the calls
+        wait()  # checks the samples; they are discarded, since the probe records the network's calls
     curves = probe.curves()
     per_token, rows, metrics = curves["per token"], [], {}
     for reduction, of_feature in curves.items():

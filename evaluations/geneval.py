@@ -4,8 +4,8 @@
     python -m evaluations.geneval score results.jsonl [--metadata evaluation_metadata.jsonl --samples SAMPLES --json]
 
 The detector itself (Mask2Former, mmdet 2) is not part of this repository: docs/text_to_image.md says how to run it.
-The overall score is the mean of the accuracies of the six tags, each of which counts the same. Results that lack images
-or hold one twice are refused; only --metadata tells whether the last prompts are there.
+The overall score is the unweighted mean of the six tags' accuracies. Results that lack images or hold one twice are
+refused; only --metadata tells whether the last prompts are there.
 """
 
 import collections
@@ -42,7 +42,7 @@ class Detection:
 
     @property
     def place(self):
-        """Folder of the prompt, 00000; the prompt itself where the file's name does not say."""
+        """Folder of the prompt, 00000; the prompt itself if the file name does not give it."""
         return self.name.partition("/")[0] if "/" in self.name else self.prompt
 
 
@@ -60,7 +60,7 @@ class CheckFlags:
 
     samples: str = required("folder that generate_t2i.py made of the prompts", positional=True)
     metadata: str = required("GenEval's evaluation_metadata.jsonl", positional=True)
-    images_per_prompt: int = flag(GENEVAL_IMAGES, "images of each prompt", range=IMAGES)
+    images_per_prompt: int = flag(GENEVAL_IMAGES, "images per prompt", range=IMAGES)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,8 +69,8 @@ class ScoreFlags(ResultFlags):
 
     results: str = required("the detector's JSON-lines file", positional=True)
     samples: str | None = flag(None, "folder that was scored; its manifest goes into the result", str, group="data")
-    metadata: str | None = flag(None, "evaluation_metadata.jsonl, whose prompts must all be there", str, group="data")
-    images_per_prompt: int = flag(GENEVAL_IMAGES, "images of each prompt", range=IMAGES, group="data")
+    metadata: str | None = flag(None, "evaluation_metadata.jsonl, whose prompts must all occur", str, group="data")
+    images_per_prompt: int = flag(GENEVAL_IMAGES, "images per prompt", range=IMAGES, group="data")
 
 
 def check_layout(folder, metadata, images=GENEVAL_IMAGES):
@@ -105,9 +105,9 @@ def check_prompt(place, record, images):
 
 
 def faults_of(detections, images, metadata=None, samples=None):
-    """What keeps results from being whole, one line per fault; empty: nothing.
+    """Why results are incomplete, one line per fault; empty if they are complete.
 
-    images: of each prompt; metadata: [Prompt] that must be there; samples: folder whose images must.
+    images: number per prompt; metadata: [Prompt] that must all occur; samples: folder whose images must all occur.
     """
     names = collections.Counter(found.name or "an image without a file name" for found in detections)
     faults = [f"{name} is there {number} times" for name, number in names.items() if number > 1]
@@ -130,7 +130,7 @@ def faults_of(detections, images, metadata=None, samples=None):
 
 
 def aggregate(detections):
-    """{tag: accuracy, …, "overall": mean of the tags'}. Raises InputError where a tag is missing."""
+    """{tag: accuracy, …, "overall": mean of the tags}. Raises InputError if a tag is missing."""
     groups = {tag: [found.correct for found in detections if found.tag == tag] for tag in TAGS}
     if empty := [tag for tag, group in groups.items() if not group]:
         raise InputError(f"the results have no image of the tag {empty[0]}; score all prompts")
@@ -147,7 +147,7 @@ def check(args):
 
 
 def score(args):
-    """Print accuracies and counts, write them as JSON where asked. Raises InputError where results are not whole."""
+    """Print accuracies and counts; with --json also write them. Raises InputError if results are incomplete."""
     detections = [found for _, found in read_record_lines(Detection, args.results)]
     metadata = args.metadata and [record for _, record in read_record_lines(Prompt, args.metadata)]
     if faults := faults_of(detections, args.images_per_prompt, metadata, args.samples):

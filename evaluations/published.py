@@ -149,7 +149,7 @@ MAPS = {  # Decoupled MeanFlow: {resolution: (steps of the flow model, flags of 
 
 
 def spaced(size, branches, depth):
-    """(preset, flags that differ from its) of a model of Table 8, whose key layers are evenly spaced."""
+    """(preset, flags that differ from the preset's) of a model of Table 8, whose key layers are evenly spaced."""
     preset = PRESETS[name := f"{'SiT' if branches == 1 else 'DeepFlow'}-{size}/2"]
     flags = {} if depth == preset.depth else {"trans_depth": depth}
     if branches != len(preset.df_idxs) + 1:
@@ -158,7 +158,7 @@ def spaced(size, branches, depth):
 
 
 def rows():
-    """All of them, in the order of the tables; the flow models that flow maps start from come before these."""
+    """All rows in the order of the tables; flow models that flow maps start from come before them."""
     for (model, alignment), both in TABLE_2.items():
         for weighting, numbers in zip(("uniform", "lognormal"), both, strict=True):
             yield flow("2", model, *numbers, weighting=weighting, alignment=alignment)

@@ -35,7 +35,7 @@ def interval(text):
 
 
 def folder(text):
-    """Path of a text; an empty one, which would be the current folder, stays what it is."""
+    """Path of a text; empty text, whose Path would be the current folder, stays empty."""
     return text and Path(text)
 
 
@@ -44,11 +44,11 @@ class SweepFlags:
     ckpt: str = required("checkpoint", group="model")
     ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
     out: Path = required("folder for samples, results, table.md, best.txt, plot.png", folder, group="output")
-    num_samples: int = flag(5000, "samples of each setting", range=IMAGES, group="sampling")
+    num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
     num_steps: list = flag((250,), "sampler steps", int, range=SAMPLER_STEPS, group="sampling", nargs="+")
-    processes: int = flag(1, "of torchrun, for sampling and measuring", range=WORKERS, group="precision and speed")
+    processes: int = flag(1, "processes for sampling and measuring", range=WORKERS, group="precision and speed")
     inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
     features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
     other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")

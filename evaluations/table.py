@@ -105,7 +105,7 @@ def counterparts(result):
 
 
 def build_table(results):
-    """Text of the table of {path: Result}; results with the same counterparts stand together."""
+    """Markdown table of {path: Result}; results with the same counterparts are grouped."""
     names = [name for result in results.values() for name in result.metrics]
     names = [name for name in METRICS if name in (*ALWAYS, *names)] + sorted({*names} - {*METRICS})
     groups = {}
@@ -119,20 +119,20 @@ def build_table(results):
 
 
 def epochs(manifest):
-    """Epochs of ImageNet that the model of some samples was trained, None where that is not known."""
+    """Epochs of ImageNet that the model behind the samples was trained for; None if unknown."""
     step, batch = manifest.get("step"), (manifest.get("training") or {}).get("batch_size")
     return step and batch and step * batch / IMAGENET["count"]
 
 
 def parameters(manifest):
-    """Millions of parameters of the model of some samples, None where that is not known."""
+    """Millions of parameters of the model behind the samples; None if unknown."""
     options = manifest.get("model_options")
     with torch.device("meta"):
         return options and sum(parameter.numel() for parameter in build(options).parameters()) / 1e6
 
 
 def curves(results, table, of_row, of_manifest):
-    """{label: [(x, FID)]}: rows of a published table, and of the results those without guidance, a line per run."""
+    """{label: [(x, FID)]}: rows of a published table, and one line per run of the results without guidance."""
     lines = collections.defaultdict(list)
     for row in (row for row in PUBLISHED if row.table == table):
         lines[f"paper: {row.name}"].append((of_row(row), row.numbers["fid"]))

@@ -1,6 +1,6 @@
 """Names and labels on disk: dataset.json of the folder layout, names.txt, and the walk through a folder of files.
 
-What counts as data is decided here, by is_data, for folders, zips, samples and captions alike.
+is_data decides what counts as data, for folders, zips, samples and captions alike.
 """
 
 import collections.abc
@@ -25,14 +25,14 @@ from latents.manifest import CHECK, LABELS_JSON, MAX_CLASSES, PREPARE
 NO_LABEL = -(2**63)  # of an image without one, among int64 labels; -1 would be a wrong label
 
 
-# what systems leave behind beside names that begin with a dot; in lower case
+# what operating systems leave behind, in lower case; names that begin with a dot are skipped too
 LEFT_BEHIND = {"__macosx", "network trash folder", "temporary items", "lost+found"}
 LEFT_BEHIND |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 LEFT_BEHIND |= {"@eadir", "@tmp", "#recycle", "@recycle", "@recently-snapshot", "@__thumb"}  # of network disks
 
 
 def is_data(name):
-    """False for a relative name (with `/`) that systems leave behind, or that lies in such a folder."""
+    """False for a relative name (with `/`) of a hidden or system file, or of a file in such a folder."""
     return not any(part.startswith(".") or part.lower() in LEFT_BEHIND for part in name.split("/"))
 
 
@@ -42,7 +42,7 @@ def is_inside(name):
 
 
 def walk(folder, ancestors=()):
-    """(relative name with `/`, (bytes, time of change in ns)) of every data file, following links, but not to a parent.
+    """(relative name with `/`, (bytes, mtime in ns)) of every data file, following links except to a parent folder.
 
     Raises InputError for a folder that cannot be listed.
     """
@@ -63,7 +63,7 @@ def walk(folder, ancestors=()):
 
 
 def _stat(entry):
-    """stat_result of a directory's entry; None for a link to nothing or to itself."""
+    """stat_result of a directory entry; None for a dangling link or one to itself."""
     try:
         return entry.stat()
     except OSError as error:

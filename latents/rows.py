@@ -148,7 +148,7 @@ class ImageFiles:
         return torch.from_numpy(np.stack(list(pool.map(self.load, indices, flip))))
 
     def load(self, index, flip):
-        """uint8 image (3, R, R), mirrored where `flip` is true. Raises InputError."""
+        """uint8 image (3, R, R), mirrored if `flip`. Raises InputError."""
         from PIL import Image  # only alignment reads images
 
         name, side = self._name_of(index), self.resolution

@@ -32,14 +32,14 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by
 TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
 TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
 TRAINING += ("changes",)
-Size = Annotated[int, Field(ge=1, le=1 << 20)]  # larger ones would not be noticed until they are allocated
+Size = Annotated[int, Field(ge=1, le=1 << 20)]  # a larger one would only fail on allocation
 Options = dict[str, Size | bool | str | list[Size] | None]  # constructor arguments
-Plain = Union[(None, *(Annotated[kind, Strict()] for kind in (bool, int, float, str, list, tuple, dict)))]  # no tensor
+Plain = Union[(None, *(Annotated[kind, Strict()] for kind in (bool, int, float, str, list, tuple, dict)))]  # no tensors
 
 
 @dataclasses.dataclass
 class Run:
-    """What of a run's configuration is read again."""
+    """The part of a run's configuration that is read back."""
 
     model_options: Options
     model: str | None = None
@@ -50,9 +50,9 @@ class Run:
 
 @dataclasses.dataclass
 class About:
-    """What a file says beside its weights."""
+    """What a file holds besides its weights."""
 
-    config: Run = None  # of a file of ours
+    config: Run = None  # of this repository's files
     data: dict[str, Plain] = dataclasses.field(default_factory=dict)
     steps: Whole | None = None
     args: Any = None  # of a published file
@@ -88,7 +88,7 @@ def read_weights_file(path):
 
 
 def check_sums(path):
-    """Raise BadZipFile for an archive that has changed since it was written, which a mapped file does not show."""
+    """Raise BadZipFile if an entry fails its checksum, which reading through a memory map does not verify."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} has another checksum")
@@ -136,9 +136,9 @@ class Checkpoint:
 def load_checkpoint(path, weights="ema", **overrides):
     """Checkpoint with the model in eval mode, from a file of ours or a published one.
 
-    weights: "ema" or "raw" (the entry "model"); overrides: constructor arguments that a published file does not
-    determine, or states otherwise, and its convention and path_type. Raises InputError if the file lacks what is
-    asked for, or its parts contradict each other.
+    weights: "ema" or "raw" (the entry "model"); overrides: constructor arguments that a published file leaves open or
+    states differently, and its convention and path_type. Raises InputError if the file lacks what is asked for, or its
+    parts contradict each other.
     """
     content = read_file(path)
     state = pick_weights(content, weights, path)
@@ -182,7 +182,7 @@ def pick_weights(content, weights, path):
 
 
 def is_plain(tensor):
-    """Whether a tensor holds real numbers, one beside the other."""
+    """Whether a tensor is a dense floating-point tensor with data."""
     return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
 
 

@@ -91,7 +91,7 @@ class LatentCodec:
             channels=int(config.latent_channels),
             factor=2 ** (len(config.block_out_channels) - 1),
         )
-        if dtype != torch.float32:  # what a GPU's convolutions compute in; float32 keeps its rounding
+        if dtype != torch.float32:  # the layout of fast GPU convolutions; float32 keeps its rounding
             vae.decoder.to(memory_format=torch.channels_last)
         return cls(vae, spec)
 
@@ -113,7 +113,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def start_decoding(self, latents, chunk=32):
-        """The images of `decode`, and whether their values were finite for `check`: a GPU is not waited for."""
+        """The images of `decode`, and a 0-d bool tensor for `check`: all values are finite. Does not wait for a GPU."""
         z, images, finite = latents.to(self.vae.device) / self.spec.scale + self.spec.shift, [], []
         for part in z.split(chunk):
             decoded = self.vae.decode(part.to(self.vae.dtype)).sample

@@ -23,7 +23,7 @@ from models.layers import sincos_2d
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-UNUSED = ("head.", "decoder_", "mask_token")  # what some files hold besides the encoder
+UNUSED = ("head.", "decoder_", "mask_token")  # prefixes of weights that are not the encoder's
 STRIDE = 16  # image pixels per token for every encoder: patch-14 networks see the image at 14/16 of its side
 
 
@@ -200,7 +200,7 @@ def read_weights(path, family):
 
 
 def read_torchscript(path):
-    """State dict of an archive that torch.jit.save wrote, as OpenAI's of CLIP; None of others. Raises InputError."""
+    """State dict of a torch.jit.save archive, such as OpenAI's CLIP; None for other files. Raises InputError."""
     if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return None
     try:

@@ -25,7 +25,7 @@ RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
 def export(path, folder, weights="ema", **overrides):
     """Write the model of checkpoint `path` to `folder`, complete or not at all. Raises InputError.
 
-    weights: "ema" or "raw"; overrides: what a published file does not determine, as in load_checkpoint.
+    weights: "ema" or "raw"; overrides: as in load_checkpoint.
     """
     if Path(folder).exists():
         raise InputError(f"{folder} exists already; name a new folder")

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.mmdit import TEXT_TOKENS
 
-# Dense bf16 and fp16 tensor-core FLOP/s with fp32 accumulation, by words of torch.cuda.get_device_name; H100, H200 and
-# V100 alone are the SXM cards. From Hopper on, NVIDIA's data sheets print the number with sparsity, twice as much.
+# Dense bf16 and fp16 tensor-core FLOP/s with fp32 accumulation, by words of torch.cuda.get_device_name. H100, H200 and
+# V100 without another word are the SXM cards. From Hopper on, NVIDIA's data sheets give twice as much, with sparsity.
 PEAK_FLOPS = {
     "B200": 2250e12,  # HGX B200 data sheet
     "H200": 989.5e12,  # H200 data sheet
@@ -31,7 +31,7 @@ PEAK_FLOPS = {
     "RTX 4090": 165.2e12,  # Ada architecture white paper, appendix
     "RTX 3090": 71e12,  # GA102 architecture white paper, appendix
 }
-OTHER_CARDS = {"Ti", "SUPER", "D", "Laptop", "MIG"}  # words after which a name is not that of the card in the table
+OTHER_CARDS = {"Ti", "SUPER", "D", "Laptop", "MIG"}  # words that mark another card than the table's
 MFU = 0.35  # share of the peak that estimates of hours assume
 
 
@@ -66,7 +66,7 @@ def peak_flops(device, precision):
 
 
 def peak_of(gpu_name):
-    """The entry of PEAK_FLOPS whose words a GPU's name has in a row, the longest one; None without such."""
+    """The PEAK_FLOPS entry whose words occur consecutively in a GPU's name, the longest if several; None if none do."""
     words = re.split("[ -]", gpu_name)
     if OTHER_CARDS & set(words):
         return None

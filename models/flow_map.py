@@ -78,7 +78,7 @@ class FlowMap(DeepFlow):
     def derivative(self, x, t, r, y, tangent):
         """u and its Jacobian-vector product along (tangent, 1, 0) in (x, t, r), without gradient, (N, C, H, W) each."""
         with torch.no_grad(), forward_mode():
-            # when compiled, it takes no views of larger tensors
+            # compiled, it does not accept views of larger tensors
             return self.jvp(x.clone(), t.clone(), r, y, tangent.clone())
 
     def jvp(self, x, t, r, y, tangent):

@@ -34,7 +34,7 @@ def sincos_2d(width, grid):
 class PatchEmbed(nn.Module):
     """p × p convolution with stride p: (N, C, H, W) → tokens (N, T, D), row-major.
 
-    As a product of patches its result is contiguous; a convolution's, seen as tokens, would be transposed.
+    Computed as a matrix product of patches, the tokens are contiguous; a convolution's output would be transposed.
     """
 
     def __init__(self, patch_size, in_channels, hidden_size):

@@ -21,7 +21,7 @@ def kind_of(options):
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A row of the table; `parameters`: at 32×32×4 latents and 1000 classes; of text-to-image without `pos_embed`."""
+    """A row of the table; `parameters`: at 32×32×4 latents and 1000 classes; for text-to-image without `pos_embed`."""
 
     depth: int
     hidden_size: int

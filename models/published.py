@@ -1,7 +1,7 @@
 """Published weights (DeepFlow, SiT, REPA, Decoupled MeanFlow, MMDiT): their configuration, and conversion to ours.
 
-Sizes follow from the shapes, heads and key layers from the file's own `args`, else from the preset of the same width;
-flags override. SiT's time runs the other way, and is converted.
+Sizes follow from the shapes; heads and key layers from the file's own `args`, or else from the preset of the same
+width. Flags override both. SiT's time runs the other way; its weights are converted.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from models.presets import PRESETS, Preset, kind_of, parse_df_idxs, spaced_key_l
 
 RMS_NORM = "blocks.0.attn.q_norm.scale"  # Decoupled MeanFlow's QK norm, in its flow models too
 TEXT = "context_embedder.weight"  # only text-to-image has it
-SIT_PATHS = {"Linear": "linear", "GVP": "cosine"}  # SiT's names; REPA, and what builds on it, have ours
+SIT_PATHS = {"Linear": "linear", "GVP": "cosine"}  # SiT's names; REPA and its successors use ours
 CONVENTIONS = ("repa", "sit")  # REPA, DeepFlow and Decoupled MeanFlow: t = 0 is data; SiT: t = 1 is data
 KeyLayers = Annotated[
     tuple[int, ...], BeforeValidator(lambda v: parse_df_idxs(v if isinstance(v, list | tuple) else str(v)))
@@ -30,7 +30,7 @@ KeyLayers = Annotated[
 
 @dataclasses.dataclass(kw_only=True)
 class ConventionFlag:
-    """The direction of time, for published files that do not tell."""
+    """The direction of time, for published files that leave it open."""
 
     convention: str | None = flag(
         None, "of a published file: t = 0 (repa) or t = 1 (sit) is data", str, choices=CONVENTIONS, group="model"
@@ -39,7 +39,7 @@ class ConventionFlag:
 
 @dataclasses.dataclass(kw_only=True)
 class PublishedFlags(ConventionFlag):
-    """What published files may leave open; default: as the file says, else as its preset."""
+    """Settings that published files may leave open; default: the file's, else its preset's."""
 
     df_idxs: list | None = flag(None, "blocks that end a branch: [8,16], 8,16 or 8 16", str, nargs="+", group="model")
     dmf_depth: int | None = flag(
@@ -48,14 +48,14 @@ class PublishedFlags(ConventionFlag):
     legacy_scaling: bool | None = flag(None, "clamp the time-gap scale to [-5, 5], as published", bool, group="model")
 
     def published(self):
-        """{flag: value} of these."""
+        """{name: value} of these flags, for load_checkpoint."""
         named = {"df_idxs": self.df_idxs, "dmf_depth": self.dmf_depth, "legacy_scaling": self.legacy_scaling}
         return {**named, "convention": self.convention}
 
 
 @dataclasses.dataclass
 class Arguments:
-    """What bears on sampling of the `args` in a published training file; None: not said."""
+    """The `args` of a published training file that affect sampling; None: not given."""
 
     model: str | None = None
     trans_depth: Count | None = None
@@ -69,7 +69,7 @@ class Arguments:
 
 
 def read_arguments(args, path):
-    """{name: value} of what a file's `args` (a Namespace, a dict or None) say. Raises InputError."""
+    """{name: value} of the settings in a file's `args` (a Namespace, a dict or None). Raises InputError."""
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     found = check_record(Arguments, {} if args is None else args, f"{path}, args", "save the weights alone")
     return {name: value for name, value in vars(found).items() if value is not None}
@@ -78,8 +78,8 @@ def read_arguments(args, path):
 def from_published(state, path, args, given):
     """A published state dict → state dict in this project's conventions, constructor arguments, path_type or None.
 
-    args: the file's own settings; given: {flag: value or None}, which override them. What was taken is noted. Raises
-    InputError where weights and settings contradict each other, and where the direction of time is open.
+    args: the file's own settings; given: {flag: value or None}, which override them. A note says what was assumed.
+    Raises InputError if weights and settings contradict each other, or if the direction of time is open.
     """
     said, given = read_arguments(args, path), {name: value for name, value in given.items() if value is not None}
     known, row = {**said, **given}, PRESETS.get(said.get("model"))
@@ -94,16 +94,16 @@ def from_published(state, path, args, given):
         state, config = convert(state, config, convention)
     except InputError:
         raise
-    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:  # a name or shape that is expected
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:  # an expected name or shape is missing
         raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF, MMDiT): {error}") from None
     note(published_note(path, config, convention, own, given.keys() & said.keys()))
     return state, config, SIT_PATHS.get(known.get("path_type"), known.get("path_type"))
 
 
 def join_decoder(state):
-    """REPA's first files end `blocks` with the aligned one and go on as `decoder_blocks` → today's names, that block.
+    """Rename the `decoder_blocks` of REPA's first files to `blocks` → (state dict, number of the aligned block).
 
-    0 where there is nothing to join.
+    In these files `blocks` ends with the aligned block. The number is 0 if there is nothing to rename.
     """
     first, old = length_of("blocks", state), "decoder_blocks."
     if not any(name.startswith(old) for name in state):
@@ -114,7 +114,7 @@ def join_decoder(state):
 
 
 def check_arguments(own, state, config, joined, path):
-    """Raise InputError where a file's settings (read_arguments' that no flag overrides) contradict its weights."""
+    """Raise InputError if a file's settings (those of its `args` that no flag overrides) contradict its weights."""
     depth, ends = config["depth"], own.get("df_idxs", ())
     possible = {"trans_depth": [depth], "qk_norm": [bool(config["qk_norm"])]}
     possible["dmf_depth"] = config["df_idxs"] or range(1, depth)
@@ -130,7 +130,7 @@ def check_arguments(own, state, config, joined, path):
 
 
 def convention_of(state, config, said, given, path):
-    """The convention of time, one of CONVENTIONS, as flag, keys or `args` tell it. Raises InputError otherwise."""
+    """The direction of time, one of CONVENTIONS, by flag, weights or `args`. Raises InputError if it stays open."""
     is_one = kind_of(config) == "flow" and not config["df_idxs"]
     if wanted := given.get("convention"):
         if wanted == "sit" and not is_one:
@@ -151,9 +151,9 @@ def convention_of(state, config, said, given, path):
 def config_from_state(state, df_idxs=None, dmf_depth=None, is_map=False):
     """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError.
 
-    df_idxs: the key layers if known; default: the preset's, else evenly spaced. dmf_depth: given, the file is taken
-    as a flow map, as it is if it has a log-variance head or `is_map`; default: the preset's, else two thirds of the
-    blocks.
+    df_idxs: the key layers if known; default: the preset's, else evenly spaced. A file with a
+    log-variance head, dmf_depth or is_map is taken as a flow map; dmf_depth's default: the preset's, else two thirds of
+    the blocks.
     """
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     is_text = TEXT in state
@@ -207,7 +207,7 @@ def heads_from_state(state, hidden_size):
 
 
 def convert(state, config, convention="repa"):
-    """Bring published weights to this project's conventions: only SiT's (convention "sit") change, reversed in time."""
+    """Convert published weights to this project's conventions: drop a learned sigma; reverse time for "sit"."""
     if kind_of(config) == "flow" and not config["df_idxs"] and learns_sigma(state, config["in_channels"]):
         state = drop_sigma(state, config["in_channels"])
     return reverse_time(state) if convention == "sit" else state, config
@@ -245,7 +245,7 @@ def reverse_time(state):
 
 
 def published_note(path, options, convention, own, overridden):
-    """What is assumed about a published file and what its `args` say (own); overridden: names of flags against them."""
+    """Line on what is assumed about a published file. own: its `args`; overridden: names of those a flag overrides."""
     kind, what = kind_of(options), f"a SiT with time as {'in SiT, reversed' if convention == 'sit' else 'in REPA'}"
     if kind == "flow map":
         what = f"a flow map of which {options['dmf_depth']} blocks see t (others: --dmf-depth)"

@@ -83,7 +83,7 @@ def load_clip(kind, name, device, flag):
 
 
 class TextEncoder:
-    """A CLIP text model with its tokenizer and spec, by hub name or folder. Raises InputError where loading fails."""
+    """A CLIP text model with its tokenizer and spec, by hub name or folder. Raises InputError if loading fails."""
 
     def __init__(self, name=DEFAULT_TEXT_ENCODER, device="cpu"):
         tokenizer, self.model = load_clip("CLIPTextModel", name, device, "--text-encoder")

@@ -164,13 +164,13 @@ def _finish(images, job, side, options):
     job.finish({NAMES: pack_names(sources), LABELS_JSON: label_json(names, labels)}, manifest)
     which = f" ({class_names[0]} … {class_names[-1]})" if class_names else ""
     note(f"{job.dest}: {len(kept)} images, {len(left_out)} left out, classes: {num_classes or 'none'}{which}")
-    if NO_LABEL in labels and num_classes != 1:  # of a single class there are no labels, as published
+    if NO_LABEL in labels and num_classes != 1:  # a single class has no labels, as published
         first = sources[labels.tolist().index(NO_LABEL)]
         note(f"WITHOUT LABELS: {first} is in no class folder and no {LABELS_JSON}; training needs labels or captions")
 
 
 def _warn_of_splits(images):
-    """Say so where the class folders look like the splits of a data set."""
+    """Warn if the class folders look like the splits of a data set."""
     splits = [name for name in images.folders or () if name.lower().rstrip("0123456789_-") in SPLITS]
     if splits:
         choice = f"--source {images.path}{'/' if images.path.is_dir() else ':'}{splits[0]} takes that alone"

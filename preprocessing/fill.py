@@ -19,7 +19,7 @@ from preprocessing.sources import ImageSource
 class ImageRows:
     """The images of --source as network input: uint8 (B, 3, R, R), mirrored if options.mirror; all must be R×R.
 
-    names, labels: of all images; fingerprint: identifies them; made_from: as Job takes it; facts: of the manifest.
+    names, labels: of all images; fingerprint: identifies them; made_from: as for Job; facts: entries of the manifest.
     """
 
     unit = "image"

@@ -24,7 +24,7 @@ from latents.names import is_data, walk
 from latents.sets import PARTIAL
 
 TICKET = "job.json"
-OWN = re.compile(r"\d{5,}/img(-mean-std-)?\d{8,}\.\w+|rows-\d{5,}\.bin")  # names that the commands give
+OWN = re.compile(r"\d{5,}/img(-mean-std-)?\d{8,}\.\w+|rows-\d{5,}\.bin")  # names of the files that the commands write
 
 
 def to_json(content):
@@ -57,8 +57,8 @@ class Finished:
 class Job:
     """One command's work on one folder; `ticket` is what it was asked to do, as plain JSON data.
 
-    made_from: function number of a batch → [digest of its names, digest that also changes with their content]; without
-    one, a half filled folder is refused where the ticket's source has changed.
+    made_from: function batch number → [digest of its names, digest that also changes with their content]; without it, a
+    half-filled folder is refused if the ticket's source has changed.
     """
 
     def __init__(self, dest, ticket, made_from=None):
@@ -102,7 +102,7 @@ class Job:
         self._journal.write((json.dumps(line) + "\n").encode())
 
     def records(self):
-        """Finished for every finished batch, of all processes and earlier runs, whose images are as they were."""
+        """Finished for every finished batch, of all processes and earlier runs, whose images are unchanged."""
         same_names = not self._may_change
         for path in self.partial.glob("done-*.jsonl"):
             lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut off
@@ -134,7 +134,7 @@ class Job:
         return kept, left_out
 
     def remove_stale(self, names):
-        """Remove the images and rows besides `names` that were made from what is not in the source any more."""
+        """Remove images and rows not among `names`: the source no longer holds what they were made from."""
         if self.stale:
             for name in {name for name, _ in walk(self.dest) if OWN.fullmatch(name)}.difference(names):
                 (self.dest / name).unlink()

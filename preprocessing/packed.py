@@ -50,7 +50,7 @@ class ShardWriter:
     def _open(self, shard):
         if shard not in self._files:
             path, placed = self.job.partial / shard_name(shard), self.job.dest / shard_name(shard)
-            if placed.is_file() and not path.exists():  # by a run that was killed at its end
+            if placed.is_file() and not path.exists():  # placed by a run that was killed at its end
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     os.replace(placed, path)
             self._files[shard] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -96,7 +96,7 @@ class ShardWriter:
                 name = shard_name(number)
                 source, target = self.job.partial / f"{prefix}{name}", self.job.dest / name
                 path = source if source.is_file() else target
-                if path.stat().st_size > rows * self._row_bytes:  # of images that are not in the source any more
+                if path.stat().st_size > rows * self._row_bytes:  # rows of images no longer in the source
                     os.truncate(path, rows * self._row_bytes)
                 shards.append({"file": name, "count": rows, "sha256": sha256_of_files(path, progress=bar)})
                 if path is source:

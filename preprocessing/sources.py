@@ -20,7 +20,7 @@ from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, DataManifest
 from latents.names import NO_LABEL, check_names, is_data, parse_label_list, walk
 
 LARGEST = 1 << 30  # bytes of an image file
-OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)  # not of one image
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)  # not the fault of one image
 
 
 class BadImageError(Exception):
@@ -108,7 +108,7 @@ class ImageSource:
     def read_or_skip(self, index, skip_bad, transform=None):
         """(image, None), or (None, reason) for an unreadable one if `skip_bad`. Raises InputError otherwise.
 
-        transform: is applied to it; may raise BadImageError, and return None.
+        transform: applied to the image; may raise BadImageError or return None.
         """
         try:
             image = self.read(index)
@@ -132,7 +132,7 @@ class ImageSource:
         return self._digest(range(len(self)), [size for size, _ in self._versions])
 
     def made_from(self, batch_size):
-        """Job's function of the number of a batch: [digest of names and labels, digest also of sizes and changes]."""
+        """Function for Job: batch number → [digest of names and labels, digest also of sizes and times of change]."""
 
         def digests(number):
             versions = self._versions[number * batch_size : (number + 1) * batch_size]
@@ -152,7 +152,7 @@ class ImageSource:
     def classes(self, kept, unreadable):
         """(labels of the images `kept`, class names, number of classes).
 
-        A folder all of whose images are among the names `unreadable` has none, and is no class.
+        A folder whose images are all among the names `unreadable` is no class.
         """
         labels = self.labels[kept]
         if self.folders is None:
@@ -165,7 +165,7 @@ class ImageSource:
         return np.where(labels == NO_LABEL, labels, labels - np.searchsorted(gone, labels)), names, len(names)
 
     def _open_zip(self, flag):
-        """Open the zip; returns {name: (bytes, checksum)} of its data files, below the chosen folder."""
+        """Open the zip and return {name: (bytes, checksum)} of the data files in the chosen folder."""
         inside = ""
         if not self.path.exists() and (match := re.fullmatch(r"(.+\.zip):(.+)", str(self.path), re.IGNORECASE)):
             self._file, inside = Path(match[1]), match[2].strip("/") + "/"
@@ -177,7 +177,7 @@ class ImageSource:
             raise unreadable(error, f"{flag} {self._file}", "name another file") from None
         except Exception as error:  # zipfile raises nearly everything on damaged directories
             raise InputError(f"{flag} {self._file} is not a readable zip ({error}); download it again") from None
-        self._members = {}  # of equal names the last counts
+        self._members = {}  # if a name occurs twice, the last counts
         for info in self._zip.infolist():
             name = info.filename.replace("\\", "/").removeprefix("./").lstrip("/")  # as some tools write them
             if name.startswith(inside) and is_data(name := name.removeprefix(inside)):
@@ -185,7 +185,7 @@ class ImageSource:
         return {name: (info.file_size, info.CRC) for name, info in self._members.items()}
 
     def _read(self, name):
-        """Bytes of a file; threads may read at the same time. Raises BadImageError where it cannot be read."""
+        """Bytes of a file; threads may call it concurrently. Raises BadImageError if it cannot be read."""
         try:
             return (self.path / name).read_bytes() if self._zip is None else self._zip.read(self._members[name])
         except Exception as error:  # zipfile and its decompressors raise nearly everything on damaged members
@@ -226,7 +226,7 @@ class ImageSource:
         return np.array([index[class_of(name)] for name in names], np.int64), groups
 
     def _say_unmatched(self, names, labels, label_of):
-        """Say how many images have no label, and how many labels, those left in label_of, no image."""
+        """Warn of images without a label, and of labels without an image, which are those left in label_of."""
         lone = [name for name, label in zip(names, labels.tolist(), strict=True) if label == NO_LABEL]
         for kind, found in (("images without a label", lone), ("labels without an image", list(label_of))):
             if found:

@@ -5,7 +5,7 @@ from PIL import Image
 from common.errors import InputError
 from preprocessing.sources import BadImageError
 
-LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # pixels of what is resized, as Pillow limits those of what is read
+LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # pixels of a resized image: the limit that Pillow sets for reading
 BOX, BICUBIC, LANCZOS = Image.Resampling.BOX, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 
 
@@ -13,7 +13,7 @@ def resize(image, size, method):
     """Resize to (width, height), width first.
 
     In two calls, since Pillow 13 changed the order of the passes of one call; this order gives the published bytes.
-    Raises BadImageError where the result would be absurdly large, as of an image of 1 × 100,000.
+    Raises BadImageError if the result would be absurdly large, as for an image of 1 × 100,000.
     """
     if size[0] * max(size[1], image.height) > LARGEST:
         raise BadImageError(f"{image.width}x{image.height} would become {size[0]}x{size[1]}")
@@ -65,7 +65,7 @@ TRANSFORMS = {
 
 
 def make_transform(name, resolution):
-    """Function image → image of a transform's name and (width, height); both None: sizes are kept."""
+    """Function image → image for a transform's name and (width, height); both None: sizes are kept."""
     if resolution is None:
         if name is not None:
             raise InputError(f"--transform {name} needs --resolution, for example --resolution 256x256")

@@ -29,7 +29,7 @@ REENCODED = 0.1  # rms of the difference over rms: bf16 arithmetic stays ten tim
 
 
 class Report:
-    """{kind: lines about each fault}."""
+    """Faults, as {kind: lines about each fault}."""
 
     def __init__(self):
         self.faults = collections.defaultdict(list)
@@ -121,7 +121,7 @@ def _check_manifest(manifest, report):
 
 
 def _check_files(folder, listed, is_data, report):
-    """Names that are `listed` (None: all) and missing; data files, whose sorted names are returned, that are not."""
+    """Report missing files and files not `listed` (None: all are); returns the sorted names of the data files."""
     present = sorted(name for name, _ in walk(folder))
     data = list(filter(is_data, present))
     listed = set(data if listed is None else listed)

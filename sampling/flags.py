@@ -49,7 +49,7 @@ class SamplingFlags(PublishedFlags):
     fused_attn: bool = flag(True, "fused attention kernels", group=SPEED)
     compile: bool = flag(False, "compile the network's blocks at the start, for faster steps", group=SPEED)
     per_proc_batch_size: int = flag(32, "images per forward pass and process", range=BATCH, group=SPEED)
-    decode_batch_size: int = flag(32, "images that are decoded at once", range=BATCH, group=SPEED)
+    decode_batch_size: int = flag(32, "images decoded at once", range=BATCH, group=SPEED)
 
     sample_dir: str = flag("samples", "parent folder of the results", group=OUTPUT)
     num_fid_samples: int = flag(50_000, "number of images", range=IMAGES, group=OUTPUT)

@@ -54,8 +54,8 @@ class ImageSampler:
     def batches(self, batches):
         """Yield (indices, wait) for every batch; wait() → uint8 images (N, R, R, 3), float32 latents with --no-decode.
 
-        A GPU is given the batch and not waited for. So call wait in another thread: while the images are copied and
-        written, the next batch is under way. It raises InputError where values are not finite.
+        The batch is queued on the GPU without waiting. Call wait() in another thread: while it copies and writes the
+        images, the next batch is computed. It raises InputError if values are not finite.
         """
         noise = batch_noise(self.config.global_seed, batches, self.draws, self.shape, self.device)
         with contextlib.closing(noise):
@@ -68,7 +68,7 @@ class ImageSampler:
                 yield indices, functools.partial(self.finish, indices, *start_copy(rows, *finite))
 
     def finish(self, indices, copied, copies):
-        """Rows of the images `indices`, checked; copied, copies: of `start_copy`. Raises InputError."""
+        """Images or latents of `indices`, as a checked array; copied, copies: from `start_copy`. Raises InputError."""
         if copied is not None:
             copied.synchronize()
         rows, finite, *decoded = copies
@@ -82,11 +82,11 @@ class ImageSampler:
 
 
 def start_copy(*tensors):
-    """(CUDA event of the end or None, copies on the host) of tensors of one device; a GPU is not waited for."""
+    """Copy tensors of one device to the host → (CUDA event of the end or None, copies); does not wait for a GPU."""
     if not tensors[0].is_cuda:
         return None, [tensor.cpu() for tensor in tensors]
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory
-    copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
+    copied = torch.cuda.Event(blocking=True)  # a waiting thread sleeps instead of spinning
     copied.record()
     return copied, copies
 
@@ -145,9 +145,9 @@ def batch_noise(seed, batches, draws, shape, device):
 
 
 def try_out(config, path, times):
-    """(GuidedVelocity that counted its calls, arrays of noise) of a batch, found by running the sampler on one number.
+    """(GuidedVelocity with its calls counted, number of noise arrays) of a batch, from running the sampler on a scalar.
 
-    The starting noise is one of the arrays.
+    The starting noise counts as one of the arrays.
     """
     zero, y, asked = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), []
 

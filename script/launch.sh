@@ -4,7 +4,7 @@
 #              EXP_NAME         name of the run; default: made of the model and what differs from the method
 #              DATA_DIR         training data, where it is not the program's default
 #              MIXED_PRECISION  no, fp16 or bf16; default: bf16 on GPUs. The published runs used fp16.
-# Networks are compiled; --no-compile, as any flag given to a recipe, goes after its own.
+# Networks are compiled; flags given to a recipe follow its own, so --no-compile turns that off.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NUM_GPUS=${NUM_GPUS:-8}
@@ -21,7 +21,7 @@ train() { # PROGRAM [flags]
         ${DATA_DIR:+--data-dir "$DATA_DIR"} ${MIXED_PRECISION:+--mixed-precision "$MIXED_PRECISION"} "${@:2}"
 }
 
-train_map() { # [flags]; CKPT: the flow model to start from, of ours or a published SiT, REPA or Decoupled MeanFlow file
+train_map() { # [flags]; CKPT: the flow model to start from, ours or a published SiT, REPA or Decoupled MeanFlow file
     [ -n "${CKPT:-}" ] || fail "CKPT is not set; name the flow model to start from with CKPT=FILE"
     train train_dmf.py --pretrained "$CKPT" "$@"
 }

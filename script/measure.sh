@@ -12,8 +12,8 @@ CKPT=${CKPT:-$OUTPUT_DIR/$EXP_NAME/checkpoints/$LAST_STEP.pt}
 NUM_FID_SAMPLES=${NUM_FID_SAMPLES:-50000}
 REF=${REF:-}
 RESULTS=${RESULTS:-results}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OUTPUT_DIR/$EXP_NAME/.compile_cache} # of all settings
-fast=(--compile --dtype bf16 --vae-dtype bf16 --per-proc-batch-size 64) # of generate*.py; a recipe's own flags go after
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OUTPUT_DIR/$EXP_NAME/.compile_cache} # shared by all settings
+fast=(--compile --dtype bf16 --vae-dtype bf16 --per-proc-batch-size 64) # of generate*.py; flags given to a recipe follow
 weights=(${INCEPTION_WEIGHTS:+--inception-weights "$INCEPTION_WEIGHTS"})
 edm2_weights=(${weights[@]+"${weights[@]}"} ${DINOV2_WEIGHTS:+--dinov2-weights "$DINOV2_WEIGHTS"})
 

@@ -10,7 +10,7 @@ Sets up .venv, then writes scikit-learn's handwritten digits as an image folder,
 small DeepFlow (two branches), samples 400 digits and measures them. Takes minutes on two CPU cores; needs no GPU and
 downloads nothing but the packages. Everything goes to quickstart/ (another folder: WORK=...). A second run reuses
 finished steps; delete the folder to start again.
-Inside an active virtual or conda environment, that one is used and no .venv is made.
+An active virtual or conda environment is used as it is, without making .venv.
 Environment: TORCH_INDEX_URL  wheel index for PyTorch, e.g. https://download.pytorch.org/whl/cpu (small CPU wheels)
              PYTHON           interpreter that makes .venv (python3)
              WORK             folder of the results (quickstart)

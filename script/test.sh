@@ -8,7 +8,7 @@ usage: bash script/test.sh [--slow] [PYTEST ARGUMENTS]
 
 Sets up .venv and runs the tests on CPU (minutes on two cores). --slow also runs those marked slow (kill tests, long
 runs). Other arguments go to pytest, e.g. -k parity; PARITY_FIXTURES=DIR takes other reference values.
-An active environment, TORCH_INDEX_URL and PYTHON serve as in script/quickstart.sh.
+An active environment, TORCH_INDEX_URL and PYTHON work as in script/quickstart.sh.
 EOF
 }
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac

@@ -2,8 +2,8 @@
 
     python tests/attack.py --seed 1 --attempts 500
 
-Every attempt has to end well, in one clear line, or, where weights are damaged, in one clear line only. The attempts
-are a pure function of the seed. Prints a table of tried and survived, and each attempt that did not.
+Every attempt must succeed or end with one clear line; with damaged weights, only the line will do. The attempts are a
+pure function of the seed. Prints a table of attempts tried and survived, and every attempt that was not survived.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from evaluation_helpers import pictures, save_npz, script
 
 from evaluations import calculate_metrics
 
-TIME_LIMIT = 120  # seconds of an attempt; all take a few
+TIME_LIMIT = 120  # seconds per attempt; each takes a few
 TEXTS = (
     "",
     " ",
@@ -260,7 +260,7 @@ def odd_entry(command, folder, chance):
 
 
 def odd_path(command, folder, chance):
-    """Put a folder, a pipe, or a link to itself where a file is read, or a file where a folder is."""
+    """Put a folder, a pipe or a link to itself in place of a file that is read, or a file in place of a folder."""
     path = pick(command, folder, chance, lambda path: True)
     way = chance.choice(("folder", "pipe", "loop", "file"))
     if way == "file" and path.parent != folder:
@@ -274,7 +274,7 @@ def odd_path(command, folder, chance):
 
 
 def stray(command, folder, chance):
-    """Leave beside the command's files what systems and people leave there."""
+    """Put files that systems and people leave behind beside the command's files."""
     path = pick(command, folder, chance, lambda path: True)
     name = chance.choice(
         (".DS_Store", "._0.png", "Thumbs.db", "0000009.pt.tmp", "x.pt", "notes.txt", ".ipynb_checkpoints")
@@ -288,18 +288,18 @@ def stray(command, folder, chance):
 
 
 def small_disk(command, folder, chance):
-    """No file may grow beyond a limit: what a full disk or a quota does."""
+    """Limit the size of files, as a full disk or a quota does."""
     limit = int(2 ** chance.uniform(14, 21))  # less would silence the command: its own output goes to a file
     return command.words, f"files up to {limit} bytes"
 
 
 def few_files(command, folder, chance):
-    """Few files may be open at a time."""
+    """Limit the number of open files."""
     return command.words, f"{chance.choice((24, 40, 64))} open files"
 
 
 def twin(command, folder, chance):
-    """The command is started twice at once."""
+    """Start the command twice at once."""
     return command.words, "two at once"
 
 
@@ -321,7 +321,7 @@ _flags = {}
 
 
 def pick(command, folder, chance, wanted):
-    """One of the files that the command reads; raises Skip where it reads none of the kind."""
+    """One of the files that the command reads; raises Skip if it reads none of that kind."""
     files = sorted(
         {path for pattern in command.reads for path in folder.glob(pattern) if path.is_file() and wanted(path)}
     )
@@ -338,7 +338,7 @@ class Skip(Exception):
 
 
 def start(words, kind, detail):
-    """Start a command; returns the Program. Limits of the kind hold for it alone."""
+    """Start a command under the limits of this kind; returns the Program."""
     if kind not in ("small disk", "few files"):
         return programs.start(*words)
     number = int(re.search(r"\d+", detail)[0])
@@ -363,7 +363,7 @@ def verdict(done, command):
 
 @contextlib.contextmanager
 def copy_of(workspace):
-    """A copy at the place where the workspace was made: its files name one another by path."""
+    """Put a copy where the workspace was made, since its files refer to one another by path."""
     folder = Path(shutil.copytree(workspace, workspace.with_name("w"), symlinks=True))
     try:
         yield folder
@@ -372,7 +372,7 @@ def copy_of(workspace):
 
 
 def attempt(seed, workspace, only=None):
-    """(kind, command, what was done, what went wrong or None) of the attack `seed`; None where it does not fit."""
+    """(kind, command, what was done, what went wrong or None) of the attack `seed`; None if it does not fit."""
     chance = random.Random(seed)
     kind, name = chance.choice([k for k in KINDS if only in (None, k)]), chance.choice(list(COMMANDS))
     command = COMMANDS[name]
@@ -409,7 +409,7 @@ def main():
 
 
 def check_commands(workspace):
-    """Every command, undisturbed, has to work."""
+    """Every command must work when it is not disturbed."""
     for name, command in COMMANDS.items():
         with copy_of(workspace) as folder:
             done = programs.run(*(word.replace("{w}", str(folder)) for word in command.words))
@@ -417,7 +417,7 @@ def check_commands(workspace):
 
 
 def campaign(seed, attempts, only=None):
-    """Run the attacks, print the table; returns descriptions of those that were not survived."""
+    """Run the attacks and print the table; returns descriptions of those that were not survived."""
     tried, survived, failed = collections.Counter(), collections.Counter(), []
     with tempfile.TemporaryDirectory(prefix="attack-") as place, open(os.devnull, "w") as quiet:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):

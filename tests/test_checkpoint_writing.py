@@ -1,4 +1,4 @@
-"""Checkpoints are written in a thread: training goes on meanwhile, and what is written is the state of its step."""
+"""Checkpoints are written in a thread: training continues, and a file holds the state of its own step."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def data(tmp_path):
 
 
 def at_call(number, act, objective=train.objective):
-    """train.objective that calls act() in its call of that number."""
+    """train.objective that also calls act() in the call of that number."""
     calls = iter(range(1, 100))
 
     def wrapped(*args, **kwargs):
@@ -54,7 +54,7 @@ def at_call(number, act, objective=train.objective):
 
 
 def test_training_goes_on_while_the_state_of_an_earlier_step_is_written(data, tmp_path, monkeypatch):
-    """The write of step 2 ends only when step 4 has begun; that of step 4 begins only then."""
+    """The write of step 2 ends only once step 4 has begun, and the write of step 4 begins only after that."""
     step_4, under_way, most = threading.Event(), [], []
 
     def slow(path, **content):

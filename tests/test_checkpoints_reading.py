@@ -103,7 +103,7 @@ def test_options_that_the_weights_tell(tmp_path, options):
     )
     assert same_weights(load_model(path)[0], expected)
     if options.get("df_idxs") == ():
-        return  # a bare file of one branch does not tell its direction of time, see below
+        return  # a bare file of one branch leaves the direction of time open, see below
     model, found = load_model(save(tmp_path / "b.pt", expected.state_dict()))
     assert same_weights(model, expected)
     assert {key: found[key] for key in options} == options
@@ -299,7 +299,7 @@ def test_a_file_that_does_not_tell_its_direction_of_time_is_refused(tmp_path):
     assert "--convention" in refusal(path)
     assert torch.equal(velocity(load_model(path, convention="repa")[0]), velocity(expected))
     assert not torch.equal(velocity(load_model(path, convention="sit")[0]), velocity(expected))
-    assert load_checkpoint(path, dmf_depth=2).model.kind == "flow map"  # which SiT has none of
+    assert load_checkpoint(path, dmf_depth=2).model.kind == "flow map"  # SiT has no dmf_depth
 
 
 @pytest.mark.parametrize(

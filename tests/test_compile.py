@@ -1,4 +1,4 @@
-"""--compile: each kind of part is compiled once, the same numbers, the same names; what is compiled is kept."""
+"""--compile: each kind of part is compiled once, numbers and names stay the same, and kernels are cached."""
 
 import contextlib
 import copy
@@ -20,7 +20,7 @@ from models.paths import PATHS
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch):
-    """Without cached graphs, and with a backend that needs no compiler of kernels."""
+    """No cached graphs, and a backend that needs no kernel compiler."""
     torch._dynamo.reset()
     counters.clear()
     quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")

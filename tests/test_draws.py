@@ -1,4 +1,4 @@
-"""Draws of a training step: a function of seed, step and row, for new runs and for those from before blocks of rows."""
+"""Draws of a training step: a function of seed, step and row, for new runs and for runs older than blocks of rows."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def kind(request):
-    """A configuration, and the function of its draws."""
+    """A configuration and its draw function."""
     config, draw = KINDS[request.param]
     return config, functools.partial(draw, config=config, latent_shape=LATENT)
 
@@ -80,7 +80,7 @@ def test_the_normals_are_the_same_for_ever():
 
 
 def former_step(step, config, num_branches, latent_shape, *_):
-    """As draws were made before there were blocks of rows: all of the batch from one generator, in order."""
+    """Draws as they were made before blocks of rows existed: the whole batch from one generator, in order."""
     rng, n = np.random.default_rng([config.seed, step, 1]), config.batch_size
     times = sample_times(rng, n, num_branches, config.weighting, PATHS[config.path_type], config.tg_upper_bound)
     drop = torch.from_numpy(rng.random(n) < config.cfg_prob)
@@ -89,7 +89,7 @@ def former_step(step, config, num_branches, latent_shape, *_):
 
 
 def former_flow_map_step(step, config, latent_shape):
-    """As former_step, for flow maps."""
+    """Like former_step, for flow maps."""
     rng, n = np.random.default_rng([config.seed, step, 1]), config.batch_size
     logits = torch.from_numpy(rng.standard_normal((3, n), dtype=np.float32))
     means, stds = (config.P_mean, config.P_mean_t, config.P_mean_r), (config.P_std, config.P_std_t, config.P_std_r)

@@ -1,4 +1,4 @@
-"""How a command ends: one line and an exit code for what a user or the machine did, a traceback for our mistakes."""
+"""How a command ends: one line and an exit code for user and system errors, a traceback for our own bugs."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from sampling.stores import PngFiles
 
 
 def end_of(error, capsys):
-    """(exit code, what is printed) of a command that raises the error."""
+    """(exit code, printed text) of a command that raises the error."""
     with pytest.raises(SystemExit) as caught, exit_on_input_error():
         raise error
     return caught.value.code, capsys.readouterr().err
@@ -113,4 +113,4 @@ def test_a_run_that_may_write_no_file_ends_in_one_line(tmp_path):
     assert run.wait() == 2
     errors = [line for line in run.stderr.read_text().splitlines() if "error: " in line]
     assert len(errors) == 1 and "0000004.pt" in errors[0] and "free space" in errors[0]
-    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # Python's own doing: the write fails instead
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # Python's default: the write fails instead

@@ -45,7 +45,7 @@ def run(script, environment, *flags):
 
 
 def sampled(line, fast=FAST):
-    """The configuration that a noted call of torchrun gives to generate.py, compiled and in half precision."""
+    """The configuration that a recorded torchrun call gives to generate.py: compiled, in half precision."""
     program, _, flags = line.partition(" generate.py ")
     assert program == "torchrun --standalone --nproc-per-node 2"
     config = parse_flags(GenerateConfig, flags.split())

@@ -141,7 +141,7 @@ def test_a_failing_export_leaves_nothing(ckpt, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("models.export.save_file", fail)
-    (tmp_path / ".exported.99999999.tmp").mkdir()  # of a process that was killed
+    (tmp_path / ".exported.99999999.tmp").mkdir()  # left by a killed process
     with pytest.raises(OSError) as caught:
         export(ckpt, tmp_path / "exported")
     assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "exported"))

@@ -76,7 +76,7 @@ def test_batch_size_does_not_show(checkpoints, tmp_path):
 
 
 def test_a_published_flow_map_without_head_needs_its_depth(checkpoints, tmp_path):
-    """Without --dmf-depth nothing tells it from a SiT, whose time is reversed."""
+    """Without --dmf-depth nothing distinguishes it from a SiT, whose time is reversed."""
     state = tiny.load(checkpoints["DMFT"])["ema"]
     torch.save({name: tensor for name, tensor in state.items() if "logvar" not in name}, tmp_path / "map.pt")
     ours = run(tmp_path, checkpoints["DMFT"], "--block", 3)["curves"]

@@ -1,4 +1,4 @@
-"""One writer and one lock: whole files or none, one process per result, and nothing left of those that were killed."""
+"""One writer and one lock: whole files or none, one process per result, and no leftovers of killed processes."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from data_helpers import write_class_folders
 from common.errors import InputError
 from common.files import locked, write_atomically
 
-DEAD = 2**22 + 1  # no process: above the largest number that Linux gives
+DEAD = 2**22 + 1  # no process has it: above the largest process id of Linux
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def failing(error):
 def test_a_result_has_one_writer_at_a_time(tmp_path, make):
     result = make(tmp_path / "result")
     with locked(result, "--dest"):
-        for name in (result, tmp_path / "x" / ".." / "result"):  # another name of the same
+        for name in (result, tmp_path / "x" / ".." / "result"):  # two names of the same file
             with pytest.raises(InputError, match=rf"another process is writing {result}; .* another --dest"):
                 locked(name, "--dest").__enter__()
         with locked(tmp_path / "other", "--dest"), locked(result, "--dest", main=False):
@@ -47,7 +47,7 @@ def test_a_result_has_one_writer_at_a_time(tmp_path, make):
 def test_a_lock_goes_with_its_process(tmp_path):
     with contextlib.suppress(ValueError), locked(tmp_path / "result", "--dest"):
         raise ValueError
-    (tmp_path / ".result.lock").touch()  # of a process that was killed
+    (tmp_path / ".result.lock").touch()  # left by a killed process
     with locked(tmp_path / "result", "--dest"):
         pass
     assert not list(tmp_path.iterdir())
@@ -59,7 +59,7 @@ def test_a_lock_that_was_removed_in_between_is_not_believed(tmp_path, monkeypatc
     def flock(file, how, original=fcntl.flock):
         calls.append(file)
         if len(calls) == 1:
-            lock.unlink()  # by the process that held it
+            lock.unlink()  # as the process that held it does
         return original(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -81,7 +81,7 @@ def test_a_place_for_no_lock_is_named_with_its_flag(tmp_path):
     with pytest.raises(InputError, match=f"--dest {tmp_path}/file/result cannot be written"):
         locked(tmp_path / "file" / "result", "--dest").__enter__()
     os.mkfifo(tmp_path / ".pipe.lock")
-    with locked(tmp_path / "pipe", "--dest"):  # and does not wait for a reader
+    with locked(tmp_path / "pipe", "--dest"):  # a pipe: must not wait for a reader
         pass
 
 
@@ -120,7 +120,7 @@ def test_other_errors_of_a_writer_stay_what_they_are(tmp_path):
 
 
 def commands(tmp_path, vae):
-    """{name: (words, file or folder that they make)}, with what they read."""
+    """{name: (command line, file or folder that it makes)}; makes the inputs too."""
     write_class_folders(tmp_path / "source", per_class=2)
     data = tiny.data_folder(tmp_path / "data")
     ckpt = tiny.checkpoint(tmp_path / "0000003.pt", vae)

@@ -1,4 +1,4 @@
-"""Ranges of flags: every number of every program has bounds, and what lies beyond ends in one line."""
+"""Ranges of flags: every number of every program has bounds, and a value beyond them ends in one line."""
 
 import ast
 import dataclasses

@@ -85,7 +85,7 @@ class LiveMatrices(TorchDispatchMode):
 
 
 def test_the_derivative_holds_the_attention_matrices_of_one_block():
-    """At 512² one such matrix of an XL is 34 MB in bf16 for each image."""
+    """At 512² one such matrix of an XL model takes 34 MB per image in bf16."""
     most = []
     for depth in (2, 5):
         model, (x, t, r, y, tangent) = tiny_map(depth=depth, dmf_depth=1, num_heads=4), inputs()
@@ -104,10 +104,10 @@ def mixed_map():
     return model
 
 
-@pytest.mark.slow  # the trace takes half a minute; Inductor takes part in the compiled run of test_train_dmf.py
+@pytest.mark.slow  # the trace takes half a minute; test_train_dmf.py covers Inductor
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 0.1)], ids=["fp32", "bf16"])
 def test_compiled_derivative_is_one_graph_and_equals_eager(half, tolerance, monkeypatch):
-    """Also where the blocks themselves are compiled."""
+    """Also if the blocks themselves are compiled."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()  # or the cases of this test would count as recompilations of one function
     counters.clear()

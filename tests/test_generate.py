@@ -156,7 +156,7 @@ def test_four_processes_for_three_batches_make_the_same_pixels(reference, ckpt, 
 
 @pytest.mark.parametrize("changes", [{"cfg_scale": 2.0}, {"mode": "ode", "heun": True}, {"decode": False}])
 def test_a_device_is_not_waited_for_before_its_images_are_due(ckpt, monkeypatch, changes):
-    """Tensors on "meta" have no values: whoever reads one fails."""
+    """Tensors on "meta" have no values, so reading one fails."""
     copied = []
     monkeypatch.setattr(sampler, "start_copy", lambda *tensors: (copied.append(tensors[0].shape), tensors))
     config = parse_flags(GenerateConfig, tiny.generate_flags(ckpt, "nowhere", **changes)).resolve()

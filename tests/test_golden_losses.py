@@ -20,7 +20,7 @@ NAMES = ("loss", "loss_v1", "loss_v2", "loss_a1", "grad_norm")
 
 
 def losses(folder):
-    """{name: value of each step} of the fixed run, with the noise of runs from before there were blocks of rows."""
+    """{name: value of each step} of the fixed run, with the noise of runs older than blocks of rows."""
     data = tiny.data_folder(Path(folder) / "data", count=24)
     with mock.patch("training.run.BLOCK", 0):
         lines = tiny.log_lines(tiny.run_train(data, folder, **FLAGS))

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: mixed precision with a scaler, compiled training, no waiting, CPU and GPU agreeing.
+"""What only a CUDA device shows: mixed precision with a scaler, compiled training, no waits, CPU and GPU agree.
 
     python -m pytest -m gpu tests/test_gpu.py
 
@@ -75,7 +75,7 @@ PROGRAMS = {"train": tiny.run_train, "alignment": tiny.run_train, "flow map": tr
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_step_waits_for_the_device_between_logs(tmp_path, monkeypatch, device, program, precision):
-    """From the third step on: the first make the optimizer's state and find the kernels."""
+    """From the third step on: the first two create the optimizer's state and select kernels."""
     if device == "cpu" and precision != "bf16":
         pytest.skip("is for GPUs")
     flags = {"mixed_precision": precision, "max_train_steps": 8, "log_every": 4}
@@ -100,7 +100,7 @@ def test_no_step_waits_for_the_device_between_logs(tmp_path, monkeypatch, device
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(tmp_path, device, compiled):
-    """Up to the order in which a GPU adds up; a wrong state or order of the data differs by far more."""
+    """Equal up to the summation order of a GPU; a wrong state or data order differs by far more."""
     data = tiny.data_folder(tmp_path / "data")
     flags = {"mixed_precision": "bf16", "compile": compiled, "checkpointing_steps": 3}
     whole = tiny.run_train(data, tmp_path, exp_name="whole", max_train_steps=6, **flags)

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_session.py: every phase runs on a CPU at tiny sizes, and what fails leaves the other rows."""
+"""benchmarks/gpu_session.py: every phase runs on a CPU at tiny sizes, and a failure leaves the other rows."""
 
 import json
 import time

@@ -45,7 +45,7 @@ def test_the_largest_batch_that_fits():
     memory = step_bytes(options, 64, "eager")
     assert largest_batch(options, memory, "eager") == 64
     assert largest_batch(options, memory - 1, "eager") == 32
-    assert largest_batch(options, fixed_bytes(options), "eager") == 1  # that it does not fit shows when it runs
+    assert largest_batch(options, fixed_bytes(options), "eager") == 1  # running it shows that it does not fit
 
 
 def test_the_smallest_card():

@@ -571,7 +571,7 @@ def test_qk_norm_normalises_each_head_after_the_split():
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", ["DeepFlow-Ti/2", "SiT-Ti/2", "DeepFlow-DMF-Ti/2", "DeepFlow-MMDiT-Ti/2"])
 def test_tokens_are_contiguous_before_and_after_every_block(name, half):
-    """A transposed layout would stay through all residuals, and split fused kernels on a GPU."""
+    """A transposed layout would persist through all residual connections and split fused kernels on a GPU."""
     model, seen = create_model(name, input_size=8), []
     x, t = torch.randn(2, 4, 8, 8), torch.rand(2)
     y = torch.randn(2, 6, model.context_dim) if model.kind == "text" else torch.tensor([0, 1])

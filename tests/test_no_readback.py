@@ -1,4 +1,4 @@
-"""No training step reads anything back from the device: with tensors that have no values, each runs all the same.
+"""No training step reads anything back from the device: each runs even with tensors that have no values.
 
 Weights, batches and draws become fake tensors, of which reading a value raises; what stays on the host is real.
 """
@@ -18,15 +18,15 @@ from training.config import TextTrainConfig
 from training.draws import ON_CPU
 from training.trainer import Trainer
 
-STEPS = 2  # the first makes the optimizer's state
+STEPS = 2  # the first creates the optimizer's state
 
 
 class Finished(Exception):
-    """So many steps have run."""
+    """Raised once STEPS steps have run."""
 
 
 class Faked:
-    """Replaces tensors of the device by fake ones, and notes the steps that ran."""
+    """Replaces tensors on the device by fake ones and records the steps that ran."""
 
     def __init__(self):
         self.mode, self.steps = FakeTensorMode(allow_non_fake_inputs=True), []
@@ -44,7 +44,7 @@ class Faked:
                 part._buffers[name] = buffer if buffer is None else self.tensor(buffer)
 
     def record(self, record):
-        """A batch or draws with fake tensors, but for what stays on the host."""
+        """A batch or draws with fake tensors, except for those that stay on the host."""
         changes = {name: self.value(value) for name, value in vars(record).items() if name not in ON_CPU}
         return dataclasses.replace(record, **changes)
 
@@ -64,7 +64,7 @@ def faked(monkeypatch):
         faked.module(run.model)
         for encoder in getattr(objective.keywords.get("targets"), "encoders", {}).values():
             faked.module(encoder.network)
-        monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)  # which takes no fake weights
+        monkeypatch.setattr(nn.Module, "to", lambda module, *_, **__: module)  # it accepts no fake weights
         start(self, run, objective, *rest)
 
     def after_step(self, step, stopping):

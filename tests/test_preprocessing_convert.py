@@ -190,7 +190,7 @@ def test_after_images_were_repaired_added_or_removed_only_their_chunks_are_redon
     convert(options)
     convert(ConvertFlags(source, tmp_path / "fresh", (16, 16), workers=1))
     assert tree(tmp_path / "dest") == tree(tmp_path / "fresh")
-    kept = 3 if change is repair else 0  # the first image of a chunk that is as it was
+    kept = 3 if change is repair else 0  # the first image of an unchanged chunk
     assert f"00000/img{kept:08d}.png" not in done[: done.index("names.txt")]
 
 
@@ -359,7 +359,7 @@ def test_unreadable_images_stop_or_are_listed_and_left_out(tmp_path):
 
 def test_everything_that_cannot_be_read_is_skipped(tmp_path, monkeypatch):
     source = write_class_folders(tmp_path / "source", classes=2, per_class=3)
-    Image.new("L", (1, 60_000)).save(source / "n0000/thin.png")  # of which the crop would be 16 × 960,000
+    Image.new("L", (1, 60_000)).save(source / "n0000/thin.png")  # its crop would be 16 × 960,000
     monkeypatch.setattr(preprocessing.transforms, "LARGEST", 10**6)
     with open(source / "n0000/huge.png", "wb") as file:
         file.truncate(preprocessing.sources.LARGEST + 1)

@@ -143,7 +143,7 @@ def test_pack_killed_at_every_write(tmp_path, monkeypatch):
 
 def test_captions_killed_at_every_write(tmp_path, monkeypatch):
     encoder = TextEncoder(captioned.text_folder(tmp_path / "clip"))
-    monkeypatch.setattr("preprocessing.text.TextEncoder", lambda *_: encoder)  # once: it takes longest
+    monkeypatch.setattr("preprocessing.text.TextEncoder", lambda *_: encoder)  # loaded once: that takes longest
     source, annotations = captioned.photos(tmp_path / "photos"), captioned.coco_json(tmp_path / "captions.json")
 
     def job(dest):

@@ -250,7 +250,7 @@ def test_after_a_rollback_latest_follows_the_new_branch(tmp_path):
 
 
 def resumed_from(content, data, folder):
-    """Message of the InputError with which a run ends that goes on from a checkpoint with this content."""
+    """Message of the InputError that ends a run resumed from a checkpoint with this content."""
     path = folder / "another.pt"
     torch.save(content, path)
     with pytest.raises(InputError) as caught:
@@ -269,7 +269,7 @@ def start(tmp_path_factory):
 
 
 def not_restored(content):
-    """Message of the InputError with which a model and its optimizer refuse this content and stay as they are."""
+    """Message of the InputError with which a model and its optimizer refuse this content, unchanged themselves."""
     model = create_model("DeepFlow-Ti/2", **content["config"]["model_options"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -299,7 +299,7 @@ OTHER_STATES = {
 
 
 def matrix(state):
-    """Number of the first parameter that is a matrix with different sides."""
+    """Index of the first parameter that is a non-square matrix."""
     shapes = {i: part["exp_avg"].shape for i, part in state.items()}
     return next(i for i, shape in shapes.items() if len(shape) == 2 and shape[0] != shape[1])
 

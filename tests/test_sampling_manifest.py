@@ -14,7 +14,7 @@ from samplers import sample_labels
 from sampling.conditions import ClassLabels
 from sampling.manifest import SETTINGS, SampleManifest, check_settings, manifest_path, read_manifest
 
-# Flags that decide no image, or only repeat what `model_options`, `weights_sha256` and `labels` say.
+# Flags that affect no image, or only repeat what `model_options`, `weights_sha256` and `labels` say.
 UNRECORDED = {"sample_dir", "projector_embed_dims", "resume", "grid", "classes", "out", "num_classes", "resolution"}
 UNRECORDED |= {"trans_depth", "df_idxs", "dmf_depth", "qk_norm", "legacy_scaling", "ssl_align", "convention"}
 

@@ -12,7 +12,7 @@ SMALL = ["--batch-size", "1", "--repeats", "1", "--no-compile"]
 
 @pytest.fixture
 def flags(monkeypatch):
-    """Function that makes flags of a small run; the process's memory is not measured in a process of its own."""
+    """Function that makes flags of a small run; memory is not measured in a separate process."""
     monkeypatch.setattr(train_step, "build_and_weigh", lambda args, key, build: (build(), 1.0))
     small = {"model": "DeepFlow-Ti/2", "batch_size": 1, "repeats": 1, "compile": False}
     return lambda **changes: train_step.TrainStepFlags(**{**small, **changes})
@@ -29,7 +29,7 @@ def test_training_steps_of_deepflow_sit_and_diffusers(flags, capsys):
 
 
 def test_what_does_not_fit_together_is_measured_one_after_the_other(flags, monkeypatch, capsys):
-    """And a network that does not fit at all, or a package that is not there, leaves the other rows."""
+    """A network that does not fit at all, or a missing package, leaves the other rows."""
 
     def weigh(args, key, build):
         if key[0].startswith("SiT"):

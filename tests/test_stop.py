@@ -19,7 +19,7 @@ from training.stop import EXIT_STOPPED, SIGNALS, StopRequest
 
 @pytest.fixture(autouse=True)
 def heeded_interrupt():
-    """As in a terminal: a shell starts what it runs in the background with this signal ignored."""
+    """As in a terminal; a shell starts background commands with this signal ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -121,7 +121,7 @@ def test_results_that_cannot_be_aggregated(tmp_path):
 
 
 def detections(prompts=2, images=4):
-    """Lines of the detector: so many prompts of each tag, numbered in order."""
+    """Lines of the detector: the given number of prompts of each tag, numbered in order."""
     return [
         {"filename": f"s/{number:05d}/samples/{i:04d}.png", "tag": tag, "prompt": f"{tag} {number}", "correct": i == 0}
         for number, tag in enumerate(geneval.TAGS * prompts)
@@ -167,7 +167,7 @@ def test_results_that_are_not_whole_are_refused(change, fault, tmp_path, capsys)
     printed = capsys.readouterr()
     assert "warning: " in printed.err and "overall" in printed.out
     if "twice" in fault:
-        assert "0.2500  48 images" in printed.out  # it counts once
+        assert "0.2500  48 images" in printed.out  # the duplicate counts once
 
 
 def test_images_that_were_not_scored_are_refused(tmp_path):

@@ -224,7 +224,7 @@ def test_branches_learn_the_guided_flow():
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_like_an_eager_one(data, flow, tmp_path):
-    """Seven graphs: the derivative; of block, VeRA and velocity layer one to train, one to guide however many rows."""
+    """Seven graphs: the derivative; and one each for training and for guidance of block, VeRA and velocity layer."""
     torch._dynamo.reset()
     counters.clear()
     steps = {"max_train_steps": 2, "batch_size": 8}

@@ -145,7 +145,7 @@ def scrambled_run(data, output_dir, **changes):
     content = load(path)
     model = create_model(content["config"]["model"], **content["config"]["model_options"])
     content["model"] = content["ema"] = fill_(model, std=0.05).state_dict()
-    content["train_state"]["noise_block"] = 3  # so that processes and micro-batches share blocks
+    content["train_state"]["noise_block"] = 3  # so that blocks span processes and micro-batches
     torch.save(content, path)
     return run_dir
 

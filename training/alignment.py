@@ -46,11 +46,11 @@ def describe_alignment(config):
 
 
 def warn_of_slow_images(run):
-    """Note that images are read too slowly, by the time of this rank's rows of a batch and the GPU's speed at --mfu."""
+    """Warn if images are read more slowly than the GPU trains at --mfu; times the reading of this rank's rows."""
     peak, rows = peak_flops(run.accelerator.device, run.config.mixed_precision), run.rows.numpy()
     if not peak:
         return
-    run.dataset.gather_step(run.sampler, 0, rows[:1])  # imports
+    run.dataset.gather_step(run.sampler, 0, rows[:1])  # warm-up: imports
     start = time.perf_counter()
     run.dataset.gather_step(run.sampler, 0, rows)
     read, needed = len(rows) / (time.perf_counter() - start), run.config.mfu * peak / run.flops_per_image

@@ -31,7 +31,7 @@ class TrainState:
 
 @dataclasses.dataclass
 class Settings:
-    """What of a run's configuration every reader leans on."""
+    """The part of a run's configuration that every reader relies on."""
 
     model: Literal[tuple(PRESETS)]
     model_options: Options
@@ -45,7 +45,7 @@ class Group:
 
 @dataclasses.dataclass
 class Optimizer:
-    """State of AdamW; what else its groups hold is set by flags."""
+    """State of AdamW; the other entries of its groups are set by flags."""
 
     state: dict
     param_groups: list[Group]
@@ -88,7 +88,7 @@ def find_resume(run_dir, wanted):
     number = int(wanted) if STEP.fullmatch(wanted) else None
     fresh = wanted == "auto" or number == 0
     path = Path(wanted) if number is None else checkpoint_path(run_dir, number)
-    if not fresh and not os.path.isfile(path):  # of absurd names pathlib's raises OSError
+    if not fresh and not os.path.isfile(path):  # pathlib's is_file raises OSError for absurd names
         raise InputError(f"--resume {wanted}: {path} does not exist; the run has steps {steps}")
     if steps and (fresh or path.resolve().parent != checkpoint_path(run_dir, 0).resolve().parent):
         held = f"{run_dir} already holds checkpoints up to step {steps[-1]}"
@@ -98,10 +98,10 @@ def find_resume(run_dir, wanted):
 
 @contextlib.contextmanager
 def replacing_old(run_dir, step, stays, keep):
-    """Write the checkpoint of `step` in this context; at its end all rolling ones but the newest `keep` are deleted.
+    """Write the checkpoint of `step` in this context; on exit all rolling ones but the newest `keep` are deleted.
 
-    Unless it `stays`, rolling.json has its step before it is written, so that a kill leaves none that nothing deletes.
-    Only steps that are listed there are ever deleted: a run may continue with other intervals than it began with.
+    Unless it `stays`, its step is added to rolling.json before it is written, so that a kill leaves no file that is
+    never deleted. Only steps listed there are deleted: a run may continue with other intervals than it began with.
     """
     record = checkpoint_path(run_dir, 0).with_name("rolling.json")
     before = read_record(list[int], record, "delete it: its checkpoints then stay") if record.exists() else []
@@ -115,7 +115,7 @@ def replacing_old(run_dir, step, stays, keep):
 
 
 def clear_way(run_dir, step):
-    """Before a run goes on from `step`: half-written files of killed processes go, later checkpoints are set aside.
+    """Prepare a run to continue from `step`: remove half-written files, and rename later checkpoints to .pt.abandoned.
 
     Otherwise `latest` would find the abandoned branch.
     """
@@ -133,20 +133,20 @@ def save_checkpoint(path, **content):
 
 
 def on_host(content):
-    """A copy of nested dicts, with their tensors in host memory; on a GPU the caller has to wait for it."""
+    """Copy nested dicts, tensors to host memory; copies from a GPU are asynchronous, so the caller must wait."""
     if isinstance(content, dict):
         return {name: on_host(value) for name, value in content.items()}
     if not isinstance(content, torch.Tensor):
         return content
-    # a GPU copies at full speed only to page-locked memory; torch keeps what is freed of it for the next checkpoint
+    # a GPU copies at full speed only to page-locked memory; torch caches freed blocks of it for the next checkpoint
     return torch.empty_like(content, device="cpu", pin_memory=content.is_cuda).copy_(content, non_blocking=True)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run in a thread, one after the other, while training goes on.
+    """Writes the checkpoints of a run in a thread, one after the other, while training continues.
 
-    A full disk is reported as by RunLog.reporting_disk_errors: at once for a rolling checkpoint, for one that stays by
-    an InputError of `save` or `check`. The context of `pool` ends when nothing is being written.
+    A full disk is reported by RunLog.reporting_disk_errors: a rolling checkpoint warns at once; for one that stays, the
+    next `save` or `check` raises InputError. The context of `pool` ends once nothing is being written.
     """
 
     def __init__(self, run_dir, keep, log):
@@ -168,7 +168,7 @@ class CheckpointWriter:
             self.log.say(f"checkpoint: {path}")
 
     def check(self, wait=False):
-        """Raise what the last write raised, if it has ended; wait: until it has."""
+        """Raise the exception of the last write, if it has ended; wait: wait for its end."""
         if self.writing and (wait or self.writing.done()):
             self.writing.result()
 
@@ -200,14 +200,14 @@ def restore(content, path, model, ema, optimizer, scaler):
         scaler.load_state_dict(content.scaler)
     model.load_state_dict(content.model)
     ema.load_state_dict(content.ema)
-    # learning rate and the like are those of the flags, not those of the file
+    # the learning rate and other settings come from the flags, not from the file
     optimizer.load_state_dict({"state": content.opt.state, "param_groups": groups})
     for state in optimizer.state.values():  # on CPU they are still the file's pages, and the file may be deleted
         state.update({name: value.clone() for name, value in state.items()})
 
 
 def adam_state(optimizer):
-    """What the state of AdamW looks like after a step: {number of the parameter: {name: tensor of its form}}."""
+    """The form of AdamW's state after a step: {index of the parameter: {name: tensor of that shape and dtype}}."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
 
@@ -226,7 +226,7 @@ def check_same(found, expected, path, where):
 
 
 def form(value):
-    """What two states have in common at a place, in words; numbers may differ."""
+    """What must agree between two states at one place: type, dtype and shape of a value, as text; lists as they are."""
     if not isinstance(value, torch.Tensor):
         return "dict" if isinstance(value, dict) else value if isinstance(value, list) else type(value).__name__
     kind = f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")

@@ -59,7 +59,7 @@ class RunFlags:
     resolution: int = data_flag(None, "image size; checked against the data", int, range=SIDE, free=True)
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
     num_workers: int = data_flag(
-        None, "threads that read; default: 4, a core each for images", int, range=Range(0, WORKERS.high), free=True
+        None, "threads that read; default: 4, for images one per core", int, range=Range(0, WORKERS.high), free=True
     )
 
     batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=BATCH)
@@ -79,7 +79,7 @@ class RunFlags:
     mixed_precision: str = speed_flag(None, "autocast; default: bf16 on GPU", str, choices=["no", "fp16", "bf16"])
     allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them", free=True)
     fused_attn: bool = speed_flag(True, "fused attention kernels", free=True)
-    gradient_checkpointing: bool = speed_flag(False, "recompute activations backward, to save memory", free=True)
+    gradient_checkpointing: bool = speed_flag(False, "recompute activations in backward, saving memory", free=True)
     compile: bool = speed_flag(False, "compile each kind of block: a slower start, faster steps", free=True)
 
     exp_name: str = output_flag(None, "name of the run, in OUTPUT_DIR; default: tells the variant", str)
@@ -271,7 +271,7 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
 
     @property
     def passes(self):
-        """Of each image: both parts forward and backward, a derivative, and guidance of 3 in 4 rows, as published."""
+        """Forward passes per image: both parts with backward, a derivative, guidance of 3 in 4 rows, as published."""
         return 2 * (1 + 2) + 2 + {"default": 0, "mg": 3, "distill": 3.5}[self.g_type]
 
     def resolve(self):

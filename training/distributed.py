@@ -15,14 +15,14 @@ from common.precision import set_math
 from common.processes import device_of_process
 
 PREFLIGHT_SECONDS = 60
-STALL = datetime.timedelta(hours=1)  # of a file system, at most: so long the other processes wait for one
-WRAPPERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # of accelerate, around the model
+STALL = datetime.timedelta(hours=1)  # how long processes wait for one that a file system stalls
+WRAPPERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # wrappers of accelerate that split the model
 
 
 def start_accelerator(config, run_dir):
     """Accelerator of a resolved configuration. Raises InputError for too few GPUs, or processes that do not connect.
 
-    Precision, accumulation and compilation are passed, so that no configuration of accelerate changes them.
+    Precision, accumulation and compilation are passed, so that accelerate's configuration cannot change them.
     """
     for name in (f"ACCELERATE_USE_{wrapper}" for wrapper in WRAPPERS):
         if os.environ.get(name, "").lower() in ("true", "1"):
@@ -38,7 +38,7 @@ def start_accelerator(config, run_dir):
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / config.logging_dir)),
         kwargs_handlers=[
-            # few large reductions, while the backward pass goes on
+            # few large reductions, overlapping with the backward pass
             DistributedDataParallelKwargs(bucket_cap_mb=250, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=STALL),
         ],

@@ -1,7 +1,7 @@
-"""The random numbers of a training step, a pure function of (seed, step) and of the row in the global batch.
+"""The random numbers of a training step, a pure function of (seed, step) and the row in the global batch.
 
-So a step is the same whatever the number of processes. Small draws are made for the whole batch; the normals of latents
-come from a generator for each block of rows, and a rank draws only the blocks that hold rows of its own.
+So a step is the same for any number of processes. Small draws are made for the whole batch. Gaussian noise in the shape
+of latents has a generator for each block of rows, and a rank draws only the blocks that hold its rows.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from loss import flow_map_times, guided_samples, sample_times
 from models.paths import PATHS
 
 STREAM, NORMALS = 1, 4  # the data order draws from streams 0, 2 and 3 of the same seed
-BLOCK = 16  # rows: few, as a rank draws some of others', and not too few, as to make a generator takes 2 % of its time
+BLOCK = 16  # rows: few, as a rank draws whole blocks; enough that making a generator takes only 2 % of the time
 SAMPLES_SECOND = ("times", "guided")  # draws that have the samples in their second dimension
 ON_CPU = ("guided",)  # draws that decide what is run; on the CPU nothing has to wait for them
 
@@ -28,7 +28,7 @@ class StepDraws:
     noise: torch.Tensor  # (N, C, h, w) standard normal, ε
 
     def to(self, device):
-        """The draws on the given device; pinned memory lets the copy to a GPU run beside what follows."""
+        """The draws on the given device; pinned memory makes the copy to a GPU asynchronous."""
         moved, pinned = dict(vars(self)), torch.device(device).type == "cuda"
         for name in moved.keys() - ON_CPU:
             moved[name] = (moved[name].pin_memory() if pinned else moved[name]).to(device, non_blocking=True)
@@ -58,7 +58,7 @@ def draw_step(step, config, num_branches, latent_shape, rows=slice(None), block=
 
 
 def draw_flow_map_step(step, config, latent_shape, rows=slice(None), block=BLOCK):
-    """As draw_step, for a flow map's training."""
+    """Like draw_step, for the training of a flow map."""
     rng = np.random.default_rng([config.seed, step, STREAM])
     n = config.batch_size
     logits = torch.from_numpy(rng.standard_normal((3, n), dtype=np.float32))
@@ -73,7 +73,7 @@ def draw_flow_map_step(step, config, latent_shape, rows=slice(None), block=BLOCK
 def normals(count, shape, step, config, rows, block, rng):
     """`count` draws of standard normals for the given rows, float32 (count, len(rows), *shape).
 
-    block: rows of one generator. 0: all rows have `rng`, as in runs that began before there were blocks.
+    block: rows per generator; 0: all rows come from `rng`, as in runs that began before blocks existed.
     """
     rows, size = torch.arange(config.batch_size)[rows].numpy(), block or config.batch_size
     out = np.empty((count, len(rows), *shape), np.float32)

@@ -15,10 +15,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, skip=None):
-        """One step of the average; where `skip`, a 0-d bool on the device, is true nothing changes, to the bit.
+        """One step of the average. If `skip`, a 0-d bool on the device, is true, not a bit changes.
 
-        ema ← ema − (1 − decay)·(ema − weights) is gradient descent with weight decay 1 that takes the weights as
-        gradients to ascend: torch's few fused kernels for it read such a flag, those of lerp do not.
+        ema ← ema − (1 − decay)·(ema − weights) is an SGD step with learning rate 1 − decay, weight decay 1 and the
+        weights as gradients to ascend. Torch's fused SGD kernel can skip a step by a flag on the device; lerp cannot.
         """
         found_inf = None if skip is None else skip.float()
         step = {"lr": 1 - self.decay, "weight_decay": 1, "maximize": True, "found_inf": found_inf}

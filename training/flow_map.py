@@ -61,7 +61,7 @@ def start_from_file(path, config, info, name):
 
 
 def load_flow(path, config, info, name):
-    """Checkpoint of a flow model, made sure to fit the data; name: the flag that gave `path`. Raises InputError."""
+    """Checkpoint of a flow model, checked against the data; name: the flag that gave `path`. Raises InputError."""
     flags = {name: getattr(config, name) for name in ("df_idxs", "legacy_scaling", "convention")}
     checkpoint, source = load_checkpoint(path, config.weights, **flags), f"--{name} {path}"
     for key, wanted in info.model_options().items():
@@ -95,8 +95,8 @@ def check_preset(config, options, source):
 def check_conversion(flow, model, changed, n=4):
     """Note how far u(x, t, t, y) is from the flow model's velocity on a batch of n; InputError if too far.
 
-    changed: a QK norm was added, which makes them differ. Both models end on this process's device, where
-    training has the flow map and large networks are fast.
+    changed: a QK norm was added, which makes them differ. Both models are moved to this process's device, where
+    training needs the flow map and large networks are fast.
     """
     device, g = device_of_process(), torch.Generator().manual_seed(0)
     flow, model = flow.to(device), model.to(device)

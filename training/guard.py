@@ -8,7 +8,7 @@ class BadSteps:
 
     def __init__(self, device):
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.seen = 0  # of the whole run, when last read
+        self.seen = 0  # total when last read
 
     def count(self, bad):
         """Note one step; bad: 0-d bool on the device."""
@@ -17,7 +17,7 @@ class BadSteps:
         self.counts = torch.stack([total + bad, in_a_row, torch.maximum(longest, in_a_row)])
 
     def read(self):
-        """(of the whole run, since the reading before, the longest in a row); waits for the device."""
+        """Counts (of the whole run, since the last read, most in a row); waits for the device."""
         total, _, longest = self.counts.tolist()
         new, self.seen = total - self.seen, total
         return total, new, longest

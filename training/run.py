@@ -51,7 +51,7 @@ class Run:
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         self.weights = config.branch_weights(len(self.options["df_idxs"]) + 1)  # β of each branch
         self.rows = rows_of_rank(config.batch_size, world, config.gradient_accumulation_steps, rank)
-        self.noise_block = BLOCK  # a resumed run keeps its own
+        self.noise_block = BLOCK  # a resumed run keeps the value it began with
         self.sampler = SeekableSampler(self.info.count, config.batch_size, config.seed)
         self.stop_step = min(config.max_train_steps, config.epochs * self.sampler.steps_per_epoch)
         self.latent_shape = (self.info.spec.channels, *self.info.moments_shape[1:])  # (C, h, w)

@@ -12,7 +12,7 @@ COUNTS = {"count": "number of images in --data-dir", "captions": "number of capt
 
 FAMILIES = {"DeepFlow-MMDiT": "deepflow-t2i"}  # others in lower case
 UNMARKED_SIZES = ("DeepFlow-MMDiT-L/2", "MMDiT-L/2")  # the only ones of Table 6
-USUAL = {  # by kind of model, and at a resolution: what the papers' runs have where the flags' defaults differ
+USUAL = {  # by kind of model, or kind and resolution: the papers' settings where they differ from the flags' defaults
     "flow": {"weighting": "lognormal", "enc_type": "None"},
     "text": {"enc_type": "None"},
     ("flow map", 512): {"qk_norm": True, "g_max": 0.8},
@@ -75,7 +75,7 @@ def resumed_settings(run, content, path):
 
 
 def check_type(value, kind, where):
-    """Raise InputError unless the value is None, of the flag's kind, or a list of that; key layers are numbers too."""
+    """Raise InputError unless the value is None, of the flag's kind, or a list of that kind. Key layers may be ints."""
     kinds = (type(None), kind, *({float: [int], str: [int]}.get(kind, [])))
     for part in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(part, kinds):

@@ -1,4 +1,4 @@
-"""Stopping a run by SIGTERM, SIGUSR1 or Ctrl-C: every process ends after the same step, with a checkpoint behind it."""
+"""Stopping a run by SIGTERM, SIGUSR1 or Ctrl-C: all processes end after the same step, with a checkpoint."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from common.errors import EXIT_INTERRUPTED
 from training.distributed import STALL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ECHO = 0.3  # seconds: terminal and launcher may send the same signal
+ECHO = 0.3  # seconds: terminal and launcher may both pass on one Ctrl-C
 EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
 EXIT_CODES = (
     "On SIGTERM, SIGUSR1 and Ctrl-C the step is finished, a checkpoint is written and the exit code\n"
@@ -21,7 +21,7 @@ EXIT_CODES = (
 
 
 class StopRequest:
-    """Within this context SIGNALS are noted instead of ending the process, but for a second Ctrl-C.
+    """Within this context SIGNALS are noted instead of ending the process, except for a second Ctrl-C.
 
     Several processes add up what they noted on the CPU while the next step runs, and read the sum one step later: all
     of them stop after the same step, and none waits for its device.
@@ -30,7 +30,7 @@ class StopRequest:
     def __init__(self, num_processes):
         self.noted, self.interrupted = False, None
         self.group = dist.new_group(backend="gloo", timeout=STALL) if num_processes > 1 else None
-        self.before = torch.futures.Future()  # of the sum over the processes, of the step before
+        self.before = torch.futures.Future()  # the previous step's sum over the processes
         self.before.set_result([torch.zeros(1)])
 
     def __enter__(self):

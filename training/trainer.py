@@ -30,7 +30,7 @@ class Trainer:
         self.model = run.model.to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay)
         self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(config, self.model))
-        self.network.broadcast_buffers = False  # which are constants; DDP's argument of this name is deprecated
+        self.network.broadcast_buffers = False  # they are constants; DDP's argument of this name is deprecated
         if config.compile:
             compile_blocks(self.model)
         self.bad_steps = BadSteps(self.accelerator.device)
@@ -49,7 +49,7 @@ class Trainer:
                 checkpoint.clear_way(self.run_dir, step)
                 write_json(self.run_dir / "config.json", self.saved["config"])
             step = self.loop(step, stop)
-            self.accelerator.wait_for_everyone()  # one that ended earlier may make its launcher end the one that writes
+            self.accelerator.wait_for_everyone()  # a launcher may kill the writing process once another has ended
         if step < self.stop_step:
             self.accelerator.print(f"stopped by a signal after step {step}; --resume auto continues the run")
         return step == self.stop_step
@@ -78,13 +78,13 @@ class Trainer:
         """Record what a resumed run keeps of the Checkpoint's settings, and what it changes. Raises InputError."""
         self.run.config, self.changes = resumed_settings(self.run, found, path)
         self.config, self.saved = self.run.config, self.run.saved()
-        self.run.noise_block = found.train_state.get("noise_block", 0)  # 0: it began before there were blocks
+        self.run.noise_block = found.train_state.get("noise_block", 0)  # 0: it began before blocks existed
         record = [{"step": found.steps, "changes": self.changes}] if self.changes else []
         if record := [*found.config.get("changes", []), *record]:
             self.saved["config"]["changes"] = record
 
     def loop(self, step, stop):
-        """All steps from `step` on, until the last or a stop; returns the number of steps done."""
+        """Train from `step` to the last step or a stop; returns the number of steps done since the run began."""
         device, end = self.accelerator.device, self.stop_step
         batches = LatentLoader(self.run.dataset, self.run.sampler, self.run.rows.numpy(), step, end, device)
         log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.run.flops_per_image)
@@ -125,21 +125,21 @@ class Trainer:
         return values, bad
 
     def update(self, norm, bad):
-        """Optimizer step with gradients clipped by their norm, and EMA step. Waits for no device.
+        """Optimizer step with gradients clipped by their norm, and EMA step. Does not wait for the device.
 
-        Where `bad` is true nothing changes, to the bit.
+        If `bad` is true, not a bit changes.
 
         accelerate's wrapper of the optimizer is bypassed: it would wait for the device to see whether the fp16 scaler
         skipped the step.
         """
         optimizer, scaler = self.optimizer.optimizer, self.accelerator.scaler
-        excess = (norm + 1e-6) / self.config.max_grad_norm  # as torch.nn.utils.clip_grad_norm_ has it
-        optimizer.grad_scale = excess.clamp(min=1)  # fused AdamW divides by it: clipping is no pass of its own
+        excess = (norm + 1e-6) / self.config.max_grad_norm  # as in torch.nn.utils.clip_grad_norm_
+        optimizer.grad_scale = excess.clamp(min=1)  # fused AdamW divides by it: clipping needs no extra pass
         optimizer.found_inf = bad.float()  # fused AdamW then changes nothing
         optimizer.step()
         optimizer.zero_grad()
         if scaler is not None:
-            scaler.update()  # it saw the gradients when they were unscaled
+            scaler.update()  # it checked the gradients when it unscaled them
         self.ema.update(self.model, skip=bad)
         self.bad_steps.count(bad)
 
@@ -173,7 +173,7 @@ class Trainer:
         return InputError(f"{fault}; {last}; {remedy}")
 
     def sample(self, step):
-        """Draw a grid with the averaged weights on the main process; the others wait in their next step."""
+        """Draw a grid with the averaged weights on the main process; the others wait for it in their next step."""
         if self.accelerator.is_main_process:
             with (
                 torch.compiler.set_stance("force_eager"),  # compiling for its batch and precision would take longer

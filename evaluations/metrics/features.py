@@ -128,7 +128,7 @@ def resample_position(embedding, grid):
 
 
 def extract(images, batches, extractor, processes, keep=False):
-    """Run the images of `batches` (this process's arrays of indices, which may be empty) through the extractor.
+    """Run the images of `batches` (arrays of this process's indices, possibly empty) through the extractor.
 
     Returns {name: RunningStatistics} over all processes, and the "pool" rows (N, D) float32 of all processes in their
     order, on the CPU, where keep is true, else None. Raises InputError for features that are not finite.

@@ -89,7 +89,7 @@ def trace_of_root_published(sigma1, sigma2, eps=1e-6):
 def frechet_distance(mu1, sigma1, mu2, sigma2, sqrtm=False):
     """|μ1 − μ2|² + tr Σ1 + tr Σ2 − 2 tr (Σ1 Σ2)^½ (Heusel et al. 2017, Eq. 6); means (D,), covariances (D, D).
 
-    sqrtm: published arithmetic of the last term. Raises ValueError for unequal D.
+    sqrtm: compute the last term as published. Raises ValueError for unequal D.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(values, np.float64) for values in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape:

@@ -34,7 +34,7 @@ def distance_block(u, v, dtype):
 
 
 def radii(features, k=3, dtype=torch.float16, block=BLOCK):
-    """Squared distance of each row of (N, D), N > k, to its k-th neighbour, (N,); the row itself is number 0."""
+    """Squared distance of each row of (N, D), N > k, to its k-th neighbour, (N,); the row itself is neighbour 0."""
     found = []
     for rows in features.split(block):
         nearest = []  # k + 1 of each block

@@ -17,7 +17,7 @@ KNOWN = {found.__name__: found for found in (np.ndarray, np.dtype, codecs.encode
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Unpickler that knows what arrays and numbers of numpy need, in modules of any version, and refuses all else."""
+    """Unpickler that knows what numpy's arrays and numbers need, in any version's modules, and refuses all else."""
 
     def find_class(self, module, name):
         if name not in KNOWN:
@@ -67,7 +67,7 @@ def moments(held, mean, covariance, where):
 
 
 def other_size(images, size, allowed):
-    """A line where images have another size than the reference, (H, W, …) or None; InputError if not `allowed`."""
+    """A line if images differ in size from the reference, (H, W, …) or None; InputError if not `allowed`."""
     if size is None or tuple(size[:2]) == tuple(images.shape[:2]):
         return None
     line = "samples of {}x{} are compared with a reference of {}x{}".format(*images.shape[:2], *size[:2])

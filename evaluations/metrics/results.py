@@ -37,7 +37,7 @@ class Result:
         return read_record(cls, path, "pass files that the evaluators wrote")
 
     def write(self, path):
-        """Write the file, if there is one, with the manifest beside the samples. Raises InputError."""
+        """Write the result, with the manifest beside the samples, to a file; None: nowhere. Raises InputError."""
         if path is None:
             return
         if found := sample_manifest(self.samples):
@@ -58,7 +58,7 @@ def sample_manifest(samples):
 
 
 def sample_labels(samples, kind, count, remedy):
-    """The `labels` of the manifest beside samples: `count`, as `kind`, such as list[str]. Raises InputError."""
+    """The `count` labels in the manifest beside samples, of type `kind`, such as list[str]. Raises InputError."""
     path, manifest = manifest_path(samples), sample_manifest(samples)
     labels = check_record(kind, manifest and manifest.labels, f"{path}: labels", remedy)
     if len(labels) != count:
@@ -67,20 +67,20 @@ def sample_labels(samples, kind, count, remedy):
 
 
 def markdown(header, rows):
-    """Text of a table."""
+    """A table as Markdown."""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 @dataclasses.dataclass(kw_only=True)
 class ResultFlags:
-    """Where the result goes, and whether it may be of a part."""
+    """Where the result goes, and whether samples may be missing."""
 
     json: str | None = flag(None, "write results/NAME.json", str, group="output", nargs="?", const="", empty=True)
-    incomplete: bool = flag(False, "measure what is there, though samples are missing", group="data")
+    incomplete: bool = flag(False, "measure incomplete samples instead of refusing them", group="data")
 
     def check_count(self, samples, count):
-        """Refuse `count` samples where the manifest beside them says another number, or sampling is not finished."""
+        """Refuse `count` samples if the manifest beside them says another number, or if sampling is not finished."""
         manifest = sample_manifest(samples)
         said = manifest and manifest.num_fid_samples
         if said not in (None, count):
@@ -89,13 +89,13 @@ class ResultFlags:
             self.refuse(f"sampling into {samples} is not finished ({count} samples)")
 
     def refuse(self, fault):
-        """Raise InputError of samples that are not whole; with --incomplete only a warning."""
+        """Raise InputError for incomplete samples; with --incomplete only warn."""
         if not self.incomplete:
             raise InputError(f"{fault}; complete them, or pass --incomplete to measure what is there")
         note(f"warning: {fault}")
 
     def result_path(self, samples, suffix=""):
-        """--json's file, by default results/NAME + suffix + .json of samples NAME; None without. Raises InputError."""
+        """Path of --json, by default results/NAME + suffix + .json for samples NAME, or None. Raises InputError."""
         if self.json is None:
             return None
         path = Path(self.json or f"results/{Path(samples).name.removesuffix('.npz')}{suffix}.json")

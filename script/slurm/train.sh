@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DeepFlow-XL/2-3T on two nodes of eight GPUs under Slurm, requeued until it is done; docs/cluster.md explains it.
 #   sbatch script/slurm/train.sh [more flags of train.py]
-# The repository, DATA_DIR (data/imagenet256) and OUTPUT_DIR (exps) lie on a file system that all nodes share.
+# The repository, DATA_DIR (data/imagenet256) and OUTPUT_DIR (exps) must be on a file system that all nodes share.
 #SBATCH --job-name=deepflow-xl-3t
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8       # one process per GPU
