@@ -75,7 +75,7 @@ def load_clip(kind, name, device, flag):
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(str(name))
         model = getattr(transformers, kind).from_pretrained(str(name))
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # the tokenizers library raises plain ones for a damaged file
         remedy = f"pass {flag} with the folder of a CLIP model and its tokenizer, or connect to the hub once"
         fault = system_fault(error, name) or f"cannot load '{name}' ({first_line(error)}); {remedy}"
         raise InputError(fault) from None
