@@ -153,8 +153,7 @@ class CaptionDataset(LatentDataset):
 
     def drop(self, condition, dropped):
         """Features (B, L, W), float32, with those of the empty caption where `dropped` (B,) is true."""
-        if self._empty.device != condition.device:  # once: a copy in every step would wait for the device
-            self._empty = self._empty.to(condition.device)
+        self._empty = self._empty.to(condition.device)  # once: a copy in every step would wait for the device
         return torch.where(dropped[:, None, None], self._empty, condition.float())
 
     def conditions(self, n):

@@ -37,22 +37,18 @@ class GenerateConfig(SamplingFlags):
     def resolve(self):
         """As SamplingFlags.resolve; --classes becomes a label for each image of the picture."""
         config = super().resolve()
-        if config.grid and config.classes:
+        if config.classes and not config.grid:
+            raise InputError("--classes belongs to --grid; for many images pass --labels")
+        if config.classes:
             classes, cells = config.classes.split(","), config.num_fid_samples
             if len(classes) > cells:
                 raise InputError(f"--classes names {len(classes)} classes for {cells} images; pass a larger --grid")
             config.labels = ",".join(classes[i * len(classes) // cells].strip() for i in range(cells))
         return config
 
-    def check(self):
-        super().check()
-        if self.classes and not self.grid:
-            raise InputError("--classes belongs to --grid; for many images pass --labels")
-
 
 def generate(config, make_condition=ClassLabels):
     """Make a picture, or many images, as a resolved configuration says; returns its path. Raises InputError."""
-    config.check()
     if config.projector_embed_dims:
         note("--projector-embed-dims is unused: the checkpoint says what it holds")
     if config.compile:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import os
 import re
 import sys
@@ -30,6 +31,9 @@ WORDS = {  # patterns in the messages of library exceptions that have no errno
 
 class InputError(ValueError):
     """A mistake in flags, files or data. The message is one line: the culprit (file or flag) and the remedy."""
+
+    def __init__(self, message):
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message)))  # names may hold line ends and escapes
 
 
 def system_error(error):
@@ -89,6 +93,8 @@ def _in_one_line(error):
     if compiler and isinstance(error, compiler.TorchDynamoException):
         reason = first_line(getattr(error, "inner_exception", error))
         return f"--compile fails on this machine ({reason}); pass --no-compile, or mend the compiler"
+    if isinstance(error, ModuleNotFoundError) and error.name and not importlib.util.find_spec(error.name.split(".")[0]):
+        return f"the package {error.name.split('.')[0]} is not installed; pip install -r requirements.txt"
     if "in the docstring of" in str(error):  # diffusers and transformers
         return "a library reads docstrings, which python -OO drops; unset PYTHONOPTIMIZE, or set it to 1"
     if isinstance(error, OSError | MemoryError | RuntimeError | ImportError) and (fault := system_fault(error)):

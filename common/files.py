@@ -127,10 +127,10 @@ def remove_leftovers(path):
 def _is_alive(number):
     try:
         os.kill(number, 0)
+    except PermissionError:  # another user's
+        return True
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
-        pass
     return True
 
 
@@ -160,7 +160,7 @@ def sha256_of_files(*paths, progress=None):
     """Hex sha256 of files, one after the other, read in pieces."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
                 if progress is not None:
@@ -202,7 +202,7 @@ def read_lines(path, where=None):
     """
     where = where or path
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(regular(path)).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
     except OSError as error:

@@ -59,8 +59,8 @@ def flag(default, help, kind=None, *, group=None, range=None, free=False, empty=
     kind = kind or type(default)
     range = range or (Range() if kind in (int, float) else None)
     if kind is int:
-        ends = (end if math.isfinite(end) else math.copysign(LARGEST, end) for end in (range.low, range.high))
-        range = dataclasses.replace(range, **dict(zip(("low", "high"), map(int, ends), strict=True)))
+        low, high = (end if math.isfinite(end) else math.copysign(LARGEST, end) for end in (range.low, range.high))
+        range = dataclasses.replace(range, low=int(low), high=int(high))
     metadata = {"help": help, "kind": kind, "group": group, "range": range, "free": free, "empty": empty, **options}
     return dataclasses.field(default=default, metadata=metadata)
 

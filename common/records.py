@@ -13,6 +13,7 @@ Keys that the type does not have are ignored. pydantic checks.
 import contextlib
 import functools
 import json
+import reprlib
 from typing import Annotated
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
@@ -24,7 +25,7 @@ Whole = Annotated[int, Field(ge=0, lt=1 << 63)]
 Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 Finite = FiniteFloat
 Positive = Annotated[FiniteFloat, Field(gt=0)]
-FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]  # without a folder
+FileName = Annotated[str, Field(pattern=r"^[^./\\\x00][^/\\\x00]*$")]  # in the same folder
 
 _adapter = functools.cache(TypeAdapter)  # building one takes longer than reading a line of a log
 
@@ -65,7 +66,7 @@ def _named_fault(where, remedy):
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(map(str, fault["loc"]))  # shards.0.count
-        found = "" if fault["type"] == "missing" else f" is {' '.join(repr(fault['input']).split()):.60}:"
-        raise InputError(f"{where}{f': {key!r}' if key else ''}{found} {fault['msg']}; {remedy}") from None
+        found = "" if fault["type"] == "missing" else f" is {' '.join(reprlib.repr(fault['input']).split())}:"
+        raise InputError(f"{where}{f': {key!r:.100}' if key else ''}{found} {fault['msg']}; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); {remedy}") from None

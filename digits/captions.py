@@ -105,8 +105,6 @@ def write_all(digits, dest):
 
 @dataclasses.dataclass
 class CaptionFlags:
-    """Flags of this program."""
-
     digits: str = required("image folder that digits/data.py made")
     dest: str = required("folder of the captions, the text encoder and the prompts")
 

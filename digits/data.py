@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from common.errors import InputError, exit_on_input_error
 from common.files import whole_folder
 from common.flags import parse_flags, required
+from preprocessing.sources import BadImageError, decode
 from preprocessing.transforms import center_crop_dhariwal
 
 CLASSES = 10
@@ -37,12 +38,9 @@ class Digits:
 
 
 def load_digits_split():
-    """(train, held_out): 1,397 and 400 digits, 40 of each class held out; the same on every machine.
-
-    Grey values 0..16 become 0..255, rounded.
-    """
+    """(train, held_out): 1,397 and 400 digits, 40 of each class held out; the same on every machine."""
     source = load_digits()
-    images = np.rint(source.images * (255 / 16)).astype(np.uint8)
+    images = np.rint(source.images * (255 / 16)).astype(np.uint8)  # from 0..16
     digits = Digits(images, source.target.astype(np.int64), np.arange(len(images)))
     # numpy's legacy generator is frozen for good; scikit-learn's own splitter may change, and with it what is held out
     permutation = np.random.RandomState(0).permutation
@@ -60,23 +58,32 @@ def upsample(images, resolution=RESOLUTION):
 def write_image_folder(digits, dest):
     """Write 8×8 RGB PNGs DEST/CLASS/INDEX.png; False when they are all there already. Raises InputError."""
     dest = Path(dest)
-    names = [f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True)]
+    names = (f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True))
+    pictures = dict(zip(names, digits.images, strict=True))
     found = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}  # none if DEST is absent
-    if found == set(names):
+    others = [name for name in found if name not in pictures or not shows(dest / name, pictures[name])]
+    if found == pictures.keys() and not others:
         return False
     if found or dest.is_file():
-        raise InputError(f"--dest {dest} is a file, or holds some ({min(found, default='')}); name a new folder")
+        fault = f"is a file, or holds other or damaged ones ({min(others, default='and lacks some')})"
+        raise InputError(f"--dest {dest} {fault}; name a new folder")
     with whole_folder(dest, "--dest") as partial:
-        for name, image in zip(names, digits.images, strict=True):
+        for name, image in pictures.items():
             (partial / name).parent.mkdir(exist_ok=True)
             Image.fromarray(image).convert("RGB").save(partial / name)
     return True
 
 
+def shows(path, image):
+    """Whether a file is the picture of a grey image (8, 8)."""
+    try:
+        return np.array_equal(decode(path.read_bytes()), image[..., None].repeat(3, axis=-1))
+    except BadImageError:
+        return False
+
+
 @dataclasses.dataclass
 class DigitsFlags:
-    """Flags of this program."""
-
     dest: str = required("image folder to make, with one subfolder per class")
 
 

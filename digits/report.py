@@ -2,15 +2,16 @@
 
     python -m digits.report --samples samples/NAME.npz --out report.json --grid grid.png \\
         --curve exps/digits/log.jsonl curve.png
+    python -m digits.report --samples "map, 1 step=samples/a.npz" "map, 4 steps=samples/b.npz" --grid rows.png
 
-The manifest beside the npz lists the requested digits, or prompts that name them, under `labels`.
+The manifest beside an npz lists the requested digits, or prompts that name them, under `labels`.
 """
 
 import dataclasses
 
 import numpy as np
 
-from common.errors import exit_on_input_error
+from common.errors import InputError, exit_on_input_error
 from common.files import write_json
 from common.flags import flag, parse_flags, required
 from common.pictures import save_grid
@@ -19,16 +20,25 @@ from digits.judge import build_report, load_samples
 from training.plot import save_curves
 
 COLUMNS = 10  # images a row
+PER_CLASS = 2  # images of a digit in the row of a file
 
 
 @dataclasses.dataclass(kw_only=True)
 class ReportFlags:
-    """Flags of this program."""
-
-    samples: str = required("npz of generate.py or generate_t2i.py; its labels or prompts in the JSON file beside it")
+    samples: list = required("an npz of generate*.py, or several as NAME=FILE", nargs="+", metavar="FILE")
     out: str | None = flag(None, "JSON file to write", str, group="output")
-    grid: str | None = flag(None, "picture: ten samples of each class, or prompts", str, group="output", metavar="PNG")
+    grid: str | None = flag(None, "picture; a row for each of several files", str, group="output", metavar="PNG")
     curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
+
+
+def named(texts):
+    """{name: file} of --samples; one file without a name is called `samples`. Raises InputError."""
+    if len(texts) == 1:
+        return {"samples": texts[0]}
+    files = dict(text.split("=", 1) for text in texts if "=" in text)
+    if len(files) < len(texts):
+        raise InputError("--samples: give each of several files as NAME=FILE, with a name of its own")
+    return files
 
 
 def class_grid(images, digits, columns):
@@ -52,14 +62,25 @@ def in_words(report, of="samples"):
 
 def main(argv=None):
     args = parse_flags(ReportFlags, argv, __doc__)
-    images, digits, prompts = load_samples(args.samples)
-    report = build_report(images, digits)
-    print(f"samples: {in_words(report)}\nheld-out digits: {in_words(report, 'held_out_digits')}")
+    files = named(args.samples)
+    loaded = {name: load_samples(path) for name, path in files.items()}
+    if len({len(images) for images, _, _ in loaded.values()}) > 1:
+        counts = ", ".join(f"{files[name]} {len(images)}" for name, (images, _, _) in loaded.items())
+        raise InputError(f"--samples: the files hold different numbers of images ({counts}); sample equal numbers")
+    reports = {}
+    for name, (images, digits, _) in loaded.items():
+        report = reports[name] = {"samples": files[name], **build_report(images, digits)}
+        print(f"{name}: {in_words(report)}")
+    print(f"held-out digits: {in_words(report, 'held_out_digits')}")
     side = "{images_a_side} images a side, seed {seed}".format(**report["frechet"])
     print(f"(Fréchet distance to the training digits, {side})")
     if args.out:
-        write_json(args.out, {"samples": args.samples, **report})
-    if args.grid:
+        write_json(args.out, reports if len(files) > 1 else report)
+    if args.grid and len(files) > 1:  # the same noises below each other where the files share seed and labels
+        rows = [class_grid(images, digits, PER_CLASS) for images, digits, _ in loaded.values()]
+        save_grid(np.concatenate(rows), CLASSES * PER_CLASS, args.grid)
+    elif args.grid:
+        ((images, digits, prompts),) = loaded.values()
         save_grid(images if prompts else class_grid(images, digits, COLUMNS), COLUMNS, args.grid, prompts)
     if args.curve:
         log, picture = args.curve

@@ -16,18 +16,18 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from common.errors import InputError, exit_on_input_error
-from common.files import whole_folder
+from common.files import whole_folder, write_json
 from common.flags import BATCH, SEED, Range, flag, parse_flags
 from digits.data import RESOLUTION, load_digits_split, upsample
+from preprocessing.encode import TRAINED_ON
 
 CHANNELS = (16, 32, 32)  # three entries: downsampling factor 4
+IMAGES = "scikit-learn's handwritten digits, white on black, 32x32"
 SHIFT = 2  # pixels (of 32) that a training image is moved by at most
 
 
 @dataclasses.dataclass(kw_only=True)
 class VaeFlags:
-    """Flags of this program."""
-
     dest: str = flag("assets/tiny-vae", "diffusers folder to make; must not exist", group="output")
     steps: int = flag(1200, "training steps", range=Range(1), group="optimisation")
     batch_size: int = flag(64, "images per step", range=BATCH, group="optimisation")
@@ -74,11 +74,6 @@ def train(vae, images, args):
         progress.set_postfix(loss=loss.item())
 
 
-def to_tensor(images):
-    """uint8 (N, R, R, 3) → uint8 (N, 3, R, R)."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
 def set_scale(vae, images, seed):
     """Set scaling_factor to 1/std of latents drawn over uint8 images (N, 3, R, R): the network sees unit std."""
     with torch.no_grad():
@@ -92,13 +87,14 @@ def main(argv=None):
     if Path(args.dest).exists():
         raise InputError(f"--dest {args.dest} exists; remove it or name a new folder")
     torch.manual_seed(args.seed)
-    images = to_tensor(upsample(load_digits_split()[0].images))
+    images = torch.from_numpy(upsample(load_digits_split()[0].images)).permute(0, 3, 1, 2).contiguous()
     vae = build_vae()
     train(vae, images / 127.5 - 1, args)
     vae = vae.eval().half().float()  # the scale belongs to the weights as they are stored
     set_scale(vae, images, args.seed)
     with whole_folder(args.dest, "--dest") as partial:
         vae.half().save_pretrained(partial)
+        write_json(partial / TRAINED_ON, {"images": IMAGES, "resolution": RESOLUTION, "colour": False})
 
 
 if __name__ == "__main__":

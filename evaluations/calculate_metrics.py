@@ -18,7 +18,7 @@ from common.files import check_writable, write_atomically
 from common.flags import BATCH, SEED, Range, flag, parse_commands, required
 from common.precision import set_math
 from common.processes import Processes
-from evaluations.metrics.features import MeasureFlags, extract, features_name, load_dinov2, load_features
+from evaluations.metrics import features
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.images import open_images
 from evaluations.metrics.inception import Inception
@@ -30,14 +30,14 @@ SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  #
 
 
 @dataclasses.dataclass(kw_only=True)
-class MetricFlags(MeasureFlags):
+class MetricFlags(features.NetworkFlags):
     metrics: str = flag("fid,fd_dinov2", "comma list of fid, fd_dinov2", group="features", empty=True)
     dinov2_weights: str | None = flag(None, "the authors' file; default: timm's", str, group="features", metavar="FILE")
     batch: int = flag(64, "largest batch of a process", range=BATCH, group="precision and speed")
 
 
 @dataclasses.dataclass(kw_only=True)
-class CalcFlags(MetricFlags):
+class CalcFlags(MetricFlags, features.MeasureFlags):
     """distances between images and a reference"""
 
     images: str = required("folder, zip or npz", metavar="PATH")
@@ -66,49 +66,55 @@ def split_batches(indices, batch_size, world=1, rank=0):
     return np.array_split(indices, number)[rank::world]
 
 
-def load_detectors(args, device, known=None):
-    """{metric: extractor} of --metrics and --features; a line says which are left out as they are not in `known`."""
+def open_networks(args, device, known=None, size=None):
+    """The extractor, batch → {metric: features}, of --metrics and --features, for images of `size`, (H, W) or None.
+
+    known: {metric: (mean, covariance)} of --ref; a line says which metrics are left out as it lacks them.
+    """
     loaders = {
         "fid": ("InceptionV3", lambda: Inception(args.inception_weights, device)),
-        "fd_dinov2": ("DINOv2", lambda: load_dinov2(args.dinov2_weights, device)),
+        "fd_dinov2": ("DINOv2", lambda: features.load_dinov2(args.dinov2_weights, device)),
     }
     names = [name.strip() for name in args.metrics.split(",") if name.strip()]
     if unknown := [name for name in names if name not in loaders]:
         raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(loaders)}')
     if args.features:
-        names.append(f"fd_{features_name(args.features)}")
-        loaders[names[-1]] = (args.features, lambda: load_features(args.features, device))
-    detectors = {}
+        names.append(f"fd_{features.features_name(args.features)}")
+        loaders[names[-1]] = (args.features, lambda: features.load_features(args.features, device))
+    networks = {}
     for name in names:
         if known is not None and name not in known:
             say(f"No statistics computed for {name} -- skipping.")
             continue
         what, load = loaders[name]
         say(f"Setting up {what}...")
-        detectors[name] = load()
-    if not detectors:
+        networks[name] = load()
+    if not networks:
         raise InputError("--metrics leaves nothing to measure; name a metric that the reference has, or --features")
-    return detectors
+
+    def extractor(batch):
+        return {name: network(batch)["pool"] for name, network in networks.items()}
+
+    if known is not None:
+        features.check_widths(extractor, size or (256, 256), device, known, f"--ref {args.ref}")
+    return extractor
 
 
-def load_images(path, flag, needed):
-    """Images. Raises InputError where there are too few."""
+def load_images(args, path, flag, needed):
+    """Images. Raises InputError where there are too few, or fewer than their manifest says."""
     say(f"Loading images from {path} ...")
     images = open_images(path, flag)
     if len(images) < needed:
         raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num")
+    args.check_count(path, len(images))
     return images
 
 
-def calculate_statistics(images, indices, detectors, batch_size, processes):
+def calculate_statistics(images, indices, extractor, batch_size, processes):
     """{metric: (mean, covariance)} of the images `indices`."""
     say("Calculating feature statistics...")
-
-    def all_features(batch):
-        return {name: detector(batch)["pool"] for name, detector in detectors.items()}
-
     batches = split_batches(indices, batch_size, processes.world, processes.rank)
-    statistics, _ = extract(images, batches, all_features, processes)
+    statistics, _ = features.extract(images, batches, extractor, processes)
     return {name: running.finish() for name, running in statistics.items()}
 
 
@@ -117,13 +123,16 @@ def calc(args, processes):
     say(f"Loading feature statistics from {args.ref} ...")
     reference, size = read_reference(args.ref)
     path = args.result_path(args.images, "-edm2")
-    images = load_images(args.images, "--images", args.num)
-    args.check_count(args.images, len(images))
+    if args.check_only:
+        open_networks(args, processes.device, reference, size)
+        return
+    images = load_images(args, args.images, "--images", args.num)
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")
-    detectors = load_detectors(args, processes.device, reference)
+    extractor = open_networks(args, processes.device, reference, images.shape[:2])
     indices = choose_subset(len(images), args.num, args.seed)
-    statistics = calculate_statistics(images, indices, detectors, args.batch, processes)
+    note(f"{len(indices)} of the {len(images)} images are measured")
+    statistics = calculate_statistics(images, indices, extractor, args.batch, processes)
     if not processes.is_main:
         return
     metrics = {}
@@ -144,13 +153,13 @@ def calc(args, processes):
 def ref(args, processes):
     """Statistics of --data, written to --dest."""
     check_writable(args.dest, "--dest")
-    images, detectors = load_images(args.data, "--data", 2), load_detectors(args, processes.device)
-    statistics = calculate_statistics(images, choose_subset(len(images)), detectors, args.batch, processes)
+    images, extractor = load_images(args, args.data, "--data", 2), open_networks(args, processes.device)
+    statistics = calculate_statistics(images, choose_subset(len(images)), extractor, args.batch, processes)
     if processes.is_main:
         content = {"num_images": len(images), "image_size": images.shape[:2]}
         content |= {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}
         write_atomically(args.dest, lambda file: pickle.dump(content, file))
-        say(f"wrote {args.dest}")
+        say(f"wrote {args.dest}: statistics of {len(images)} images")
 
 
 def main(argv=None):

@@ -39,11 +39,11 @@ class ClipFlags(ResultFlags):
 class ClipScorer:
     """A CLIP model: cosines of images and prompts."""
 
-    def __init__(self, name=DEFAULT_CLIP, device="cpu"):
-        tokenizer, self.model = load_clip("CLIPModel", name, device, "--clip")
+    def __init__(self, name=DEFAULT_CLIP, device=None):
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer, self.model = load_clip("CLIPModel", name, self.device, "--clip")
         self.tokens = Tokens(tokenizer, self.model.config.text_config.max_position_embeddings)
         self.side = self.model.config.vision_config.image_size
-        self.device = device
 
     def pixels(self, images):
         """uint8 (N, H, W, 3) → float32 (N, 3, S, S): the whole image, bicubic, in CLIP's statistics."""
@@ -91,14 +91,17 @@ def read_prompts(samples, count, path=None):
 
 def main(argv=None):
     args = parse_flags(ClipFlags, argv, __doc__)
-    images, path = open_images(args.samples, "samples"), args.result_path(args.samples)
+    path = args.result_path(args.samples)
+    if args.check_only:
+        ClipScorer(args.clip, args.device)
+        return
+    images = open_images(args.samples, "samples")
     args.check_count(args.samples, len(images))
     prompts = read_prompts(args.samples, len(images), args.prompts)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scores = score(images, prompts, ClipScorer(args.clip, device), args.batch_size)
+    scores = score(images, prompts, ClipScorer(args.clip, args.device), args.batch_size)
     print(f"{len(images)} images, {args.clip}")
     print("\n".join(f"{name:24} {value:.4f}" for name, value in scores.items()))
-    Result(scores, args.samples, clip=args.clip, images=len(images)).write(path)
+    Result(scores, args.samples, clip=args.clip, count=len(images)).write(path)
 
 
 if __name__ == "__main__":

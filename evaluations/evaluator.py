@@ -17,7 +17,7 @@ from common.errors import InputError, exit_on_input_error, note, say
 from common.flags import BATCH, Range, flag, parse_flags, required
 from common.precision import set_math
 from common.processes import Processes
-from evaluations.metrics.features import MeasureFlags, extract, load_features
+from evaluations.metrics.features import MeasureFlags, check_widths, extract, load_features
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.images import NpzImages, open_images
 from evaluations.metrics.inception import Inception, inception_score
@@ -26,10 +26,10 @@ from evaluations.metrics.references import other_size, read_statistics
 from evaluations.metrics.results import Result
 
 SAMPLES = 50_000  # what published numbers are computed on
+SPLIT = 5_000  # images of a split of ADM's Inception Score
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
-LABELS.update(precision="Precision", recall="Recall")
-SETTINGS = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size")  # kept in the result
+LABELS |= {"precision": "Precision", "recall": "Recall"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,12 +53,15 @@ class Side:
         of_inception = isinstance(self.images, NpzImages) and not args.features
         self.stored = read_statistics(path, STATISTICS) if of_inception else {}
 
+    def batches(self, args, processes):
+        """Arrays of indices of this process's images."""
+        share = np.array_split(np.arange(len(self.images)), processes.world)[processes.rank]
+        return np.split(share, range(args.batch_size, len(share), args.batch_size))
+
     def compute(self, extractor, args, processes):
         """Run the images through the extractor; stored statistics take the place of computed ones."""
         say(f"computing {self.which} batch activations...")
-        share = np.array_split(np.arange(len(self.images)), processes.world)[processes.rank]
-        batches = np.split(share, range(args.batch_size, len(share), args.batch_size))
-        running, self.rows = extract(self.images, batches, extractor, processes, keep=True)
+        running, self.rows = extract(self.images, self.batches(args, processes), extractor, processes, keep=True)
         say(f"computing/reading {self.which} batch statistics...")
         self.moments = self.stored or {kind: statistics.finish() for kind, statistics in running.items()}
 
@@ -71,10 +74,15 @@ class Side:
 def oddities(reference, sample, args):
     """Lines about what may make the numbers differ from published ones. InputError for a reference of another size."""
     path, count = sample.path, len(sample.images)
-    stored = f"{path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)"
-    other_count = f"{path} holds {count} images; published numbers are of {SAMPLES}"
-    sizes = other_size(sample.images, reference.images.shape, args.other_size)
-    return [line for line in (sample.stored and stored, count != SAMPLES and other_count, sizes) if line]
+    lines = [other_size(sample.images, reference.images.shape, args.other_size)]
+    if sample.stored:
+        lines.append(f"{path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)")
+    if count != SAMPLES:
+        lines.append(f"{path} holds {count} images; published numbers are of {SAMPLES}")
+    if count > SPLIT and count % SPLIT and not (args.splits or args.features):
+        last = f"the last {count % SPLIT} images weigh as much in the Inception Score as {SPLIT} others"
+        lines.append(f"{last}; --splits makes equal parts")
+    return list(filter(None, lines))
 
 
 def compare(reference, sample, extractor, args, device):
@@ -85,7 +93,7 @@ def compare(reference, sample, extractor, args, device):
     numbers += precision_recall(*rows, args.neighbors, args.precision, args.block)
     if args.features:
         return dict(zip([f"{kind}_{extractor.name}" for kind in ("fd", "precision", "recall")], numbers, strict=True))
-    numbers.insert(0, inception_score(rows[1], extractor.classifier, splits=args.splits))
+    numbers.insert(0, inception_score(rows[1], extractor.classifier, SPLIT, args.splits))
     return dict(zip(LABELS, numbers, strict=True))
 
 
@@ -93,6 +101,24 @@ def label(name):
     """A metric's name as ADM's evaluator prints it; those of other features with their extractor."""
     kind, _, extractor = name.partition("_")
     return LABELS.get(name) or f"{LABELS.get(kind, 'FD')} ({extractor})"
+
+
+def open_network(args, sides, device):
+    """The extractor that --features names, by default InceptionV3. Raises InputError for statistics of another one."""
+    extractor = load_features(args.features, device) if args.features else Inception(args.inception_weights, device)
+    for side in sides:
+        check_widths(extractor, side.images.shape[:2], device, side.stored, f"{side.which} {side.path}")
+    return extractor
+
+
+def check_inputs(args, processes):
+    """Read the reference whole and load the network, without samples. Raises InputError."""
+    args.result_path("samples")
+    reference = Side("reference", args.reference, args)
+    open_network(args, [reference], processes.device)
+    for _ in reference.images.batches(reference.batches(args, processes)):
+        pass
+    say(f"{reference}: all is there to measure samples")
 
 
 def evaluate(args, processes):
@@ -104,20 +130,20 @@ def evaluate(args, processes):
     lines, odd = [str(side) for side in sides], oddities(*sides, args)
     path = args.result_path(args.samples, f"-{Path(args.features).stem}" if args.features else "")
     note("\n".join([*lines, *(f"warning: {line}" for line in odd)]))
-    device = processes.device
-    extractor = load_features(args.features, device) if args.features else Inception(args.inception_weights, device)
+    extractor = open_network(args, sides, processes.device)
     for side in sides:
         side.compute(extractor, args, processes)
     if not processes.is_main:
         return
     say("Computing evaluations...")
     try:
-        metrics = compare(reference, sample, extractor, args, device)
+        metrics = compare(reference, sample, extractor, args, processes.device)
     except ValueError as error:
         raise InputError(f"{args.reference} and {args.samples} cannot be compared: {error}") from None
     for name, value in metrics.items():
         say(f"{label(name)}: {value}")
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    kept = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size")
+    settings = {name: getattr(args, name) for name in kept}
     settings |= {"features": extractor.name, "inception_weights": args.inception_weights}
     about = {"reference": args.reference, "arrays": lines, "warnings": odd, "count": len(sample.images)}
     Result(metrics, args.samples, **about, settings=settings).write(path)
@@ -127,7 +153,7 @@ def main(argv=None):
     args = parse_flags(EvaluatorFlags, argv, __doc__)
     with Processes.join() as processes:
         set_math(allow_tf32=False)
-        evaluate(args, processes)
+        (check_inputs if args.check_only else evaluate)(args, processes)
         processes.barrier()
 
 

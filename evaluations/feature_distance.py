@@ -99,14 +99,6 @@ class Sampled(SamplingFlags):
     decode: bool = False
 
 
-def open_sampler(args):
-    """ImageSampler of the checkpoint. Raises InputError."""
-    same = ("ckpt", "weights", "mode", "num_steps")
-    sizes = {"num_fid_samples": args.num_samples, "per_proc_batch_size": args.batch_size, "global_seed": args.seed}
-    config = Sampled(**{name: getattr(args, name) for name in same}, **args.published(), **sizes)
-    return ImageSampler(config, ClassLabels, device_of_process())
-
-
 def mean(curve):
     return fmean(distance for _, distance in curve)
 
@@ -117,7 +109,9 @@ def main(argv=None):
         if path := getattr(args, name):
             check_writable(path, f"--{name}")
     set_math(allow_tf32=True)
-    sampler = open_sampler(args)
+    given = {name: getattr(args, name) for name in ("ckpt", "weights", "mode", "num_steps")}
+    sizes = {"num_fid_samples": args.num_samples, "per_proc_batch_size": args.batch_size, "global_seed": args.seed}
+    sampler = ImageSampler(Sampled(**given, **sizes, **args.published()), ClassLabels, device_of_process())
     checkpoint = sampler.checkpoint
     sampler.network = probe = Probe(checkpoint.model, args.block)
     batches = sampler.config.batches()
@@ -130,7 +124,7 @@ def main(argv=None):
         kind = "distance" if reduction == "per token" else f"distance {reduction}"
         metrics |= {f"{kind}, {name}": mean(curve) for name, curve in of_feature.items()}
     print(markdown(["mean distance", *per_token], rows))
-    print("the paper does not say which of these distances it takes")
+    print(f"means over {args.num_samples} samples; the paper does not say which of these distances it takes")
     if args.out:
         about = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, "curves": "per token"}
         Result(metrics, args.ckpt, curves=per_token, settings={**about, **dataclasses.asdict(args)}).write(args.out)

@@ -17,13 +17,14 @@ from statistics import fmean
 from typing import Literal, get_args
 
 from common.errors import InputError, exit_on_input_error
-from common.flags import IMAGES, flag, parse_commands, required
+from common.flags import Range, flag, parse_commands, required
 from common.records import read_record_lines
 from evaluations.metrics.results import Result, ResultFlags
-from sampling.stores import GENEVAL_IMAGES, GenEvalFiles, ends_as_png
+from sampling.stores import GENEVAL_IMAGES, GenEvalFiles
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TAGS = get_args(Tag)
+PER_PROMPT = Range(1, 1000)
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ class CheckFlags:
 
     samples: str = required("folder that generate_t2i.py made of the prompts", positional=True)
     metadata: str = required("GenEval's evaluation_metadata.jsonl", positional=True)
-    images_per_prompt: int = flag(GENEVAL_IMAGES, "images per prompt", range=IMAGES)
+    images_per_prompt: int = flag(GENEVAL_IMAGES, "images per prompt", range=PER_PROMPT)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -70,38 +71,27 @@ class ScoreFlags(ResultFlags):
     results: str = required("the detector's JSON-lines file", positional=True)
     samples: str | None = flag(None, "folder that was scored; its manifest goes into the result", str, group="data")
     metadata: str | None = flag(None, "evaluation_metadata.jsonl, whose prompts must all occur", str, group="data")
-    images_per_prompt: int = flag(GENEVAL_IMAGES, "images per prompt", range=IMAGES, group="data")
+    images_per_prompt: int = flag(GENEVAL_IMAGES, "images per prompt", range=PER_PROMPT, group="data")
 
 
 def check_layout(folder, metadata, images=GENEVAL_IMAGES):
-    """What keeps the detector from scoring a folder as GenEval means it, one line per fault; empty: nothing.
-
-    metadata: GenEval's JSON-lines file; images: number of images of each prompt.
-    """
-    folder, faults = Path(folder), []
-    places = {folder / f"{number:05d}": record for number, (_, record) in enumerate(read_record_lines(dict, metadata))}
+    """What keeps the detector from scoring a folder of `images` per prompt as GenEval means it, one line per fault."""
+    folder, records = Path(folder), [record for _, record in read_record_lines(dict, metadata)]
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; make it with generate_t2i.py --prompts {metadata}")
-    for place, record in places.items():
-        faults += check_prompt(place, record, images)
-    others = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name.isdigit() and path not in places]
-    return faults + [f"{path} is no prompt of {metadata}" for path in others]
-
-
-def check_prompt(place, record, images):
-    """Faults of the folder of one prompt."""
-    if not place.is_dir():
-        return [f"{place} is missing"]
-    faults, metadata = [], place / "metadata.jsonl"  # what the prompt's images show
-    try:
-        if [value for _, value in read_record_lines(dict, metadata)] != [record]:
-            faults.append(f"{metadata} is not the record of its prompt alone")
-    except InputError as error:
-        faults.append(str(error))
-    found = sorted(path for path in (place / "samples").glob("*.png") if path.stem.isdigit())
-    if len(found) != images:
-        faults.append(f"{place / 'samples'} holds {len(found)} images instead of {images}")
-    return faults + [f"{path} is cut off" for path in found if not ends_as_png(path)]
+    store = GenEvalFiles(folder, records, images)
+    made = [store.path(index) for index in range(len(records) * images)]
+    faults = [f"{path} is missing or damaged" for path in made if not (path.is_file() and store.is_whole(path))]
+    for number, record in enumerate(records):
+        path = folder / f"{number:05d}/metadata.jsonl"  # what the prompt's images show
+        try:
+            if [found for _, found in read_record_lines(dict, path)] != [record]:
+                faults.append(f"{path} is not the record of its prompt alone")
+        except InputError as error:
+            faults.append(str(error))
+    others = {path for path in folder.glob("[0-9]*/samples/[0-9]*.png") if path.stem.isdigit()} - {*made}
+    others |= {path for path in folder.glob("[0-9]*") if path.name.isdigit()} - {path.parents[1] for path in made}
+    return faults + [f"{path} belongs to no prompt of {metadata}" for path in sorted(others)]
 
 
 def faults_of(detections, images, metadata=None, samples=None):
@@ -142,14 +132,16 @@ def check(args):
     """Print the faults; exit code 1 if there are any."""
     faults = check_layout(args.samples, args.metadata, args.images_per_prompt)
     print("\n".join(faults or [f"{args.samples}: laid out as GenEval reads it"]))
-    if faults:
-        sys.exit(1)
+    sys.exit(bool(faults))
 
 
 def score(args):
-    """Print accuracies and counts; with --json also write them. Raises InputError if results are incomplete."""
-    detections = [found for _, found in read_record_lines(Detection, args.results)]
+    """Print accuracies with their counts, and write them with --json. Raises InputError if results are incomplete."""
     metadata = args.metadata and [record for _, record in read_record_lines(Prompt, args.metadata)]
+    path = args.result_path(samples := args.samples or args.results)
+    if args.check_only:
+        return
+    detections = [found for _, found in read_record_lines(Detection, args.results)]
     if faults := faults_of(detections, args.images_per_prompt, metadata, args.samples):
         others = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         args.refuse(f"{args.results}: {faults[0]}{others}")
@@ -158,9 +150,8 @@ def score(args):
     for tag, value in scores.items():
         of_tag = [found for found in detections if tag in (found.tag, "overall")]
         print(f"{tag:14} {value:.4f}  {len(of_tag)} images of {len({found.place for found in of_tag})} prompts")
-    samples = args.samples or args.results
     metrics = {f"geneval_{tag}": value for tag, value in scores.items()}
-    Result(metrics, samples, results=args.results, count=len(detections)).write(args.result_path(samples))
+    Result(metrics, samples, results=args.results, count=len(detections)).write(path)
 
 
 def main(argv=None):

@@ -18,11 +18,15 @@ from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable, write_atomically, write_json
 from common.flags import IMAGES, ROOT, SAMPLER_STEPS, WORKERS, FlagTextError, flag, parse_flags, required, shown
 from common.pictures import save_lines
-from common.records import read_record
-from evaluations.evaluator import label
+from common.processes import Processes
+from evaluations.evaluator import EvaluatorFlags, check_inputs, label
+from evaluations.metrics.features import features_name
 from evaluations.metrics.results import Result, markdown
+from samplers import Guidance
+from sampling.manifest import check_settings
 
-SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")  # in all settings of one folder
+RECORD = "sweep.json"  # in --out: what all its settings share
+SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
 
 
 def interval(text):
@@ -34,16 +38,11 @@ def interval(text):
     return low, high
 
 
-def folder(text):
-    """Path of a text; empty text, whose Path would be the current folder, stays empty."""
-    return text and Path(text)
-
-
 @dataclasses.dataclass(kw_only=True)
 class SweepFlags:
     ckpt: str = required("checkpoint", group="model")
     ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
-    out: Path = required("folder for samples, results, table.md, best.txt, plot.png", folder, group="output")
+    out: str = required("folder for samples, results, table.md, best.txt, plot.png", group="output")
     num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
@@ -53,6 +52,11 @@ class SweepFlags:
     features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
     other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")
 
+    @property
+    def distance(self):
+        """Name of the Fréchet distance among the evaluator's metrics."""
+        return f"fd_{features_name(self.features)}" if self.features else "fid"
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -60,8 +64,8 @@ class Setting:
 
     num_steps: int
     cfg_scale: float
-    low: float
-    high: float
+    low: float = 0.0
+    high: float = 1.0
 
     @property
     def guided(self):
@@ -82,7 +86,7 @@ class Setting:
 def settings(args):
     """Every combination; without guidance the interval does not matter, so there is one."""
     combinations = itertools.product(args.num_steps, args.cfg_scale, args.interval)
-    found = [Setting(steps, scale, *((0.0, 1.0) if scale == 1 else times)) for steps, scale, times in combinations]
+    found = (Setting(steps, scale, *(() if scale == 1 else times)) for steps, scale, times in combinations)
     return list(dict.fromkeys(found))
 
 
@@ -95,23 +99,39 @@ def run_python(processes, *command):
         raise InputError(f"{name} ended with {code}; see its output above")
 
 
+def measuring(args, samples):
+    """Arguments of the evaluator."""
+    words = [args.ref, str(samples)]
+    for name in ("inception_weights", "features"):
+        words += [shown(name), getattr(args, name)] if getattr(args, name) else []
+    return words + (["--other-size"] if args.other_size else [])
+
+
 def measure(setting, args, generate):
     """Result of one setting: sampled and measured, unless it has been. generate: more flags of generate.py."""
-    path, folder = args.out / f"{setting.name}.json", args.out / "samples" / setting.name
-    if path.exists():
-        return Result.read(path)
-    note(f"sampling {setting.name}")
-    flags = ["--ckpt", args.ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples]
-    run_python(args.processes, ROOT / "generate.py", *flags, *setting.flags, *generate)
-    found = list(folder.glob("*.npz"))
-    if len(found) != 1:
-        raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
-    flags = [args.ref, found[0], "--json", path]
-    for name in ("inception_weights", "features"):
-        flags += [shown(name), getattr(args, name)] if getattr(args, name) else []
-    flags += ["--other-size"] if args.other_size else []
-    run_python(args.processes, "-m", "evaluations.evaluator", *flags)
-    return Result.read(path)
+    path, folder = Path(args.out, f"{setting.name}.json"), Path(args.out, "samples", setting.name)
+    if not path.exists():
+        note(f"sampling {setting.name}")
+        flags = ["--ckpt", args.ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples]
+        run_python(args.processes, ROOT / "generate.py", *flags, *setting.flags, *generate)
+        found = list(folder.glob("*.npz"))
+        if len(found) != 1:
+            raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
+        run_python(args.processes, "-m", "evaluations.evaluator", *measuring(args, found[0]), "--json", path)
+    return read_result(path, setting, args)
+
+
+def read_result(path, setting, args):
+    """Result of a setting. Raises InputError where the file is damaged or about something else."""
+    remedy = "delete it to measure this setting again"
+    result = Result.read(path, remedy)
+    about = {"num_steps": setting.num_steps, "cfg_scale": setting.cfg_scale, "num_fid_samples": args.num_samples}
+    for name, value in about.items():
+        if (found := getattr(result.manifest, name, None)) not in (None, value):
+            raise InputError(f"{path} is about another {name} ({found}); {remedy}")
+    if args.distance not in result.metrics:
+        raise InputError(f"{path} holds no {args.distance}; {remedy}")
+    return result
 
 
 def build_table(rows, metrics):
@@ -119,8 +139,8 @@ def build_table(rows, metrics):
     cells = []
     for setting, result in rows:
         where = f"[{setting.low}, {setting.high}]" if setting.guided else ""
-        calls = (result.manifest or {}).get("model_evaluations", "")
-        values = (f"{result.metrics[name]:.4g}" for name in metrics)
+        calls = getattr(result.manifest, "model_evaluations", "")
+        values = (f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in metrics)
         cells.append([setting.num_steps, setting.cfg_scale, where, calls, *values])
     return markdown(["steps", "guidance", "interval", "evaluations", *map(label, metrics)], cells)
 
@@ -138,15 +158,19 @@ def save_plot(rows, metric, path):
     save_lines(lines, path, marker="o", xlabel="guidance scale", ylabel=label(metric))
 
 
-def check_same(args, generate):
-    """Raise InputError where --out holds the results of another sweep; remember what this one is about."""
-    record = args.out / "sweep.json"
-    about = {**{name: getattr(args, name) for name in SAME}, "generate": generate}
-    found = read_record(dict, record, "name another --out") if record.exists() else about
-    for key in about:
-        if found.get(key) != about[key]:
-            raise InputError(f"{args.out} holds a sweep with another {key} ({found.get(key)}); name another --out")
-    write_json(record, about)
+def check(args, generate):
+    """Raise InputError, before the first setting, for what would end a later one or mix two sweeps."""
+    for name in ("ckpt", "ref"):
+        if not Path(getattr(args, name)).exists():
+            raise InputError(f"{shown(name)} {getattr(args, name)} does not exist")
+    for setting in settings(args):
+        Guidance(setting.cfg_scale, setting.low, setting.high).check([setting.low] * 2)  # whatever times a sampler has
+    out, about = Path(args.out), {**{name: getattr(args, name) for name in SAME}, "generate": generate}
+    check_writable(out / "table.md", "--out:")
+    if (out / RECORD).exists():
+        check_settings(out, about, RECORD, "name another --out")
+    check_inputs(parse_flags(EvaluatorFlags, measuring(args, "samples")), Processes.join("cpu"))
+    write_json(out / RECORD, about)
 
 
 def parse(argv):
@@ -157,21 +181,17 @@ def parse(argv):
 
 def main(argv=None):
     args, generate = parse(sys.argv[1:] if argv is None else argv)
-    for name in ("ckpt", "ref"):
-        if not Path(getattr(args, name)).exists():
-            raise InputError(f"--{name} {getattr(args, name)} does not exist")
-    check_writable(args.out / "table.md", "--out:")
-    check_same(args, generate)
+    check(args, generate)
     rows = [(setting, measure(setting, args, generate)) for setting in settings(args)]
-    metrics = list(rows[0][1].metrics)
-    table = build_table(rows, metrics)
-    write_atomically(args.out / "table.md", lambda file: file.write(f"{table}\n".encode()))
-    fid = next(name for name in metrics if name.startswith("f"))
-    save_plot(rows, fid, args.out / "plot.png")
-    best, _ = min(rows, key=lambda row: row[1].metrics[fid])
+    if len({getattr(result.manifest, "weights_sha256", None) for _, result in rows}) > 1:
+        raise InputError(f"{args.out} holds results of other weights than --ckpt {args.ckpt} has; name another --out")
+    table = build_table(rows, list(rows[0][1].metrics))
+    save_plot(rows, args.distance, Path(args.out, "plot.png"))
+    best, _ = min(rows, key=lambda row: row[1].metrics[args.distance])
     words = " ".join(map(str, best.flags))
-    write_atomically(args.out / "best.txt", lambda file: file.write(f"{words}\n".encode()))
-    print(f"{table}\nlowest: {words}\nwrote {args.out / 'table.md'}, best.txt and plot.png")
+    for name, text in (("table.md", table), ("best.txt", words)):
+        write_atomically(Path(args.out, name), lambda file, text=text: file.write(f"{text}\n".encode()))
+    print(f"{table}\n{args.num_samples} samples each, lowest: {words}\nin {args.out}: table.md, best.txt, plot.png")
 
 
 if __name__ == "__main__":

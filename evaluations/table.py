@@ -15,17 +15,19 @@ import torch
 
 from common.errors import exit_on_input_error, note
 from common.files import check_writable
-from common.flags import flag, parse_flags, required, shown
+from common.flags import BLOCKS, flag, parse_flags, required, shown
 from common.pictures import save_lines
 from evaluations.metrics.results import Result, markdown
 from evaluations.published import PUBLISHED, STEPS_PER_EPOCH
 from models.codec import LatentSpec
 from models.presets import IMAGENET, NETWORKS, build, constructor_defaults, kind_of
+from sampling.manifest import SampleManifest
 from training.settings import settings
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
+UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of odd settings
 UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  # flags that the table shows otherwise
 
 
@@ -36,29 +38,26 @@ class TableFlags:
     plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
 
 
-def sampling(manifest):
-    """How samples were made, in words: `sde, 250 steps, cfg 1.5 in [0.3, 0.7], ema`."""
-    if not manifest:
-        return "no manifest"
-    guidance = "no guidance"
-    if is_guided(manifest):
-        low, high = manifest.get("guidance_low"), manifest.get("guidance_high")
-        guidance = f"cfg {manifest['cfg_scale']}" + (f" in [{low}, {high}]" if (low, high) != (0.0, 1.0) else "")
-    words = (manifest.get("mode"), f"{manifest.get('num_steps')} steps", guidance, manifest.get("weights"))
-    return ", ".join(str(word) for word in words if word)
+def made(result):
+    """What was measured, in words: `sde, 250 steps, cfg 1.5 in [0.3, 0.7], ema, 50000 images`."""
+    manifest, words = result.manifest, ["no manifest"]
+    if manifest:
+        interval = [manifest.guidance_low, manifest.guidance_high]
+        guidance = f"cfg {manifest.cfg_scale}{f' in {interval}' if interval != [0.0, 1.0] else ''}"
+        guidance = guidance if is_guided(manifest) else "no guidance"
+        words = [manifest.mode, f"{manifest.num_steps} steps", guidance, manifest.weights]
+    return ", ".join(filter(None, [*words, result.count is not None and f"{result.count} images"]))
 
 
 def is_guided(manifest):
-    return manifest.get("cfg_scale") not in (None, 1.0)
+    return manifest.cfg_scale not in (None, 1.0)
 
 
 def measured_cells(path, result, metrics):
-    manifest = result.manifest or {}
-    step = manifest.get("step")
-    trained = f"{step} steps" if step is not None else ""
-    count = f", {result.count} images" if result.count is not None else ""
+    manifest = result.manifest or SampleManifest()
+    trained = f"{manifest.step} steps" if manifest.step is not None else ""
     values = [f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in metrics]
-    return [Path(path).stem, manifest.get("model") or "", trained, sampling(manifest) + count, *values]
+    return [Path(path).stem, manifest.model or "", trained, made(result), *values]
 
 
 def published_cells(row, metrics):
@@ -79,19 +78,23 @@ def network(options):
 
 def is_counterpart(row, result):
     """Whether a published row is about what a result is about."""
-    manifest, spec = result.manifest or {}, dataclasses.asdict(LatentSpec())
-    options, latents, run = (manifest.get(name) or {} for name in ("model_options", "latents", "training"))
+    manifest, spec = result.manifest or SampleManifest(), dataclasses.asdict(LatentSpec())
+    options, latents, run = (found or {} for found in (manifest.model_options, manifest.latents, manifest.training))
     if not options or not row.numbers.keys() & result.metrics.keys() or network(options) != network(row.options):
         return False
     config = dataclasses.replace(row.config, **{name: v for name, v in run.items() if hasattr(row.config, name)})
-    step, sampler = manifest.get("step"), row.sampler or {}
+    step, sampler = manifest.step, row.sampler or {}
+    try:
+        same = settings(config, row.options) == settings(row.config, row.options)
+    except UNUSUAL:
+        return False
     return (
-        settings(config, row.options) == settings(row.config, row.options)
+        same
         and not run.get("changes")  # of settings, in the middle of the run
         and (step is None or abs(step - row.steps) <= 0.01 * row.steps)
         and all(latents.get(name, spec[name]) == spec[name] for name in ("family", "factor"))
         and row.guided in (None, is_guided(manifest))
-        and all(manifest.get(name) == value for name, value in sampler.items())
+        and all(getattr(manifest, name) == value for name, value in sampler.items())
     )
 
 
@@ -120,29 +123,33 @@ def build_table(results):
 
 def epochs(manifest):
     """Epochs of ImageNet that the model behind the samples was trained for; None if unknown."""
-    step, batch = manifest.get("step"), (manifest.get("training") or {}).get("batch_size")
-    return step and batch and step * batch / IMAGENET["count"]
+    batch = (manifest.training or {}).get("batch_size")
+    return manifest.step * batch / IMAGENET["count"] if manifest.step and isinstance(batch, int) else None
 
 
 def parameters(manifest):
     """Millions of parameters of the model behind the samples; None if unknown."""
-    options = manifest.get("model_options")
-    with torch.device("meta"):
-        return options and sum(parameter.numel() for parameter in build(options).parameters()) / 1e6
+    options = manifest.model_options or {}
+    try:
+        with torch.device("meta"):
+            known = options["depth"] in BLOCKS  # others would take forever
+            return sum(parameter.numel() for parameter in build(options).parameters()) / 1e6 if known else None
+    except UNUSUAL:
+        return None
 
 
 def curves(results, table, of_row, of_manifest):
-    """{label: [(x, FID)]}: rows of a published table, and one line per run of the results without guidance."""
+    """{label: [(x, FID)]}: rows of a published table, and the results without guidance, a line per run and sampler."""
     lines = collections.defaultdict(list)
     for row in (row for row in PUBLISHED if row.table == table):
         lines[f"paper: {row.name}"].append((of_row(row), row.numbers["fid"]))
     for path, result in results.items():
-        manifest = result.manifest or {}
+        manifest = result.manifest or SampleManifest()
         where = of_manifest(manifest)
         if "fid" not in result.metrics or is_guided(manifest) or where is None:
             note(f"{path} is not drawn: no FID without guidance of a model whose size, steps and batch are known")
         else:
-            lines[f"here: {manifest.get('run') or Path(path).stem}"].append((where, result.metrics["fid"]))
+            lines[f"{manifest.run or Path(path).stem}: {made(result)}"].append((where, result.metrics["fid"]))
     return {label: sorted(points) for label, points in lines.items()}
 
 

@@ -1,6 +1,6 @@
-"""Captions: the set `text` of a data folder, whose rows are features of captions, and the JSON files they come from.
+"""Captions: the packed set `text` of a data folder, whose labels number the images, and the JSON files it comes from.
 
-The set is packed; its labels number the images. Letters: N images, M captions, L tokens, W width of the features.
+Letters: N images, M captions, L tokens, W width of the features.
 """
 
 import dataclasses

@@ -26,6 +26,7 @@ MOMENTS, MIRROR, IMAGES = "vae-sd", "vae-sd-mirror", "images"
 PREPARE = "prepare it with preprocessing/dataset_tools.py"
 CHECK = "python preprocessing/dataset_tools.py verify lists what is wrong"
 AGAIN = "restore it, or make the set again"
+ENCODERS = {"latents": LatentSpec, "text": TextSpec}  # entries of manifests that say which encoder made something
 
 
 @dataclasses.dataclass(frozen=True)

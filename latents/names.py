@@ -10,6 +10,7 @@ import itertools
 import json
 import operator
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +24,7 @@ from common.records import parse_record
 from latents.manifest import CHECK, LABELS_JSON, MAX_CLASSES, PREPARE
 
 NO_LABEL = -(2**63)  # of an image without one, among int64 labels; -1 would be a wrong label
-
-
+NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file name has; bytes that are not UTF-8 lie between
 # what operating systems leave behind, in lower case; names that begin with a dot are skipped too
 LEFT_BEHIND = {"__macosx", "network trash folder", "temporary items", "lost+found"}
 LEFT_BEHIND |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
@@ -37,8 +37,8 @@ def is_data(name):
 
 
 def is_inside(name):
-    """True for the relative name of a file that stays in its folder."""
-    return bool(name) and not name.startswith("/") and "\0" not in name and ".." not in name.split("/")
+    """True for what can be the relative name of a file and stays in its folder."""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/") and not NO_NAME.search(name)
 
 
 def walk(folder, ancestors=()):
@@ -104,10 +104,10 @@ def parse_label_list(data, path):
         return None, None
     pairs.sort(key=operator.itemgetter(0))
     names = [name for name, _ in pairs]
-    if (odd := next((name for name in names if not is_inside(name)), None)) is not None:
-        raise InputError(f"{path}: {odd!r} leaves the folder; {PREPARE}")
-    if twice := next((name for name, following in itertools.pairwise(names) if name == following), None):
-        raise InputError(f"{path} lists {twice!r} more than once; {PREPARE}")
+    if outside := [name for name in names if not is_inside(name)]:
+        raise InputError(f"{path}: {outside[0]!r} leaves the folder or is no file name; {PREPARE}")
+    if twice := [name for name, following in itertools.pairwise(names) if name == following]:
+        raise InputError(f"{path} lists {twice[0]!r} more than once; {PREPARE}")
     return names, np.array([NO_LABEL if label is None else label for _, label in pairs], np.int64)
 
 

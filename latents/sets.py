@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, note
+from common.flags import CLASSES
 from latents.manifest import CHECK, IMAGES, LABELS, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, PREPARE, DataManifest
 from latents.names import Names, read_label_list, walk_files
 from latents.rows import FolderRows, ImageFiles, PackedRows, StoredRows, read_array
@@ -28,6 +29,12 @@ def is_unfinished(folder):
     return (Path(folder) / PARTIAL).is_dir()
 
 
+def check_finished(folder):
+    """Raise InputError where is_unfinished: files of an earlier run may look like a whole set."""
+    if is_unfinished(folder):
+        raise InputError(f"{folder} is not finished; run the same preprocessing command again, it resumes")
+
+
 def list_sets(data_dir):
     """Folders of all sets of a data folder, finished or not; only the folder itself where it is one set."""
     data_dir = Path(data_dir)
@@ -40,11 +47,10 @@ def find_set(data_dir, name):
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"--data-dir {data_dir} does not exist; {PREPARE}")
-    folders = (data_dir / name, data_dir)
-    if folder := next(filter(is_set, folders), None):
-        return folder
-    if folder := next(filter(is_unfinished, folders), None):
-        raise InputError(f"{folder} is not finished; run the same preprocessing command again, it resumes")
+    for folder in (data_dir / name, data_dir):
+        check_finished(folder)
+        if is_set(folder):
+            return folder
     raise InputError(f"--data-dir {data_dir} has no {name}/{LABELS_JSON} and no {MANIFEST}; {PREPARE}")
 
 
@@ -58,6 +64,7 @@ def find_features(data_dir, name):
 def open_set(folder):
     """(DataManifest or None, rows, labels int64 (N,) or None, names of the source images or None) of one set."""
     folder = Path(folder)
+    check_finished(folder)
     manifest = DataManifest.read(folder)
     open_layout = _open_packed if manifest is not None and manifest.is_packed else _open_folder
     return manifest, *open_layout(folder, manifest)
@@ -71,6 +78,8 @@ def _open_folder(folder, manifest):
             labels = np.zeros(len(names), np.int64)  # one class: published tools write null
     if not names:
         raise InputError(f"{folder} holds no latents; {PREPARE}")
+    if not names[0].endswith(".npy"):
+        raise InputError(f"{folder} holds {names[0]}, not latents (.npy); name a folder of latents, or {PREPARE}")
     if manifest is not None and manifest.count != len(names):
         raise InputError(f"{folder} holds {len(names)} latents, its {MANIFEST} says {manifest.count}; {CHECK}")
     sources = Names(folder / NAMES, len(names)) if manifest is not None else None
@@ -84,6 +93,8 @@ def _open_packed(folder, manifest):
     labels = read_array(folder / LABELS, "pack again") if LABELS in manifest.files else None
     if labels is not None and (labels.shape, labels.dtype) != ((count,), np.int64):
         raise InputError(f"{folder / LABELS} holds {labels.dtype} {labels.shape}, not {count} labels; pack again")
+    if labels is not None and manifest.kind != "captions" and labels.max() >= CLASSES.high:  # theirs count images
+        raise InputError(f"{folder / LABELS} holds label {labels.max()}, above {CLASSES.high}; pack again")
     return PackedRows(manifest), labels, Names(folder / NAMES, count)
 
 
@@ -130,14 +141,10 @@ def open_moments(data_dir, data_vae=None):
     folder = find_set(data_dir, MOMENTS)
     manifest, rows, labels, names = open_set(folder)
     given = spec_of_vae(data_vae) if data_vae else None
-    if manifest is not None:
-        spec = manifest.moments_spec()
-        if given:
-            spec.check_same(given, str(folder), "--data-vae")
-    elif given:
-        spec = given
-    else:
-        spec = LatentSpec()
+    spec = manifest.moments_spec() if manifest is not None else given or LatentSpec()
+    if given:
+        spec.check_same(given, str(folder), "--data-vae")
+    elif manifest is None:
         note(f"warning: {folder} has no {MANIFEST}; taken as {spec.family} at scale {spec.scale} (others: --data-vae)")
     return Moments(folder, manifest or DataManifest(count=len(rows)), rows, labels, names, spec)
 
@@ -177,6 +184,7 @@ def open_images(moments):
     root = moments.folder.parent / IMAGES
     if not root.is_dir():
         raise InputError(f"{root} is missing and images are needed; link the converted images there")
+    check_finished(root)
     moments.check_pairs_are_known()
     names = images_by_order(root, len(moments.rows)) if moments.names is None else moments.names
     return ImageFiles(root, names.__getitem__, moments.resolution)
@@ -186,10 +194,11 @@ def images_by_order(folder, count):
     """Sorted names of `count` image files: as published, the i-th belongs to the i-th latent. Raises InputError."""
     from PIL import Image  # only alignment and preprocessing read images
 
+    check_finished(folder)
     names = walk_files(folder, Image.registered_extensions())
     if len(names) != count:
         pairs = f"without a {MANIFEST} they are paired by order"
-        raise InputError(f"{folder} holds {len(names)} images for {count} latents, and {pairs}; remove stray files")
+        raise InputError(f"{folder} holds {len(names)} images for {count} latents, and {pairs}; move stray files away")
     return names
 
 

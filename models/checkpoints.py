@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import hashlib
 import re
-import textwrap
 import zipfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -26,6 +25,7 @@ from models.paths import PATHS
 from models.presets import NETWORKS, build, constructor_defaults, kind_of, parse_df_idxs
 from models.published import from_published
 
+REMEDY = "copy it again, or name another"
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
 # What of a run's configuration bears on its numbers, beside the model; exported folders and samples' manifests keep it.
@@ -33,7 +33,8 @@ TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob"
 TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
 TRAINING += ("changes",)
 Size = Annotated[int, Field(ge=1, le=1 << 20)]  # a larger one would only fail on allocation
-Options = dict[str, Size | bool | str | list[Size] | None]  # constructor arguments
+Word = Annotated[str, Field(max_length=100)]
+Options = dict[str, Size | bool | Word | Annotated[list[Size], Field(max_length=1000)] | None]  # constructor arguments
 Plain = Union[(None, *(Annotated[kind, Strict()] for kind in (bool, int, float, str, list, tuple, dict)))]  # no tensors
 
 
@@ -68,13 +69,11 @@ def read_weights_file(path):
     try:
         if regular(path).suffix == ".safetensors":
             return load_file(path)
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            check_sums(path)
-        # Published files hold an argparse.Namespace beside the weights: it is harmless and allowed by name.
         # Memory-mapped, so that eight processes share one copy; torch's old format, which is not a zip, cannot be.
+        is_mappable = zipfile.is_zipfile(path) and check_sums(path)
+        # Published files hold an argparse.Namespace beside the weights: it is harmless and allowed by name.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist; name another") from None
     except OSError as error:
@@ -88,10 +87,14 @@ def read_weights_file(path):
 
 
 def check_sums(path):
-    """Raise BadZipFile if an entry fails its checksum, which reading through a memory map does not verify."""
+    """Raise BadZipFile if an entry fails its checksum, which reading through a memory map does not verify.
+
+    Returns whether all entries are as torch.save leaves them, uncompressed: others would be mapped as they are.
+    """
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} has another checksum")
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def read_folder(folder):
@@ -142,25 +145,24 @@ def load_checkpoint(path, weights="ema", **overrides):
     """
     content = read_file(path)
     state = pick_weights(content, weights, path)
-    about = {field.name: content[field.name] for field in dataclasses.fields(About) if field.name in content}
-    found = check_record(About, about, path, "copy it again, or name another")
-    if is_ours := found.config is not None:
-        run, data, options = about["config"], about.get("data", {}), about["config"]["model_options"]
-    else:
-        state, options, path_type = from_published(state, path, found.args, overrides)
-        run, data = {"path_type": path_type} if path_type else {}, {}
-    overrides = {name: value for name, value in overrides.items() if name not in ("convention", "path_type")}
+    found = check_record(About, content, path, REMEDY)
+    run, data = {}, {}
     try:
-        options = check_overrides(options, overrides, path, is_ours)
-        if options["depth"] > len(state):
-            raise InputError(f"{path} is of another model: it has fewer parameters than {options['depth']} blocks")
+        if found.config is not None:
+            run, data = check_record(dict[str, Plain], content["config"], f"{path}, config", REMEDY), found.data
+            options = run["model_options"]
+        else:
+            state, options, path_type = from_published(state, path, found.args, overrides)
+            run = {"path_type": path_type} if path_type else {}
+        options = check_overrides(options, overrides, path)
+        check_counts(options, state, path)
         with torch.device("meta"):  # spends no time on initial weights
             model = build(options)
-    except InputError:
-        raise
-    except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:
-        fault = f"{path}: its model_options make no model ({first_line(error)[:120]})"
-        raise InputError(f"{fault}; copy it again, or name another") from None
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
+    except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # names, shapes or settings
+        reason = f"DeepFlow, SiT, REPA, DMF, MMDiT; {first_line(error)[:120]}"
+        raise InputError(f"{path} holds no model of a known family ({reason}); {REMEDY}") from None
     load_strictly(model, state, path)
     return Checkpoint(model.float().eval(), options, run, data, found.steps)
 
@@ -177,13 +179,18 @@ def pick_weights(content, weights, path):
     state = entries if "x_embedder.proj.weight" in map(strip_prefix, entries) else entries.get(key)
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) and is_plain(t) for t in state.values()):
         held = ", ".join(map(str, list(entries)[:6])) or "nothing"
-        raise InputError(f"--ckpt {path} lacks tensors '{key}' (it holds {held}); name other --weights or another file")
-    return {strip_prefix(name): tensor for name, tensor in state.items()}
+        fault = f"--ckpt {path} lacks tensors '{key}' (it holds {held:.200})"
+        raise InputError(f"{fault}; name other --weights or another file")
+    stripped = {strip_prefix(name): tensor for name, tensor in state.items()}
+    if len(stripped) < len(state):
+        raise InputError(f"--ckpt {path} holds parameters twice, as NAME and module.NAME; save them once")
+    return stripped
 
 
 def is_plain(tensor):
     """Whether a tensor is a dense floating-point tensor with data."""
-    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
+    has_data = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    return has_data and tensor.is_floating_point()
 
 
 def strip_prefix(name):
@@ -196,26 +203,29 @@ def load_strictly(model, state, path):
     try:
         model.load_state_dict(state, assign=model.pos_embed.is_meta)  # nothing can be copied into a meta tensor
     except RuntimeError as error:
-        complaint = textwrap.shorten(str(error).partition("\n")[2].partition("\n")[0], 240)
-        raise InputError(f"{path} is of another model: {complaint}") from None
+        complaint = str(error).strip().splitlines()[:2][-1].strip()  # after torch's heading
+        raise InputError(f"{path} is of another model: {complaint[:240]}") from None
 
 
-def check_overrides(options, overrides, path, is_ours):
-    """Constructor arguments with those given on the command line. Raises InputError if they contradict the file.
+def check_counts(options, state, path):
+    """Raise InputError if the numbers of blocks and projectors, which may be any, are beyond what the file can fill."""
+    projectors = len(options["z_dims"]) * max(1, len(options["df_idxs"])) if options.get("ssl_align") else 0
+    if 10 * options["depth"] + 6 * projectors > len(state):  # the parameters of each
+        fault = f"it has fewer parameters than {options['depth']} blocks and {projectors} projectors"
+        raise InputError(f"{path} is of another model: {fault}; {REMEDY}")
 
-    The weights of a published file leave open only the heads, the key layers, the legacy clamp, the aligned block and
-    the depth of a flow map.
-    """
+
+def check_overrides(options, overrides, path):
+    """Constructor arguments with those given on the command line. Raises InputError if they contradict the file."""
     options = {**options, "df_idxs": tuple(options["df_idxs"])}
-    free = () if is_ours else ("num_heads", "df_idxs", "legacy_scaling", "encoder_depth", "dmf_depth")
     for key, value in overrides.items():
-        if value is None:
+        if value is None or key in ("convention", "path_type"):
             continue
         if key == "df_idxs":
             value = parse_df_idxs(value)
-        if key == "dmf_depth" and is_ours and kind_of(options) != "flow map":
+        if key == "dmf_depth" and kind_of(options) != "flow map":
             raise InputError(f"--dmf-depth {value}: {path} is a flow model; train_dmf.py turns it into a flow map")
-        if key in options and key not in free and value != options[key]:
+        if options.get(key, value) != value:
             flag = shown("trans_depth" if key == "depth" else key)
             raise InputError(f"{flag} {value} contradicts {path}, which has {options[key]}; leave the flag out")
         options[key] = value

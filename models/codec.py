@@ -10,17 +10,21 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, first_line, system_fault
+from common.errors import InputError
 from common.flags import ROOT
-from common.records import Count, Finite, Positive
+from common.records import Count, Finite, Positive, check_record
+from models.hub import fetching
+from models.identity import Identity, check_complete, content_sha256, variant_of
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentSpec:
+class LatentSpec(Identity):
     """What a set of latents was made with; travels in the data manifest and in the checkpoint."""
+
+    KIND, NAME, FLAG, SETTINGS = "VAE", "vae", "--vae", ("scale", "shift", "channels")
 
     vae: str = DEFAULT_VAE
     family: str = "sd-vae-ft"
@@ -28,21 +32,25 @@ class LatentSpec:
     shift: Finite = 0.0
     channels: Count = 4
     factor: Count = 8
+    encoder_sha256: str | None = None  # of what makes the latents, which sd-vae-ft-ema and -mse share
+    decoder_sha256: str | None = None  # of what makes images of them
 
     def sample(self, moments, noise):
         """The network's latents (mean + std·ε − shift)·scale, (N, C, h, w): moments (N, 2C, h, w), ε (N, C, h, w)."""
         mean, std = moments.chunk(2, dim=1)
         return (mean + std * noise - self.shift) * self.scale
 
-    def check_same(self, other, ours, theirs):
-        """Raise InputError unless `other` has the same family, scale and shift; ours, theirs: for the message."""
-        for field in ("family", "scale", "shift"):
-            a, b = getattr(self, field), getattr(other, field)
-            if a != b:
-                raise InputError(
-                    f"VAE mismatch: {ours} has {field} {a} (VAE {self.vae}), {theirs} has {field} {b} "
-                    f"(VAE {other.vae}); use --vae {self.vae}, or encode the data again"
-                )
+
+@dataclasses.dataclass
+class VaeConfig:
+    """What is used of a diffusers `AutoencoderKL`'s config.json."""
+
+    scaling_factor: Positive
+    latent_channels: Count
+    block_out_channels: list[Count]
+    shift_factor: Finite | None = None
+    latents_mean: None = None  # statistics of each channel, which would have to replace the scale
+    latents_std: None = None
 
 
 def vae_family(name):
@@ -53,9 +61,14 @@ def vae_family(name):
 
 
 def resolve_vae(name):
-    """Full name of a VAE: a short name (`ema`, `mse`), a hub id, or a folder (also relative to the repository)."""
+    """Full name of a VAE: a short name (`ema`, `mse`), a hub id, or a folder (also relative to the repository).
+
+    The folder of a whole pipeline stands for the `vae` in it.
+    """
     name = SHORT_NAMES.get(str(name), str(name))
-    return next((str(folder) for folder in (Path(name), ROOT / name) if folder.is_dir()), name)
+    folder = next((folder for folder in (Path(name), ROOT / name) if folder.is_dir()), None)
+    is_pipeline = folder and not (folder / "config.json").exists() and (folder / "vae/config.json").is_file()
+    return str(folder / "vae" if is_pipeline else folder or name)
 
 
 def to_uint8(images):
@@ -75,22 +88,26 @@ class LatentCodec:
         """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
         from diffusers import AutoencoderKL  # takes four seconds, and training without grids never needs it
 
-        name = SHORT_NAMES.get(str(name), str(name))
-        try:
-            vae = AutoencoderKL.from_pretrained(resolve_vae(name), torch_dtype=dtype).to(device)
-        except (OSError, ValueError) as error:
-            remedy = "pass --vae with a folder that holds a diffusers AutoencoderKL, or connect to the hub once"
-            fault = system_fault(error, name) or f"cannot load the VAE '{name}' ({first_line(error)}); {remedy}"
-            raise InputError(fault) from None
-        config = vae.config
+        name, place = SHORT_NAMES.get(str(name), str(name)), resolve_vae(name)
+        with fetching(f"the VAE '{name}'", place, "pass --vae with a folder that holds a diffusers AutoencoderKL"):
+            options = {"torch_dtype": torch.float32, "variant": variant_of(place), "output_loading_info": True}
+            vae, loading_info = AutoencoderKL.from_pretrained(place, **options)
+            check_complete(loading_info, f"the VAE '{name}'")
+        remedy = "name a VAE with a scaling_factor above 0, and without latents_mean and latents_std"
+        config = check_record(VaeConfig, dict(vae.config), f"--vae {name}: config.json", remedy)
+        facts = {key: vae.config[key] for key in ("act_fn", "norm_num_groups")}
         spec = LatentSpec(
             vae=name,
             family=vae_family(name),
-            scale=float(config.scaling_factor),
-            shift=float(getattr(config, "shift_factor", None) or 0.0),
-            channels=int(config.latent_channels),
+            scale=config.scaling_factor,
+            shift=config.shift_factor or 0.0,
+            channels=config.latent_channels,
             factor=2 ** (len(config.block_out_channels) - 1),
+            encoder_sha256=content_sha256(vae, ("encoder.", "quant_conv."), facts),
+            decoder_sha256=content_sha256(vae, ("decoder.", "post_quant_conv."), facts),
         )
+        for part in vae.children():  # diffusers warns where the whole is given a dtype
+            part.to(device, dtype)
         if dtype != torch.float32:  # the layout of fast GPU convolutions; float32 keeps its rounding
             vae.decoder.to(memory_format=torch.channels_last)
         return cls(vae, spec)

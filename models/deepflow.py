@@ -8,6 +8,7 @@ P width of the acceleration MLP, W width of the embedded gap, E alignment encode
 
 import dataclasses
 import itertools
+import os
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import InputError
+from models.hub import fetching
 from models.layers import (
     LN_EPS,
     Block,
@@ -40,9 +42,10 @@ WITH_ACCELERATION = ("acceleration", "full")
 class DeepFlowOutput:
     """What one training forward pass returns; the final branch comes last."""
 
-    velocities: list  # k × (N, C, H, W)
+    velocities: list  # k × (N, C, H, W); of a flow map u comes last, and alone without deep supervision
     accelerations: list  # (k − 1) × (N, C, H, W); empty in the steps of Table 7a without acceleration
     projections: list  # max(k − 1, 1) · E × (N, T, Z), encoder by encoder; empty without SSL alignment
+    log_variance: torch.Tensor | None = None  # (N,) float32, of flow maps
 
 
 @dataclasses.dataclass
@@ -209,6 +212,14 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
                 zero_(module.linear)
 
     @classmethod
+    def from_pretrained(cls, source, **options):
+        """The mixin's, from a folder or the hub; raises InputError where the hub cannot be reached."""
+        if os.path.isdir(source):
+            return super().from_pretrained(source, **options)
+        with fetching(f"the model '{source}'", source, "name a folder that models/export.py wrote"):
+            return super().from_pretrained(source, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, strict=True, **kwargs):
         """The mixin's, strict by default; what config.json says of the run is left out."""
         for name in ("run", "data", "steps", "weights"):
@@ -226,8 +237,7 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         x (N, C, H, W); t (N,) or k tensors (N,) in [0, 1]; y (N,) labels, num_classes is the null class.
         """
         *intermediate, final = self.run_branches(x, t, y)
-        velocities, accelerations = self.intermediate_outputs(intermediate)
-        velocities.append(self.final_velocity(final))
+        velocities, accelerations = self.outputs(intermediate, final)
         aligned = [branch.aligned for branch in intermediate or [final]]
         per_place = len(self.projectors) // len(aligned)  # E
         projections = [project(aligned[i // per_place]) for i, project in enumerate(self.projectors)]
@@ -282,14 +292,14 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         """A signed gap between times (N,) → (N, W); None without gaps."""
         return None if self.dt_embedder is None else self.dt_embedder(gap)
 
-    def intermediate_outputs(self, branches):
-        """Velocities and accelerations of intermediate branches: two lists of (N, C, H, W)."""
+    def outputs(self, intermediate, final):
+        """Velocities of all branches and accelerations of the intermediate ones: two lists of (N, C, H, W)."""
         velocities, accelerations = [], []
-        for branch in branches:
+        for branch in intermediate:
             velocities.append(self.final_layer[0](branch.v_star, branch.condition))
             if branch.a_star is not None:
                 accelerations.append(self.final_acc_layer(branch.a_star, branch.condition))
-        return velocities, accelerations
+        return [*velocities, self.final_velocity(final)], accelerations
 
     def final_velocity(self, branch):
         """Velocity (N, C, H, W) of the final branch."""

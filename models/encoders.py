@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.errors import InputError, first_line, system_fault, unreadable
+from common.errors import InputError, first_line, unreadable
 from common.files import sha256_of_files
-from models.checkpoints import check_sums, load_strictly, read_file, strip_prefix
+from models.checkpoints import check_sums, is_plain, load_strictly, read_file, strip_prefix
+from models.hub import fetching
 from models.layers import sincos_2d
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel
@@ -153,10 +154,8 @@ def check_grid(name, resolution, grid):
     """Raise InputError unless images of this resolution give grid × grid patch tokens, as the model has."""
     own = resolution / STRIDE
     if own != grid:
-        raise InputError(
-            f"--enc-type {name} has a grid of {own:g}x{own:g} patch tokens for {resolution}x{resolution} images, "
-            f"--model one of {grid}x{grid}; choose a --model with tokens of {STRIDE} pixels"
-        )
+        fault = f"--enc-type {name} has a grid of {own:g}x{own:g} patch tokens for {resolution}x{resolution} images"
+        raise InputError(f"{fault}, --model one of {grid}x{grid}; choose a --model with tokens of {STRIDE} pixels")
 
 
 def weights_id(name, checkpoint=None):
@@ -180,20 +179,21 @@ def load_network(name, checkpoint=None):
         return network
     if "." not in family.timm_name:
         raise InputError(f"--enc-type {name}: its weights are not on the hub; give the authors' --enc-ckpt FILE")
-    try:
+    what = f"the weights {family.timm_name} of --enc-type {name}"
+    with fetching(what, family.timm_name, "give timm's or the authors' --enc-ckpt FILE"):
         return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
-    except Exception as error:  # hub client, network and file system raise all kinds
-        reason = f"the weights {family.timm_name} cannot be fetched ({first_line(error)[:160]})"
-        fault = system_fault(error) or f"{reason}; give timm's or the authors' --enc-ckpt FILE"
-        raise InputError(f"--enc-type {name}: {fault}") from None
 
 
 def read_weights(path, family):
     """State dict with timm's names from the authors' file or timm's (also safetensors). Raises InputError."""
     content = read_torchscript(path) or read_file(path)
-    content = content.get(family.entry, content) if isinstance(content, dict) else {}
-    state = {strip_prefix(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-    state = {name: t.float() for name, t in family.convert(state).items() if not name.startswith(UNUSED)}
+    content = content.get(family.entry, content) if isinstance(content, dict) else content
+    entries = content.items() if isinstance(content, dict) else ()
+    state = {strip_prefix(name): t for name, t in entries if isinstance(t, torch.Tensor) and is_plain(t)}
+    try:
+        state = {name: t.float() for name, t in family.convert(state).items() if not name.startswith(UNUSED)}
+    except (LookupError, RuntimeError):  # a name or a dimension is missing
+        state = {}
     if not state:
         raise InputError(f"--enc-ckpt {path} holds no weights of {family.timm_name}; give the authors' or timm's file")
     return state
@@ -218,9 +218,8 @@ class Encoder:
     def __init__(self, name, resolution, checkpoint=None, device="cpu"):
         self.family = ENCODERS[name]
         if resolution % STRIDE:
-            raise InputError(
-                f"--enc-type {name}: {resolution}x{resolution} images do not divide into {STRIDE}x{STRIDE} patches"
-            )
+            fault = f"{resolution}x{resolution} images do not divide into {STRIDE}x{STRIDE} patches"
+            raise InputError(f"--enc-type {name}: {fault}; choose another resolution")
         self.side = resolution // STRIDE * self.family.patch
         network = load_network(name, checkpoint)
         network.set_input_size(img_size=(self.side, self.side))  # timm's resample_abs_pos_embed with its defaults

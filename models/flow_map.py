@@ -7,26 +7,15 @@ the gap r − t.
 Letters: N batch, C latent channels, H = W latent size, T tokens, D hidden size, k branches.
 """
 
-import dataclasses
-
 import torch
 from torch import nn
 
 from common.errors import InputError
 from models.attention import forward_mode
-from models.deepflow import DeepFlow, per_block
+from models.deepflow import DeepFlow, DeepFlowOutput, per_block
 from models.layers import sinusoid, zero_
 
 LOGVAR_FREQUENCIES = 64
-
-
-@dataclasses.dataclass
-class FlowMapOutput:
-    """What one training forward pass returns."""
-
-    velocities: list  # k × (N, C, H, W), the last is u; u alone without deep supervision
-    accelerations: list  # (k − 1) × (N, C, H, W), empty without deep supervision
-    log_variance: torch.Tensor | None  # (N,) float32
 
 
 class FlowMap(DeepFlow):
@@ -46,12 +35,11 @@ class FlowMap(DeepFlow):
             zero_(self.logvar_linear)  # as the release: s = 0 at the start
 
     def forward(self, x, t, y, r=None):
-        """FlowMapOutput at x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,); without r, r = t: the flow."""
+        """DeepFlowOutput at x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,); without r, r = t: the flow."""
         r = t if r is None else r
         *intermediate, final = self.run_branches(x, (t, r), y)
-        velocities, accelerations = self.intermediate_outputs(intermediate if self.deep_supervision else [])
-        velocities.append(self.final_velocity(final))
-        return FlowMapOutput(velocities, accelerations, self.log_variance(t, r))
+        velocities, accelerations = self.outputs(intermediate if self.deep_supervision else [], final)
+        return DeepFlowOutput(velocities, accelerations, [], self.log_variance(t, r))
 
     def average_velocity(self, x, t, r, y):
         """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,)."""

@@ -91,10 +91,11 @@ CLASS_MODELS, FLOW_MAPS, TEXT_MODELS = (
 
 def parse_df_idxs(text):
     """Key layers from the command line: `[8,16]`, `8,16` and `8 16` (one string or several) → (8, 16)."""
-    joined = text if isinstance(text, str) else " ".join(map(str, text))
-    if not re.fullmatch(r"\s*\[?[\d\s,-]*\]?\s*", joined):
-        raise InputError(f"--df-idxs {joined!r} is not a list of block numbers; write [8,16] or '8 16'")
-    return tuple(int(number) for number in re.findall(r"-?\d+", joined))
+    joined = " ".join(map(str, text)) if isinstance(text, list | tuple) else str(text)
+    numbers = re.findall(r"-?\d+", joined)
+    if not re.fullmatch(r"\s*\[?[\d\s,-]*\]?\s*", joined) or any(len(number) > 9 for number in numbers):
+        raise InputError(f"--df-idxs {joined[:100]!r} is not a list of block numbers; write [8,16] or '8 16'")
+    return tuple(map(int, numbers))
 
 
 def spaced_key_layers(depth, num_branches):

@@ -17,15 +17,13 @@ from common.errors import InputError, note
 from common.flags import Range, flag, shown
 from common.records import Count, check_record
 from models.layers import TimestepEmbedder, frequencies
-from models.presets import PRESETS, Preset, kind_of, parse_df_idxs, spaced_key_layers
+from models.presets import FLOW_MAPS, PRESETS, Preset, kind_of, parse_df_idxs, spaced_key_layers
 
 RMS_NORM = "blocks.0.attn.q_norm.scale"  # Decoupled MeanFlow's QK norm, in its flow models too
 TEXT = "context_embedder.weight"  # only text-to-image has it
 SIT_PATHS = {"Linear": "linear", "GVP": "cosine"}  # SiT's names; REPA and its successors use ours
 CONVENTIONS = ("repa", "sit")  # REPA, DeepFlow and Decoupled MeanFlow: t = 0 is data; SiT: t = 1 is data
-KeyLayers = Annotated[
-    tuple[int, ...], BeforeValidator(lambda v: parse_df_idxs(v if isinstance(v, list | tuple) else str(v)))
-]
+KeyLayers = Annotated[tuple[int, ...], BeforeValidator(parse_df_idxs)]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,8 +47,7 @@ class PublishedFlags(ConventionFlag):
 
     def published(self):
         """{name: value} of these flags, for load_checkpoint."""
-        named = {"df_idxs": self.df_idxs, "dmf_depth": self.dmf_depth, "legacy_scaling": self.legacy_scaling}
-        return {**named, "convention": self.convention}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(PublishedFlags)}
 
 
 @dataclasses.dataclass
@@ -79,23 +76,19 @@ def from_published(state, path, args, given):
     """A published state dict → state dict in this project's conventions, constructor arguments, path_type or None.
 
     args: the file's own settings; given: {flag: value or None}, which override them. A note says what was assumed.
-    Raises InputError if weights and settings contradict each other, or if the direction of time is open.
+    Raises InputError if weights and settings contradict each other, or if the direction of time is open; LookupError,
+    ArithmeticError, ValueError or RuntimeError if an expected name or shape is missing.
     """
     said, given = read_arguments(args, path), {name: value for name, value in given.items() if value is not None}
-    known, row = {**said, **given}, PRESETS.get(said.get("model"))
-    try:
-        state, joined = join_decoder(state)
-        config = config_from_state(state, known.get("df_idxs"), known.get("dmf_depth"), row and row.kind == "flow map")
-        own = {name: value for name, value in said.items() if name not in given}
-        check_arguments(own, state, config, joined, path)
-        names = ("legacy_scaling", "num_heads", *(["encoder_depth"] if config.get("ssl_align") else []))
-        config |= {name: known[name] for name in names if name in known} | ({"encoder_depth": joined} if joined else {})
-        convention = convention_of(state, config, said, given, path)
-        state, config = convert(state, config, convention)
-    except InputError:
-        raise
-    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:  # an expected name or shape is missing
-        raise InputError(f"--ckpt {path} is not of a known family (DeepFlow, SiT, DMF, MMDiT): {error}") from None
+    own, known = {name: value for name, value in said.items() if name not in given}, {**said, **given}
+    state, joined = join_decoder(state)
+    is_map = said.get("model") in FLOW_MAPS
+    config = config_from_state(state, known.get("df_idxs"), known.get("dmf_depth"), is_map)
+    check_arguments(own, state, config, joined, path)
+    names = ("legacy_scaling", "num_heads", *(["encoder_depth"] if config.get("ssl_align") else []))
+    config |= {name: known[name] for name in names if name in known} | ({"encoder_depth": joined} if joined else {})
+    convention = convention_of(state, config, said, given, path)
+    state = convert(state, config, convention)
     note(published_note(path, config, convention, own, given.keys() & said.keys()))
     return state, config, SIT_PATHS.get(known.get("path_type"), known.get("path_type"))
 
@@ -131,15 +124,14 @@ def check_arguments(own, state, config, joined, path):
 
 def convention_of(state, config, said, given, path):
     """The direction of time, one of CONVENTIONS, by flag, weights or `args`. Raises InputError if it stays open."""
-    is_one = kind_of(config) == "flow" and not config["df_idxs"]
     if wanted := given.get("convention"):
-        if wanted == "sit" and not is_one:
+        if wanted == "sit" and not is_plain_flow(config):
             raise InputError(f"--convention sit is for flow models of one branch, {path} is another; leave it out")
         return wanted
     words, tells = {said.get("path_type"), said.get("prediction")}, set()
-    if not is_one or config.get("ssl_align") or RMS_NORM in state or words & {"linear", "cosine", "v"}:
+    if not is_plain_flow(config) or config.get("ssl_align") or RMS_NORM in state or words & {"linear", "cosine", "v"}:
         tells.add("repa")
-    if (is_one and learns_sigma(state, config["in_channels"])) or words & {*SIT_PATHS, "velocity"}:
+    if learns_sigma(state, config) or words & {*SIT_PATHS, "velocity"}:
         tells.add("sit")
     if len(tells) != 1:
         fault = f"{path} tells {'two directions' if tells else 'no direction'} of time"
@@ -151,9 +143,8 @@ def convention_of(state, config, said, given, path):
 def config_from_state(state, df_idxs=None, dmf_depth=None, is_map=False):
     """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError.
 
-    df_idxs: the key layers if known; default: the preset's, else evenly spaced. A file with a
-    log-variance head, dmf_depth or is_map is taken as a flow map; dmf_depth's default: the preset's, else two thirds of
-    the blocks.
+    df_idxs: the key layers if known; default: the preset's, else evenly spaced. With a log-variance head, dmf_depth or
+    is_map it is taken as a flow map; dmf_depth's default: `default_dmf_depth`.
     """
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     is_text = TEXT in state
@@ -175,8 +166,8 @@ def config_from_state(state, df_idxs=None, dmf_depth=None, is_map=False):
         config["num_classes"] = state["y_embedder.embedding_table.weight"].shape[0] - 1
     has_head = "logvar_linear.weight" in state
     if has_head or is_map or dmf_depth is not None:
-        depth_of_t = default_dmf_depth(depth, config["df_idxs"]) if dmf_depth is None else dmf_depth
-        config.update(dmf_depth=depth_of_t, use_logvar=has_head)
+        config["dmf_depth"] = default_dmf_depth(depth, config["df_idxs"]) if dmf_depth is None else dmf_depth
+        config["use_logvar"] = has_head
     if num_branches > 1:
         config["projector_dim"] = state["df_blocks.0.acc_mlp.0.weight"].shape[0]
     if "projectors.0.4.weight" in state:
@@ -195,8 +186,8 @@ def length_of(modules, state):
 
 def default_dmf_depth(depth, df_idxs):
     """The preset's number of blocks that see t for this depth and these key layers, else about two thirds."""
-    rows = [row for row in PRESETS.values() if row.dmf_depth and (row.depth, row.df_idxs) == (depth, df_idxs)]
-    return rows[0].dmf_depth if rows else (df_idxs[-1] if df_idxs else max(1, round(depth * 2 / 3)))
+    presets = {(row.depth, row.df_idxs): row.dmf_depth for row in map(PRESETS.get, FLOW_MAPS)}
+    return presets.get((depth, df_idxs), df_idxs[-1] if df_idxs else max(1, round(depth * 2 / 3)))
 
 
 def heads_from_state(state, hidden_size):
@@ -207,15 +198,21 @@ def heads_from_state(state, hidden_size):
 
 
 def convert(state, config, convention="repa"):
-    """Convert published weights to this project's conventions: drop a learned sigma; reverse time for "sit"."""
-    if kind_of(config) == "flow" and not config["df_idxs"] and learns_sigma(state, config["in_channels"]):
+    """Published weights in this project's conventions: without a learned sigma, for "sit" with time reversed."""
+    if learns_sigma(state, config):
         state = drop_sigma(state, config["in_channels"])
-    return reverse_time(state) if convention == "sit" else state, config
+    return reverse_time(state) if convention == "sit" else state
 
 
-def learns_sigma(state, channels):
-    """Whether the output layer of a model of one branch has 2C channels, as in SiT's release."""
-    return state["final_layer.linear.bias"].shape[0] == state["x_embedder.proj.weight"].shape[-1] ** 2 * 2 * channels
+def is_plain_flow(config):
+    """Whether a model is a flow of one branch, as SiT's are."""
+    return kind_of(config) == "flow" and not config["df_idxs"]
+
+
+def learns_sigma(state, config):
+    """Whether the output layer has 2C channels, as in SiT's release."""
+    width = 2 * config["in_channels"] * config["patch_size"] ** 2
+    return is_plain_flow(config) and state["final_layer.linear.bias"].shape[0] == width
 
 
 def drop_sigma(state, channels):
@@ -244,22 +241,11 @@ def reverse_time(state):
     }
 
 
-def published_note(path, options, convention, own, overridden):
+def published_note(path, config, convention, own, overridden):
     """Line on what is assumed about a published file. own: its `args`; overridden: names of those a flag overrides."""
-    kind, what = kind_of(options), f"a SiT with time as {'in SiT, reversed' if convention == 'sit' else 'in REPA'}"
-    if kind == "flow map":
-        what = f"a flow map of which {options['dmf_depth']} blocks see t (others: --dmf-depth)"
-    elif options["df_idxs"]:
-        what = f"key layers {list(options['df_idxs'])} (others: --df-idxs)"
-        if options.get("legacy_scaling") and "legacy_scaling" not in own:
-            what += ", --legacy-scaling as in all released aligned ones (others: --no-legacy-scaling)"
-    elif kind == "text":
-        what = "REPA's text-to-image MMDiT"
-    elif options.get("ssl_align"):
-        what = f"SiT of REPA, aligned after block {options['encoder_depth']}"
-    elif options["qk_norm"] == "rms":
-        what = "SiT of Decoupled MeanFlow"
-    if own:
-        what += "; its args say " + ", ".join(f"{name} {value}" for name, value in own.items())
-    what += f"; flags override {', '.join(sorted(overridden))} of its args" if overridden else ""
-    return f"{path}: taken as a published file with {options['num_heads']} heads, {what}"
+    names = ("num_heads", "df_idxs", "dmf_depth", "legacy_scaling", "qk_norm", "encoder_depth")
+    assumed = {name: config[name] for name in names if config.get(name)} | {"convention": convention}
+    assumed, own = (", ".join(f"{name} {value}" for name, value in part.items()) for part in (assumed, own))
+    text = f"{path}: taken as a published {kind_of(config)} model with {assumed}"
+    text += f"; its args say {own}" if own else ""
+    return text + (f"; flags override {', '.join(sorted(overridden))} of its args" if overridden else "")

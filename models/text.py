@@ -9,36 +9,32 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, first_line, note, system_fault
+from common.errors import InputError, note
 from common.records import Count
+from models.hub import fetching
+from models.identity import Identity, check_complete, content_sha256, variant_of
 
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
 
 
 def encoder_family(name):
-    """Identity of a text encoder: the last part of its name or folder, in a hub cache of the name on the hub."""
+    """Last part of a text encoder's name or folder; of a folder in a hub cache, of its name on the hub."""
     parts = Path(str(name)).parts
     cached = [part for part in parts if re.fullmatch(r"models--.+--.+", part)]
     return cached[-1].split("--")[-1] if cached else Path(str(name)).name
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSpec:
+class TextSpec(Identity):
     """What a set of text features was made with; travels in the data manifest and in the checkpoint."""
+
+    KIND, NAME, FLAG, SETTINGS = "text encoder", "encoder", "--text-encoder", ("tokens", "width")
 
     encoder: str = DEFAULT_TEXT_ENCODER
     family: str = encoder_family(DEFAULT_TEXT_ENCODER)
     tokens: Count = 77
     width: Count = 768
-
-    def check_same(self, other, ours, theirs):
-        """Raise InputError unless `other` has the same encoder, tokens and width; ours, theirs: for the message."""
-        for field in ("family", "tokens", "width"):
-            a, b = getattr(self, field), getattr(other, field)
-            if a != b:
-                both = f"{ours} has {field} {a} ({self.encoder}), {theirs} has {field} {b} ({other.encoder})"
-                remedy = f"use --text-encoder {self.encoder}, or encode the captions again"
-                raise InputError(f"text encoder mismatch: {both}; {remedy}")
+    encoder_sha256: str | None = None  # of network and tokenizer
 
 
 def import_transformers(flag):
@@ -65,20 +61,34 @@ class Tokens:
             if length > self.length:
                 self.has_warned = True
                 note(f"warning: '{longest[:60]}…' has {length} tokens; long captions are cut to {self.length}")
+        return self.padded(captions)
+
+    def padded(self, captions):
+        """The same without a warning."""
         options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         return self.tokenizer(captions, **options)["input_ids"]
+
+    def facts(self):
+        """What makes the ids: the vocabulary, and the ids of a thousand of its words, of all these, and of none."""
+        vocabulary = self.tokenizer.get_vocab()
+        words = sorted(filter(str.isascii, vocabulary))  # others are normalised in different ways by library versions
+        words = words[:: len(words) // 1000 + 1]
+        return {"vocabulary": vocabulary, "ids": self.padded([*words, " ".join(words), ""]).tolist()}
 
 
 def load_clip(kind, name, device, flag):
     """(tokenizer, model of transformers' class `kind`) by hub name or folder, float32. Raises InputError."""
-    transformers = import_transformers(flag)
-    try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(name))
-        model = getattr(transformers, kind).from_pretrained(str(name))
-    except Exception as error:  # the tokenizers library raises plain ones for a damaged file
-        remedy = f"pass {flag} with the folder of a CLIP model and its tokenizer, or connect to the hub once"
-        fault = system_fault(error, name) or f"cannot load '{name}' ({first_line(error)}); {remedy}"
-        raise InputError(fault) from None
+    transformers, name = import_transformers(flag), str(name)
+    places = [str(Path(name, part)) for part in ("tokenizer", "text_encoder")]  # of a whole pipeline
+    tokenizer_place, place = places if Path(places[1]).is_dir() else (name, name)
+    with fetching(f"'{name}'", name, f"pass {flag} with the folder of a CLIP model and its tokenizer"):
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(tokenizer_place)
+        options = {"variant": variant_of(place), "output_loading_info": True}
+        model, loading_info = getattr(transformers, kind).from_pretrained(place, **options)
+        check_complete(loading_info, f"'{name}'")
+        size, needed = len(tokenizer), getattr(model.config, "text_config", model.config).vocab_size
+        if not needed / 2 < size <= needed:  # transformers makes up an empty one where files are missing
+            raise ValueError(f"its tokenizer has {size} words instead of {needed}")
     return tokenizer, model.float().eval().requires_grad_(False).to(device)
 
 
@@ -88,8 +98,11 @@ class TextEncoder:
     def __init__(self, name=DEFAULT_TEXT_ENCODER, device="cpu"):
         tokenizer, self.model = load_clip("CLIPTextModel", name, device, "--text-encoder")
         config = self.model.config
-        self.spec = TextSpec(str(name), encoder_family(name), config.max_position_embeddings, config.hidden_size)
-        self.tokens = Tokens(tokenizer, self.spec.tokens)
+        self.tokens = Tokens(tokenizer, config.max_position_embeddings)
+        facts = {key: getattr(config, key) for key in ("hidden_act", "layer_norm_eps", "num_attention_heads")}
+        network = getattr(self.model, "text_model", self.model)  # transformers 4 has all weights in it
+        sha256 = content_sha256(network, "", {**facts, **self.tokens.facts()})
+        self.spec = TextSpec(str(name), encoder_family(name), self.tokens.length, config.hidden_size, sha256)
 
     @torch.no_grad()
     def __call__(self, captions):

@@ -10,14 +10,13 @@ import re
 import shutil
 import signal
 import threading
-import time
 import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.errors import InputError, note
-from common.files import write_atomically
+from common.files import regular, write_atomically
 from common.flags import WORKERS, FlagTextError, flag, required
 from common.look_ahead import ordered_map
 from common.processes import cores_of_process
@@ -69,9 +68,11 @@ def convert(options):
     """Convert every image of the source into a folder or .zip, unless it is complete. Raises InputError."""
     transform_name = options.transform or (DEFAULT if options.resolution else None)
     transform = make_transform(transform_name, options.resolution)
+    dest = Path(options.dest)
+    if Path(os.path.realpath(dest)).is_relative_to(os.path.realpath(options.source)):
+        raise InputError(f"--dest {dest} lies in --source, where its images would be sources next time; name another")
     images = ImageSource(options.source, options.published_labels, options.max_images)
     _warn_of_splits(images)
-    dest = Path(options.dest)
     to_zip = dest.suffix.lower() == ".zip"
     ticket = {"command": "convert", "source": images.fingerprint(), "resolution": options.resolution}
     ticket |= {"transform": transform_name, "image_format": options.format, "chunk": CHUNK}
@@ -84,9 +85,9 @@ def convert(options):
         _finish(images, job, side, options)
     elif zipped or not to_zip:
         note(f"{dest} is complete: nothing to do")
-    if to_zip and not zipped:
-        _write_zip(job.dest, dest, FORMATS[options.format][0])
     if to_zip:
+        if not zipped:
+            _write_zip(job.dest, dest)
         shutil.rmtree(job.dest, ignore_errors=True)
 
 
@@ -127,22 +128,21 @@ def _map(images, task, chunks, workers):
         yield from map(task, chunks)
         return
     context = multiprocessing.get_context("fork")  # a fork shares names and labels
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (images, task, os.getpid())) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (images, task)) as pool:
         yield from ordered_map(_run_chunk, chunks, ahead=4 * workers, pool=pool)
 
 
 _TASK = None  # set in a worker process
 
 
-def _start_worker(images, task, parent):
+def _start_worker(images, task):
     global _TASK
     _TASK = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which ends its workers
     images.reopen()
 
     def end_with_parent():  # a killed command must leave nobody behind
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -156,9 +156,8 @@ def _finish(images, job, side, options):
     kept, left_out = job.kept(images.names)
     labels, class_names, num_classes = images.classes(kept, {name for name, why in left_out if why != TOO_SMALL})
     manifest = {"kind": "images", "layout": "folder", "count": len(kept), "resolution": side}
-    manifest |= {"transform": job.ticket["transform"], "image_format": options.format}
-    manifest |= {"num_classes": num_classes, "class_names": class_names}
-    manifest |= {"left_out": left_out, "versions": versions()}
+    manifest |= {"transform": job.ticket["transform"], "image_format": options.format, "num_classes": num_classes}
+    manifest |= {"class_names": class_names, "left_out": left_out, "versions": versions()}
     sources, names = [images.names[index] for index in kept], [image_name(index, options.format) for index in kept]
     job.remove_stale(names)
     job.finish({NAMES: pack_names(sources), LABELS_JSON: label_json(names, labels)}, manifest)
@@ -178,21 +177,21 @@ def _warn_of_splits(images):
 
 
 def _zip_is_complete(dest, ticket):
-    if not dest.is_file():
+    if not dest.exists():
         return False
     try:
-        with zipfile.ZipFile(dest) as archive:
+        with zipfile.ZipFile(regular(dest)) as archive:
             found = DataManifest.parse(archive.read(MANIFEST), dest / MANIFEST).job
     except (zipfile.BadZipFile, KeyError, InputError):
         found = None
     if found != ticket:
-        raise InputError(f"--dest {dest} exists and holds something else; remove it, or name another")
+        raise InputError(f"--dest {dest} exists and holds something else; name another")
     return True
 
 
-def _write_zip(folder, dest, suffix):
+def _write_zip(folder, dest):
     """Pack a finished folder into a stored zip, images in order, and rename it into place."""
-    images = sorted(name for name, _ in walk(folder) if name.endswith(suffix))
+    images = sorted(name for name, _ in walk(folder) if "/" in name)
 
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

@@ -1,23 +1,26 @@
 """encode, mirror, features: images of one size → one row per image (VAE moments, or features of an encoder)."""
 
 import dataclasses
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, note
 from common.flags import flag, required
 from common.processes import Processes
+from common.records import Count, read_record
 from latents.manifest import LABELS_JSON, NAMES
 from latents.names import label_json, pack_names
-from models.codec import DEFAULT_VAE, LatentCodec
+from models.codec import DEFAULT_VAE, LatentCodec, resolve_vae
 from models.encoders import ENCODERS, STRIDE, Encoder, parse_enc_ckpt, parse_enc_type, weights_id
 from preprocessing.fill import ImageRows, fill, ticket
 from preprocessing.jobs import Job, to_npy
 from preprocessing.options import ImageFlags, NetworkFlags
 from preprocessing.packed import ShardWriter
 
+TRAINED_ON = "trained_on.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -75,11 +78,35 @@ class FolderWriter:
         self.job.finish({**files, **last}, {**manifest, "layout": "folder", "count": len(kept), "dtype": "<f4"})
 
 
+@dataclasses.dataclass
+class TrainedOn:
+    """What trained_on.json in the folder of a VAE says, where there is one."""
+
+    images: str
+    resolution: Count
+    colour: bool
+
+
+def warn_of_other_images(options, rows):
+    """Print a warning where the images are not of the kind that the VAE was trained on."""
+    path = Path(resolve_vae(options.vae), TRAINED_ON)
+    if not path.is_file():
+        return
+    trained = read_record(TrainedOn, path, "restore or remove it")
+    images, _ = next(rows.read([range(min(len(rows.names), options.batch_size))]))
+    is_grey = images is None or (images.amax(1) - images.amin(1)).max() < 16
+    if rows.side != trained.resolution or not (is_grey or trained.colour):
+        found = f"{rows.side}x{rows.side} images{'' if is_grey else ' in colour'}"
+        remedy = "what it decodes will not look like them; --vae ema is for photographs"
+        note(f"warning: --vae {options.vae} was trained on {trained.images}, --source holds {found}; {remedy}")
+
+
 def encode(options):
     """Encode images to VAE moments (mean and std, neither sampled nor scaled) in either layout."""
     rows = ImageRows(options)
     with Processes.join(options.device) as processes:
         codec = LatentCodec.load(options.vae, processes.device, DTYPES[options.dtype])
+        warn_of_other_images(options, rows)
         spec = codec.spec
         side, rest = divmod(rows.side, spec.factor)
         if rest:

@@ -62,10 +62,10 @@ def ticket(command, rows, options, what):
     return {"command": command, "source": rows.fingerprint, "batch_size": options.batch_size, **what}
 
 
-def fill(writer, rows, function, processes, manifest, package, files=dict):
+def fill(writer, rows, function, processes, manifest, package, files=None):
     """Run this process's share of the batches of `rows` through function: a batch → (B, …), into the set of `writer`.
 
-    manifest: what was computed; package: whose version is recorded; files: makes {name: bytes} of further files.
+    manifest: what was computed; package: whose version is recorded; files: {name: bytes} of further files.
     """
     job, total = writer.job, len(rows.names)
     if not processes.share("begun", processes.is_main and job.begin()):
@@ -87,5 +87,5 @@ def fill(writer, rows, function, processes, manifest, package, files=dict):
         kept, left_out = job.kept(rows.names)
         names, labels = [rows.names[index] for index in kept], np.asarray(rows.labels)[kept]
         manifest = {**manifest, **rows.facts, "left_out": left_out, "versions": versions("torch", package)}
-        writer.finish(total, kept, names, labels, manifest, files())
+        writer.finish(total, kept, names, labels, manifest, files or {})
         note(f"{job.dest}: {len(kept)} {rows.unit}s encoded")

@@ -18,8 +18,8 @@ import numpy as np
 
 from common.errors import InputError, note
 from common.files import write_atomically
-from common.records import parse_record, read_record
-from latents.manifest import FORMAT, MANIFEST, VERSION, DataManifest
+from common.records import check_record, parse_record, read_record
+from latents.manifest import AGAIN, ENCODERS, FORMAT, MANIFEST, VERSION, DataManifest
 from latents.names import is_data, walk
 from latents.sets import PARTIAL
 
@@ -51,21 +51,24 @@ class Finished:
 
     batch: int
     left_out: dict[int, str] = dataclasses.field(default_factory=dict)  # {position: reason}
-    made_from: list[str] | None = None
+    made_from: tuple[str, str] | None = None  # (name of its first image, digest)
+
+    def to_line(self):
+        return (json.dumps(dataclasses.asdict(self)) + "\n").encode()
 
 
 class Job:
     """One command's work on one folder; `ticket` is what it was asked to do, as plain JSON data.
 
-    made_from: function batch number → [digest of its names, digest that also changes with their content]; without it, a
+    made_from: (names of the images, batch size, function positions → digest of the images there); without it, a
     half-filled folder is refused if the ticket's source has changed.
     """
 
     def __init__(self, dest, ticket, made_from=None):
         self.dest, self.partial = Path(dest), Path(dest) / PARTIAL
         self.ticket = json.loads(json.dumps(ticket))
-        self._made_from, self._may_change = made_from or (lambda _: None), ("source",) if made_from else ()
-        self._journal, self.stale = None, False  # stale: whether images of a finished batch have changed since
+        self._names, self._batch_size, self._digest = made_from or ((), 1, None)
+        self._journal, self._resumed = None, False
 
     def begin(self):
         """Prepare the folder, or resume; False if everything is there. Raises InputError if it holds something else."""
@@ -75,18 +78,23 @@ class Job:
             shutil.rmtree(self.partial, ignore_errors=True)
             return False
         if (self.partial / TICKET).is_file():
-            found = read_record(dict, self.partial / TICKET, f"empty {self.dest}")
-            self._compare(found, "is half filled by another command", self._may_change)
+            found = read_record(dict, self.partial / TICKET, "name another --dest")
+            self._compare(found, "is half filled by another command", {"source"} if self._names else ())
+            self._forget_changed()
+            self._resumed = True
             return True
         if self.dest.is_file() or any(is_data(entry.name) for entry in self.dest.glob("*")):
-            raise InputError(f"--dest folder must be empty: {self.dest} is not; empty it or name another")
+            raise InputError(f"--dest folder must be empty: {self.dest} is not; name another")
         self.put(f"{PARTIAL}/{TICKET}", to_json(self.ticket), durable=True)
         return True
 
     def _compare(self, found, what, free=()):
         for key in sorted((self.ticket | found).keys() - set(free)):
             there, now = found.get(key), self.ticket.get(key)
-            if there != now:
+            if key in ENCODERS and there and now:  # the same one may lie in another folder by now
+                there, now = (check_record(ENCODERS[key], spec, f"{self.dest}, {key}", AGAIN) for spec in (there, now))
+                there.check_same(now, f"--dest {self.dest}", now.FLAG)
+            elif there != now:
                 raise InputError(f"--dest {self.dest} {what} ({key}: {there!r} there, {now!r} now); name another")
 
     def put(self, name, data, durable=False):
@@ -98,29 +106,39 @@ class Job:
         """Note in the journal that batch number `batch` is finished; left_out: {position: reason} where any was."""
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
-        line = {"batch": batch, "left_out": left_out or {}, "made_from": self._made_from(batch)}
-        self._journal.write((json.dumps(line) + "\n").encode())
+        self._journal.write(Finished(batch, left_out or {}, self._made_from(batch)).to_line())
+
+    def _made_from(self, batch):
+        """Entry of Finished for batch number `batch`; None where there is no such batch, or nothing is known."""
+        batch = range(len(self._names))[batch * self._batch_size : (batch + 1) * self._batch_size]
+        return (self._names[batch[0]], self._digest(batch)) if batch else None
 
     def records(self):
-        """Finished for every finished batch, of all processes and earlier runs, whose images are unchanged."""
-        same_names = not self._may_change
+        """[Finished] of the finished batches, of all processes and earlier runs."""
+        found = []
         for path in self.partial.glob("done-*.jsonl"):
             lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut off
-            for record in parse_record(list[Finished], b"[" + b",".join(lines) + b"]", path, f"empty {self.dest}"):
-                now = self._made_from(record.batch)
-                if record.made_from == now:
-                    yield record
-                else:
-                    self.stale = True
-                same_names |= bool(now and record.made_from) and record.made_from[:1] == now[:1]
-        if self.stale and not same_names:
-            raise InputError(f"--dest {self.dest} is half filled with other images; empty it, or name another")
+            found += parse_record(list[Finished], b"[" + b",".join(lines) + b"]", path, "name another --dest")
+        return found
+
+    def _forget_changed(self):
+        """Strike batches whose images have changed from the journal, also if those are put back before the end."""
+        found, journals = self.records(), list(self.partial.glob("done-*.jsonl"))
+        same = [record for record in found if record.made_from == self._made_from(record.batch)]
+        firsts = {record.made_from and record.made_from[0] for record in found}
+        if found and not same and firsts.isdisjoint(self._names):
+            raise InputError(f"--dest {self.dest} is half filled with other images; name another")
+        if same != found:
+            lines = b"".join(record.to_line() for record in same)
+            self.put(f"{PARTIAL}/done-{uuid.uuid4().hex}.jsonl", lines, durable=True)
+            for path in journals:
+                path.unlink()
 
     def unfinished(self, batches):
         """(numbers of the batches that the journal lacks, how many positions the others have)."""
         done = {record.batch for record in self.records()}
         todo = [number for number in range(len(batches)) if number not in done]
-        return todo, sum(len(batches[number]) for number in done)
+        return todo, sum(map(len, batches)) - sum(len(batches[number]) for number in todo)
 
     def kept(self, names):
         """(positions of `names` that were kept, [[name, reason]] of the others). Raises InputError where none was."""
@@ -133,12 +151,6 @@ class Job:
             note(f"left out: {name} ({reason})")
         return kept, left_out
 
-    def remove_stale(self, names):
-        """Remove images and rows not among `names`: the source no longer holds what they were made from."""
-        if self.stale:
-            for name in {name for name, _ in walk(self.dest) if OWN.fullmatch(name)}.difference(names):
-                (self.dest / name).unlink()
-
     def finish(self, files, manifest):
         """Write the last files {name: bytes}, then the manifest, then remove what was partial."""
         content = {"format": FORMAT, "version": VERSION, **manifest, "job": self.ticket}
@@ -147,3 +159,9 @@ class Job:
         if self._journal is not None:
             self._journal.close()
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def remove_stale(self, names):
+        """Remove images and rows not among `names`: an earlier run made them of images that have changed since."""
+        if self._resumed:
+            for name in {name for name, _ in walk(self.dest) if OWN.fullmatch(name)}.difference(names):
+                (self.dest / name).unlink()

@@ -12,7 +12,7 @@ from common.files import sha256_of_files
 from common.flags import CLASSES, WORKERS, flag, required
 from common.versions import versions
 from dataset import open_dataset
-from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE
+from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, DataManifest
 from latents.names import check_names
 from latents.sets import images_by_order, is_set, open_set
 from preprocessing.jobs import Job, batches_of
@@ -50,25 +50,25 @@ def pack_set(source, dest, options):
     """Pack one set of moments into the folder `dest`."""
     info = open_dataset(source, num_classes=options.num_classes, data_vae=options.vae).info
     manifest, rows, labels, names = open_set(source)
-    facts = {"kind": "moments", "latents": dataclasses.asdict(info.spec)}
-    facts |= {"flipped": bool(manifest and manifest.flipped), "arithmetic": manifest and manifest.arithmetic}
-    facts |= {"moments_shape": info.moments_shape}
+    manifest = manifest or DataManifest(count=len(rows))
+    facts = {"kind": "moments", "latents": dataclasses.asdict(info.spec), "flipped": bool(manifest.flipped)}
+    facts |= {"arithmetic": manifest.arithmetic, "moments_shape": info.moments_shape}
     fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
     ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
-    if names is None:  # as published, the images beside the set are its images in order
-        images = source.parent / IMAGES
-        names = images_by_order(images, len(rows)) if images.is_dir() else rows.names
-        check_names(names)
+    images = source.parent / IMAGES
+    if names is None and images.is_dir():  # as published, the images beside the set are its images in order
+        names = images_by_order(images, len(rows))
+    names = rows.names if names is None else names
+    check_names(names)
     if not job.begin():
         note(f"{dest} is complete: nothing to do")
         return
     writer = ShardWriter(job, rows.shape, options)
     _copy(rows, names, writer, options.workers)
-    facts |= {"images": manifest and manifest.image_set, "num_classes": info.num_classes}
-    facts |= {"class_names": info.class_names, "resolution": info.resolution}
-    facts |= {"transform": manifest and manifest.transform, "left_out": manifest.left_out if manifest else ()}
-    facts |= {"versions": {**(manifest.versions if manifest else {}), "packed_with": versions()}}
+    facts |= {"images": manifest.image_set, "num_classes": info.num_classes, "class_names": info.class_names}
+    facts |= {"resolution": info.resolution, "transform": manifest.transform, "left_out": manifest.left_out}
+    facts |= {"versions": {**manifest.versions, "packed_with": versions()}}
     writer.finish(len(rows), range(len(rows)), names, labels, facts, {})
     note(f"{dest}: {len(rows)} images packed")
 

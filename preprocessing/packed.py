@@ -1,6 +1,7 @@
 """Writing packed sets: rows go to fixed places of raw shards, by any process and in any order."""
 
 import contextlib
+import hashlib
 import math
 import os
 
@@ -32,8 +33,7 @@ class ShardWriter:
     def write(self, positions, rows, names):
         """Write rows (B, *shape) of names[position] and wait for the disk. Raises InputError on overflow."""
         with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(rows, dtype=self.dtype)
-        touched = set()
+            stored = np.asarray(rows, dtype=self.dtype)
         for position, values in zip(positions, stored, strict=True):
             if not np.isfinite(values).all():
                 culprit = f"{names[position]} gives values that are not finite in {self.dtype.name}"
@@ -43,9 +43,8 @@ class ShardWriter:
             while data:
                 written = os.pwrite(file, data, offset)
                 data, offset = data[written:], offset + written
-            touched.add(file)
-        for file in touched:
-            os.fdatasync(file) if hasattr(os, "fdatasync") else os.fsync(file)
+        for file in {self._open(position // self.shard_size) for position in positions}:
+            getattr(os, "fdatasync", os.fsync)(file)
 
     def _open(self, shard):
         if shard not in self._files:
@@ -73,12 +72,10 @@ class ShardWriter:
             labels[labels == NO_LABEL] = 0  # images of a single class have no label, as published
         if (labels != NO_LABEL).all():
             files[LABELS] = to_npy(labels)
-        for name, data in files.items():
-            self.job.put(name, data, durable=True)
-        checksums = {name: sha256_of_files(self.job.dest / name) for name in files}
+        checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         content = {"layout": "packed", "count": len(kept), "shape": self.shape, "dtype": self.dtype.str}
         content |= {"shard_size": self.shard_size, "shards": shards, "files": checksums}
-        self.job.finish({}, {**manifest, **content})
+        self.job.finish(files, {**manifest, **content})
 
     def _compact(self, kept):
         """Copy the kept rows to shards of their own: rows that were left out leave no gap."""

@@ -1,13 +1,9 @@
-"""Images of a folder or zip in published order, with their labels, read as RGB.
-
-How odd images are read (docs/data.md says the same): grayscale, CMYK and palette through Pillow's RGB conversion;
-alpha is dropped; of animated files the first frame counts; 16-bit samples keep their high byte; EXIF orientation is
-ignored, as published. Zero bytes, unknown content, a truncated file and 32-bit samples are unreadable.
-"""
+"""Images of a folder or zip in published order, with their labels, read as RGB; docs/data.md says how odd ones are."""
 
 import errno
 import hashlib
 import io
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -15,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.errors import InputError, first_line, note, unreadable
+from common.errors import InputError, first_line, note, system_fault
 from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, DataManifest
 from latents.names import NO_LABEL, check_names, is_data, parse_label_list, walk
+from latents.sets import check_finished
 
 LARGEST = 1 << 30  # bytes of an image file
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)  # not the fault of one image
@@ -29,8 +26,7 @@ class BadImageError(Exception):
 
 def is_image_name(name):
     """True for a name with an extension that Pillow knows."""
-    _, dot, extension = name.rpartition("/")[2].rpartition(".")
-    return dot + extension.lower() in Image.registered_extensions()
+    return os.path.splitext(name)[1].lower() in Image.registered_extensions()
 
 
 def to_rgb(image):
@@ -65,12 +61,13 @@ def class_of(name):
 class ImageSource:
     """Images of a folder or a zip, sorted by name; labels: int64 (N,), NO_LABEL for an image without one.
 
-    path: FOLDER, FILE.zip, or FILE.zip:FOLDER for a folder in a zip.
+    path: FOLDER, FILE.zip, or FILE.zip:FOLDER for a folder in a zip; count: its images, also beyond max_images.
     """
 
     def __init__(self, path, published_labels=False, max_images=None, flag="--source"):
         self.path = self._file = Path(path)
         if self.path.is_dir():
+            check_finished(self.path)
             self._zip, versions = None, dict(walk(self.path))
         else:
             versions = self._open_zip(flag)
@@ -88,7 +85,7 @@ class ImageSource:
             self.class_names = list(self.manifest.class_names or ()) or None
             self.num_classes = self.manifest.num_classes
         self.num_classes = self.num_classes or int(labels.max(initial=-1)) + 1 or None
-        self.names, self.labels = names[:max_images], labels[:max_images]
+        self.count, self.names, self.labels = len(names), names[:max_images], labels[:max_images]
         self._versions = [versions[name] for name in self.names]  # (bytes, time of change or checksum)
 
     def __len__(self):
@@ -132,14 +129,8 @@ class ImageSource:
         return self._digest(range(len(self)), [size for size, _ in self._versions])
 
     def made_from(self, batch_size):
-        """Function for Job: batch number → [digest of names and labels, digest also of sizes and times of change]."""
-
-        def digests(number):
-            versions = self._versions[number * batch_size : (number + 1) * batch_size]
-            indices = range(number * batch_size, number * batch_size + len(versions))
-            return [self._digest(indices, [""] * len(versions)), self._digest(indices, versions)]
-
-        return digests
+        """For Job; the digest is of names, labels, sizes and times of change."""
+        return self.names, batch_size, lambda batch: self._digest(batch, self._versions[batch.start : batch.stop])
 
     def _digest(self, indices, versions):
         digest = hashlib.sha256()
@@ -157,8 +148,7 @@ class ImageSource:
         labels = self.labels[kept]
         if self.folders is None:
             return labels, self.class_names, self.num_classes
-        pairs = zip(self.names, self.labels.tolist(), strict=True)
-        gone = np.setdiff1d(self.labels, [label for name, label in pairs if name not in unreadable])
+        gone = np.setdiff1d(self.labels, self.labels[[name not in unreadable for name in self.names]])
         for number in gone.tolist():
             note(f"{self.path}/{self.folders[number]} has no readable image, so it is no class")
         names = [name for number, name in enumerate(self.folders) if number not in gone]
@@ -173,10 +163,9 @@ class ImageSource:
             raise InputError(f"{flag} {self._file} is neither a folder nor a .zip file; give one that exists")
         try:
             self._zip = zipfile.ZipFile(open(self._file, "rb"))
-        except OSError as error:
-            raise unreadable(error, f"{flag} {self._file}", "name another file") from None
         except Exception as error:  # zipfile raises nearly everything on damaged directories
-            raise InputError(f"{flag} {self._file} is not a readable zip ({error}); download it again") from None
+            fault = f"{self._file} is not a readable zip ({first_line(error)}); download it again"
+            raise InputError(f"{flag} {system_fault(error, self._file) or fault}") from None
         self._members = {}  # if a name occurs twice, the last counts
         for info in self._zip.infolist():
             name = info.filename.replace("\\", "/").removeprefix("./").lstrip("/")  # as some tools write them
@@ -198,7 +187,7 @@ class ImageSource:
         try:
             return self._read(name)
         except BadImageError as error:
-            raise InputError(f"{self.path / name} cannot be read ({error}); restore it, or remove it") from None
+            raise InputError(f"{self.path / name} cannot be read ({error}); restore it, or move it away") from None
 
     def _label(self, names, listed, published):
         """(labels, class names or None): by dataset.json, whose bytes are `listed`, or by sorted top-level folder.
@@ -206,28 +195,25 @@ class ImageSource:
         A single folder gives no labels. published: a file in the root is a class '' that sorts first.
         """
         if listed is not None:
-            listed_names, listed_labels = parse_label_list(listed, self.path / LABELS_JSON)
+            where = self.path / LABELS_JSON
+            listed_names, listed_labels = parse_label_list(listed, where)
             if listed_names:
                 label_of = dict(zip(listed_names, listed_labels.tolist(), strict=True))
                 labels = np.array([label_of.pop(name, NO_LABEL) for name in names], np.int64)
                 if ((labels < 0) & (labels != NO_LABEL)).any():
-                    raise InputError(f"{self.path}/{LABELS_JSON}: labels must be integers from 0; correct it")
-                self._say_unmatched(names, labels, label_of)
+                    raise InputError(f"{where}: labels must be integers from 0; correct it")
+                lone = [names[i] for i in np.flatnonzero(labels == NO_LABEL)]
+                for kind, found in (("images without a label", lone), ("labels without an image", list(label_of))):
+                    if found:
+                        note(f"warning: {where}: {len(found)} {kind}, the first is {found[0]}")
                 return labels, None
             if not published:  # null is what a converted set of one class says: no classes 00000/ …
                 return np.full(len(names), NO_LABEL), None
-        groups = sorted(set(map(class_of, names)))
-        if "" in groups and len(groups) > 1 and not published:
+        folders = sorted(set(map(class_of, names)))
+        if "" in folders and len(folders) > 1 and not published:
             stray = next(name for name in names if class_of(name) == "")
             raise InputError(f"{self.path}/{stray} lies beside the class folders; move it, or pass --published-labels")
-        if len(groups) <= 1:
-            return np.full(len(names), NO_LABEL), None if groups in ([], [""]) else groups
-        index = {group: i for i, group in enumerate(groups)}
-        return np.array([index[class_of(name)] for name in names], np.int64), groups
-
-    def _say_unmatched(self, names, labels, label_of):
-        """Warn of images without a label, and of labels without an image, which are those left in label_of."""
-        lone = [name for name, label in zip(names, labels.tolist(), strict=True) if label == NO_LABEL]
-        for kind, found in (("images without a label", lone), ("labels without an image", list(label_of))):
-            if found:
-                note(f"warning: {self.path}/{LABELS_JSON}: {len(found)} {kind}, the first is {found[0]}")
+        if len(folders) <= 1:
+            return np.full(len(names), NO_LABEL), list(filter(None, folders)) or None
+        number_of = {folder: number for number, folder in enumerate(folders)}
+        return np.array([number_of[class_of(name)] for name in names], np.int64), folders

@@ -10,7 +10,7 @@ from common.errors import InputError, note
 from common.flags import BATCH, flag, required
 from common.processes import Processes
 from latents.captions import CAPTIONS, EMPTY, read_annotations
-from latents.manifest import NAMES
+from latents.manifest import CHECK, NAMES
 from latents.names import Names, is_data, pack_names
 from models.text import DEFAULT_TEXT_ENCODER, TextEncoder
 from preprocessing.fill import fill, ticket
@@ -31,6 +31,10 @@ class CaptionFlags(StoredFlags, SetFlags):
     device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")
 
 
+def sha256_of(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 class Captions:
     """All captions in the order of the images: texts (M,), labels (M,): numbers of the images; names of the images."""
 
@@ -41,6 +45,8 @@ class Captions:
         groups = read_annotations(annotations, "--annotations")
         listed = images.path / NAMES  # what the files were called before convert, with folders
         origins = Names(listed, images.manifest.count) if images.manifest and listed.is_file() else images.names
+        if origins is not images.names and images.count != len(origins):  # a gap would shift the captions after it
+            raise InputError(f"--source {source} has {images.count} images, its manifest says {len(origins)}; {CHECK}")
         self.texts, owners, without = [], [], []
         for index in range(len(images)):
             name = origins[index]
@@ -59,8 +65,11 @@ class Captions:
         self.names, self.labels = [images.names[index] for index in owners], np.array(owners)
         self.facts = {"images": images.fingerprint(), "image_count": len(images), "num_classes": len(images)}
         self.facts |= dict.fromkeys(("class_names", "resolution", "transform"))
-        content = [self.facts["images"], owners, self.texts]
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self.fingerprint = sha256_of([self.facts["images"], owners, self.texts])
+
+    def made_from(self, batch_size):
+        """For Job; the digest is of the texts alone: an image that has changed changes no features."""
+        return self.names, batch_size, lambda batch: sha256_of(self.texts[batch.start : batch.stop])
 
     def read(self, batches):
         """The texts of each batch of positions; none is left out."""
@@ -74,10 +83,8 @@ def write_captions(options):
         encoder = TextEncoder(options.text_encoder, processes.device)
         spec = encoder.spec
         what = {"kind": "captions", "text": dataclasses.asdict(spec)}
-        job = Job(options.dest, ticket("captions", captions, options, {**what, **options.stored()}))
+        made_from = captions.made_from(options.batch_size)
+        job = Job(options.dest, ticket("captions", captions, options, {**what, **options.stored()}), made_from)
         writer = ShardWriter(job, (spec.tokens, spec.width), options)
-
-        def files():
-            return {CAPTIONS: pack_names(captions.texts), EMPTY: to_npy(encoder([""])[0].cpu().numpy())}
-
+        files = {CAPTIONS: pack_names(captions.texts), EMPTY: to_npy(encoder([""])[0].cpu().numpy())}
         fill(writer, captions, encoder, processes, what, "transformers", files)

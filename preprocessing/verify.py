@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import sha256_of_files
+from common.records import check_record
 from dataset import open_captions
 from latents.captions import TEXT
-from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, DataManifest
+from latents.manifest import AGAIN, IMAGES, LABELS_JSON, MANIFEST, MAX_CLASSES, MIRROR, MOMENTS, NAMES, DataManifest
 from latents.names import Names, read_label_list, walk, walk_files
 from latents.rows import ImageFiles
-from latents.sets import is_set, is_unfinished, list_sets, open_set
-from models.codec import LatentCodec, vae_family
+from latents.sets import Moments, is_unfinished, list_sets, open_set
+from models.codec import LatentCodec, LatentSpec, vae_family
 from preprocessing.jobs import batches_of
 from preprocessing.sources import class_of, is_image_name
 
@@ -56,35 +57,41 @@ def verify(data_dir, vae=None, decode=False):
     folders = list_sets(data_dir) if data_dir.is_dir() else []
     if not folders:
         raise InputError(f"{data_dir} holds no set (a folder with {MANIFEST} or {LABELS_JSON}); name a data folder")
+    for folder in filter(is_unfinished, folders):
+        report.add("unfinished", f"{folder} is not finished: run its command again")
+    folders = [folder for folder in folders if not is_unfinished(folder)]
     for folder in folders:
-        if is_unfinished(folder):
-            report.add("unfinished", f"{folder} is not finished: run its command again")
-            continue
         with report.catch("unreadable"):
             _check_set(folder, report, decode)
     images, moments = data_dir / IMAGES, data_dir / MOMENTS
-    if images.is_dir() and is_set(moments) and not is_unfinished(moments):
+    if moments in folders and images.is_dir() and not is_unfinished(images):
         with report.catch("pairs"):
             _check_pairs(images, moments, report)
-    if (data_dir / TEXT).is_dir() and moments.is_dir():
+    if moments in folders and (data_dir / TEXT).is_dir():
         with report.catch("captions"):
             open_captions(data_dir)
-    if vae is not None:
-        codec = LatentCodec.load(vae)
-        for folder in folders:
-            with report.catch("wrong VAE"):
-                _check_vae(folder, codec, report)
+    codec = LatentCodec.load(vae) if vae is not None else None
+    for folder in folders if codec else ():
+        with report.catch("wrong VAE"):
+            _check_vae(folder, codec, report)
     return report
 
 
+def _read_manifest(folder):
+    """The manifest, empty where there is none (its path is None); the folder's name says what it leaves open."""
+    manifest = DataManifest.read(folder) or DataManifest(count=0)
+    kind = manifest.kind or ("images" if folder.name == IMAGES else "moments")
+    flipped = folder.name == MIRROR if manifest.flipped is None else manifest.flipped
+    return dataclasses.replace(manifest, kind=kind, flipped=flipped)
+
+
 def _check_set(folder, report, decode):
-    manifest = DataManifest.read(folder)
-    if manifest is not None:
-        _check_manifest(manifest, report)
-    if _kind(manifest, folder) == "images":
+    manifest = _read_manifest(folder)
+    _check_manifest(manifest, report)
+    if manifest.kind == "images":
         _check_images(folder, manifest, report, decode)
         return
-    if manifest is not None and manifest.is_packed:
+    if manifest.is_packed:
         checksums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.files
         _check_files(folder, {MANIFEST, *checksums}, lambda _: True, report)
         for name, expected in tqdm(checksums.items(), unit="file", desc=f"checksums {folder.name}"):
@@ -94,25 +101,23 @@ def _check_set(folder, report, decode):
         names, _ = read_label_list(folder)
         _check_files(folder, names, lambda name: name.endswith(".npy") or is_image_name(name), report)
     _, rows, labels, sources = open_set(folder)
-    _check_labels(folder, manifest, labels, sources, report)
+    if labels is not None:
+        _check_labels(folder, manifest, labels, sources, report)
+    elif manifest.kind == "moments" and not (folder.parent / TEXT).is_dir():  # captions are a condition too
+        report.add("labels", f"{folder} has no labels (null)")
+    if manifest.kind == "moments":  # of the shape that training needs?
+        Moments(folder, manifest, rows, labels, sources, manifest.latents or LatentSpec())
     _check_rows(folder, manifest, rows, report)
-
-
-def _kind(manifest, folder):
-    """What a set holds; without a manifest its name says so."""
-    if manifest is not None:
-        return manifest.kind or "moments"
-    return "images" if folder.name == IMAGES else "moments"
 
 
 def _check_manifest(manifest, report):
     """The manifest against itself: its job repeats the VAE."""
     path, spec, names = manifest.path, manifest.latents, manifest.class_names
-    if manifest.kind == "moments" and spec is None:
+    if path and manifest.kind == "moments" and spec is None:
         report.add("wrong VAE", f"{path} does not say which VAE made the latents; encode again")
     if spec is not None:
         made_by = manifest.job.get("latents")
-        if made_by not in (None, dataclasses.asdict(spec)):
+        if made_by is not None and check_record(LatentSpec, made_by, f"{path}: 'job'", AGAIN) != spec:
             report.add("wrong VAE", f"{path}: latents is {spec}, but the job says {made_by}")
         if spec.family != vae_family(spec.vae):
             report.add("wrong VAE", f"{path}: VAE {spec.vae} is not of the family {spec.family}")
@@ -133,29 +138,31 @@ def _check_files(folder, listed, is_data, report):
 
 
 def _check_labels(folder, manifest, labels, sources, report):
-    classes = manifest and manifest.num_classes
-    if labels is None:
-        if _kind(manifest, folder) == "moments" and not (folder.parent / TEXT).is_dir():  # captions are a condition too
-            report.add("labels", f"{folder} has no labels (null)")
-        return
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes if classes else False))
+    classes = manifest.num_classes or MAX_CLASSES
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         name = sources[int(wrong[0])] if sources is not None else f"row {wrong[0]}"
-        report.add("label range", f"{folder}: label {labels[wrong[0]]} of {name} is not in 0..{(classes or 0) - 1}")
+        report.add("label range", f"{folder}: label {labels[wrong[0]]} of {name} is not in 0..{classes - 1}")
 
 
 def _check_rows(folder, manifest, rows, report):
     """Finite values of every row, a batch at a time; mean and std of latents as the network sees them."""
     total = square = count = 0.0
-    moments, channels = _kind(manifest, folder) == "moments", rows.shape[0] // 2
+    spec = manifest.latents
     for batch in tqdm(batches_of(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
-        values = _read_finite(folder, rows, batch, report)
-        if moments:
-            mean, std = values[:, :channels], values[:, channels:]
+        values = np.zeros((len(batch), *rows.shape))
+        for index, out in zip(batch, values, strict=True):
+            with report.catch("unreadable row"):
+                rows.read(index, out)
+        finite = np.isfinite(values).reshape(len(batch), -1).all(axis=1)
+        for k in np.flatnonzero(~finite).tolist():
+            name = f" ({rows.names[batch[k]]})" if hasattr(rows, "names") else ""
+            report.add("not finite", f"{folder}: row {batch[k]}{name} holds NaN or inf")
+        if manifest.kind == "moments":
+            mean, std = np.split(values[finite], 2, axis=1)
             if (std < 0).any():
                 report.add("negative std", f"{folder}: a std is negative; these are not moments (mean, std)")
             total, square, count = total + mean.sum(), square + (mean**2 + std**2).sum(), count + mean.size
-    spec = manifest and manifest.latents
     if not count or spec is None:
         return
     mean = total / count
@@ -167,27 +174,14 @@ def _check_rows(folder, manifest, rows, report):
         report.add("statistics", f"{text}, not about 0 and 1; are {spec.vae} and its scale {spec.scale} right?")
 
 
-def _read_finite(folder, rows, batch, report):
-    """float64 values of the rows of a batch that are readable or zero, and finite."""
-    values = np.zeros((len(batch), *rows.shape))
-    for index, out in zip(batch, values, strict=True):
-        with report.catch("unreadable row"):
-            rows.read(index, out)
-    finite = np.isfinite(values).reshape(len(batch), -1).all(axis=1)
-    for k in np.flatnonzero(~finite).tolist():
-        name = f" ({rows.names[batch[k]]})" if hasattr(rows, "names") else ""
-        report.add("not finite", f"{folder}: row {batch[k]}{name} holds NaN or inf")
-    return values[finite]
-
-
 def _check_images(folder, manifest, report, decode):
     """Image files: listed ones exist with the right size, no others; labels agree with the class folders."""
     names, labels = read_label_list(folder)
     present = _check_files(folder, names, is_image_name, report)
-    count = len(present if names is None else names)
-    if manifest is not None and manifest.count != count:
+    count, side = len(present if names is None else names), manifest.resolution
+    if manifest.path and manifest.count != count:
         report.add("count", f"{folder} holds {count} images, {MANIFEST} says {manifest.count}")
-    if names is not None and manifest is not None:
+    if manifest.path and names is not None:
         sources = Names(folder / NAMES, len(names))
         _check_labels(folder, manifest, labels, sources, report)
         classes = {name: number for number, name in enumerate(manifest.class_names or ())}
@@ -195,7 +189,6 @@ def _check_images(folder, manifest, report, decode):
             expected = classes.get(class_of(source), label)  # the top folder, where it is a class
             if expected != label:
                 report.add("label", f"{folder}: {source} has label {label}, its folder is class {expected}")
-    side = manifest and manifest.resolution
     for name in tqdm(present, unit="img", desc=folder.name):
         try:
             with Image.open(folder / name) as image:
@@ -226,29 +219,25 @@ def _check_pairs(images, latents, report):
 
 def _check_vae(folder, codec, report):
     """The VAE of --vae against a set of moments: its manifest, and evenly spaced images encoded again."""
-    manifest, images = DataManifest.read(folder), folder.parent / IMAGES
-    if _kind(manifest, folder) != "moments":
+    manifest, images = _read_manifest(folder), folder.parent / IMAGES
+    if manifest.kind != "moments":
         return
-    if manifest is not None and manifest.latents is not None:
+    if manifest.latents is not None:
         manifest.latents.check_same(codec.spec, str(folder), "--vae")
     if not images.is_dir():
         return
     _, rows, _, sources = open_set(folder)
     names = sources or walk_files(images, Image.registered_extensions())
-    mirrored = manifest.flipped if manifest and manifest.flipped is not None else folder.name == MIRROR
-    side = (manifest and manifest.resolution) or rows.shape[1] * codec.spec.factor
-    row, files = np.empty(rows.shape, rows.dtype), ImageFiles(images, names.__getitem__, side)
+    files = ImageFiles(images, names.__getitem__, manifest.resolution or rows.shape[1] * codec.spec.factor)
+    row = np.empty(rows.shape, rows.dtype)
     for index in np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(int)).tolist():
-        pixels = None
-        with report.catch("unreadable"):
+        with report.catch("pairs"):
             rows.read(index, row)
-            pixels = np.ascontiguousarray(files.load(index, mirrored)[None])
-        if pixels is None:
-            continue
-        again = codec.encode(torch.from_numpy(pixels))[0].numpy()
-        if again.shape != row.shape:
-            report.add("wrong VAE", f"{folder}: {names[index]} encodes to {again.shape}, stored is {row.shape}")
-            continue
-        error = float(np.sqrt(np.mean((again - row) ** 2) / np.mean(again**2)))
-        if not error < REENCODED:
-            report.add("pairs", f"{folder}: row {index} is not what {names[index]} encodes to (difference {error:.2f})")
+            pixels = np.ascontiguousarray(files.load(index, manifest.flipped)[None])
+            again = codec.encode(torch.from_numpy(pixels))[0].numpy()
+            if again.shape != row.shape:
+                raise InputError(f"{folder}: {names[index]} encodes to {again.shape}, stored is {row.shape}")
+            error = float(np.sqrt(np.mean((again - row) ** 2) / np.mean(again**2)))
+            if not error < REENCODED:
+                fault = f"row {index} is not what {names[index]} encodes to (difference {error:.2f})"
+                raise InputError(f"{folder}: {fault}")

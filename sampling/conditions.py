@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from common.errors import InputError, system_fault
-from common.files import read_lines, sha256_of_files
-from common.records import read_record_lines
+from common.files import read_lines, regular, sha256_of_files
+from common.records import check_record, read_record_lines
 from latents.captions import read_annotations
 from models.text import TextEncoder, TextSpec
 from samplers import sample_labels
@@ -58,13 +58,13 @@ class ClassLabels:
 
 def read_labels(text, num_classes):
     """(Classes to take in turn, their file or None) of `207,360` or a text file. Raises InputError."""
-    is_list = re.fullmatch(r"\d+(,\d+)*", text)
+    is_list = re.fullmatch(r"[0-9]+(,[0-9]+)*", text)
     try:
-        words = text.split(",") if is_list else Path(text).read_text("utf-8-sig").split()
+        words = text.split(",") if is_list else Path(regular(text)).read_text("utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         fault = system_fault(error) or f"{text}: not random, balanced, a list like 207,360 or a text file"
         raise InputError(f"--labels {fault}") from None
-    wrong = [word for word in words or ["nothing"] if not re.fullmatch(r"\d{1,9}", word) or int(word) >= num_classes]
+    wrong = [word for word in words or ["nothing"] if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= num_classes]
     if wrong:
         raise InputError(f"--labels {text}: {wrong[0]!r} is not a class from 0 to {num_classes - 1}")
     return [int(word) for word in words], None if is_list else text
@@ -79,7 +79,8 @@ class Prompts:
     def __init__(self, config, checkpoint, device, source):
         if checkpoint.model.kind != "text":
             raise InputError(f"{config.ckpt} is a model of classes; sample it with generate.py")
-        trained = TextSpec(**checkpoint.data.get("text", {"width": checkpoint.options["context_dim"]}))
+        known = checkpoint.data.get("text", {"width": checkpoint.options["context_dim"]})
+        trained = check_record(TextSpec, known, f"{config.ckpt}, data", "choose another file")
         self.encoder = TextEncoder(config.text_encoder or trained.encoder, device)
         if "text" in checkpoint.data or self.encoder.spec.width != trained.width:
             trained.check_same(self.encoder.spec, config.ckpt, "--text-encoder")

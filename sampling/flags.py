@@ -15,13 +15,14 @@ from samplers import SAMPLERS, Guidance
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = [name for name in SAMPLERS if name != "ode-heun"]
+MODE = "sampler; euler and restart are for flow maps; default: sde, for flow maps euler"
 STEPS = "number of steps; default: " + ", ".join(f"{SAMPLERS[mode].num_steps} for {mode}" for mode in MODES)
 MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "output"
 
 
 @dataclasses.dataclass(kw_only=True)
 class SamplingFlags(PublishedFlags):
-    """Flags of every program that samples. None: as the checkpoint says, or a default that `resolve` fills in."""
+    """Flags of every program that samples. None: as the checkpoint says, or a default that is filled in."""
 
     ckpt: str = required("checkpoint, exported folder, or published file (DeepFlow, SiT, REPA, DMF)", group=MODEL)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group=MODEL)
@@ -34,7 +35,7 @@ class SamplingFlags(PublishedFlags):
     resolution: int | None = flag(None, "image size", int, range=SIDE, group=MODEL)
     vae: str | None = flag(None, "ema, mse, a hub name or a folder; default: the training data's", str, group=MODEL)
 
-    mode: str = flag("sde", "sampler; euler and restart are for flow maps", choices=MODES, group=SAMPLING)
+    mode: str | None = flag(None, MODE, str, choices=MODES, group=SAMPLING)
     num_steps: int | None = flag(None, STEPS, int, range=SAMPLER_STEPS, group=SAMPLING)
     shift: float = flag(1.0, "of a flow map's times: s*t / (1 + (s - 1)*t)", range=Range(above=0), group=SAMPLING)
     heun: bool = flag(False, "second-order steps for ode", group=SAMPLING)
@@ -86,23 +87,31 @@ class SamplingFlags(PublishedFlags):
         return [indices[start : start + size] for start in indices[::size]]
 
     def resolve(self):
-        """A copy with the number of steps, and with what --grid implies. Raises InputError."""
-        config = dataclasses.replace(self, num_steps=self.num_steps or self.sampler.num_steps)
-        if config.grid:
-            rows, columns = config.grid_size()
-            config.num_fid_samples, config.out = rows * columns, config.out or "grid.png"
-        return config
-
-    def check(self):
-        """Raise InputError for flags that do not go together; to be called on a resolved configuration."""
+        """A copy with what --grid implies. Raises InputError for flags that do not go together, whatever the model."""
         if self.heun and self.mode != "ode":
             raise InputError("--heun is a method for the ODE; pass --mode ode")
-        if self.shift != 1.0 and not self.sampler.is_map:
-            raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")
         if not self.decode and (self.format == "png" or self.grid):
             raise InputError("--no-decode keeps latents, in an npz; leave out --format png and --grid")
         if self.out and not self.grid:
             raise InputError("--out belongs to --grid; for many images pass --sample-dir")
         if self.out and Path(self.out).suffix.lower() != ".png":
             raise InputError(f"--out {self.out} must end in .png; its manifest lies beside it in a .json")
-        self.guidance.check(self.sampler.times(self.num_steps, self.shift))
+        config = dataclasses.replace(self)
+        if config.grid:
+            rows, columns = config.grid_size()
+            config.num_fid_samples, config.out = rows * columns, config.out or "grid.png"
+        return config
+
+    def for_model(self, kind):
+        """A copy with the mode and number of steps of a kind of model, where they are not given. Raises InputError."""
+        config = dataclasses.replace(self, mode=self.mode or ("euler" if kind == "flow map" else "sde"))
+        config.num_steps = self.num_steps or config.sampler.num_steps
+        if config.sampler.is_map and kind != "flow map":
+            raise InputError(
+                f"--mode {self.mode} needs a flow map, {self.ckpt} is a flow model; pass --mode sde or ode, "
+                "or --dmf-depth for a published flow map without log-variance head"
+            )
+        if self.shift != 1.0 and not config.sampler.is_map:
+            raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")
+        self.guidance.check(config.sampler.times(config.num_steps, self.shift))
+        return config

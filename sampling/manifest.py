@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError
-from common.records import read_record
+from common.records import check_record, read_record
 from common.versions import versions
+from latents.manifest import AGAIN, ENCODERS
 from models.checkpoints import TRAINING
 
 SETTINGS = "settings.json"
+SEALED = "sealed"  # its entry for the store: all files have seals, unlike those of earlier versions
 # What decides no pixel, or only its rounding. A checkpoint may be moved: its weights decide.
 FREE = ("ckpt", "training", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
-FREE += ("versions",)
+FREE += ("versions", "npz_sha256")
 OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
 
 
@@ -61,6 +63,7 @@ class SampleManifest:
     forward_passes: int | None = None  # of a batch
     guided_passes: int | None = None  # those of 2N rows
     versions: dict | None = None
+    npz_sha256: str | None = None  # of the npz beside it
 
     prompts: list | None = None  # the words of --prompts
     images_per_prompt: int | None = None
@@ -101,9 +104,9 @@ def build_manifest(sampler):
     return SampleManifest(**{**flags, **found})
 
 
-def read_manifest(path):
+def read_manifest(path, remedy="make the samples again"):
     """SampleManifest in a file; keys that it does not know are left out. Raises InputError naming file and key."""
-    return read_record(SampleManifest, path, "make the samples again")
+    return read_record(SampleManifest, path, remedy)
 
 
 def manifest_path(samples):
@@ -112,11 +115,26 @@ def manifest_path(samples):
     return samples.with_suffix(".json") if samples.suffix in (".npz", ".png") else Path(f"{samples}.json")
 
 
-def check_settings(folder, settings):
-    """Raise InputError where a folder holds images of other settings."""
-    remedy = "delete the folder or pass another --sample-dir"
-    found = read_record(dict, folder / SETTINGS, remedy)
+def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or pass another --sample-dir"):
+    """Settings in the file `name` of a folder. Raises InputError where its images were made with others."""
+    found = read_record(dict, folder / name, remedy)
+    if key := changed_setting(found, settings, folder / name):
+        change = f"another {key} ({found.get(key)}, now {settings.get(key)})"
+        raise InputError(f"{folder} holds images made with {change}; {remedy}")
+    return found
+
+
+def changed_setting(found, settings, path):
+    """The first key at which settings differ from those `found` in the file `path`, else None.
+
+    VAE and text encoder are compared by content, whatever they are called.
+    """
     for key in {**settings, **found}:
         old, new = found.get(key), settings.get(key)
-        if old != new:
-            raise InputError(f"{folder} holds images made with another {key} ({old}, now {new}); {remedy}")
+        if key in ENCODERS and old and new:
+            old, new = (check_record(ENCODERS[key], spec, f"{path}, {key}", AGAIN) for spec in (old, new))
+            if old.difference(new) or (key == "latents" and old.difference(new, "decoder_sha256", "vae")):
+                return key
+        elif old != new and key not in (SEALED, "vae", "text_encoder"):
+            return key
+    return None

@@ -2,31 +2,33 @@
 
 import datetime
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.errors import InputError, say
-from common.files import check_writable, locked, write_json
+from common.errors import InputError, note, say
+from common.files import check_writable, locked, sha256_of_files, write_json
 from common.look_ahead import ordered_map
 from common.pictures import save_grid
-from sampling.manifest import build_manifest, manifest_path, read_manifest
+from sampling.manifest import build_manifest, changed_setting, manifest_path, read_manifest
 from sampling.stores import PartFiles, pack, prepare_folder
 
 
 def save_picture(sampler, processes):
     """--grid: one picture and its manifest, in one process; returns its path. Raises InputError."""
-    config = sampler.config
+    config, record = sampler.config, manifest_path(sampler.config.out)
     if processes.world > 1:
         raise InputError("--grid is made by one process; start it with plain python")
     with locked(config.out, "--out"):
-        check_writable(config.out, "--out")
-        batches = config.batches()
+        for path in (config.out, record):
+            check_writable(path, "--out")
+        manifest, batches = build_manifest(sampler), config.batches()
         images = [wait() for _, wait in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
         _, columns = config.grid_size()
         save_grid(np.concatenate(images), columns, config.out, sampler.condition.captions)
-        write_json(manifest_path(config.out), build_manifest(sampler).to_json())
+        write_json(record, manifest.to_json())
     say(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each")
     return Path(config.out)
 
@@ -79,6 +81,7 @@ class Result:
         else:
             self.store = PartFiles(folder, "arr_0" if config.decode else "latents")
         self.sampler, self.manifest, self.target = sampler, build_manifest(sampler), Path(f"{folder}.npz")
+        self.record = manifest_path(self.target)
 
     def plan(self):
         """Prepare the folder and say what is to be made; returns [[batch number, images that it lacks], …].
@@ -86,9 +89,11 @@ class Result:
         Raises InputError where the folder holds other images.
         """
         config, cost, count = self.config, self.sampler.cost, self.config.num_fid_samples
-        check_writable(self.target, "--sample-dir:")
-        prepare_folder(self.store.folder, self.manifest.settings(self.store.kind), config.resume)
-        missing = set() if self.is_packed() else set(self.store.missing(count))
+        for path in (self.target, self.record):
+            check_writable(path, "--sample-dir:")
+        self.store.sealed = prepare_folder(self.store.folder, self.manifest.settings(self.store.kind), config.resume)
+        self.is_packed = self.has_npz()
+        missing = set() if self.is_packed else set(self.store.missing(count))
         say(
             f"{config.ckpt} ({config.weights} weights, step {self.sampler.checkpoint.steps}): {count} images, "
             f"{len(missing)} of them missing, {config.mode}, {cost.calls} forward passes per batch, "
@@ -97,35 +102,39 @@ class Result:
         counts = [len(missing.intersection(batch)) for batch in config.batches()]
         return [[number, count] for number, count in enumerate(counts) if count]
 
-    def is_packed(self):
+    def has_npz(self):
         """Whether the npz of these very images is finished: its parts may be gone, and nothing is left to do."""
-        record, kind = manifest_path(self.target), self.store.kind
-        if kind != "parts" or not (self.target.exists() and record.exists()):
+        kind, wanted = self.store.kind, self.manifest
+        if kind != "parts" or not (self.target.is_file() and self.record.exists()):
             return False
-        found, wanted = read_manifest(record), self.manifest
-        return found.num_fid_samples == wanted.num_fid_samples and found.settings(kind) == wanted.settings(kind)
+        found = read_manifest(self.record, "delete it to make the samples again")
+        changed = changed_setting(found.settings(kind), wanted.settings(kind), self.record)
+        if changed or found.num_fid_samples != wanted.num_fid_samples:
+            return False
+        # an earlier version wrote no SHA-256
+        is_whole = zipfile.is_zipfile(self.target) and found.npz_sha256 in (None, sha256_of_files(self.target))
+        if not is_whole:
+            note(f"{self.target} is damaged, or not what {self.record} describes; it is made again")
+        return is_whole
 
     def finish(self):
         """Write npz and manifest, unless they are there: exactly --num-fid-samples images. Raises InputError."""
         count = self.config.num_fid_samples
-        if self.is_packed():
+        if self.is_packed:
             self.target.touch()  # script/measure.sh takes the newest
         else:
             # an npz of another number of images is not left beside a folder that it contradicts
             with_npz = self.config.format != "png" or self.target.exists()
-            pack(self.store, self.target if with_npz else None, count)
-            write_json(manifest_path(self.target), self.manifest.to_json())
+            self.manifest.npz_sha256 = pack(self.store, self.target if with_npz else None, count)
+            write_json(self.record, self.manifest.to_json())
         self.store.finish(count)
 
     def say_cost(self, made, seconds):
         """One line: how many images, at what cost, in what time, where."""
-        evaluations = self.sampler.cost.evaluations
-        places = [] if self.store.kind == "parts" else [f"{self.store.folder}/"]
-        places += [str(path) for path in (self.target, manifest_path(self.target)) if path.exists()]
-        say(
-            f"{made} images in {datetime.timedelta(seconds=round(seconds))}, {evaluations} model evaluations "
-            f"each ({made * evaluations} in all); {', '.join(places)}"
-        )
+        evaluations, duration = self.sampler.cost.evaluations, datetime.timedelta(seconds=round(seconds))
+        cost = f"{evaluations} model evaluations each ({made * evaluations} in all)"
+        places = ", ".join(str(path) for path in (self.store.folder, self.target, self.record) if path.exists())
+        say(f"{made} images in {duration}, {cost}; {places}")
 
 
 def result_name(sampler):

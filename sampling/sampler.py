@@ -19,14 +19,15 @@ from sampling.flags import DTYPES
 
 
 class ImageSampler:
-    """A checkpoint ready to sample with the settings of a resolved, checked SamplingFlags. Raises InputError.
+    """A checkpoint ready to sample with the settings of a resolved SamplingFlags. Raises InputError.
 
     make_condition: (config, Checkpoint, device) → condition, as `ClassLabels`.
     """
 
     def __init__(self, config, make_condition, device):
-        self.config, self.device = config, device
+        self.device = device
         self.checkpoint, self.path, self.spec = open_checkpoint(config)
+        self.config = config = config.for_model(self.checkpoint.model.kind)
         options = self.checkpoint.options
         self.shape = (options["in_channels"], options["input_size"], options["input_size"])
         self.condition = make_condition(config, self.checkpoint, device)
@@ -54,8 +55,8 @@ class ImageSampler:
     def batches(self, batches):
         """Yield (indices, wait) for every batch; wait() → uint8 images (N, R, R, 3), float32 latents with --no-decode.
 
-        The batch is queued on the GPU without waiting. Call wait() in another thread: while it copies and writes the
-        images, the next batch is computed. It raises InputError if values are not finite.
+        The batch is only queued on the GPU. Call wait() in another thread, so that the next batch is computed
+        meanwhile; it raises InputError if values are not finite.
         """
         noise = batch_noise(self.config.global_seed, batches, self.draws, self.shape, self.device)
         with contextlib.closing(noise):
@@ -110,12 +111,7 @@ def open_checkpoint(config):
 
 
 def check_model(config, checkpoint):
-    """Raise InputError where --mode or --model do not fit the checkpoint."""
-    if config.sampler.is_map and checkpoint.model.kind != "flow map":
-        raise InputError(
-            f"--mode {config.mode} needs a flow map, {config.ckpt} is a flow model; pass --mode sde or ode, "
-            "or --dmf-depth for a published flow map without log-variance head"
-        )
+    """Raise InputError where --model does not fit the checkpoint."""
     own, options = checkpoint.run.get("model"), checkpoint.options
     if config.model in (None, own):
         return
@@ -131,8 +127,7 @@ def check_model(config, checkpoint):
 def batch_noise(seed, batches, draws, shape, device):
     """Yield noise (N, *shape), float32 on the device, in the order of use: all draws of a batch, then the next batch's.
 
-    batches: image indices of each; draws: 1 for the starting noise, and 1 for each step that adds noise. The next one
-    is drawn in a thread while the network works.
+    batches: image indices of each. The next noise is drawn in a thread while the network works.
     """
 
     def draw(which):
@@ -145,10 +140,7 @@ def batch_noise(seed, batches, draws, shape, device):
 
 
 def try_out(config, path, times):
-    """(GuidedVelocity with its calls counted, number of noise arrays) of a batch, from running the sampler on a scalar.
-
-    The starting noise counts as one of the arrays.
-    """
+    """(GuidedVelocity with its calls counted, number of noise arrays) of a batch: runs the sampler on a scalar."""
     zero, y, asked = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), []
 
     def noise(index):

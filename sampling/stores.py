@@ -1,72 +1,137 @@
 """What sampling leaves on disk: PNG files or the rows of an npz, written in threads, resumable, never half written.
 
 A store keeps finished rows by image index: `PngFiles` as FOLDER/000000.png …, `PartFiles` (npz without PNGs, and
-latents) as one file per batch, deleted once the npz is there. `pack` streams the rows of either into an npz.
+latents) as one file per batch, deleted once the npz is there. `pack` streams the rows of either into an npz. Every file
+has a seal, the SHA-256 of its name and rows, by which damaged, altered and exchanged ones are noticed; those of earlier
+versions have none.
 """
 
+import contextlib
 import functools
+import hashlib
+import io
 import itertools
 import json
+import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from common.errors import InputError, note, system_error, system_fault
-from common.files import write_atomically, write_json
+from common.errors import InputError, first_line, note
+from common.files import read_bytes, sha256_of_files, write_atomically, write_json
 from common.look_ahead import ordered_map
 from latents.names import walk
-from sampling.manifest import SETTINGS, check_settings
+from sampling.manifest import SEALED, SETTINGS, check_settings
 
 GENEVAL_IMAGES = 4  # of each prompt
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
-REMEDY = "delete it and run the same again"
+REMEDY = "run the same again"
 
 
-class PngFiles:
-    """uint8 images (R, R, 3) as FOLDER/000000.png …"""
+class Damaged(InputError):
+    """A file does not hold what was written."""
+
+
+class Store:
+    """Rows in files of a folder.
+
+    Subclasses: files(count) → {path: indices of its rows}, in order; decode(path, bytes) → (rows, seal or "").
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.sealed = False  # whether every file must have a seal
+
+    def seal(self, path, rows):
+        """Hex SHA-256 of a file's name in the folder and of its rows."""
+        digest = hashlib.sha256(path.relative_to(self.folder).as_posix().encode())
+        digest.update(np.ascontiguousarray(rows))
+        return digest.hexdigest()
+
+    def read(self, path):
+        """Rows of a file (N, …). Raises Damaged, and InputError where it cannot be read."""
+        data = read_bytes(path, f"move it away and {REMEDY}")
+        try:
+            rows, seal = self.decode(path, data)
+        except MemoryError:
+            raise
+        except Exception as error:  # in a damaged file a decoder can fail with anything
+            raise Damaged(f"{path} is damaged ({first_line(error)}); {REMEDY}") from None
+        if (seal or self.sealed) and seal != self.seal(path, rows):
+            raise Damaged(f"{path} is not as it was written; {REMEDY}")
+        return rows
+
+    def is_whole(self, path):
+        """Whether `read` finds a file as it was written."""
+        with contextlib.suppress(Damaged):
+            self.read(path)
+            return True
+        return False
+
+    def missing(self, count):
+        """Indices below `count` that no file holds; those that are not whole are deleted."""
+        files = self.files(count)
+        whole = ordered_map(self.is_whole, files, self.threads, self.threads)
+        damaged = [path for path, is_whole in zip(files, whole, strict=True) if not is_whole]
+        if damaged:
+            note(f"{len(damaged)} damaged or altered files are deleted and made again, the first is {damaged[0]}")
+        for path in damaged:
+            path.unlink()
+            del files[path]
+        return sorted(set(range(count)).difference(*files.values()))
+
+    def rows(self, count):
+        """Yield the rows 0 … count − 1, read by several threads, few files in memory. Raises InputError."""
+        index, files = 0, self.files(count)
+        for rows, held in zip(ordered_map(self.read, files, self.threads, self.threads), files.values(), strict=True):
+            if held.start > index:
+                break
+            yield from rows[index - held.start : count - held.start]
+            index = max(index, held.stop)
+        if index < count:
+            raise InputError(f"{self.folder} lacks image {index}; {REMEDY}")
+
+
+class PngFiles(Store):
+    """uint8 images (R, R, 3) as FOLDER/000000.png …, the seal in a text chunk `sha256`."""
 
     name = "arr_0"  # ADM's name of the array in the npz
     kind = "png"
     pattern = "[0-9][0-9][0-9][0-9][0-9][0-9]*.png"
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    threads = 16
 
     def path(self, index):
         return self.folder / f"{index:06d}.png"
 
-    def missing(self, count):
-        """Indices below `count` without a whole image; one that was cut off, as by a power cut, does not count."""
-        # listed first: asking a network file system for what is not there yet may be answered from its cache later
+    def files(self, count):
+        # listed: asking a network file system for what is not there yet may be answered from its cache later
         there, paths = set(self.folder.glob(self.pattern)), map(self.path, range(count))
-        return [index for index, path in enumerate(paths) if path not in there or not ends_as_png(path)]
+        return {path: range(index, index + 1) for index, path in enumerate(paths) if path in there}
+
+    def decode(self, _path, data):
+        if not data.endswith(PNG_END):
+            raise ValueError("it is cut off")
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.verify()  # the checksums, which decoding passes over
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            return np.asarray(picture)[None], picture.info.get("sha256", "")
 
     def write(self, indices, images):
         """Save the images that are not there yet; each is complete or absent."""
         for path, pixels in zip(map(self.path, indices), images, strict=True):
-            if not ends_as_png(path):
-                save = functools.partial(Image.fromarray(pixels).save, format="PNG", compress_level=1)
+            if not path.exists():
+                info = PngInfo()
+                info.add_text("sha256", self.seal(path, pixels))
+                save = functools.partial(Image.fromarray(pixels).save, format="PNG", compress_level=1, pnginfo=info)
                 write_atomically(path, save, durable=False)
-
-    def read(self, index):
-        """Pixels of an image. Raises InputError where it cannot be decoded."""
-        try:
-            with Image.open(self.path(index)) as picture:
-                return np.asarray(picture)
-        except (OSError, SyntaxError, ValueError) as error:
-            fault = system_fault(error, self.path(index)) or f"{self.path(index)} is damaged ({error}); {REMEDY}"
-            raise InputError(fault) from None
-
-    def rows(self, count):
-        """Yield the images 0 … count − 1, decoded by several threads, few of them in memory."""
-        return ordered_map(self.read, range(count), ahead=32, threads=16)
 
     def finish(self, count):
         """Delete images beyond the first `count`, of an earlier run that made more: the folder may be measured too."""
-        wanted = set(map(self.path, range(count)))
-        surplus = [path for path in self.folder.glob(self.pattern) if path.stem.isdigit() and path not in wanted]
+        images = {path for path in self.folder.glob(self.pattern) if path.stem.isdigit()}
+        surplus = images.difference(map(self.path, range(count)))
         for path in surplus:
             path.unlink()
         if surplus:
@@ -90,71 +155,59 @@ class GenEvalFiles(PngFiles):
         prompt, number = divmod(index, self.per_prompt)
         return self.folder / f"{prompt:05d}" / "samples" / f"{number:04d}.png"
 
-    def finish(self, count):
-        """As PngFiles.finish; then say in every prompt's folder what its images show."""
-        super().finish(count)
+    def missing(self, count):
+        """As Store.missing; first says in every prompt's folder what its images show."""
         for index, record in zip(range(0, count, self.per_prompt), self.metadata, strict=False):
             path, line = self.path(index).parents[1] / "metadata.jsonl", json.dumps(record) + "\n"
             write_atomically(path, lambda file, line=line: file.write(line.encode()), durable=False)
+        return super().missing(count)
 
 
-def ends_as_png(path):
-    """True where a file is there and its end is that of a PNG."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-len(PNG_END), 2)
-            return file.read() == PNG_END
-    except OSError as error:
-        if system_error(error):
-            raise
-        return False
-
-
-class PartFiles:
-    """Rows of an npz as one .npy per batch, FOLDER/rows-START-STOP.npy; name: that of the npz's array."""
+class PartFiles(Store):
+    """Rows of an npz as one .npy per batch, FOLDER/rows-START-STOP.npy, the seal behind the array."""
 
     kind = "parts"
+    threads = 2  # a part is large
 
     def __init__(self, folder, name):
-        self.folder, self.name = Path(folder), name
+        super().__init__(folder)
+        self.name = name  # of the npz's array
 
-    def parts(self):
-        """[(start, stop, path)] of the finished batches."""
-        paths = sorted(self.folder.glob("rows-*-*.npy"))
-        return [(*map(int, path.stem.split("-")[1:]), path) for path in paths]
+    def files(self, _count=None):
+        parts = {path: span(path) for path in sorted(self.folder.glob("rows-*.npy"))}
+        return {path: held for path, held in parts.items() if held}
 
-    def missing(self, count):
-        """Indices below `count` that no part holds."""
-        return sorted(set(range(count)).difference(*(range(start, stop) for start, stop, _ in self.parts())))
+    def decode(self, path, data):
+        file = io.BytesIO(data)
+        rows = np.load(file)
+        if len(rows) != len(span(path)):
+            raise ValueError(f"it holds {len(rows)} rows")
+        return rows, data[file.tell() :].decode()
 
     def write(self, indices, rows):
         """Save a batch of consecutive images, complete or absent."""
         path = self.folder / f"rows-{indices[0]:08d}-{indices[-1] + 1:08d}.npy"
-        write_atomically(path, lambda file: np.save(file, rows))
 
-    def rows(self, count):
-        """Yield the rows 0 … count − 1, one part in memory at a time."""
-        index, parts = 0, self.parts()
-        while index < count:
-            start, stop, path = next(part for part in parts if part[0] <= index < part[1])
-            try:
-                part = np.load(path)
-            except (OSError, ValueError, EOFError) as error:
-                raise InputError(system_fault(error, path) or f"{path} is damaged ({error}); {REMEDY}") from None
-            yield from part[index - start : count - start]
-            index = stop
+        def write(file):
+            np.save(file, rows)
+            file.write(self.seal(path, rows).encode())
+
+        write_atomically(path, write)
 
     def finish(self, _count):
         """Delete the parts: the npz has their rows."""
-        for _, _, path in self.parts():
+        for path in self.files():
             path.unlink()
 
 
-def write_npz(path, name, rows, count):
-    """Stream `count` arrays of one shape and dtype into array `name`, (count, …), of an npz; complete or absent.
+def span(path):
+    """Indices of the rows in a part, by its name; None for other files."""
+    match = re.fullmatch(r"rows-(\d{8})-(\d{8})\.npy", path.name)
+    return match and range(int(match[1]), int(match[2]))
 
-    Raises InputError where shapes differ.
-    """
+
+def write_npz(path, name, rows, count):
+    """Stream `count` arrays into array `name`, (count, …), of an npz, whole or not at all. Raises InputError."""
     rows = iter(rows)
     first = next(rows)
     header = {"descr": first.dtype.str, "fortran_order": False, "shape": (count, *first.shape)}
@@ -165,27 +218,25 @@ def write_npz(path, name, rows, count):
             np.lib.format.write_array_header_1_0(array, header)
             for index, row in zip(range(count), itertools.chain([first], rows), strict=True):
                 if (row.shape, row.dtype) != (first.shape, first.dtype):
-                    raise InputError(
-                        f"{path}: image {index} is {row.shape} {row.dtype}, not {first.shape} {first.dtype}; {REMEDY}"
-                    )
+                    raise InputError(f"{path}: image {index} is {row.shape} {row.dtype}, not as the first; {REMEDY}")
                 array.write(row.tobytes())
 
     write_atomically(path, write)
 
 
 def pack(store, target, count):
-    """Pack a store's rows into the npz `target`, unless target is None; exactly `count`, checked. Raises InputError."""
-    if missing := store.missing(count):
-        lacks = f"{len(missing)} of {count} images are missing, the first is {missing[0]}"
-        raise InputError(f"{store.folder}: {lacks}; run the same again")
+    """Pack exactly `count` rows of a store into the npz `target`, or only read them; returns the SHA-256 of the npz."""
     if target is not None:
         write_npz(target, store.name, store.rows(count), count)
+        return sha256_of_files(target)
+    for _ in store.rows(count):
+        pass
 
 
 def prepare_folder(folder, settings, resume=True):
-    """Make the folder of a result, or check its settings and delete what killed processes left half-written.
+    """Make the folder of a result, or check its settings; returns whether all its files have seals. Raises InputError.
 
-    settings: of a SampleManifest; resume False refuses a folder with finished images. Raises InputError.
+    settings: of a SampleManifest; resume False refuses a folder with finished images.
     """
     record = folder / SETTINGS
     has_images = folder.is_dir() and any(name.endswith((".png", ".npy")) for name, _ in walk(folder))
@@ -193,8 +244,9 @@ def prepare_folder(folder, settings, resume=True):
         raise InputError(f"{folder} holds images of unknown settings (no {SETTINGS}); pass another --sample-dir")
     if not resume and (has_images or Path(f"{folder}.npz").exists()):
         raise InputError(f"{folder} holds finished images; resume with --resume, or pass another --sample-dir")
-    if record.exists():
-        check_settings(folder, settings)
-    for path in [*folder.rglob(".*.tmp"), *folder.parent.glob(f".{folder.name}.npz.*.tmp")]:
-        path.unlink(missing_ok=True)
-    write_json(record, settings)
+    found = check_settings(folder, settings) if record.exists() else {}
+    for left in folder.rglob(".*.tmp"):  # by killed processes
+        left.unlink(missing_ok=True)
+    sealed = found.get(SEALED, not has_images)
+    write_json(record, {**settings, SEALED: sealed})
+    return sealed

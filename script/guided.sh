@@ -7,7 +7,8 @@ LAST_STEP=${LAST_STEP:-2000000}
 source "$(dirname "${BASH_SOURCE[0]}")/measure.sh"
 SWEEP=${SWEEP:-$OUTPUT_DIR/$EXP_NAME/sweep-$(basename "$CKPT" .pt)} # its folder
 
-check_files "ADM's reference batch" VIRTUAL_imagenet256_labeled.npz
+check_adm
+need_folder "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/guided}"
 [ "$REF" != none ] || fail "REF=none leaves nothing to choose the guidance by; pass REF=FILE"
 python -m evaluations.sweep --ckpt "$CKPT" --ref "$REF" --out "$SWEEP" --num-samples "${SWEEP_SAMPLES:-5000}" \
     --cfg-scale ${SCALES:-1.2 1.4 1.6 1.8} --interval ${INTERVALS:-0,1 0,0.7 0.3,0.7} --num-steps ${STEPS:-250} \

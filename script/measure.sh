@@ -26,24 +26,38 @@ check_weights() {
     for name in INCEPTION_WEIGHTS DINOV2_WEIGHTS; do [ -z "${!name:-}" ] || need "$name"; done
 }
 
-check_files() { # WHAT FILE: kind of reference, an example
+need_folder() { # FOLDER: of samples
+    mkdir -p "$1" 2>/dev/null && [ -w "$1" ] || fail "$1 cannot be written; name another place with SAMPLE_DIR=FOLDER"
+}
+
+check_only() { "$@" --json "$RESULTS/$EXP_NAME.json" --check-only; } # COMMAND: what it needs beside the samples
+
+check_files() { # WHAT FILE COMMAND: kind of reference, an example, what measures with it
     check_weights
     [ -n "$REF" ] || fail "REF is not set: download $1 (docs/evaluation.md) and pass REF=$2, or REF=none to sample only"
-    [ "$REF" = none ] || need REF "docs/evaluation.md says where reference files come from"
+    [ "$REF" != none ] || return 0
+    need REF "docs/evaluation.md says where reference files come from"
+    check_only "${@:3}"
+}
+
+check_adm() {
+    check_files "ADM's reference batch" VIRTUAL_imagenet256_labeled.npz \
+        python -m evaluations.evaluator "$REF" samples ${weights[@]+"${weights[@]}"}
 }
 
 newest_npz() { # FOLDER
-    ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; leave out --format png"
+    ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; see what generate.py wrote"
 }
 
 make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is not to be measured
+    [[ "$REF" = none || " $* " != *" --format png "* ]] || fail "--format png gives nothing to measure; pass REF=none"
     launch generate.py --ckpt "$CKPT" --sample-dir "$1" --num-fid-samples "$NUM_FID_SAMPLES" "${fast[@]}" "${@:2}"
     if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi
 }
 
-sample_and_measure() { # NAME [flags of generate.py]: ADM's suite
-    check_files "ADM's reference batch" VIRTUAL_imagenet256_labeled.npz
-    make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/$1}" "${@:2}"
+sample_and_measure() { # NAME [flags of generate.py]: ADM's suite, with the SDE unless a flag names another sampler
+    check_adm
+    make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/$1}" --mode sde "${@:2}"
     [ -n "$npz" ] || return 0
     local json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz).json
     launch -m evaluations.evaluator "$REF" "$npz" --json "$json" ${weights[@]+"${weights[@]}"}
@@ -52,7 +66,8 @@ sample_and_measure() { # NAME [flags of generate.py]: ADM's suite
 
 sample_and_measure_map() { # [flags of generate.py]: EDM2's FID and FD-DINOv2 with each number of STEPS (1 2 4)
     local steps json measured=()
-    check_files "Decoupled MeanFlow's statistics" imgnet256.pkl
+    check_files "Decoupled MeanFlow's statistics" imgnet256.pkl \
+        python -m evaluations.calculate_metrics calc --images samples --ref "$REF" ${edm2_weights[@]+"${edm2_weights[@]}"}
     for steps in ${STEPS:-${NUM_STEPS:-1 2 4}}; do
         make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME}/fid-steps-$steps" --mode euler --num-steps "$steps" "$@"
         [ -n "$npz" ] || continue

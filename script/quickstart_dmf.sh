@@ -18,7 +18,7 @@ export WORK=${WORK:-quickstart}
 STEPS=${STEPS:-600}
 FLOW=$(checkpoint "$WORK/exps/digits" 3000)
 MAP=$(checkpoint "$WORK/exps/digits-map" "$STEPS")
-[ -e "$FLOW" ] || bash script/quickstart.sh
+[ -e "$FLOW" ] || STEPS=3000 bash script/quickstart.sh
 SECONDS=0
 
 step "1/3 fine-tune the flow model into a flow map, $STEPS steps: $WORK/exps/digits-map"
@@ -39,7 +39,7 @@ for n in 1 2 4; do sample_as "flow map, steps: $n" "$MAP" euler "$n"; done
 for n in 1 2 4 50; do sample_as "flow model, Euler steps: $n" "$FLOW" ode "$n"; done
 
 step "3/3 measure"
-python -m digits.compare --samples "${samples[@]}" --out "$WORK/report_map.json" --picture "$WORK/rows_map.png"
+python -m digits.report --samples "${samples[@]}" --out "$WORK/report_map.json" --grid "$WORK/rows_map.png"
 
 cat <<EOF
 

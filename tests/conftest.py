@@ -6,6 +6,7 @@ import pytest
 import torch
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", MPLBACKEND="Agg")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes starts for longer than kernels take
 torch.set_num_threads(1)  # tiny models lose time with more, the more so on a busy machine
 
 

@@ -68,23 +68,31 @@ def server(preload="warm"):
     return context
 
 
-def start(*command, limits=(), **environment):
-    """Start `FILE.py ARGUMENTS` or `-m MODULE ARGUMENTS` in the repository, with one thread; returns the Program.
+def start(*command, limits=(), folder=ROOT, interpreter=None, **environment):
+    """Start `FILE.py ARGUMENTS` or `-m MODULE ARGUMENTS` with one thread; returns the Program.
 
-    limits: ((resource.RLIMIT_…, number), …).
+    limits: ((resource.RLIMIT_…, number), …). folder: the working folder. interpreter: options of a fresh interpreter,
+    which then takes the fork's place.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    folder = Path(tempfile.mkdtemp(prefix="program-"))
-    program = Program(None, folder / "stdout", folder / "stderr")
-    arguments = [str(part) for part in command], environment, program.stdout, program.stderr, limits
+    output = Path(tempfile.mkdtemp(prefix="program-", dir=_outputs().name))
+    program = Program(None, output / "stdout", output / "stderr")
+    options = {"limits": limits, "folder": folder, "interpreter": interpreter}
+    arguments = [str(part) for part in command], environment, program.stdout, program.stderr, options
     program.process = server().Process(target=_become, args=arguments)
     program.process.start()
     return program
 
 
-def run(*command, **environment):
-    """Run a program to its end; returns Done."""
-    program = start(*command, **environment)
+@functools.cache
+def _outputs():
+    """The folder of the files that take output; removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="programs-")
+
+
+def run(*command, **options):
+    """Run a program to its end; options as of `start`. Returns Done."""
+    program = start(*command, **options)
     return Done(program.wait(), program.stdout.read_text(), program.stderr.read_text())
 
 
@@ -113,7 +121,7 @@ def run_ranks(count, *command, **environment):
     return Done(int(any(codes)), *output)
 
 
-def _become(command, environment, stdout, stderr, limits):
+def _become(command, environment, stdout, stderr, options):
     """Turn this fork into the program."""
     assert "warm" in sys.modules
     for number, path in ((1, stdout), (2, stderr)):
@@ -121,10 +129,19 @@ def _become(command, environment, stdout, stderr, limits):
         os.dup2(file, number)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(options["folder"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
-    for which, number in limits:
+    for which, number in options["limits"]:
         resource.setrlimit(which, (number, number))
+    if options["interpreter"] is None:
+        return run_here(command)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    words = command if command[0] == "-m" else [ROOT / command[0], *command[1:]]
+    os.execv(sys.executable, [sys.executable, *options["interpreter"], *map(str, words)])
+
+
+def run_here(command):
+    """Run a program in this process as its main program."""
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)

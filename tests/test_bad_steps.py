@@ -195,8 +195,8 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
 def with_scaler(monkeypatch):
     """Runs get fp16 with its gradient scaler on CPU, where accelerate would refuse."""
 
-    def start(config, run_dir, original=training.run.start_accelerator):
-        accelerator = original(config, run_dir)
+    def start(config, original=training.run.start_accelerator):
+        accelerator = original(config)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
         return accelerator

@@ -103,7 +103,7 @@ def test_stdout_and_result(files, tmp_path, capsys):
 
 def test_fd_dinov2_says_whose_resize_it_is(files, tmp_path, capsys, monkeypatch):
     _, folder, features = files
-    monkeypatch.setattr(calculate_metrics, "load_dinov2", lambda weights, device: load_features(str(features)))
+    monkeypatch.setattr(calculate_metrics.features, "load_dinov2", lambda weights, device: load_features(str(features)))
     own = ("--metrics", "fd_dinov2")
     run("ref", "--data", folder, "--dest", tmp_path / "own.pkl", *own)
     line = ("calc", "--images", folder, "--ref", tmp_path / "own.pkl", *own, "--num", 25)
@@ -194,7 +194,7 @@ class Evil:
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_pickles_of_any_protocol_are_read(tmp_path, protocol):
-    sigma = np.asfortranarray(np.arange(9.0).reshape(3, 3))
+    sigma = np.asfortranarray(np.arange(9.0).reshape(3, 3) + np.arange(9.0).reshape(3, 3).T)
     content = {"num_images": np.int64(7), "fid": {"mu": np.arange(3.0), "sigma": sigma}}
     (tmp_path / "ref.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     found, size = read_reference(tmp_path / "ref.pkl")
@@ -218,17 +218,36 @@ def test_pickles_of_numpy_1_are_read(tmp_path):
         (pickle.dumps({"fid": {"mu": np.zeros(3)}}), "fid does not hold both mu and sigma"),
         (pickle.dumps({"fid": {"mu": np.zeros(3), "sigma": np.eye(4)}}), r"not finite \(D,\) and \(D, D\)"),
         (pickle.dumps({"fid": {"mu": np.full(3, np.inf), "sigma": np.eye(3)}}), "not finite"),
+        (pickle.dumps({"fid": {"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}}), "not symmetric.*copy it again"),
+        (pickle.dumps({"fid": {"mu": "x", "sigma": np.eye(3)}}), "no array of numbers"),
+        (pickle.dumps({"image_size": 3, "fid": {"mu": np.zeros(3), "sigma": np.eye(3)}}), "image_size"),
         (pickle.dumps({"fd_corners": {"mu": np.zeros(3), "sigma": np.eye(3)}}), "does not fit fd_corners"),
         (pickle.dumps({"fid": {"mu": np.zeros(3), "sigma": np.eye(3)}})[:60], "cannot be read as a dict"),
         (b"hello", "cannot be read as a dict"),
     ],
-    ids=["code", "objects", "nothing", "list", "half", "shapes", "inf", "width", "cut", "text"],
+    ids="code objects nothing list half shapes inf zeroed words size width cut text".split(),
 )
 def test_bad_references_are_refused(files, tmp_path, content, match, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.pkl").write_bytes(content)
     refused(f"bad.pkl.*{match}", *flags(files[1], tmp_path / "bad.pkl", files[2]))
     assert not (tmp_path / "evil").exists()
+
+
+def test_check_only_needs_no_images(files, tmp_path, capsys):
+    ref, _, features = files
+    run(*flags(tmp_path / "none", ref, features), "--check-only")
+    assert " = " not in capsys.readouterr().out
+    refused("nowhere.pkl", *flags(tmp_path / "none", tmp_path / "nowhere.pkl", features), "--check-only")
+    refused("--features", *flags(tmp_path / "none", ref, tmp_path / "corners.pth"), "--check-only")
+
+
+def test_a_reference_of_incomplete_samples_is_refused(files, tmp_path):
+    _, folder, features = files
+    folder.with_name("samples.json").write_text(json.dumps({"num_fid_samples": 26}))
+    named = ("--data", folder, "--dest", tmp_path / "own.pkl", "--metrics", "", "--features", features)
+    refused("holds 25 samples.*26.*--incomplete", "ref", *named)
+    run("ref", *named, "--incomplete")
 
 
 def test_bad_images_are_named(files, tmp_path):

@@ -11,6 +11,7 @@ import programs
 import pytest
 import torch
 from data_helpers import tree
+from PIL import Image
 
 from common.errors import InputError
 from dataset import open_captions
@@ -51,7 +52,8 @@ def test_every_caption_has_its_features_and_its_text(data):
 
 def test_info_of_the_data(data):
     info = open_captions(data).info
-    assert info.text == TextSpec(str(data.parent / "clip"), "clip", captioned.TOKENS, captioned.WIDTH)
+    assert info.text == encoder(data).spec
+    assert (info.text.family, info.text.tokens, info.text.width) == ("clip", captioned.TOKENS, captioned.WIDTH)
     assert info.model_options() == {"context_dim": captioned.WIDTH, "in_channels": 4, "input_size": 8}
     assert any(f"{captioned.CAPTION_COUNT} captions" in line for line in describe(data / "text"))
     assert verify(data).lines() == []
@@ -132,6 +134,28 @@ def test_an_interrupted_run_goes_on(data, tmp_path, monkeypatch):
     (tmp_path / "d/text").rename(tmp_path / "text")
     write_captions(CaptionFlags(*arguments, batch_size=4, device="cpu"))
     assert (tmp_path / "text/rows-00000.bin").read_bytes() == (data / "text/rows-00000.bin").read_bytes()
+
+
+def test_after_a_caption_and_an_image_have_changed_only_the_captions_batch_is_redone(copy, tmp_path, monkeypatch):
+    arguments, dest = (copy.parent / "captions.json", copy.parent / "clip"), tmp_path / "text"
+    calls, call = [], TextEncoder.__call__
+
+    def counting(self, texts):
+        calls.append(texts)
+        if len(calls) == 4:  # the empty caption, and two batches
+            raise KeyboardInterrupt
+        return call(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "__call__", counting)
+    with pytest.raises(KeyboardInterrupt):
+        write_captions(CaptionFlags(copy / "images", dest, *arguments, batch_size=4, device="cpu"))
+    Image.effect_noise((16, 16), 50).convert("RGB").save(copy / "images/00000/img00000000.png")
+    captioned.coco_json(arguments[0], {**captioned.PHOTOS, "astronaut.png": ["a person", "a smile"]})
+    write_captions(CaptionFlags(copy / "images", dest, *arguments, batch_size=4, device="cpu"))
+    redone = [text for texts in calls[4:] for text in texts]
+    assert "a person" in redone and not set(calls[2]).intersection(redone)
+    write_captions(CaptionFlags(copy / "images", tmp_path / "fresh", *arguments, batch_size=4, device="cpu"))
+    assert tree(dest) == tree(tmp_path / "fresh")
 
 
 @pytest.mark.slow
@@ -230,6 +254,23 @@ def test_captions_that_do_not_fit_the_images(data, tmp_path, changes, message):
         Captions(data / "images", path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb2312"])
+def test_captions_are_read_right_or_refused_in_any_encoding(data, tmp_path, encoding):
+    text = json.dumps({name: f"{name}: 狗" for name in captioned.PHOTOS}, ensure_ascii=False, indent=1)
+    (tmp_path / "c.json").write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    if encoding == "gb2312":
+        with pytest.raises(InputError, match=r"c\.json is not JSON .*; give"):
+            Captions(data / "images", tmp_path / "c.json")
+        return
+    assert Captions(data / "images", tmp_path / "c.json").texts[0] == "astronaut.png: 狗"
+
+
+def test_a_converted_image_that_is_gone_does_not_shift_the_captions(copy):
+    (copy / "images/00000/img00000002.png").unlink()
+    with pytest.raises(InputError, match=r"--source .*images has 5 images, its manifest says 6"):
+        Captions(copy / "images", copy.parent / "captions.json")
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", '{"annotations": []}', "{}", "not json", '{"a.png": 3}'])
 def test_a_file_that_holds_no_captions(data, tmp_path, content):
     (tmp_path / "c.json").write_text(content)
@@ -257,7 +298,7 @@ def test_features_of_another_width_or_encoder(copy):
     change_manifest(copy / "text", text={})
     with pytest.raises(InputError, match="rows have shape"):
         open_captions(copy)
-    a, b = TextSpec(**spec), TextSpec(**{**spec, "encoder": "other", "family": "other"})
+    a, b = TextSpec(**spec), TextSpec(**{**spec, "encoder": "other", "encoder_sha256": "0" * 64})
     with pytest.raises(InputError, match="text encoder mismatch"):
         a.check_same(b, "data", "--text-encoder")
 

@@ -1,9 +1,11 @@
 """Reading model files: ours, published ones, wrapped ones, and every kind that is refused."""
 
 import argparse
+import math
 import os
 import pathlib
 import random
+import zipfile
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from common.errors import InputError
 from models import PRESETS, create_model, load_checkpoint, load_model
 from models.deepflow import DeepFlow
+from models.export import export
 from models.flow_map import FlowMap
 from models.published import config_from_state
 
@@ -65,6 +68,15 @@ def test_plain_state_dict(tmp_path, legacy_format):
     assert same_weights(model, expected) and not model.training
     assert torch.equal(velocity(model), velocity(expected))
     assert {key: options[key] for key in TINY} == TINY and options["df_idxs"] == (2,)
+
+
+def test_a_file_that_was_compressed_later(tmp_path):
+    expected = tiny()
+    path = save(tmp_path / "a.pt", expected.state_dict())
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+    assert same_weights(load_model(tmp_path / "b.pt")[0], expected)
 
 
 @pytest.mark.parametrize(("weights", "seed"), [("ema", 1), ("raw", 2)])
@@ -162,7 +174,7 @@ def test_a_file_aligned_with_two_encoders_tells_their_widths(tmp_path):
 def test_published_aligned_files_have_the_legacy_clamp(tmp_path, capsys):
     path = save(tmp_path / "a.pt", tiny(df_idxs=(1,), depth=3, ssl_align=True, z_dims=(10,)).state_dict())
     assert load_model(path, df_idxs="1")[1]["legacy_scaling"]
-    assert "--legacy-scaling as in all released aligned ones" in capsys.readouterr().err
+    assert "legacy_scaling True" in capsys.readouterr().err
     assert not load_model(path, df_idxs="1", legacy_scaling=False)[1]["legacy_scaling"]
     path = save(tmp_path / "b.pt", tiny(df_idxs=(1,)).state_dict())
     assert not load_model(path, df_idxs="1")[1].get("legacy_scaling")
@@ -222,7 +234,7 @@ def test_even_key_layers_are_recognised_from_their_weights(name, depth, df_idxs)
 # ---- What the arguments in published files say ----------------------------------------------------------------------
 
 
-def published(path, model, **args):
+def published(path, model, /, **args):
     return save(path, {"ema": model.state_dict(), "args": argparse.Namespace(**args)})
 
 
@@ -268,11 +280,24 @@ def test_an_uneven_file_with_arguments_needs_no_flag(tmp_path):
         ({"prediction": "noise"}, "prediction"),
         ({"legacy_scaling": "perhaps"}, "legacy_scaling"),
         ({"path_type": "Linear"}, "--convention"),  # SiT's words for a DeepFlow
+        ({"df_idxs": ["a"]}, "df_idxs"),
+        ({"df_idxs": [10**30]}, "df_idxs"),
+        ({"df_idxs": "9" * 5000}, "df_idxs"),
+        ({"model": argparse.Namespace(a=1)}, "model"),
+        ({"model": torch.ones(9, 9)}, "model"),
+        ({"trans_depth": math.nan}, "trans_depth"),
     ],
     ids=str,
 )
 def test_arguments_that_contradict_the_weights(tmp_path, args, named):
     assert named in refusal(published(tmp_path / "a.pt", tiny(), **args))
+
+
+def test_arguments_that_hold_themselves_are_refused(tmp_path):
+    for name in ("model", "df_idxs"):
+        args = argparse.Namespace()
+        setattr(args, name, args)
+        assert "args" in refusal(save(tmp_path / "a.pt", {"ema": tiny().state_dict(), "args": args}))
 
 
 @pytest.mark.parametrize("args", [5, "seed", [1], torch.ones(2)], ids=str)
@@ -428,7 +453,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         (torch.ones(3), "holds a Tensor"),
         ({"ema": None}, "lacks tensors 'ema'"),
         ({"ema": {"x_embedder.proj.weight": 3}}, "lacks tensors 'ema'"),
-        ({"ema": {"conv1.weight": torch.ones(2)}}, "not of a known family"),
+        ({"ema": {"conv1.weight": torch.ones(2)}}, "no model of a known family"),
     ],
     ids=["empty", "other entries", "list", "tensor", "none", "numbers", "another network"],
 )
@@ -579,6 +604,11 @@ def test_reading_leaves_torchs_list_of_safe_classes_as_it_was(tmp_path):
         ("config", {"model_options": {**TINY, "df_idxs": [2], "z_dims": None, "ssl_align": True}}),
         ("config", {"model_options": {**TINY, "df_idxs": [2]}, "path_type": ["linear"]}),
         ("config", {"model_options": {**TINY, "df_idxs": [2]}, "model": torch.ones(3, 3)}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2]}, "learning_rate": torch.ones(3, 3)}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "vera": "x" * 100_000}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "ssl_align": True, "z_dims": [1] * 100_000}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "ssl_align": True, "z_dims": [1] * 999}}),
+        ("config", {"model_options": {**TINY, "df_idxs": [2], "hidden_size": 60, "num_heads": 7}}),
         ("data", [1]),
         ("data", {"num_classes": torch.ones(2, 2)}),
         ("steps", "seven"),
@@ -599,9 +629,51 @@ def test_entries_of_another_type(tmp_path, entry, value):
 
 
 @pytest.mark.parametrize(
-    "change", [torch.Tensor.int, torch.Tensor.to_sparse, torch.Tensor.cfloat], ids=["int", "sparse", "complex"]
+    "change",
+    [
+        torch.Tensor.int,
+        torch.Tensor.to_sparse,
+        torch.Tensor.cfloat,
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
+        lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[0, :2]]),
+        lambda tensor: torch.empty(tensor.shape, device="meta"),
+    ],
+    ids=["int", "sparse", "complex", "quantised", "nested", "without data"],
 )
+@pytest.mark.filterwarnings("ignore")  # torch warns of quantised and nested tensors
 def test_tensors_of_other_kinds(tmp_path, change):
     state = tiny().state_dict()
     state["blocks.1.attn.qkv.weight"] = change(state["blocks.1.attn.qkv.weight"])
     assert "lacks tensors" in refusal(save(tmp_path / "a.pt", {"ema": state}))
+
+
+def test_transposed_views_and_shared_memory_are_read_as_they_are(tmp_path):
+    expected = tiny()
+    state = expected.state_dict()
+    state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].t().contiguous().t()
+    state["blocks.1.attn.qkv.bias"] = state["blocks.0.attn.qkv.bias"]
+    expected.load_state_dict(state)
+    path = save(tmp_path / "a.pt", state)
+    assert torch.equal(velocity(load_model(path)[0]), velocity(expected))
+    export(path, tmp_path / "exported")
+    assert same_weights(load_model(tmp_path / "exported")[0], expected)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {f"blocks.{i}.x": torch.zeros(1) for i in range(5000)},
+        {f"df_blocks.{i}.x": torch.zeros(1) for i in range(5000)},
+        {f"projectors.{i}.4.weight": torch.zeros(1) for i in range(5000)},
+        {"decoder_blocks.x.y": torch.zeros(1)},
+        {"decoder_blocks." + "9" * 5000 + ".y": torch.zeros(1)},
+        {"a\n\x1b[31mb": torch.zeros(1)},
+        {"x" * 10**5: torch.zeros(1)},
+        {5: torch.zeros(1)},
+        {"module.pos_embed": torch.zeros(1)},  # beside pos_embed
+    ],
+    ids=["blocks", "branches", "projectors", "letters", "digits", "escapes", "long", "number", "twice"],
+)
+def test_names_of_parameters_that_no_model_has(tmp_path, more):
+    message = refusal(save(tmp_path / "a.pt", {"ema": {**tiny().state_dict(), **more}}))
+    assert len(message) < 1000

@@ -408,10 +408,31 @@ def test_folder_faults_end_in_one_line(fault, folder):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["vae-sd", "vae-sd-mirror", "images"])
+def test_a_set_that_is_filled_again_is_not_read_as_whole(name, folder, tmp_path):
+    write_images(folder / "images", [f"{name}.png" for name in "abcdefghijkl"], side=32)
+    shutil.copytree(folder / "vae-sd", folder / "vae-sd-mirror")
+    (folder / name / ".partial").mkdir()
+    with pytest.raises(InputError, match=f"{name} is not finished; run the same"):
+        open_dataset(folder, images=True, mirror=True)
+    with pytest.raises(InputError, match=f"{name} is not finished; run the same"):
+        pack(PackFlags(folder, tmp_path / "packed-again"))
+
+
 def test_unfinished_set_is_named(tmp_path):
     (tmp_path / "vae-sd/.partial").mkdir(parents=True)
     with pytest.raises(InputError, match="vae-sd is not finished; run the same"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[["a.png", 0]], None])
+def test_pictures_in_place_of_latents_are_not_called_damaged(labels, tmp_path):
+    write_images(tmp_path / "images", ["a.png"])
+    (tmp_path / "images/dataset.json").write_text(json.dumps({"labels": labels}))
+    for use in (open_dataset, lambda path: pack(PackFlags(path, tmp_path / "packed"))):
+        with pytest.raises(InputError, match=r"images .*latents.* prepare it") as caught:
+            use(tmp_path / "images")
+        assert not any(word in str(caught.value) for word in ("delete", "remove", "truncated", "again"))
 
 
 def test_a_latent_of_another_type_is_named_when_read(folder):
@@ -461,6 +482,13 @@ def test_packed_label_out_of_range_is_found_when_opened(packed):
     labels[4] = 3
     np.save(packed / "vae-sd/labels.npy", labels)
     with pytest.raises(InputError, match=r"labels\.npy: label 3 is out of range for 3 classes"):
+        open_dataset(packed)
+
+
+def test_a_packed_label_that_makes_no_sense_does_not_make_the_number_of_classes(packed):
+    np.save(packed / "vae-sd/labels.npy", np.full(COUNT, 10**12))
+    edit(packed / "vae-sd", "num_classes")
+    with pytest.raises(InputError, match=r"labels\.npy .*1000000000000.*; pack again"):
         open_dataset(packed)
 
 

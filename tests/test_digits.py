@@ -99,6 +99,16 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_damaged_picture_is_not_taken_for_the_written_one(tmp_path, split):
+    few = split[0].take(np.arange(5))
+    write_image_folder(few, tmp_path / "raw")
+    path = min((tmp_path / "raw").rglob("*.png"))
+    for content in (path.read_bytes()[:40], b"\0" * 80, b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"--dest .*{path.name}.*name a new folder"):
+            write_image_folder(few, tmp_path / "raw")
+
+
 def test_a_file_as_dest_is_refused(tmp_path, split):
     (tmp_path / "raw").write_text("mine")
     with pytest.raises(InputError, match="is a file"):

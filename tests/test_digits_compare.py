@@ -8,7 +8,7 @@ from PIL import Image
 from test_digits import write_samples
 
 from common.errors import InputError
-from digits import compare
+from digits import report
 from digits.data import load_digits_split, upsample
 
 
@@ -26,13 +26,14 @@ def files(tmp_path):
 def test_numbers_and_picture_of_two_samplings(files, tmp_path, capsys):
     samples = [f"{name}={path}" for name, path in files.items()]
     out, picture = tmp_path / "report.json", tmp_path / "rows.png"
-    compare.main(["--samples", *samples, "--out", str(out), "--picture", str(picture)])
-    report = json.loads(out.read_text())
-    assert list(report) == ["right", "wrong"]
-    assert report["right"]["agree"] >= 380 and report["right"]["of"] == 400
-    assert report["wrong"]["agreement"] < 0.05
-    assert report["right"]["frechet"] < 0.1
-    assert f"{report['right']['agree']} of 400" in capsys.readouterr().out
+    report.main(["--samples", *samples, "--out", str(out), "--grid", str(picture)])
+    found = json.loads(out.read_text())
+    assert list(found) == ["right", "wrong"]
+    agreement = {name: part["agreement"]["samples"] for name, part in found.items()}
+    assert agreement["right"]["agree"] >= 380 and agreement["right"]["of"] == 400
+    assert agreement["wrong"]["agree"] < 20
+    assert found["right"]["frechet"]["samples"] < 0.1
+    assert f"{agreement['right']['agree']} of 400" in capsys.readouterr().out
     with Image.open(picture) as grid:
         assert grid.size == (20 * 68, 2 * 68)  # two digits of each class, a row per sampling
         rows = np.asarray(grid)
@@ -41,6 +42,13 @@ def test_numbers_and_picture_of_two_samplings(files, tmp_path, capsys):
 
 def test_bad_names_are_refused(files):
     with pytest.raises(InputError, match="NAME=FILE"):
-        compare.main(["--samples", "samples.npz"])
+        report.main(["--samples", "samples.npz", "a=other.npz"])
     with pytest.raises(InputError, match="a name of its own"):
-        compare.main(["--samples", f"a={files['right']}", f"a={files['wrong']}"])
+        report.main(["--samples", f"a={files['right']}", f"a={files['wrong']}"])
+
+
+def test_samplings_of_different_numbers_are_refused(files, tmp_path):
+    held_out = load_digits_split()[1]
+    fewer = write_samples(tmp_path, upsample(held_out.images[:100]), held_out.labels[:100])
+    with pytest.raises(InputError, match=r"--samples.* 400.* 100.*equal numbers"):
+        report.main(["--samples", f"all={files['right']}", f"some={fewer}"])

@@ -395,6 +395,10 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
     assert 'Unexpected key(s) in state_dict: "extra"' in refusal("dinov2-vit-b", tmp_path / "more.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     assert "holds no weights" in refusal("dinov2-vit-b", tmp_path / "list.pth")
+    torch.save({"encoder": 5}, tmp_path / "number.pth")
+    assert "holds no weights" in refusal("jepa-vit-h", tmp_path / "number.pth")
+    torch.save({"register_tokens": torch.ones(2)}, tmp_path / "part.pth")
+    assert "holds no weights" in refusal("dinov2reg-vit-s", tmp_path / "part.pth")
 
 
 def test_unreadable_files_are_refused_in_one_line(tmp_path):
@@ -411,7 +415,7 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path):
 def test_a_hub_that_cannot_be_reached_names_the_flag(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     message = refusal("dinov2-vit-b", None)
-    assert "vit_base_patch14_dinov2.lvd142m cannot be fetched" in message and "--enc-ckpt FILE" in message
+    assert "cannot load the weights vit_base_patch14_dinov2.lvd142m" in message and "--enc-ckpt FILE" in message
     assert "are not on the hub; give the authors' --enc-ckpt FILE" in refusal("mocov3-vit-b", None)
 
 

@@ -43,6 +43,7 @@ def end_of(error, capsys):
         (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), ["/tmp", "TMPDIR"]),
         (RuntimeError("No `Args` section is found in the docstring of `A`."), ["PYTHONOPTIMIZE"]),
         (MemoryError(), ["memory", "smaller batches"]),
+        (ModuleNotFoundError("No module named 'absent.part'", name="absent.part"), ["absent", "pip install"]),
         (InputError("--x 1 is wrong; pass 2"), ["--x 1 is wrong; pass 2"]),
     ],
 )
@@ -51,6 +52,10 @@ def test_a_command_ends_in_one_line_that_names_culprit_and_remedy(error, words, 
     assert code == 2
     assert printed.startswith("error: ") and printed.count("\n") == 1
     assert all(word in printed for word in words), printed
+
+
+def test_a_message_is_one_line_whatever_the_names_in_it():
+    assert str(InputError("a\n\x1b[31mb é; name another")) == "a [31mb é; name another"
 
 
 def test_ctrl_c_has_an_exit_code_of_its_own(capsys):

@@ -1,11 +1,13 @@
 """Feature extractors other than InceptionV3: preprocessing, DINOv2's position embedding, loading and its errors."""
 
 import math
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from evaluation_helpers import script
 
 from common.errors import InputError
 from evaluations.metrics.features import ImageNetwork, load_dinov2, load_features, resample_position
@@ -82,8 +84,8 @@ def test_any_timm_model_is_taken_with_its_own_preprocessing(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("no_such_model", "--features no_such_model: no such model or its weights are not at hand .*timm.list_models"),
-        ("local-dir:/nowhere", "--features local-dir:/nowhere: no such model"),
+        ("no_such_model", "cannot load --features no_such_model .*timm.list_models"),
+        ("local-dir:/nowhere", "cannot load --features local-dir:/nowhere .*TorchScript file"),
         ("/nowhere/script.pt", "--features /nowhere/script.pt.* TorchScript file"),
     ],
 )
@@ -93,8 +95,19 @@ def test_unknown_extractors_end_in_one_line(name, match):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_one_altered_bit_is_noticed(dinov2, tmp_path):
+    altered, of_script = tmp_path / "altered.pt", script(tmp_path / "script.pt", torch.nn.Linear(1000, 8))
+    for path, load in ((dinov2[0], lambda file: load_dinov2(file, name=SMALL)), (of_script, load_features)):
+        data = bytearray(Path(path).read_bytes())
+        data[len(data) // 2] ^= 1
+        altered.write_bytes(data)
+        with pytest.raises(InputError, match=r"altered\.pt.*checksum"):
+            load(str(altered))
+
+
 def test_dinov2_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     for path in (tmp_path / "text.pth", tmp_path / "none.pth"):
-        with pytest.raises(InputError, match=f"DINOv2 {path}: .*--dinov2-weights"):
+        with pytest.raises(InputError, match=f"DINOv2 {path} .*--dinov2-weights"):
             load_dinov2(path, name=SMALL)

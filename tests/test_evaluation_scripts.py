@@ -18,6 +18,7 @@ STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 best="--num-steps 50 --cfg-scale 1.4 --guidance-low 0 --guidance-high 0.7"
 [[ "$*" != *evaluations.sweep* ]] || echo "$best" > "$SWEEP/best.txt"
+[[ "$*" != *--check-only* ]] || exit ${CHECK:-0}
 [[ "$*" != *--format\\ png* ]] || exit 0
 while [ $# -gt 0 ] && [ "$1" != --sample-dir ]; do shift; done
 [ $# = 0 ] || { mkdir -p "$2"; touch "$2/NAME.npz"; }
@@ -57,15 +58,18 @@ def sampled(line, fast=FAST):
 def test_samples_and_measures_as_published(environment, tmp_path, size):
     done = run(f"{size}/eval", {**environment, "INCEPTION_WEIGHTS": str(tmp_path / "weights.pth")})
     assert done.returncode == 0, done.stderr
-    sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
+    check, sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
     config = sampled(sample)
     assert (config.ckpt, config.sample_dir) == (str(tmp_path / "step.pt"), str(tmp_path / "fid"))
-    assert (config.num_fid_samples, config.mode, config.cfg_scale, config.labels) == (50_000, "sde", 1.0, "random")
-    assert config.num_steps in (None, 250) and config.weights == "ema"
+    assert (config.num_fid_samples, config.cfg_scale, config.labels) == (50_000, 1.0, "random")
+    assert config.mode in (None, "sde") and config.num_steps in (None, 250) and config.weights == "ema"
     # the checkpoint knows its model
     assert [config.model, config.trans_depth, config.df_idxs, config.path_type, config.legacy_scaling] == [None] * 5
-    expected = f"-m evaluations.evaluator {tmp_path}/ref.npz {tmp_path}/fid/NAME.npz --json results/run-NAME.json"
-    assert evaluate == f"torchrun --standalone --nproc-per-node 2 {expected} --inception-weights {tmp_path}/weights.pth"
+    program = f"-m evaluations.evaluator {tmp_path}/ref.npz"
+    own = f"--inception-weights {tmp_path}/weights.pth"
+    launcher, measured = "torchrun --standalone --nproc-per-node 2", f"{tmp_path}/fid/NAME.npz"
+    assert evaluate == f"{launcher} {program} {measured} --json results/run-NAME.json {own}"
+    assert check == f"python {program} samples {own} --json results/run.json --check-only"
     assert table == "python -m evaluations.table results/run-NAME.json"
 
 
@@ -73,7 +77,7 @@ def test_further_flags_win_over_those_of_the_recipe(environment, tmp_path):
     own = ["--cfg-scale", "1.3", "--num-steps", "50", "--no-compile", "--dtype", "fp32"]
     done = run("base/eval", environment, *own)
     assert done.returncode == 0, done.stderr
-    config = sampled((tmp_path / "calls").read_text().splitlines()[0], (False, "fp32", "bf16", 64))
+    config = sampled((tmp_path / "calls").read_text().splitlines()[1], (False, "fp32", "bf16", 64))
     assert (config.cfg_scale, config.num_steps) == (1.3, 50)
 
 
@@ -82,8 +86,8 @@ def test_flow_maps_are_measured_as_published_with_each_number_of_steps(environme
     own = {"DINOV2_WEIGHTS": str(tmp_path / "weights.pth"), "NUM_FID_SAMPLES": "700"}
     done = run(f"dmf/eval_{size}", {**environment, **own}, "--mode", "restart")
     assert done.returncode == 0, done.stderr
-    *calls, table = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 6
+    check, *calls, table = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 6 and f"calc --images samples --ref {tmp_path}/ref.npz" in check and "--check-only" in check
     results = [f"results/run-NAME-steps-{steps}.json" for steps in (1, 2, 4)]
     for steps, sample, measure, result in zip((1, 2, 4), calls[::2], calls[1::2], results, strict=True):
         config = sampled(sample)
@@ -111,7 +115,8 @@ def test_guided_evaluation_searches_then_measures_the_best_setting(environment, 
     own = {"SCALES": "1.5 2", "INTERVALS": "0,0.7", "SWEEP": str(tmp_path), "SWEEP_SAMPLES": "40"}
     done = run("guided", {**environment, **own}, "--mode", "ode")
     assert done.returncode == 0, done.stderr
-    search, sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
+    check, search, sample_check, sample, evaluate, table = (tmp_path / "calls").read_text().splitlines()
+    assert check == sample_check and check.endswith("--check-only")
     args, generate = sweep.parse(search.removeprefix("python -m evaluations.sweep ").split())
     assert (args.cfg_scale, args.interval, args.num_steps, args.num_samples) == ([1.5, 2.0], [(0.0, 0.7)], [250], 40)
     assert (args.ckpt, args.ref, args.processes) == (str(tmp_path / "step.pt"), str(tmp_path / "ref.npz"), 2)
@@ -121,6 +126,20 @@ def test_guided_evaluation_searches_then_measures_the_best_setting(environment, 
     assert (config.num_steps, config.cfg_scale, config.guidance_low, config.guidance_high) == (50, 1.4, 0.0, 0.7)
     assert (config.num_fid_samples, config.mode) == (50_000, "ode")
     assert " -m evaluations.evaluator " in evaluate and table.endswith("results/run-NAME.json")
+
+
+@pytest.mark.parametrize("script", ["base/eval", "dmf/eval_xl", "guided"])
+def test_what_measuring_lacks_ends_it_before_anything_is_sampled(environment, tmp_path, script):
+    done = run(script, {**environment, "CHECK": "2"})
+    assert done.returncode == 2
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert call.endswith("--check-only")
+
+
+def test_a_place_that_cannot_be_written_ends_the_search(environment, tmp_path):
+    done = run("guided", {**environment, "SAMPLE_DIR": f"{tmp_path}/ref.npz/fid"})
+    assert done.returncode == 2 and "ref.npz/fid cannot be written" in done.stderr and "SAMPLE_DIR=" in done.stderr
+    assert "evaluations.sweep" not in (tmp_path / "calls").read_text()
 
 
 def test_guided_evaluation_needs_a_reference(environment, tmp_path):
@@ -155,10 +174,12 @@ def test_sampling_alone(environment, tmp_path):
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
 
 
-def test_without_an_npz_there_is_nothing_to_measure(environment, tmp_path):
-    done = run("base/eval", environment, "--format", "png")
+@pytest.mark.parametrize("script", ["base/eval", "dmf/eval_xl"])
+def test_without_an_npz_there_is_nothing_to_measure(environment, tmp_path, script):
+    done = run(script, environment, "--format", "png")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/fid holds no npz to measure; leave out --format png\n"
+    assert done.stderr == "error: --format png gives nothing to measure; pass REF=none\n"
+    assert "generate.py" not in (tmp_path / "calls").read_text()
 
 
 @pytest.mark.parametrize(("script", "kind"), [("base/eval", "ADM"), ("dmf/eval_xl", "Decoupled"), ("guided", "ADM")])

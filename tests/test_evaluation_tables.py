@@ -1,6 +1,7 @@
 """Tables: parts of the FLOP count beside Table 8, results beside the paper's, sweeps."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import programs
@@ -160,13 +161,14 @@ def test_plots_hold_the_published_curves_and_the_runs(tmp_path, capsys):
     guided = result(tmp_path / "guided.json", cfg_scale=1.5)
     results = {path: Result.read(path) for path in (*xl, guided)}
     lines = table.curves(results, *table.PLOTS["plot_epochs"][:3])
-    assert lines["here: ours"] == [pytest.approx((k * 256_000 / 1_281_167, 100 - k)) for k in (10, 20)]
+    ours = "ours: sde, 250 steps, no guidance, ema, 50000 images"
+    assert lines[ours] == [pytest.approx((k * 256_000 / 1_281_167, 100 - k)) for k in (10, 20)]
     drawn = [(round(x), fid) for x, fid in lines["paper: DeepFlow-XL/2-3T"]]
     assert drawn == [(80, 10.3), (100, 9.8), (200, 7.8), (400, 7.2)] and len(lines) == 5
     assert "guided.json is not drawn" in capsys.readouterr().err
     lines = table.curves(results, *table.PLOTS["plot_parameters"][:3])
     assert [(int(x), fid) for x, fid in lines["paper: DeepFlow-XL/2-4T"]] == [(822, 9.7)]
-    assert {int(x) for x, _ in lines["here: ours"]} == {681}
+    assert {int(x) for x, _ in lines[ours]} == {681}
     plots = [tmp_path / "epochs.png", tmp_path / "parameters.png"]
     table.main([*xl, "--plot-epochs", str(plots[0]), "--plot-parameters", str(plots[1])])
     assert all(Image.open(path).size[0] > 300 for path in plots)
@@ -218,10 +220,67 @@ def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd, monkeyp
     sweep.main([str(flag) for flag in flags])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")} == before
     assert "computing sample" not in capfd.readouterr().out
-    with pytest.raises(InputError, match=r"another num_samples \(4\); name another --out"):
+    with pytest.raises(InputError, match=r"another num_samples \(4, now 5\); name another --out"):
         sweep.main(
             [str(flag) for flag in ["--num-samples" if f == "--num-samples" else 5 if f == 4 else f for f in flags]]
         )
+
+
+SWEEP = ["--ckpt", "ckpt.pt", "--ref", "ref.npz", "--out", "out", "--num-steps", "2", "--cfg-scale", "1", "2"]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A finished sweep of two settings in the current folder; what checks and starts programs is noted."""
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "run_python", lambda processes, *words: calls.append(words))
+    monkeypatch.setattr(sweep, "check_inputs", lambda args, processes: calls.append(args))
+    for name in ("ckpt.pt", "ref.npz"):
+        (tmp_path / name).touch()
+    (tmp_path / "out").mkdir()
+    for name, scale in (("1.0", 1.0), ("2.0-0.0-1.0", 2.0)):
+        manifest = {"num_steps": 2, "cfg_scale": scale, "num_fid_samples": 5000, "weights_sha256": "a"}
+        content = {"metrics": {"fid": scale}, "manifest": manifest}
+        (tmp_path / f"out/steps-2-cfg-{name}.json").write_text(json.dumps(content))
+    return calls
+
+
+def test_a_finished_sweep_is_only_read(measured, capsys):
+    sweep.main(SWEEP)
+    (checked,) = measured
+    assert (checked.reference, checked.features) == ("ref.npz", None)
+    assert "lowest: --num-steps 2 --cfg-scale 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda text: text[: len(text) // 2], "not JSON.*delete it"),
+        (lambda text: "\0" * len(text), "not JSON.*delete it"),
+        (lambda text: text.replace('"fid"', '"sfid"'), "holds no fid.*delete it"),
+        (lambda text: text.replace('{"fid": 2.0}', "{}"), "metrics.*delete it"),
+        (lambda text: text.replace('"fid": 2.0', '"fid": NaN'), "metrics.*delete it"),
+        (lambda text: text.replace('"cfg_scale": 2.0', '"cfg_scale": 3.0'), r"another cfg_scale \(3.0\).*delete it"),
+        (lambda text: text.replace("5000", "50"), r"another num_fid_samples \(50\).*delete it"),
+        (lambda text: text.replace('"a"', '"b"'), "other weights than --ckpt.*another --out"),
+    ],
+    ids=["cut", "zeroed", "other metrics", "no metrics", "nan", "other setting", "fewer samples", "other weights"],
+)
+def test_a_measured_setting_is_read_before_it_is_skipped(measured, change, match):
+    path = Path("out/steps-2-cfg-2.0-0.0-1.0.json")
+    path.write_text(change(path.read_text()))
+    with pytest.raises(InputError, match=match):
+        sweep.main(SWEEP)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"), [(["--cfg-scale", "1", "0.5"], "--cfg-scale"), (["--interval", "1,0"], "low")]
+)
+def test_a_setting_that_cannot_be_sampled_ends_a_sweep_at_once(measured, changes, flag):
+    with pytest.raises(InputError, match=flag):
+        sweep.main([*SWEEP, *changes])
+    assert measured == []
 
 
 def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
@@ -231,16 +290,16 @@ def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
             (tmp_path / "samples/steps-2-cfg-1.0").mkdir(parents=True)
             (tmp_path / "samples/steps-2-cfg-1.0/a.npz").touch()
         else:
-            (tmp_path / "steps-2-cfg-1.0.json").write_text('{"metrics": {"fid": 1.0}}')
+            (tmp_path / "steps-2-cfg-1.0.json").write_text('{"metrics": {"fd_f": 1.0}}')
 
     calls = []
     monkeypatch.setattr(sweep, "run_python", run_python)
     flags = ["--ckpt", "c", "--ref", "r", "--out", str(tmp_path), "--features", "f", "--other-size", "--", "--heun"]
-    assert sweep.measure(sweep.Setting(2, 1.0, 0.0, 1.0), *sweep.parse(flags)).metrics == {"fid": 1.0}
+    assert sweep.measure(sweep.Setting(2, 1.0, 0.0, 1.0), *sweep.parse(flags)).metrics == {"fd_f": 1.0}
     sampled, evaluated = calls
     assert sampled[0].endswith("generate.py") and evaluated[:2] == ["-m", "evaluations.evaluator"]
     assert sampled[-1] == "--heun" and "--other-size" not in sampled
-    assert evaluated[-3:] == ["--features", "f", "--other-size"]
+    assert evaluated[-5:-2] == ["--features", "f", "--other-size"]
 
 
 def test_settings_without_guidance_are_taken_once(tmp_path):

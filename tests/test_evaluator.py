@@ -141,7 +141,8 @@ def test_stored_statistics_take_the_place_of_computed_ones(files, small_inceptio
 def test_statistics_of_another_network_are_refused(files, small_inception, tmp_path):
     moments = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(28), "sigma_s": np.eye(28)}
     other = save_npz(tmp_path / "other.npz", pictures(9, 1), **moments)
-    refused(r"other.npz .*cannot be compared: .*\(12,\).*\(64,\)", other, files[1])
+    refused(r"other.npz .*\(64,\).*\(12,\)", other, files[1])
+    refused(r"other.npz .*\(64,\).*\(12,\)", other, tmp_path / "none.npz", "--check-only")
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
@@ -295,6 +296,33 @@ def test_missing_files_and_values_are_named(files, tmp_path):
     refused(r"nowhere\.pt.* TorchScript file", reference, samples, "--features", tmp_path / "nowhere.pt")
     refused("--batch-size 0 is out of range", reference, samples, "--batch-size", 0)
     refused("--features wrong returns", reference, samples, "--features", script(tmp_path / "wrong.pt", Wrong()))
+
+
+def test_check_only_needs_no_samples(files, small_inception, tmp_path, capsys):
+    result = tmp_path / "r.json"
+    out, _ = run(capsys, files[0], tmp_path / "none.npz", "--check-only", "--json", result)
+    assert "ref.npz: 20 images" in out and "Computing" not in out and not result.exists()
+
+
+def test_check_only_finds_what_would_end_the_measuring(files, tmp_path):
+    def lacks(match, reference, *flags):
+        refused(match, reference, tmp_path / "none.npz", "--check-only", *flags)
+
+    lacks("nowhere.npz", tmp_path / "nowhere.npz")
+    lacks("none.pth", files[0], "--inception-weights", tmp_path / "none.pth")
+    lacks("--json", files[0], "--json", files[0] + "/r.json")
+    features = ("--features", files[2])
+    data = bytearray(open(files[0], "rb").read())
+    data[5000] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(data)
+    lacks("damaged.npz .*CRC", tmp_path / "damaged.npz", *features)
+    lacks("--features wrong", files[0], "--features", script(tmp_path / "wrong.pt", Wrong()))
+
+
+def test_a_smaller_last_split_is_said(files, small_inception, capsys, monkeypatch):
+    monkeypatch.setattr(evaluator, "SPLIT", 15)
+    assert "the last 3 images weigh as much" in run(capsys, *files[:2])[1]
+    assert "weigh as much" not in run(capsys, *files[:2], "--splits", 3)[1]
 
 
 def test_features_that_are_not_finite_give_no_number(files, tmp_path, capsys):

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from common.errors import InputError
+from common.flags import parse_flags
 from generate import GenerateConfig
 from models import model_config
 from models.codec import LatentCodec
@@ -122,6 +123,12 @@ def test_labels_that_are_none_are_refused(ckpt, tmp_path, labels, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_labels_in_a_pipe_are_refused_instead_of_waited_for(ckpt, tmp_path):
+    os.mkfifo(tmp_path / "labels")
+    with pytest.raises(InputError, match=rf"--labels {tmp_path}/labels.* text file"):
+        tiny.run_generate(ckpt, tmp_path / "s", labels=tmp_path / "labels")
+
+
 @pytest.mark.parametrize("text", ["", "1 x", "-1"])
 def test_label_files_that_hold_something_else_are_refused(ckpt, tmp_path, text):
     (tmp_path / "labels.txt").write_text(text)
@@ -186,9 +193,26 @@ def test_forward_passes_in_the_manifest_are_those_made(ckpt, tmp_path, monkeypat
 @pytest.mark.parametrize(("mode", "steps"), [("sde", 250), ("ode", 50), ("euler", 4), ("restart", 4)])
 def test_default_steps(mode, steps):
     config = GenerateConfig(ckpt="x", mode=mode)
-    assert config.resolve().num_steps == steps
-    assert config.num_steps is None  # resolving makes a copy
-    assert GenerateConfig(ckpt="x", mode=mode, num_steps=7).resolve().num_steps == 7
+    assert config.for_model("flow map").num_steps == steps
+    assert config.num_steps is None  # that was a copy
+    assert GenerateConfig(ckpt="x", mode=mode, num_steps=7).for_model("flow map").num_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "steps"), [("flow", "sde", 250), ("text", "sde", 250), ("flow map", "euler", 4)]
+)
+def test_the_sampler_follows_the_kind_of_model(kind, mode, steps):
+    config = GenerateConfig(ckpt="x").for_model(kind)
+    assert (config.mode, config.num_steps) == (mode, steps)
+    assert GenerateConfig(ckpt="x", num_steps=2).for_model(kind).num_steps == 2
+    assert GenerateConfig(ckpt="x", mode="ode").for_model(kind).num_steps == 50
+
+
+def test_help_says_which_sampler_is_the_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(GenerateConfig, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: sde, for flow maps euler" in text and "default: 250 for sde" in text and "4 for euler" in text
 
 
 def test_guidance_changes_the_images_and_scale_one_does_not(reference, ckpt, tmp_path):

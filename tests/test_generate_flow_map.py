@@ -6,6 +6,8 @@ import tiny
 import torch
 
 from common.errors import InputError
+from common.flags import parse_flags
+from generate import GenerateConfig, generate
 from models import load_checkpoint
 
 MAP = {"name": "DeepFlow-DMF-Ti/2", "depth": 2, "df_idxs": (1,), "dmf_depth": 1}
@@ -36,6 +38,17 @@ def test_one_step_is_the_same_either_way(files, tmp_path):
         tiny.run_generate(files["map"], tmp_path / mode, mode=mode, num_steps=1)[1] for mode in ("euler", "restart")
     ]
     assert np.array_equal(*images)
+
+
+def test_a_flow_map_is_sampled_along_its_map_in_few_steps_by_default(files, tmp_path):
+    line = ["--ckpt", str(files["map"]), "--num-fid-samples", "2", "--sample-dir", str(tmp_path)]
+    with tiny.one_thread():
+        generate(parse_flags(GenerateConfig, line).resolve())
+    folder, images, manifest = tiny.results(tmp_path)
+    assert (manifest["mode"], manifest["num_steps"], manifest["model_evaluations"]) == ("euler", 4, 4)
+    assert folder.name.endswith("-euler") and len(images) == 2
+    _, _, shifted = tiny.run_generate(files["map"], tmp_path / "shifted", shift=1.5)
+    assert (shifted["mode"], shifted["shift"]) == ("euler", 1.5)
 
 
 def test_a_flow_map_is_a_flow_model_too(files, tmp_path):
@@ -77,6 +90,7 @@ def test_a_compiled_flow_map_gives_the_same_latents(files, tmp_path):
         ("flow", {"mode": "euler"}, "--mode euler needs a flow map"),
         ("flow", {"mode": "restart"}, "--mode restart needs a flow map"),
         ("flow", {"dmf_depth": 1}, "flow.pt is a flow model"),
+        ("flow", {"shift": 1.5}, "--shift moves the times of flow maps"),
         ("map", {"mode": "euler", "dmf_depth": 2}, "--dmf-depth 2 contradicts"),
         ("map", {"mode": "euler", "shift": 0.0}, "--shift 0.0 is out of range; it must be greater than 0"),
         ("map", {"mode": "euler", "shift": -1.5}, "--shift -1.5 is out of range; it must be greater than 0"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import captioned
 import numpy as np
@@ -32,13 +33,12 @@ def sampler(ckpt, **changes):
     config = parse_flags(TextGenerateConfig, tiny.flags(**values))
     source = read_prompts(config.prompts, config.global_seed)
     config = config.resolve(source)
-    config.check()
     return ImageSampler(config, functools.partial(Prompts, source=source), torch.device("cpu"))
 
 
 def test_defaults():
     config = parse_flags(TextGenerateConfig, ["--ckpt", "x", "--prompts", "a cat"]).resolve(PromptList(["a cat"]))
-    config.check()
+    config = config.for_model("text")
     assert (config.mode, config.num_steps, config.cfg_scale, config.num_fid_samples) == ("sde", 250, 2.0, 1)
 
 
@@ -145,7 +145,9 @@ def test_the_layout_of_geneval(ckpt, tmp_path):
     assert check_layout(folder, path) == []
     (folder / "00001/samples/0003.png").unlink()
     (folder / "00000/metadata.jsonl").unlink()
-    assert len(check_layout(folder, path)) == 2
+    shutil.copyfile(folder / "00000/samples/0001.png", folder / "00001/samples/0001.png")
+    faults = check_layout(folder, path)
+    assert len(faults) == 3 and any("00001/samples/0001.png" in fault for fault in faults)
     leftover = folder / "00001/samples/.0003.png.1.tmp"  # of a process that was killed
     leftover.touch()
     captioned.run_generate(ckpt, tmp_path / "s", path)

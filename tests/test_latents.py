@@ -30,7 +30,7 @@ PACKED = {
     "format": "deepflow-data",
     "version": 1,
     "kind": "moments",
-    "latents": SPEC,
+    "latents": {**SPEC, "encoder_sha256": "1" * 64, "decoder_sha256": "2" * 64},
     "flipped": False,
     "arithmetic": "fp32",
     "moments_shape": [8, 4, 4],
@@ -61,7 +61,7 @@ def parse(**changes):
 
 def test_a_manifest_is_read_as_it_is_written():
     manifest = parse()
-    assert manifest.latents == LatentSpec(**SPEC) and manifest.moments_spec() is manifest.latents
+    assert manifest.latents == LatentSpec(**PACKED["latents"]) and manifest.moments_spec() is manifest.latents
     assert manifest.shards == tuple(Shard(**shard) for shard in SHARDS) and manifest.shape == (8, 4, 4)
     assert manifest.left_out == (("a.png", "the file is empty"),) and manifest.class_names == ("cat", "dog")
     assert manifest.is_packed and manifest.text is None and manifest.image_set == "f" * 64
@@ -127,6 +127,12 @@ def test_shards_must_add_up(shards):
         parse(shards=shards)
 
 
+@pytest.mark.parametrize("name", ["", "..", "../x", "/x", "a/b", "a\\b", "a\0b"])
+def test_shards_lie_in_the_folder(name):
+    with pytest.raises(InputError, match=r"manifest\.json.*'shards\.0\.file'.* again"):
+        parse(shards=[{**SHARDS[0], "file": name}, SHARDS[1]])
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"format": "other", "count": 1}'])
 def test_what_is_no_manifest_is_refused(content, tmp_path):
     (tmp_path / "manifest.json").write_bytes(content)
@@ -148,7 +154,7 @@ def test_moments_spec_of_other_kinds_is_refused():
 
 # ------------------------------------------------------------------------------------------------------- dataset.json
 
-ODD = ["0", "a/b", "a b", "Z", "\ud800", "\U0001f600", 'qu"ote', "ü", "a\udc80/x"]
+ODD = ["0", "a/b", "a b", "Z", "\U0001f600", 'qu"ote', "ü", "a\udc80/x"]
 
 
 def test_labels_are_written_as_json_writes_them_and_read_again():
@@ -181,7 +187,8 @@ def test_null_labels_are_for_sources_only(tmp_path):
 
 BROKEN = ["", "{", '{"labels": [1,]}', "[" * 100_000, "[1]", "{}", '{"labels": 3}', '{"labels": [["a"]]}']
 BROKEN += ['{"labels": [5]}', '{"labels": [["a", "0"]]}', '{"labels": [["a", true]]}', '{"labels": [["a", 1.0]]}']
-BROKEN += [f'{{"labels": [["{name}", 1]]}}' for name in ("", "/a", "../a", "a/../../b", "a/..", r"a\u0000b")]
+NO_NAMES = ("", "/a", "../a", "a/../../b", "a/..", r"a\u0000b", r"\ud800.png")
+BROKEN += [f'{{"labels": [["{name}", 1]]}}' for name in NO_NAMES]
 BROKEN += ['{"labels": [["a", 1], ["b", 1], ["a", 2]]}', f'{{"labels": [["a", {10**12}]]}}']
 BROKEN += [f'{{"labels": [["a", {2**63}]]}}', f'{{"labels": [["a", {-(2**63)}]]}}']
 

@@ -15,7 +15,8 @@ TOLERANCE = 2e-6
 
 def from_state(state, name, **known):
     """MMDiT of a published state dict; known: what no weight tells."""
-    state, config = convert(state, config_from_state(state))
+    config = config_from_state(state)
+    state = convert(state, config)
     model = build({**config, **known})
     assert isinstance(model, MMDiT)
     load_strictly(model, state, name)

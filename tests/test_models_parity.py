@@ -47,7 +47,7 @@ def test_parity_sit_release_turned_round_in_time(case):
     state = parity.parameters("sit", case)
     heads = case["config"]["num_heads"]
     config = {**config_from_state(state), "num_heads": heads}
-    state, config = convert(state, config, "sit")
+    state = convert(state, config, "sit")
     model = DeepFlow(**config).eval()
     load_strictly(model, state, case["id"])
     values = parity.arrays("sit", case["id"])
@@ -63,7 +63,7 @@ def test_parity_repa_velocity_and_projection(case, dtype):
     state = parity.parameters("repa", case)
     config = config_from_state(state)
     config.update({key: case["config"][key] for key in ("num_heads", "encoder_depth")})
-    state, config = convert(state, config)
+    state = convert(state, config)
     model = DeepFlow(**config).to(dtype).eval()
     values = parity.arrays("repa", case["id"])
     torch.testing.assert_close(model.pos_embed.float(), values["pos_embed"])
@@ -81,7 +81,8 @@ def test_parity_manifests_load_strictly(family):
     assert manifests or parity.FIXTURES != parity.OWN_FIXTURES
     for name, shapes in manifests.items():
         state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        state, config = convert(state, config_from_state(state), "sit" if family == "sit" else "repa")
+        config = config_from_state(state)
+        state = convert(state, config, "sit" if family == "sit" else "repa")
         with torch.device("meta"):
             model = build_model(config)
         load_strictly(model, state, name)

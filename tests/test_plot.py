@@ -46,6 +46,21 @@ def test_one_and_several_runs_make_one_picture(tmp_path, capsys):
     assert "curves of 2 runs" in capsys.readouterr().out
 
 
+def test_starts_are_drawn(tmp_path, monkeypatch):
+    run, drawn = write_log(tmp_path / "a", *({"step": step, "loss": 2, "grad_norm": 1} for step in (1, 2, 3))), []
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda axes, x, **_: drawn.append(x))
+    plot.save_curves([run], tmp_path / "curves.png")
+    assert drawn == []  # of a run from before starts were kept
+    (run / "starts.jsonl").write_text("".join(json.dumps({"step": step, "changes": {}}) + "\n" for step in (0, 2, 3)))
+    for place in (run, run / "log.jsonl"):
+        plot.save_curves([place], tmp_path / "curves.png")
+        assert drawn == [2, 3, 2, 3]  # in both panels
+        drawn.clear()
+    (run / "starts.jsonl").write_text('{"step": "two"}\n')
+    with pytest.raises(InputError, match=r"starts\.jsonl, line 1: 'step'"):
+        plot.save_curves([run], tmp_path / "curves.png")
+
+
 def test_command_draws_the_log_of_a_run(tmp_path):
     run = write_log(tmp_path / "a", {"step": 1, "loss": 2})
     done = programs.run("-m", "training.plot", run, "--out", tmp_path / "curves.png")

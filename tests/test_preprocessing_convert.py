@@ -127,7 +127,7 @@ def test_another_job_or_foreign_files_are_refused(tmp_path):
         convert(ConvertFlags(source, tmp_path / "dest", (16, 16), "center-crop-dhariwal"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("precious")
-    with pytest.raises(InputError, match="--dest folder must be empty"):
+    with pytest.raises(InputError, match=r"--dest folder must be empty: .*; name another"):
         convert(ConvertFlags(source, tmp_path / "full", (16, 16), "center-crop-dhariwal"))
     assert Job(tmp_path / "fresh", {}).begin()
     with pytest.raises(InputError, match="half filled by another command"):
@@ -173,12 +173,21 @@ def add(source):
     photo(51, 20, 24).save(source / "n0001/0.png")
 
 
+def add_first(source):
+    photo(52, 20, 24).save(source / "n0000/+.png")
+
+
+def remove_all_after_the_second_chunk(source):
+    for path in sorted(source.glob("*/*"))[6:]:  # position 6 is written, its chunk is not finished
+        path.unlink()
+
+
 def remove_most(source):
     for path in (*sorted(source.glob("n0001/*"))[1:], *source.glob("n0002/*")):
         path.unlink()
 
 
-@pytest.mark.parametrize("change", [repair, remove, add, remove_most])
+@pytest.mark.parametrize("change", [repair, remove, add, add_first, remove_most, remove_all_after_the_second_chunk])
 def test_after_images_were_repaired_added_or_removed_only_their_chunks_are_redone(
     change, tmp_path, small_chunks, monkeypatch
 ):
@@ -191,7 +200,25 @@ def test_after_images_were_repaired_added_or_removed_only_their_chunks_are_redon
     convert(ConvertFlags(source, tmp_path / "fresh", (16, 16), workers=1))
     assert tree(tmp_path / "dest") == tree(tmp_path / "fresh")
     kept = 3 if change is repair else 0  # the first image of an unchanged chunk
-    assert f"00000/img{kept:08d}.png" not in done[: done.index("names.txt")]
+    assert (f"00000/img{kept:08d}.png" in done[: done.index("names.txt")]) == (change is add_first)
+
+
+def test_an_image_that_is_put_back_is_converted_again(tmp_path, small_chunks, monkeypatch):
+    source = write_class_folders(tmp_path / "source")
+    options = half_convert(source, tmp_path / "dest")
+    (source / "n0000/0.JPEG").rename(tmp_path / "away.JPEG")
+    half_convert(source, tmp_path / "dest")
+    (tmp_path / "away.JPEG").rename(source / "n0000/0.JPEG")
+    convert(options)
+    convert(ConvertFlags(source, tmp_path / "fresh", (16, 16), workers=1))
+    assert tree(tmp_path / "dest") == tree(tmp_path / "fresh")
+
+
+def test_a_destination_in_the_source_is_refused(tmp_path):
+    source = write_class_folders(tmp_path / "source")
+    with pytest.raises(InputError, match=r"--dest .*converted lies in --source.*; name another"):
+        convert(ConvertFlags(source, source / "converted", (16, 16)))
+    assert not (source / "converted").exists()
 
 
 def test_a_half_filled_folder_is_not_filled_from_elsewhere(tmp_path, small_chunks):
@@ -246,8 +273,14 @@ def test_zip_out_is_idempotent_and_refuses_other_files(tmp_path, capsys):
     for _ in range(2):
         convert(ConvertFlags(source, tmp_path / "dest.zip", (16, 16), "center-crop-dhariwal"))
     assert "nothing to do" in capsys.readouterr().err
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="holds something else; name another"):
         convert(ConvertFlags(source, tmp_path / "dest.zip", (8, 8), "center-crop-dhariwal"))
+    (tmp_path / "folder.zip").mkdir()
+    os.mkfifo(tmp_path / "pipe.zip")
+    for name in ("folder.zip", "pipe.zip"):
+        with pytest.raises(OSError, match=r"directory|regular"):  # before anything is converted
+            convert(ConvertFlags(source, tmp_path / name, (16, 16)))
+        assert not (tmp_path / f"{name}.work").exists()
 
 
 def test_broken_zip_is_named(tmp_path):

@@ -120,8 +120,8 @@ def kill_everywhere(job, root, name):
 
 @pytest.mark.parametrize("name", ["dest", "dest.zip"])
 def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing.convert, "CHUNK", 3)
-    source = write_class_folders(tmp_path / "source", per_class=2)
+    monkeypatch.setattr(preprocessing.convert, "CHUNK", 2)
+    source = write_class_folders(tmp_path / "source", classes=2, per_class=2)
 
     def job(dest):
         with locked(dest, "--dest"):
@@ -133,7 +133,7 @@ def test_convert_killed_at_every_write(name, tmp_path, monkeypatch):
 
 def test_pack_killed_at_every_write(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing.pack, "BATCH", 4)
-    source = write_folder_layout(tmp_path / "source", count=30)
+    source = write_folder_layout(tmp_path / "source", count=18)
 
     def job(dest):
         pack(PackFlags(source, dest, shard_size=7))

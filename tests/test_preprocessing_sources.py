@@ -193,6 +193,15 @@ def test_names_and_labels_of_a_dataset_json_that_make_no_sense(labels, tmp_path)
         ImageSource(source)
 
 
+def test_a_source_without_images_or_half_filled_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--source .* holds no images"):
+        ImageSource(tmp_path)
+    source = write_class_folders(tmp_path / "source")
+    (source / ".partial").mkdir()
+    with pytest.raises(InputError, match="source is not finished; run the same"):
+        ImageSource(source, published_labels=True)
+
+
 def test_a_line_break_in_a_name_is_noticed_first(tmp_path):
     source = write_class_folders(tmp_path / "source", classes=1)
     (source / "n0000/0.JPEG").rename(source / "n0000/a\nb.png")

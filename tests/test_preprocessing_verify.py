@@ -128,6 +128,11 @@ FOLDER_FAULTS = {  # what is done → kind of fault, and what the line names
         "unreadable row",
         r"00000002\.npy has shape",
     ),
+    "a number first": (
+        lambda d: np.save(d / LATENT.format(0), np.float32(1)),
+        "unreadable",
+        r"latents have shape \(\)",
+    ),
     "VAE id": (lambda d: other_vae(d / "vae-sd", vae="stabilityai/sd-vae-ft-ema"), "wrong VAE", "latents is"),
     "VAE family": (lambda d: other_vae(d / "vae-sd", family="sd-vae-ft"), "wrong VAE", "latents is"),
     "stray latent": (lambda d: np.save(d / "vae-sd/00000/x.npy", 0), "stray file", r"00000/x\.npy"),
@@ -217,9 +222,11 @@ def test_a_swapped_pair_in_the_folder_layout_is_found_by_encoding_again(data):
 
 
 def test_another_vae_is_found(data, tmp_path):
-    other = shutil.copytree(tiny_vae(), tmp_path / "other-vae")
-    report = verify(data, vae=other)
-    assert len(report.faults["wrong VAE"]) == 2 and "family random-vae" in report.faults["wrong VAE"][0]
+    renamed = shutil.copytree(tiny_vae(), tmp_path / "other-vae")
+    assert verify(data, vae=renamed).faults == {}
+    change_json(renamed / "config.json", lambda config: config.update(scaling_factor=0.5))
+    report = verify(data, vae=renamed)
+    assert len(report.faults["wrong VAE"]) == 2 and "VAE mismatch" in report.faults["wrong VAE"][0]
 
 
 def test_latents_at_another_scale_are_found(data):

@@ -1,6 +1,7 @@
 """Stores and the npz: what is kept, what is missing, and what happens on full disks and with damaged files."""
 
 import errno
+import os
 import threading
 import time
 import tracemalloc
@@ -12,6 +13,7 @@ from PIL import Image
 
 import common.files
 from common.errors import InputError
+from common.files import locked
 from common.look_ahead import ordered_map
 from sampling.stores import PartFiles, PngFiles, pack, prepare_folder, write_npz
 
@@ -68,7 +70,7 @@ def test_pngs_that_are_there_are_not_written_again(tmp_path):
     before = files(tmp_path)
     store.write(range(1, 5), 255 - IMAGES[1:5])
     assert {name: files(tmp_path)[name] for name in before} == before
-    assert np.array_equal(store.read(4), 255 - IMAGES[4])
+    assert np.array_equal(store.read(store.path(4))[0], 255 - IMAGES[4])
 
 
 @pytest.mark.parametrize("keep", [0, 11, 40, -1])
@@ -100,20 +102,118 @@ def test_a_damaged_image_is_named_and_no_npz_is_written(tmp_path, damage):
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def test_a_damaged_part_is_named(tmp_path):
+@pytest.mark.parametrize("cut", [10, 100])
+def test_a_damaged_part_is_named(tmp_path, cut):
     store = PartFiles(tmp_path / "rows", "arr_0")
     store.write(range(7), IMAGES)
     (path,) = store.folder.iterdir()
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(InputError, match=f"{path} is damaged"):
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(InputError, match=rf"{path} is .*; run the same again"):
         pack(store, tmp_path / "a.npz", 7)
     assert not (tmp_path / "a.npz").exists()
 
 
-def test_rows_that_are_missing_are_named(store, tmp_path):
+@pytest.mark.parametrize("name", ["a.npz", None])
+def test_rows_that_are_missing_are_named(store, tmp_path, name):
     store.write(range(4), IMAGES[:4])
-    with pytest.raises(InputError, match="3 of 7 images are missing, the first is 4; run the same again"):
-        pack(store, tmp_path / "a.npz", 7)
+    with pytest.raises(InputError, match=rf"{store.folder}.* 4; run the same again|000004\.png .*; run the same again"):
+        pack(store, name and tmp_path / name, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+# ------------------------------------------------------------------------------------------------- seals
+
+
+def zeroed(path, _other):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path, _other):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path, _other):
+    path.write_bytes(b"")
+
+
+def flipped(path, _other):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def exchanged(path, other):
+    path.write_bytes(other.read_bytes())
+
+
+def black(path, _other):
+    if path.suffix == ".npy":
+        np.save(path, np.zeros_like(IMAGES[:3]))
+    else:
+        Image.new("RGB", (8, 8)).save(path)
+
+
+def of_another_kind(path, _other):
+    Image.fromarray(IMAGES[0, :, :, 0]).resize((5, 9)).save(path, format="PNG")
+
+
+@pytest.mark.parametrize("alter", [zeroed, cut, empty, flipped, exchanged, black, of_another_kind])
+def test_what_is_not_as_it_was_written_is_made_again(store, alter, capsys):
+    batches = [range(0, 3), range(3, 6)]
+    for batch in batches:
+        store.write(batch, IMAGES[batch.start : batch.stop])
+    before = files(store.folder)
+    first, second, *_ = sorted(store.folder.iterdir())
+    alter(second, first)
+    store.sealed = True
+    lost = [1] if store.kind == "png" else [3, 4, 5]
+    assert store.missing(6) == lost
+    assert f"1 damaged or altered files are deleted and made again, the first is {second}" in capsys.readouterr().err
+    assert not second.exists()
+    for batch in batches:
+        store.write(batch, IMAGES[batch.start : batch.stop])
+    assert files(store.folder) == before and store.missing(6) == []
+
+
+def test_files_of_earlier_versions_are_taken_over(store, tmp_path):
+    if store.kind == "png":
+        for index in range(3):
+            Image.fromarray(IMAGES[index]).save(store.path(index))
+    else:
+        np.save(store.folder / "rows-00000000-00000003.npy", IMAGES[:3])
+    assert store.missing(4) == [3]
+    store.write(range(3, 7), IMAGES[3:])
+    pack(store, tmp_path / "a.npz", 7)
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], IMAGES)
+
+
+def test_a_folder_remembers_whether_all_its_files_have_seals(tmp_path):
+    assert prepare_folder(tmp_path / "new", {"mode": "sde"})
+    Image.new("RGB", (8, 8)).save(tmp_path / "new/000000.png")
+    assert prepare_folder(tmp_path / "new", {"mode": "sde"})
+    (tmp_path / "new/settings.json").write_text('{"mode": "sde"}')
+    for _ in range(2):
+        assert not prepare_folder(tmp_path / "new", {"mode": "sde"})
+
+
+def test_what_is_no_part_is_left_alone(tmp_path):
+    store = PartFiles(tmp_path, "arr_0")
+    store.sealed = True
+    (tmp_path / "rows-a-b.npy").write_bytes(b"mine")
+    assert store.missing(2) == [0, 1]
+    store.write(range(2), IMAGES[:2])
+    store.finish(2)
+    assert files(tmp_path) == {"rows-a-b.npy": b"mine"}
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: os.mkfifo(path)], ids=["folder", "pipe"])
+def test_what_is_no_file_is_named_and_left_alone(store, make):
+    path = store.folder / ("000001.png" if store.kind == "png" else "rows-00000000-00000002.npy")
+    make(path)
+    store.sealed = True
+    with pytest.raises(InputError, match=f"{path} cannot be read"):
+        store.missing(2)
+    assert path.exists()
 
 
 @pytest.mark.parametrize("count", [3, 9])
@@ -187,9 +287,11 @@ def test_a_full_disk_in_a_thread_reaches_the_caller(tmp_path, full_disk):
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     folder = tmp_path / "a"
     prepare_folder(folder, {"mode": "sde"})
-    for path in (folder / ".000001.png.77.tmp", tmp_path / ".a.npz.77.tmp", tmp_path / ".b.npz.77.tmp"):
+    dead = 2**22 + 7  # beyond Linux's largest process id
+    for path in (folder / ".000001.png.77.tmp", tmp_path / f".a.npz.{dead}.tmp", tmp_path / ".b.npz.77.tmp"):
         path.write_bytes(b"half")
-    prepare_folder(folder, {"mode": "sde"})
+    with locked(folder, "--sample-dir"):
+        prepare_folder(folder, {"mode": "sde"})
     assert {path.name for path in tmp_path.rglob("*")} == {"a", "settings.json", ".b.npz.77.tmp"}
 
 

@@ -1,6 +1,9 @@
 """The settings of a run: names that tell them, changes on resume that are recorded, what may be left out."""
 
+import datetime
+import importlib.metadata
 import json
+import platform
 
 import programs
 import pytest
@@ -10,6 +13,7 @@ import torch
 from common.flags import parse_flags
 from training.checkpoint import checkpoint_path
 from training.config import FlowMapConfig, TextTrainConfig, TrainConfig
+from training.logs import resumed_steps
 
 LOGNORMAL = ["--weighting", "lognormal"]
 
@@ -92,7 +96,7 @@ def data(tmp_path):
     return tiny.data_folder(tmp_path / "data")
 
 
-def test_changes_are_recorded_in_config_log_and_checkpoint(data, tmp_path, capsys):
+def test_changes_are_recorded_in_config_starts_and_checkpoint(data, tmp_path, capsys):
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
     tiny.run_train(data, tmp_path, max_train_steps=4, resume="auto", learning_rate=1e-4, seed=1, allow_changes=True)
     assert (
@@ -106,17 +110,34 @@ def test_changes_are_recorded_in_config_log_and_checkpoint(data, tmp_path, capsy
     tiny.run_train(data, tmp_path, resume="auto", seed=2, **{**again, "max_train_steps": 6})
     second = {"step": 5, "changes": {"seed": [1, 2]}}
     assert tiny.load(checkpoint_path(run_dir, 6))["config"]["changes"] == [first, second]
-    lines = tiny.log_lines(run_dir)
-    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 5, 5, 6]
-    assert [line for line in lines if "changes" in line] == [first, second]
+    assert [line["step"] for line in tiny.log_lines(run_dir)] == [1, 2, 3, 4, 5, 6]
+    starts = [(line["step"], line["changes"]) for line in tiny.log_lines(run_dir, "starts.jsonl")]
+    assert starts == [(0, {}), (2, first["changes"]), (4, {}), (5, second["changes"])]
 
 
-def test_changes_that_never_came_to_a_step_leave_the_log(data, tmp_path):
+def test_every_start_is_kept(data, tmp_path):
     run_dir = tiny.run_train(data, tmp_path, checkpointing_steps=2)
     tiny.run_train(data, tmp_path, resume=2, seed=1, allow_changes=True)
     tiny.run_train(data, tmp_path, resume=2)  # back to the branch before
-    assert not any("changes" in line for line in tiny.log_lines(run_dir))
+    tiny.run_train(data, tmp_path, resume="auto")  # complete: no start
+    starts = tiny.log_lines(run_dir, "starts.jsonl")
+    assert [(line["step"], line["changes"]) for line in starts] == [(0, {}), (2, {"seed": [0, 1]}), (2, {})]
+    for line in starts:
+        assert datetime.datetime.fromisoformat(line["time"]).tzinfo and line["host"] == platform.node()
+        assert line["versions"]["torch"] == importlib.metadata.version("torch")
+    assert resumed_steps(run_dir) == [2, 2]
     assert "changes" not in tiny.load(checkpoint_path(run_dir, 4))["config"]
+
+
+def test_runs_from_before_starts_were_kept(data, tmp_path):
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
+    (run_dir / "starts.jsonl").unlink()
+    with open(run_dir / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "changes": {"seed": [0, 1]}}\n')
+    assert resumed_steps(run_dir) == []
+    tiny.run_train(data, tmp_path, resume="auto")
+    assert resumed_steps(run_dir) == [2]
+    assert [line["step"] for line in tiny.log_lines(run_dir) if "changes" not in line] == [1, 2, 3, 4]
 
 
 def test_what_is_free_or_said_in_other_words_is_no_change(data, tmp_path):

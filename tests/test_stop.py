@@ -136,8 +136,15 @@ def wait_for_step(run_dir, step, process):
     """Until the log has a line of that step or a later one."""
     log = run_dir / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= step):
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, said(process)
         time.sleep(0.05)
+
+
+def said(process):
+    """What a program printed before its end."""
+    if isinstance(process, programs.Program):
+        return process.stdout.read_text() + process.stderr.read_text()
+    return process.stdout.read()
 
 
 def stopped_with(command, number, data, output_dir, **environment):
@@ -163,8 +170,10 @@ def check_stop_and_go_on(run_dir, data, output_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_process_alone_exits_with_the_documented_code(data, tmp_path, number):
-    code, output = stopped_with([sys.executable, "train.py"], number, data, tmp_path)
-    assert code == EXIT_STOPPED, output
+    process = programs.start("train.py", *tiny.train_flags(data, tmp_path, **LONG))
+    wait_for_step(tmp_path / "run", 10, process)
+    os.kill(process.process.pid, number)
+    assert process.wait(60) == EXIT_STOPPED, said(process)
     check_stop_and_go_on(tmp_path / "run", data, tmp_path)
 
 
@@ -256,7 +265,8 @@ def test_the_batch_script_requeues_a_run_that_ran_out_of_time_and_no_other(data,
     assert again.returncode == 0, output
     assert "scontrol requeue" not in output
     assert [line["step"] for line in tiny.log_lines(tmp_path / "run")] == list(range(1, step + 3))
-    wrong = start([*command, *tiny.train_flags(data, tmp_path, batch_size=3)], **environment)
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 2\n")  # as train.py for bad input
+    wrong = start(command, **environment)
     output, _ = wrong.communicate(timeout=100)
     assert wrong.returncode == 2
     assert "scontrol requeue" not in output

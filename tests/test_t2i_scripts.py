@@ -20,6 +20,7 @@ METRICS = {"calc": CalcFlags, "ref": RefFlags}
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in
+    *"${FAILS:-none}"*" --check-only") exit 2 ;;
     *" info "*) echo "images      $COUNT, 3 left out" ;;
     *generate_t2i.py*) while [ "$1" != --sample-dir ]; do shift; done; mkdir -p "$2/NAME"; touch "$2/NAME.npz" ;;
 esac
@@ -87,22 +88,26 @@ def test_missing_images_of_coco_end_it_before_anything_is_encoded(environment):
 def test_evaluation_samples_and_measures_as_table_6(environment, tmp_path):
     done, calls = run("eval", environment, "--global-seed", "5")
     assert done.returncode == 0, done.stderr
-    measured = ["ref", "calc", "evaluator", "clip_score"]
+    measured = ["calc", "evaluator", "clip_score"]
+    checks, calls = calls[:5], calls[5:]
+    assert programs(checks) == ["score", "ref", *measured]
+    assert all(line[-1] == "--check-only" for line in checks if line is not checks[1])
     assert programs(calls) == ["generate_t2i", *measured, "generate_t2i", "check"]
     sampled = parse_flags(TextGenerateConfig, calls[0][1:])
-    assert (sampled.num_fid_samples, sampled.mode) == (40192, "sde") and sampled.num_steps in (None, 250)
+    assert sampled.num_fid_samples == 40192
+    assert sampled.mode in (None, "sde") and sampled.num_steps in (None, 250)
     assert (sampled.compile, sampled.dtype, sampled.vae_dtype) == (True, "bf16", "bf16")
     assert (sampled.cfg_scale, sampled.global_seed, sampled.prompts) == (2.0, 5, [str(tmp_path / "val.json")])
     npz, images = str(tmp_path / "samples/coco/NAME.npz"), str(tmp_path / "val/images")
-    (_, ref), (_, calc) = (parse_commands(METRICS, line[1:]) for line in calls[1:3])
+    (_, ref), (_, calc) = (parse_commands(METRICS, line[1:]) for line in (checks[1], calls[1]))
     assert (ref.data, ref.dest, calc.ref) == (images, str(tmp_path / "val.pkl"), str(tmp_path / "val.pkl"))
     assert (calc.images, calc.num, calc.metrics) == (npz, 40192, "fid,fd_dinov2")
-    suite = parse_flags(EvaluatorFlags, calls[3][1:])
+    suite = parse_flags(EvaluatorFlags, calls[2][1:])
     assert (suite.reference, suite.samples, suite.splits) == (images, npz, 10)
-    assert parse_flags(ClipFlags, calls[4][1:]).samples == npz
-    shown = parse_flags(TextGenerateConfig, calls[5][1:])
+    assert parse_flags(ClipFlags, calls[3][1:]).samples == npz
+    shown = parse_flags(TextGenerateConfig, calls[4][1:])
     assert (shown.prompts, shown.format) == ([str(tmp_path / "metadata.jsonl")], "png")
-    _, checked = parse_commands({"check": CheckFlags}, calls[6][1:])
+    _, checked = parse_commands({"check": CheckFlags}, calls[5][1:])
     assert checked.samples.rstrip("/") == str(tmp_path / "samples/geneval/NAME")
 
 
@@ -112,11 +117,19 @@ def test_a_reference_that_exists_is_used(environment, tmp_path):
     own = {"REF": str(tmp_path / "own.npz"), "INCEPTION_WEIGHTS": str(tmp_path / "w.pth"), "GENEVAL": ""}
     done, calls = run("eval", {**environment, **own, "DINOV2_WEIGHTS": str(tmp_path / "w.pth")})
     assert done.returncode == 0, done.stderr
-    assert programs(calls) == ["generate_t2i", "calc", "evaluator", "clip_score"]
-    _, calc = parse_commands(METRICS, calls[1][1:])
+    measured = ["calc", "evaluator", "clip_score"]
+    assert programs(calls) == [*measured, "generate_t2i", *measured]
+    _, calc = parse_commands(METRICS, calls[4][1:])
     assert calc.dinov2_weights == str(tmp_path / "w.pth")
-    for arguments in (calc, parse_flags(EvaluatorFlags, calls[2][1:])):
+    for arguments in (calc, parse_flags(EvaluatorFlags, calls[5][1:])):
         assert arguments.inception_weights == str(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("program", ["calc", "evaluator", "clip_score", "geneval"])
+def test_what_measuring_lacks_ends_it_before_anything_is_sampled(environment, program):
+    done, calls = run("eval", {**environment, "FAILS": program})
+    assert done.returncode == 2
+    assert calls[-1][-1] == "--check-only" and "generate_t2i" not in programs(calls)
 
 
 def test_sampling_alone(environment):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from common.errors import InputError
+from common.files import sha256_of_files
 from digits import report
 from digits.captions import WORDS, digit_of, split_phrases, vocabulary, write_all
 from digits.data import load_digits_split, upsample, write_image_folder
@@ -195,6 +196,37 @@ def test_samples_that_are_not_whole_are_refused(tmp_path, capsys):
     assert "warning" in capsys.readouterr().err
 
 
+def test_an_image_that_another_stands_for_is_noticed(tmp_path):
+    images(tmp_path / "s", count=4)
+    (tmp_path / "s/settings.json").write_text('{"kept_as": "png"}')
+    (tmp_path / "s.json").write_text('{"num_fid_samples": 4}')
+    ResultFlags().check_count(tmp_path / "s", 4)
+    (tmp_path / "s/000002.png").rename(tmp_path / "s/copy.png")
+    with pytest.raises(InputError, match=r"lacks 1 images, the first is .*000002\.png.*--incomplete"):
+        ResultFlags().check_count(tmp_path / "s", 4)
+
+
+def test_an_npz_that_its_manifest_is_not_about_is_refused(tmp_path):
+    path = tmp_path / "s.npz"
+    np.savez(path, arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "s.json").write_text(json.dumps({"num_fid_samples": 4, "npz_sha256": sha256_of_files(path)}))
+    ResultFlags().check_count(path, 4)
+    np.savez(path, arr_0=np.ones((4, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match=r"s\.npz is not the file that .*s\.json"):
+        ResultFlags().check_count(path, 4)
+
+
+def test_check_only_needs_no_samples(clip, tmp_path, capsys):
+    clip_score.main([str(tmp_path / "none"), "--clip", str(clip), "--check-only"])
+    with pytest.raises(InputError, match="--clip"):
+        clip_score.main([str(tmp_path / "none"), "--clip", str(tmp_path / "nothing"), "--check-only"])
+    (tmp_path / "m.jsonl").write_text('{"tag": "counting", "prompt": "a"}\n')
+    geneval.main(["score", str(tmp_path / "none"), "--metadata", str(tmp_path / "m.jsonl"), "--check-only"])
+    with pytest.raises(InputError, match=r"m\.jsonl, line 1"):
+        (tmp_path / "m.jsonl").write_text("{\n")
+        geneval.main(["score", str(tmp_path / "none"), "--metadata", str(tmp_path / "m.jsonl"), "--check-only"])
+
+
 def test_a_folder_for_geneval_with_faults(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     with pytest.raises(InputError, match="does not exist"):
@@ -206,13 +238,15 @@ def test_a_folder_for_geneval_with_faults(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / f"s/00000/samples/{k:04d}.png")
     (tmp_path / "s/00000/samples/0003.png").write_bytes(b"x")
     faults = geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")
-    expected = ["not the record", "0003.png is cut off", "00001 is missing", "00007 is no prompt"]
+    expected = ["00000/samples/0003.png is missing or damaged"]
+    expected += [f"00001/samples/000{k}.png is missing or damaged" for k in range(4)]
+    expected += ["00000/metadata.jsonl is not the record", "00001/metadata.jsonl cannot be read", "00007 belongs to no"]
     assert [part for part, fault in zip(expected, faults, strict=True) if part not in fault] == []
     for content, fault in ((b"", "is empty"), (b"{", "line 1"), (2 * b'{"prompt": "a"}\n', "not the record")):
         (tmp_path / "s/00000/metadata.jsonl").write_bytes(content)
-        assert fault in geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")[0]
+        assert fault in geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")[5]
     (tmp_path / "s/00000/metadata.jsonl").unlink()
-    assert "metadata.jsonl cannot be read" in geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")[0]
+    assert "metadata.jsonl cannot be read" in geneval.check_layout(tmp_path / "s", tmp_path / "m.jsonl")[5]
     with pytest.raises(SystemExit) as ended:
         geneval.main(["check", str(tmp_path / "s"), str(tmp_path / "m.jsonl")])
     assert ended.value.code == 1

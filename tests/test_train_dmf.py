@@ -19,7 +19,8 @@ from common.errors import InputError
 from common.flags import parse_flags
 from models import load_checkpoint
 from models.codec import LatentCodec
-from models.flow_map import FlowMap, FlowMapOutput
+from models.deepflow import DeepFlowOutput
+from models.flow_map import FlowMap
 from models.paths import PATHS
 from samplers import GuidedVelocity, integrate, map_step, sample_noise, time_grid
 
@@ -138,10 +139,10 @@ def test_a_run_says_how_its_start_compares_and_logs_what_to_watch(data, flow, tm
 @pytest.mark.parametrize(
     ("name", "options", "taken_as"),
     [
-        ("SiT-Ti/2", {}, "a SiT with time as in SiT, reversed"),
-        ("SiT-Ti/2", {"ssl_align": True, "z_dims": (24,)}, "SiT of REPA"),
-        ("DeepFlow-Ti/2", {"df_idxs": (1,)}, "key layers [1]"),
-        ("DMFT-Ti/2", {"dmf_depth": 1, "qk_norm": "rms"}, "a flow map of which"),
+        ("SiT-Ti/2", {}, "flow model with num_heads 4, convention sit"),
+        ("SiT-Ti/2", {"ssl_align": True, "z_dims": (24,)}, "encoder_depth 2, convention repa"),
+        ("DeepFlow-Ti/2", {"df_idxs": (1,)}, "df_idxs (1,), convention repa"),
+        ("DMFT-Ti/2", {"dmf_depth": 1, "qk_norm": "rms"}, "flow map model with num_heads 4, dmf_depth 1, qk_norm rms"),
     ],
     ids=["sit", "repa", "deepflow", "dmf"],
 )
@@ -212,7 +213,7 @@ def test_branches_learn_the_guided_flow():
     """Deep supervision and acceleration of the flow part's rows, by hand: Σ β mean (v − v*)², mean (x_1 − x_0)²."""
     v, a, u, x0, noise, target = torch.randn(6, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.2, 0.9])
-    out = FlowMapOutput([v, u], [a], None)
+    out = DeepFlowOutput([v, u], [a], [])
     draws, targets = SimpleNamespace(noise=noise[:2]), SimpleNamespace(t=torch.cat([t, t]), target=target)
     loss = train_dmf.branch_losses(out, x0[:2], draws, targets, PATHS["linear"], [0.3, 1.0], 0.5)
     s = t.view(2, 1, 1, 1)
@@ -262,6 +263,7 @@ def refused(data, output_dir, flow, **changes):
         ({"P_mean_t": "nan"}, "--P-mean-t nan"),
         ({"path_type": "cosine"}, "another --path-type"),
         ({"teacher": "x.pt"}, "--teacher is for --g-type distill"),
+        ({"g_type": "distill", "teacher": "x.pt"}, "--teacher x.pt does not exist"),
         ({"from_scratch": True}, "exclude each other"),
     ],
 )

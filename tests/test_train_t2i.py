@@ -188,7 +188,7 @@ def test_resuming_on_another_text_encoder_is_refused(data, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(data, other)
     manifest = json.loads((other / "text/manifest.json").read_text())
-    manifest["text"]["family"] = "another"
+    manifest["text"]["encoder_sha256"] = "0" * 64
     (other / "text/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="text"):
         run(other, tmp_path, max_train_steps=2, resume="latest")

@@ -281,9 +281,9 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def log_lines(run_dir):
-    """Lines of log.jsonl."""
-    return [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
+def log_lines(run_dir, name="log.jsonl"):
+    """Lines of log.jsonl, or of another file of the run."""
+    return [json.loads(line) for line in (Path(run_dir) / name).read_text().splitlines()]
 
 
 def differences(a, b, where=""):

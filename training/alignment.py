@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from pathlib import Path
 
 from common.errors import InputError, note
 from latents.manifest import DataManifest
@@ -13,10 +12,7 @@ from models.flops import peak_flops
 
 
 def find_caches(config):
-    """{encoder: folder} of the encoders whose features are on disk, in `features-NAME` of the data folder.
-
-    Raises InputError where --enc-ckpt names other weights than those that made them.
-    """
+    """{encoder: folder} of features on disk. Raises InputError where --enc-ckpt names other weights than made them."""
     caches = {}
     for name, checkpoint in config.encoders().items():
         if folder := find_features(config.data_dir, name):
@@ -36,11 +32,11 @@ def stored_weights(folder):
 
 def describe_alignment(config):
     """A line on where each encoder's features come from."""
-    caches, lines = find_caches(config) if Path(config.data_dir).is_dir() else {}, []
+    lines = []
     for name, checkpoint in config.encoders().items():
         source = f"computed while training (weights {checkpoint or 'of the hub'})"
-        if name in caches:
-            source = f"features of {caches[name]} (weights {stored_weights(caches[name])})"
+        if folder := find_features(config.data_dir, name):
+            source = f"features of {folder} (weights {stored_weights(folder)})"
         lines.append(f"alignment, weight {config.proj_coeff}: {name}, {source}")
     return lines
 

@@ -14,7 +14,9 @@ from common.errors import InputError
 from common.files import write_atomically, write_json
 from common.records import Count, Whole, check_record, read_record
 from models.checkpoints import Options, Plain, is_plain, read_file
+from models.codec import LatentSpec
 from models.presets import PRESETS
+from models.text import TextSpec
 
 REMEDY = "choose a checkpoint of a run to resume from"
 STEP = re.compile("[0-9]{1,18}")
@@ -26,7 +28,7 @@ class TrainState:
 
     bad_steps: Whole
     bad_steps_in_a_row: Whole
-    noise_block: Whole = 0
+    noise_block: Whole = 0  # rows; 0: from before blocks existed
 
 
 @dataclasses.dataclass
@@ -59,7 +61,7 @@ class Checkpoint:
     ema: dict
     opt: Optimizer
     steps: Count
-    train_state: dict[str, Whole]
+    train_state: TrainState
     data: dict[str, Plain]
     config: dict[str, Plain]
     scaler: dict | None = None
@@ -115,15 +117,12 @@ def replacing_old(run_dir, step, stays, keep):
 
 
 def clear_way(run_dir, step):
-    """Prepare a run to continue from `step`: remove half-written files, and rename later checkpoints to .pt.abandoned.
-
-    Otherwise `latest` would find the abandoned branch.
-    """
-    for path in (path for path in Path(run_dir).rglob(".*.tmp") if path.is_file()):
-        path.unlink(missing_ok=True)
-    if later := [other for other in existing_steps(run_dir) if other > step]:
-        print(f"checkpoints of later steps {later} are set aside as .pt.abandoned", flush=True)
-    for path in (checkpoint_path(run_dir, other) for other in later):
+    """Remove half-written files, and rename checkpoints after `step` to .pt.abandoned, which `latest` does not find."""
+    for path in Path(run_dir).rglob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+    for path in (checkpoint_path(run_dir, other) for other in existing_steps(run_dir) if other > step):
+        print(f"{path} is set aside as {path.name}.abandoned", flush=True)
         os.replace(path, f"{path}.abandoned")
 
 
@@ -176,20 +175,22 @@ class CheckpointWriter:
 def read(path, data):
     """The Checkpoint in a file; data: that of the current run, which must be of the same kind. Raises InputError."""
     content = check_record(Checkpoint, read_file(path), path, REMEDY)
-    check_record(TrainState, content.train_state, f"{path}, train_state", REMEDY)
     check_record(Settings, content.config, f"{path}, config", REMEDY)
-    for key in ("num_classes", "family", "scale", "shift", "moments_shape", "text"):
+    for key in ("num_classes", "moments_shape"):
         if (before := content.data.get(key)) != (now := data.get(key)):
             trained = f"{path} was trained on data with {key} {before}"
             raise InputError(f"{trained}, --data-dir has {now}; resume on the same data")
+    specs = [(LatentSpec, content.data, data)]
+    if "text" in data:
+        specs.append((TextSpec, content.data.get("text"), data["text"]))
+    for kind, before, now in specs:
+        trained = check_record(kind, before, f"{path}, data", REMEDY)
+        trained.check_same(check_record(kind, now, "--data-dir", REMEDY), path, "--data-dir")
     return content
 
 
 def restore(content, path, model, ema, optimizer, scaler):
-    """Restore model, EMA, optimizer and scaler in place from the Checkpoint of the file `path`.
-
-    Raises InputError where names, types or shapes differ, before anything is changed.
-    """
+    """Restore a Checkpoint of the file `path` in place. Raises InputError where it differs, before any change."""
     groups = optimizer.state_dict()["param_groups"]
     check_same([group.params for group in content.opt.param_groups], [group["params"] for group in groups], path, "opt")
     check_same(content.opt.state, adam_state(optimizer), path, "opt")

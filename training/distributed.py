@@ -1,14 +1,13 @@
 """Starting a run on one or many processes: precision, attention kernels, preflight."""
 
 import datetime
-import importlib.util
 import os
 import platform
 import threading
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin
 
 from common.errors import InputError, first_line
 from common.precision import set_math
@@ -19,7 +18,7 @@ STALL = datetime.timedelta(hours=1)  # how long processes wait for one that a fi
 WRAPPERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # wrappers of accelerate that split the model
 
 
-def start_accelerator(config, run_dir):
+def start_accelerator(config):
     """Accelerator of a resolved configuration. Raises InputError for too few GPUs, or processes that do not connect.
 
     Precision, accumulation and compilation are passed, so that accelerate's configuration cannot change them.
@@ -27,16 +26,12 @@ def start_accelerator(config, run_dir):
     for name in (f"ACCELERATE_USE_{wrapper}" for wrapper in WRAPPERS):
         if os.environ.get(name, "").lower() in ("true", "1"):
             raise InputError(f"accelerate is configured to split the model ({name}); launch with --multi_gpu instead")
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise InputError(f"--report-to {config.report_to} needs a package: pip install {config.report_to}")
     set_math(config.allow_tf32, config.fused_attn)
     accelerator = Accelerator(
         cpu=device_of_process().type == "cpu",
         mixed_precision=config.mixed_precision,
         dynamo_backend="no",  # --compile compiles
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(str(run_dir), logging_dir=str(run_dir / config.logging_dir)),
         kwargs_handlers=[
             # few large reductions, overlapping with the backward pass
             DistributedDataParallelKwargs(bucket_cap_mb=250, gradient_as_bucket_view=True),

@@ -16,10 +16,7 @@ TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
 
 
 def start(config, info, resumed):
-    """The constructor arguments of the run's flow map, and the flow map. Raises InputError.
-
-    resumed: the run's own checkpoint; then neither --pretrained nor --from-scratch is needed.
-    """
+    """Constructor arguments of the run's flow map, and the flow map; resumed: the run's own checkpoint, or None."""
     set_attention(config.attn_func)
     torch.manual_seed(config.seed)  # of the log-variance head, or of all weights
     if resumed:
@@ -39,10 +36,7 @@ def start(config, info, resumed):
 
 
 def start_from_file(path, config, info, name):
-    """The flow map of a file and its constructor arguments; a flow model's conversion is checked.
-
-    name: the flag that gave `path`, pretrained or resume. Raises InputError.
-    """
+    """The flow map of a file and its constructor arguments; name: the flag that gave `path`, pretrained or resume."""
     checkpoint, source = load_flow(path, config, info, name), f"--{name} {path}"
     check_preset(config, checkpoint.options, source)
     own = checkpoint.options.get("dmf_depth")

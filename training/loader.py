@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
+import sys
 
 import numpy as np
 import torch
@@ -27,10 +27,7 @@ def epoch_coins(count, seed, epoch):
 
 @dataclasses.dataclass
 class SeekableSampler:
-    """Data order as a pure function of (seed, epoch, position), whatever the world size; any step is found at once.
-
-    The last incomplete batch of an epoch is dropped.
-    """
+    """Data order as a function of (seed, epoch, position): any step is found at once. Incomplete batches drop out."""
 
     count: int
     batch_size: int
@@ -60,29 +57,27 @@ class SeekableSampler:
 class LatentLoader:
     """Batches of steps start_step … stop_step − 1, gathered in a thread while the steps before them run.
 
-    rows: positions of the global batch that this rank takes (default: all); stop_step None: no end. Errors of the
-    thread are raised in the loop; leaving the loop ends the thread.
+    rows: positions of the global batch that this rank takes, by default all. Errors of the thread are raised in the
+    loop; leaving the loop ends the thread.
     """
 
     dataset: object
     sampler: SeekableSampler
     rows: np.ndarray | None = None
     start_step: int = 0
-    stop_step: int | None = None
+    stop_step: int = sys.maxsize
     device: torch.device | str = "cpu"
 
     def __iter__(self):
         device = torch.device(self.device)
         copy = CopyToGPU(device) if device.type == "cuda" else None
         rows = np.arange(self.sampler.batch_size) if self.rows is None else np.asarray(self.rows)
-        start, stop = self.start_step, self.stop_step
-        steps = itertools.count(start) if stop is None else range(start, stop)
 
         def gather(step):
             read = functools.partial(self.dataset.gather_step, self.sampler, step, rows)
             return step, copy.start(read) if copy else read()
 
-        with contextlib.closing(ordered_map(gather, steps, ahead=2)) as gathered:
+        with contextlib.closing(ordered_map(gather, range(self.start_step, self.stop_step), ahead=2)) as gathered:
             for step, tensors in gathered:
                 moments, condition, images, *features = copy.finish(tensors) if copy else tensors
                 yield Batch(step, moments, condition, images, tuple(features))

@@ -1,8 +1,11 @@
-"""What a running training reports: a JSONL log, which is always written, trackers, a progress bar, spike warnings."""
+"""What a running training reports: a JSONL log, which is always written, a progress bar, spike warnings, its starts."""
 
 import collections
 import contextlib
+import dataclasses
+import datetime
 import json
+import platform
 import resource
 import statistics
 import sys
@@ -13,32 +16,54 @@ import torch
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import write_atomically
-from common.records import parse_record
+from common.files import read_bytes, write_atomically
+from common.records import Whole, parse_record, read_record_lines
+from common.versions import versions
 from models.flops import peak_flops
 
 
-def parse_line(line, where):
-    """{name: number} of a line of log.jsonl, `step` among them; `where` names it in messages. Raises InputError.
+@dataclasses.dataclass
+class Start:
+    """What is read of a line of starts.jsonl."""
 
-    The line where a run was resumed with other settings has `changes` instead, {flag: [before, now]}.
-    """
-    record = parse_record(dict[str, float | dict], line, where, "pass the log.jsonl of a run")
-    if "step" not in record:
+    step: Whole
+
+
+def add_start(run_dir, step, changes):
+    """Add a line to starts.jsonl: step, time, host, versions and changed flags. It stays when the run is set back."""
+    path, now = Path(run_dir) / "starts.jsonl", datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    start = {"step": step, "time": now, "host": platform.node(), "versions": versions("torch", "accelerate")}
+    before = read_bytes(path, "move it away") if path.exists() else b""
+    line = json.dumps({**start, "changes": changes}) + "\n"
+    write_atomically(path, lambda file: file.write(before + line.encode()))
+
+
+def resumed_steps(run_dir):
+    """Steps at which a run was resumed; none of a run from before starts were kept. Raises InputError."""
+    path = Path(run_dir) / "starts.jsonl"
+    starts = read_record_lines(Start, path) if path.exists() else []
+    return [start.step for _, start in starts if start.step]
+
+
+def parse_line(line, where):
+    """{name: number} of a line of log.jsonl, `step` among them; `where` names it in messages. Raises InputError."""
+    record = parse_record(dict[str, float | dict], line, where, "pass the log.jsonl of a run")  # dict: older `changes`
+    numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+    if "step" not in numbers:
         raise InputError(f"{where}: 'step' is missing; pass the log.jsonl of a run")
-    return record
+    return numbers
 
 
 class RunLog:
     """Collects values on the device, writes their means every `--log-every` steps on the main process.
 
-    flops_per_image: of one training step, forward and backward; None leaves MFU out.
+    flops_per_image: of one training step, forward and backward; None leaves MFU out. send: as of `tracking`.
     """
 
     SPIKE = 3.0  # times the running median of the loss
 
-    def __init__(self, accelerator, run_dir, config, start_step, total_steps, flops_per_image=None):
-        self.accelerator, self.config, self.path = accelerator, config, Path(run_dir) / "log.jsonl"
+    def __init__(self, accelerator, run_dir, config, start_step, total_steps, flops_per_image=None, send=None):
+        self.accelerator, self.config, self.path, self.send = accelerator, config, Path(run_dir) / "log.jsonl", send
         peak = peak_flops(accelerator.device, config.mixed_precision)
         self.mfu_per_rate = flops_per_image / (peak * accelerator.num_processes) if flops_per_image and peak else None
         self.names, self.sums, self.count, self.steps = [], 0, 0, 0
@@ -51,11 +76,10 @@ class RunLog:
 
     def _forget_after(self, step):
         """Drop lines of steps that are about to be repeated, and a half-written last line."""
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        kept, before = [], read_bytes(self.path, "move it away") if self.path.exists() else b""
+        for line in before.decode(errors="replace").splitlines():
             with contextlib.suppress(InputError):
-                record = parse_line(line, self.path)
-                if record["step"] <= step - ("changes" in record):  # changes are those of the steps after
+                if parse_line(line, self.path)["step"] <= step:
                     kept.append(line + "\n")
         write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
@@ -70,20 +94,19 @@ class RunLog:
 
     def write(self, step, epoch, **extra):
         """Average over the steps and processes since the last line; one line of JSON, the bar, the tracker."""
-        means = self._means()
+        *sums, count = self.accelerator.reduce(torch.cat([self.sums, self.count[None]]), reduction="mean").tolist()
+        means = {name: total / count for name, total in zip(self.names, sums, strict=True)} if count else {}
         record = {"step": step, "epoch": round(epoch, 4), **means, **extra, **self._speed()}
         self.sums, self.count, self.steps = 0, 0, 0
-        self.append(record)
         if means:
             self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
             self._warn_of_spike(record, step)
-        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
-
-    def append(self, record):
-        """Write a line of JSON, on the main process."""
         if self.accelerator.is_main_process:
             with self.reporting_disk_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.send:
+                with self.reporting_disk_errors(self.config.logging_dir):
+                    self.send({name: value for name, value in record.items() if name != "step"}, step)
 
     def _speed(self):
         """Steps and images per second since the last line, MFU where the GPU's peak is known, memory (this process)."""
@@ -112,11 +135,6 @@ class RunLog:
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
-
-    def _means(self):
-        """{name: mean} over the processes and the steps that were not bad; empty when all were."""
-        *means, count = self.accelerator.reduce(torch.cat([self.sums, self.count[None]]), reduction="mean").tolist()
-        return {name: total / count for name, total in zip(self.names, means, strict=True)} if count else {}
 
     def _warn_of_spike(self, record, step):
         name = "error_map" if "error_map" in record else "loss"  # a flow map's loss is a logarithm, often negative

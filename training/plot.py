@@ -1,4 +1,4 @@
-"""Curves of one or several runs as one PNG: a panel per logged quantity, a line per run.
+"""Curves of one or several runs as one PNG: a panel per logged quantity, a line per run, thin ones where it resumed.
 
 python -m training.plot exps/b2 exps/sit-b2 --out curves.png
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines, write_atomically
 from common.flags import flag, parse_flags, required
-from training.logs import parse_line
+from training.logs import parse_line, resumed_steps
 
 DRAWN = ("loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings of names
 COLUMNS = 3
@@ -41,7 +41,9 @@ def save_curves(runs, path):
     """Write a PNG with the curves of the given run folders or logs. Raises InputError."""
     from matplotlib.figure import Figure  # a second to import, and only pictures need it
 
-    curves = {str(run): read_curves(Path(run) / "log.jsonl" if Path(run).is_dir() else run) for run in runs}
+    logs = {str(run): Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run) for run in runs}
+    curves = {run: read_curves(log) for run, log in logs.items()}
+    resumed = {run: resumed_steps(log.parent) for run, log in logs.items()}
     names = list(dict.fromkeys(name for of_run in curves.values() for name in of_run))
     columns = min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
@@ -49,7 +51,9 @@ def save_curves(runs, path):
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, place)
         for run, of_run in curves.items():
-            axes.plot(*of_run.get(name, ([], [])), label=run, linewidth=1)
+            (line,) = axes.plot(*of_run.get(name, ([], [])), label=run, linewidth=1)
+            for step in resumed[run]:
+                axes.axvline(step, color=line.get_color(), linewidth=0.3)
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
     if len(curves) > 1:

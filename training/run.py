@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from common.errors import InputError, say
+from common.files import check_writable
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
 from models.codec import LatentCodec, LatentSpec
@@ -23,6 +24,7 @@ from training.distributed import rows_of_rank, start_accelerator
 from training.draws import BLOCK
 from training.loader import SeekableSampler
 from training.stop import EXIT_STOPPED
+from training.trackers import check_tracker
 from training.trainer import Trainer
 
 
@@ -72,16 +74,22 @@ def run_task(config, task):
     """Train a Task as the flags say; a dry run only describes it. Raises InputError; may exit with EXIT_STOPPED."""
     config = config.resolve()
     config.check()
+    if not config.dry_run:
+        check_tracker(config.report_to)
     info, dataset = open_data(config)
     if config.resolution not in (None, info.resolution):
         holds = f"which holds latents of {info.resolution}x{info.resolution} images"
         raise InputError(f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, {holds}")
     config = config.named(info.resolution)
-    if config.compile and not config.dry_run:
-        keep_compiled(config.folder)
-    resumed = None if config.dry_run else find_resume(config.folder, config.resume)
+    resumed = None
+    if not config.dry_run:
+        folder = next(path for path in (config.folder, *config.folder.parents) if path.exists())
+        check_writable(folder / "config.json", "--output-dir")
+        resumed = find_resume(config.folder, config.resume)
+        if config.compile:
+            keep_compiled(config.folder)
     options, model = task.start(config, info, resumed)
-    run = Run(config, start_accelerator(config, config.folder), info, dataset, options)
+    run = Run(config, start_accelerator(config), info, dataset, options)
     run.accelerator.print(describe(run))
     if config.dry_run:
         return
@@ -93,7 +101,6 @@ def run_task(config, task):
     run.model = create_model(config.model, **options) if model is None else model
     run.model.gradient_checkpointing = config.gradient_checkpointing
     trainer = Trainer(run, task.objective(run), functools.partial(task.draw, run), grids)
-    start_trackers(run.accelerator, config)
     finished = trainer.fit()
     run.accelerator.end_training()
     if not finished:
@@ -144,10 +151,3 @@ def describe(run):
     if steps < config.max_train_steps:
         lines.append(f"note: --epochs {config.epochs} ends the run before --max-train-steps {config.max_train_steps}")
     return "\n".join(lines)
-
-
-def start_trackers(accelerator, config):
-    """Tell the tracker of --report-to the run's flags; a resumed run continues under its own name."""
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if isinstance(value, int | float | str)}
-    wandb = {"name": config.exp_name, "id": config.exp_name, "resume": "allow"}
-    accelerator.init_trackers("deepflow", config=flags, init_kwargs={"wandb": wandb})

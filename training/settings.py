@@ -38,10 +38,7 @@ LABELS = {  # in this order, before others; "": the value tells enough
 
 
 def settings(config, options):
-    """{flag: value} of a configuration's flags that are not free; options: constructor arguments of the model.
-
-    What a preset fills in has the preset's value, so that a flag may be left out or say the same.
-    """
+    """{flag: value} of the flags that are not free, filled in from `options`, the model's constructor arguments."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
     acc_mlp = list(acc_widths(options["acc_mlp"], options["projector_dim"]))
     encoders = ",".join(config.encoders())

@@ -1,5 +1,7 @@
 """The training loop of every train*.py: batches and draws in, one optimizer step, EMA, log, checkpoints, grids."""
 
+import contextlib
+
 import torch
 
 from common.errors import InputError
@@ -10,45 +12,42 @@ from training import checkpoint
 from training.ema import EMA
 from training.guard import BadSteps
 from training.loader import LatentLoader
-from training.logs import RunLog
+from training.logs import RunLog, add_start
 from training.settings import in_words, resumed_settings
 from training.stop import StopRequest
+from training.trackers import tracking
 
 
 class Trainer:
     """Model, EMA, optimizer, data order and log of a run, and its loop: `fit`."""
 
     def __init__(self, run, objective, draw, on_sample):
-        """objective(network, batch, draws) and draw(step): of this Run, as in Task.
-
-        on_sample(model, step) → path of a sample grid, on the main process only.
-        """
+        """objective(network, batch, draws), draw(step): as in Task; on_sample(model, step) → path of a grid."""
         self.run, self.config, self.accelerator, self.saved = run, run.config, run.accelerator, run.saved()
         self.objective, self.draw, self.on_sample = objective, draw, on_sample
-        self.changes = {}  # of settings, at this resume
-        config, self.run_dir, self.stop_step = run.config, run.config.folder, run.stop_step
+        self.changes = {}  # of settings, on resuming
+        self.run_dir, self.stop_step = run.config.folder, run.stop_step
         self.model = run.model.to(self.accelerator.device)
-        self.ema = EMA(self.model, config.ema_decay)
-        self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(config, self.model))
+        self.ema = EMA(self.model, run.config.ema_decay)
+        self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(run.config, self.model))
         self.network.broadcast_buffers = False  # they are constants; DDP's argument of this name is deprecated
-        if config.compile:
+        if run.config.compile:
             compile_blocks(self.model)
         self.bad_steps = BadSteps(self.accelerator.device)
 
     def fit(self):
         """Train from --resume to the last step; returns whether it got there, which a signal may prevent."""
         main = self.accelerator.is_main_process
-        with (
-            locked(self.run_dir, "--exp-name", main),
-            StopRequest(self.accelerator.num_processes) as stop,
-        ):
+        with locked(self.run_dir, "--exp-name", main), StopRequest(self.accelerator.num_processes) as stop:
             step = self.resume()
             if step >= self.stop_step:
                 return True
-            if main:
-                checkpoint.clear_way(self.run_dir, step)
-                write_json(self.run_dir / "config.json", self.saved["config"])
-            step = self.loop(step, stop)
+            with tracking(self.config, step) if main else contextlib.nullcontext() as send:
+                if main:
+                    checkpoint.clear_way(self.run_dir, step)
+                    write_json(self.run_dir / "config.json", self.saved["config"])
+                    add_start(self.run_dir, step, self.changes)
+                step = self.loop(step, stop, send)
             self.accelerator.wait_for_everyone()  # a launcher may kill the writing process once another has ended
         if step < self.stop_step:
             self.accelerator.print(f"stopped by a signal after step {step}; --resume auto continues the run")
@@ -62,7 +61,7 @@ class Trainer:
             self.adopt(found, path)
             checkpoint.restore(found, path, self.model, self.ema, self.optimizer, self.accelerator.scaler)
             step = found.steps
-            self.bad_steps.load_state_dict(found.train_state)
+            self.bad_steps.load_state_dict(vars(found.train_state))
         seen = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).unique().tolist()
         if len(seen) > 1:
             fault = f"the processes find different checkpoints in {self.run_dir} (steps {seen})"
@@ -78,21 +77,19 @@ class Trainer:
         """Record what a resumed run keeps of the Checkpoint's settings, and what it changes. Raises InputError."""
         self.run.config, self.changes = resumed_settings(self.run, found, path)
         self.config, self.saved = self.run.config, self.run.saved()
-        self.run.noise_block = found.train_state.get("noise_block", 0)  # 0: it began before blocks existed
+        self.run.noise_block = found.train_state.noise_block
         record = [{"step": found.steps, "changes": self.changes}] if self.changes else []
         if record := [*found.config.get("changes", []), *record]:
             self.saved["config"]["changes"] = record
 
-    def loop(self, step, stop):
-        """Train from `step` to the last step or a stop; returns the number of steps done since the run began."""
+    def loop(self, step, stop, send):
+        """Train from `step` to the last step or a stop; returns the number of steps done. send: as of `tracking`."""
         device, end = self.accelerator.device, self.stop_step
         batches = LatentLoader(self.run.dataset, self.run.sampler, self.run.rows.numpy(), step, end, device)
-        log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.run.flops_per_image)
+        log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.run.flops_per_image, send)
         writer = checkpoint.CheckpointWriter(self.run_dir, self.config.keep_last, log)
         self.log, self.writer = log, writer
         with log.bar, writer.pool:
-            if self.changes:
-                log.append({"step": step, "changes": self.changes})
             for batch, draws in zip(batches, ordered_map(self.draw, range(step, end)), strict=True):
                 log.add(*self.train_step(batch, draws.to(device)))
                 step, stopping = batch.step + 1, stop.agreed()
@@ -166,9 +163,8 @@ class Trainer:
     def diverged(self, fault):
         """InputError naming the last checkpoint. It is good: bad steps change nothing, bad weights are not saved."""
         self.writer.check(wait=True)
-        steps, last = checkpoint.existing_steps(self.run_dir), "no checkpoint yet"
-        if steps:
-            last = f"the last good checkpoint is {checkpoint.checkpoint_path(self.run_dir, steps[-1])}"
+        good = [checkpoint.checkpoint_path(self.run_dir, step) for step in checkpoint.existing_steps(self.run_dir)]
+        last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint yet"
         remedy = "resume from one with a lower --learning-rate or another --mixed-precision"
         return InputError(f"{fault}; {last}; {remedy}")
 

@@ -5,6 +5,7 @@ taken between. Letters: N images, D dimensions.
 """
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from tqdm import tqdm
 from common.errors import InputError, first_line, system_fault
 from common.flags import flag
 from evaluations.metrics.frechet import RunningStatistics
-from evaluations.metrics.results import ResultFlags
+from evaluations.metrics.results import ResultFlags, SampleFlags
+from models.checkpoints import check_sums
 from models.encoders import IMAGENET_STATISTICS
+from models.hub import fetching
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")  # suffixes of files
@@ -24,11 +27,17 @@ DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_
 
 
 @dataclasses.dataclass(kw_only=True)
-class MeasureFlags(ResultFlags):
+class NetworkFlags(SampleFlags):
     """Flags of the programs that run images through a network."""
 
     inception_weights: str | None = flag(None, "file; default: torch-fidelity's", str, group="features", metavar="FILE")
     features: str | None = flag(None, "timm model or TorchScript file instead", str, group="features", metavar="NAME")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeasureFlags(NetworkFlags, ResultFlags):
+    """Flags of those that compare images with a reference."""
+
     sqrtm: bool = flag(False, "published arithmetic of the Fréchet distance (scipy's sqrtm)", group="distances")
     other_size: bool = flag(False, "allow a reference of another resolution", group="distances")
 
@@ -78,27 +87,28 @@ def load_features(name, device="cpu"):
     """Extractor of a TorchScript file or a timm model (a name, hf-hub:NAME or local-dir:FOLDER). Raises InputError."""
     if Path(name).suffix in SCRIPTS:
         try:
+            check_sums(name)  # torch looks at none
             return Script(features_name(name), torch.jit.load(name, map_location=device).eval())
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
             fault = system_fault(error) or f"it is no TorchScript file to be read ({first_line(error)})"
             raise InputError(f"--features {name}: {fault}") from None
     import timm  # seconds to import, and InceptionV3 does not need it
 
-    network = create_pretrained(name, f"--features {name}", "timm.list_models(pretrained=True) lists the names")
+    remedy = "pass a TorchScript file, local-dir:FOLDER, or a name of timm.list_models(pretrained=True)"
+    network = create_pretrained(name, f"--features {name}", remedy, name.removeprefix("local-dir:"))
     config = timm.data.resolve_model_data_config(network)
     mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     return ImageNetwork(name, network.to(device), config["input_size"][1:], (config["mean"], config["std"]), mode)
 
 
-def create_pretrained(name, flag, remedy, **options):
-    """A timm model without head, with its pretrained weights, in eval mode. Raises InputError of one line."""
+def create_pretrained(name, what, remedy, source, **options):
+    """A timm model without head, with its pretrained weights, in eval mode; arguments as of `fetching`."""
     import timm
 
-    try:
+    with fetching(what, source, remedy):
+        if zipfile.is_zipfile(source):
+            check_sums(source)
         return timm.create_model(name, pretrained=True, num_classes=0, **options).eval().requires_grad_(False)
-    except Exception as error:  # hub, network, file and name errors of several packages
-        what = f"no such model or its weights are not at hand ({first_line(error)[:160]})"
-        raise InputError(f"{flag}: {what}; {remedy}") from None
 
 
 def load_dinov2(weights=None, device="cpu", name=DINOV2):
@@ -108,7 +118,8 @@ def load_dinov2(weights=None, device="cpu", name=DINOV2):
     """
     overlay = None if weights is None else {"file": str(weights), "hf_hub_id": None, "url": ""}
     remedy = f"download {DINOV2_URL} and pass it with --dinov2-weights"
-    network = create_pretrained(name, f"DINOv2 {weights or name}", remedy, pretrained_cfg_overlay=overlay)
+    source = weights or name
+    network = create_pretrained(name, f"DINOv2 {source}", remedy, source, pretrained_cfg_overlay=overlay)
     position = resample_position(network.pos_embed, 224 // network.patch_embed.patch_size[0])
     network.set_input_size((224, 224))
     network.pos_embed.copy_(position)
@@ -125,6 +136,14 @@ def resample_position(embedding, grid):
     square = of_patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     square = F.interpolate(square, scale_factor=((grid + 0.1) / side,) * 2, mode="bicubic")
     return torch.cat([of_class, square.flatten(2).transpose(1, 2)], dim=1)
+
+
+def check_widths(extractor, size, device, moments, where):
+    """Try the extractor on an image of size (H, W). Raises InputError if {name: (mean, covariance)} are not its own."""
+    for name, rows in extractor(torch.zeros(1, 3, *size, dtype=torch.uint8, device=device)).items():
+        if name in moments and moments[name][0].shape != rows.shape[1:]:
+            found = f"it holds statistics of {moments[name][0].shape}, the network gives {tuple(rows.shape[1:])}"
+            raise InputError(f"{where} does not fit {name}: {found}; take a reference made with this network")
 
 
 def extract(images, batches, extractor, processes, keep=False):

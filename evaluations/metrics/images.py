@@ -7,12 +7,14 @@ import zlib
 import numpy as np
 
 from common.errors import InputError, first_line, system_fault
+from common.files import regular
 from common.look_ahead import ordered_map
 from preprocessing.sources import BadImageError, ImageSource
 
 THREADS = 4  # that decode images
 # what zipfile and numpy's header parser raise on damaged files
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
+READ_ERRORS += (TypeError, AttributeError)
 
 
 def open_images(path, flag):
@@ -21,7 +23,8 @@ def open_images(path, flag):
 
 
 def unreadable(path, error):
-    return InputError(f"{path} cannot be read, is cut short or is no npz ({first_line(error)}); copy or make it again")
+    damage = f"{path} cannot be read, is cut short or is no npz ({first_line(error)}); copy or make it again"
+    return InputError(system_fault(error, path) or damage)
 
 
 class NpzImages:
@@ -30,7 +33,7 @@ class NpzImages:
     def __init__(self, path, flag):
         self.path, form = path, np.lib.format
         try:
-            self.archive = zipfile.ZipFile(path)
+            self.archive = zipfile.ZipFile(regular(path))
             with self.archive.open("arr_0.npy") as member:
                 form.read_magic(member)
                 shape, fortran, dtype = form.read_array_header_1_0(member)

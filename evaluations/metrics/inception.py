@@ -4,31 +4,26 @@ import os
 
 import torch
 
-from common.errors import InputError, first_line
+from common.errors import InputError
 from models.checkpoints import read_file
+from models.hub import fetching
 
 SPATIAL_CHANNELS = 7  # of the 192 that branch1x1 of the fifth block of size 17 has
 
 
 def load_network(weights=None, features=("2048",)):
-    """torch-fidelity's extractor: uint8 (N, 3, H, W) → tuple of features. weights: its file; None downloads it.
-
-    Raises InputError naming the file, where it comes from and the flag.
-    """
+    """torch-fidelity's network: uint8 (N, 3, H, W) → features; weights: file; None: by download. Raises InputError."""
     # seconds to import, as all of torchvision comes with it, and not every command needs the network
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     remedy = f"download {URL_INCEPTION_V3} and pass the file with --inception-weights"
-    if weights is not None:  # read without running code, as torch-fidelity unpickles what it is given
-        state = read_file(weights)
+    source = weights or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
+    if weights or os.path.exists(source):  # torch-fidelity unpickles it, and looks at no checksum
+        state = read_file(source)
         if not isinstance(state, dict) or getattr(state.get("fc.weight"), "shape", None) != (1008, 2048):
-            raise InputError(f"--inception-weights {weights} holds another network; {remedy}")
-    try:
+            raise InputError(f"{source} holds another network; {remedy}")
+    with fetching(f"InceptionV3 {source}", source, remedy, URL_INCEPTION_V3):
         return FeatureExtractorInceptionV3("inception-v3-compat", list(features), weights)
-    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), a damaged file in torch.hub's cache
-        cache = os.path.join(torch.hub.get_dir(), "checkpoints")
-        found = f"neither in {cache} nor by download ({first_line(error)})"
-        raise InputError(f"no InceptionV3 weights: {found}; {remedy}") from None
 
 
 class Inception:

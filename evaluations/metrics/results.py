@@ -2,52 +2,57 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from common.errors import InputError, note
-from common.files import check_writable, write_json
+from common.files import check_writable, sha256_of_files, write_json
 from common.flags import flag
-from common.records import check_record, read_record
+from common.records import Finite, check_record, read_record
 from common.versions import versions
-from sampling.manifest import SETTINGS, manifest_path, read_manifest
-
-PACKAGES = ("torch", "scipy", "torch-fidelity", "timm")
+from models.checkpoints import Options
+from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_manifest
+from sampling.stores import GENEVAL_IMAGES, GenEvalFiles, PngFiles
 
 
 @dataclasses.dataclass
 class Result:
     """What a program of evaluations/ measured, as its JSON file holds it; fields that are None are left out there."""
 
-    metrics: dict[str, float]
+    metrics: Annotated[dict[str, Finite], Field(min_length=1)]
     samples: str = ""  # what was measured
     reference: str | None = None
     arrays: list | None = None  # lines that say which arrays served what
     warnings: list | None = None
     count: int | None = None  # of images
     clip: str | None = None  # name of the CLIP model
-    images: int | None = None  # scored by it
     results: str | None = None  # file of GenEval's detector
     curves: dict | None = None  # {name: [(t, number)]}
     settings: dict | None = None
-    versions: dict = dataclasses.field(default_factory=lambda: versions(*PACKAGES))
-    manifest: dict | None = None  # of the samples
+    versions: dict = dataclasses.field(default_factory=lambda: versions("torch", "scipy", "torch-fidelity", "timm"))
+    manifest: SampleManifest | None = None  # of the samples, without their labels
 
     @classmethod
-    def read(cls, path):
+    def read(cls, path, remedy="pass files that the evaluators wrote"):
         """The result in a file. Raises InputError naming it."""
-        return read_record(cls, path, "pass files that the evaluators wrote")
+        result = read_record(cls, path, remedy)
+        check_record(Options | None, getattr(result.manifest, "model_options", None), f"{path}: model_options", remedy)
+        return result
 
     def write(self, path):
         """Write the result, with the manifest beside the samples, to a file; None: nowhere. Raises InputError."""
         if path is None:
             return
-        if found := sample_manifest(self.samples):
-            self.manifest = {name: value for name, value in found.to_json().items() if name != "labels"}
-        content = dataclasses.asdict(self).items()
+        self.manifest = sample_manifest(self.samples)
+        content = {name: value for name, value in vars(self).items() if value is not None}
+        manifest = self.manifest.to_json() if self.manifest else {}
+        content["manifest"] = {name: value for name, value in manifest.items() if name != "labels"} or None
         try:
-            write_json(path, {name: value for name, value in content if value is not None or name == "manifest"})
+            write_json(path, content)
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
-        weights = self.manifest and self.manifest.get("weights")  # said because REPA's text-to-image samples raw ones
+        weights = manifest.get("weights")  # said because REPA's text-to-image samples raw ones
         note(f"wrote {path}" + (f" (samples of the {weights} weights)" if weights else ""))
 
 
@@ -66,6 +71,15 @@ def sample_labels(samples, kind, count, remedy):
     return labels
 
 
+def lacking(folder, manifest):
+    """Files that a finished folder of generate*.py should hold and does not; [] for other samples."""
+    record = Path(folder) / SETTINGS
+    kept_as = read_record(dict, record, "make the samples again").get("kept_as") if record.is_file() else None
+    stores = (PngFiles(folder), GenEvalFiles(folder, (), manifest.images_per_prompt or GENEVAL_IMAGES))
+    paths = (store.path(i) for store in stores if store.kind == kept_as for i in range(manifest.num_fid_samples))
+    return [path for path in paths if not path.is_file()]
+
+
 def markdown(header, rows):
     """A table as Markdown."""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, *rows)]
@@ -73,19 +87,23 @@ def markdown(header, rows):
 
 
 @dataclasses.dataclass(kw_only=True)
-class ResultFlags:
-    """Where the result goes, and whether samples may be missing."""
+class SampleFlags:
+    """Whether samples may be missing."""
 
-    json: str | None = flag(None, "write results/NAME.json", str, group="output", nargs="?", const="", empty=True)
     incomplete: bool = flag(False, "measure incomplete samples instead of refusing them", group="data")
 
     def check_count(self, samples, count):
-        """Refuse `count` samples if the manifest beside them says another number, or if sampling is not finished."""
+        """Refuse `count` samples if what lies beside them says otherwise, or if sampling is not finished."""
         manifest = sample_manifest(samples)
         said = manifest and manifest.num_fid_samples
         if said not in (None, count):
             self.refuse(f"{samples} holds {count} samples, {manifest_path(samples)} says {said}")
-        if manifest is None and (Path(samples) / SETTINGS).is_file():
+        elif said and (paths := lacking(samples, manifest)):
+            self.refuse(f"{samples} lacks {len(paths)} images, the first is {paths[0]}")
+        elif manifest and manifest.npz_sha256 and Path(samples).suffix == ".npz":
+            if sha256_of_files(samples) != manifest.npz_sha256:
+                self.refuse(f"{samples} is not the file that {manifest_path(samples)} is about")
+        elif manifest is None and (Path(samples) / SETTINGS).is_file():
             self.refuse(f"sampling into {samples} is not finished ({count} samples)")
 
     def refuse(self, fault):
@@ -93,6 +111,14 @@ class ResultFlags:
         if not self.incomplete:
             raise InputError(f"{fault}; complete them, or pass --incomplete to measure what is there")
         note(f"warning: {fault}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ResultFlags(SampleFlags):
+    """Where the result goes, and whether there are no samples yet."""
+
+    check_only: bool = flag(False, "only check what is needed beside the samples, before they are made", group="data")
+    json: str | None = flag(None, "write results/NAME.json", str, group="output", nargs="?", const="", empty=True)
 
     def result_path(self, samples, suffix=""):
         """Path of --json, by default results/NAME + suffix + .json for samples NAME, or None. Raises InputError."""

@@ -18,15 +18,24 @@ sample() { # NAME PROMPTS [flags]
     launch generate_t2i.py --ckpt "$CKPT" --sample-dir "$SAMPLE_DIR/$1" --prompts "$2" "${fast[@]}" "${@:3}"
 }
 
+measuring=(--ref "$REF" --metrics fid,fd_dinov2 ${edm2_weights[@]+"${edm2_weights[@]}"})
+# ten splits for the Inception Score: ADM's own, of 5,000 images, would leave a last one of 192
+suite=(--splits 10 ${weights[@]+"${weights[@]}"})
+
+check_measuring() {
+    [ -f "$REF" ] || launch -m evaluations.calculate_metrics ref --data "$VAL_IMAGES" --dest "$REF" \
+        ${edm2_weights[@]+"${edm2_weights[@]}"}
+    check_only python -m evaluations.calculate_metrics calc --images samples "${measuring[@]}"
+    check_only python -m evaluations.evaluator "$VAL_IMAGES" samples "${suite[@]}"
+    check_only python -m evaluations.clip_score samples --clip "$CLIP"
+}
+
 measure() {
     local npz name=$RESULTS/$EXP_NAME
     npz=$(newest_npz "$SAMPLE_DIR/coco")
-    [ -f "$REF" ] || launch -m evaluations.calculate_metrics ref --data "$VAL_IMAGES" --dest "$REF" \
-        ${edm2_weights[@]+"${edm2_weights[@]}"}
-    launch -m evaluations.calculate_metrics calc --images "$npz" --ref "$REF" --metrics fid,fd_dinov2 \
-        --num-images "$NUM_FID_SAMPLES" --json "$name-coco.json" ${edm2_weights[@]+"${edm2_weights[@]}"}
-    # ten splits for the Inception Score: ADM's own, of 5,000 images, would leave a last one of 192
-    launch -m evaluations.evaluator "$VAL_IMAGES" "$npz" --splits 10 --json "$name-adm.json" ${weights[@]+"${weights[@]}"}
+    launch -m evaluations.calculate_metrics calc --images "$npz" "${measuring[@]}" --num-images "$NUM_FID_SAMPLES" \
+        --json "$name-coco.json"
+    launch -m evaluations.evaluator "$VAL_IMAGES" "$npz" "${suite[@]}" --json "$name-adm.json"
     python -m evaluations.clip_score "$npz" --clip "$CLIP" --json "$name-clip.json"
 }
 
@@ -34,6 +43,8 @@ check_weights
 need VAL_JSON "name COCO's captions_val2014.json"
 [ "$REF" = none ] || need VAL_IMAGES "make it with script/t2i/preprocess.sh, or pass REF=none to sample only"
 [ -z "$GENEVAL" ] || need GENEVAL "name GenEval's evaluation_metadata.jsonl"
+[ -z "$GENEVAL" ] || check_only python -m evaluations.geneval score results.jsonl --metadata "$GENEVAL"
+[ "$REF" = none ] || check_measuring
 sample coco "$VAL_JSON" --num-fid-samples "$NUM_FID_SAMPLES" "$@"
 [ "$REF" = none ] || measure
 if [ -n "$GENEVAL" ]; then

@@ -1,0 +1,64 @@
+"""What makes an encoder the same one: its content, whatever its folder is called. For VAEs and text encoders alike."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from common.errors import InputError
+
+
+class Identity:
+    """Base of dataclasses that say which encoder made something: `family`, and `encoder_sha256` where it is known.
+
+    KIND: what it is called in messages; NAME: the field with its name or folder; FLAG: the flag that names it;
+    SETTINGS: further fields that must agree.
+    """
+
+    KIND = NAME = FLAG = ""
+    SETTINGS = ()
+
+    def difference(self, other, content="encoder_sha256", name="family"):
+        """The first field that ought to agree and does not, else None.
+
+        Where one of them does not know its content, as in older files, the names decide instead.
+        """
+        is_known = getattr(self, content) and getattr(other, content)
+        fields = (content if is_known else name, *self.SETTINGS)
+        return next((field for field in fields if getattr(self, field) != getattr(other, field)), None)
+
+    def check_same(self, other, ours, theirs):
+        """Raise InputError unless encoder and settings agree; ours, theirs: for the message."""
+        if (field := self.difference(other)) is None:
+            return
+        a, b = getattr(self, field), getattr(other, field)
+        name, other_name = getattr(self, self.NAME), getattr(other, self.NAME)
+        both = f"{ours} has {field} {a!s:.36} ({name}), {theirs} has {field} {b!s:.36} ({other_name})"
+        remedy = f"use {self.FLAG} {name}{' as it was then' if name == other_name else ''}, or encode again"
+        if field == "family":
+            remedy += "; if they are one, rename the folder: only its name counts where no hash is recorded"
+        raise InputError(f"{self.KIND} mismatch: {both}; {remedy}")
+
+
+def variant_of(folder):
+    """`fp16` for a folder whose weights are all in files of that variant, else None."""
+    names = [path.name for path in Path(folder).glob("*.*") if path.suffix in (".safetensors", ".bin")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+def check_complete(loading_info, what):
+    """Raise InputError where from_pretrained found no weights for a part of the network and left it random."""
+    if missing := sorted(loading_info["missing_keys"]):
+        raise InputError(f"{what} lacks {len(missing)} weights, {missing[0]} for one; copy or download it again")
+
+
+def content_sha256(network, prefixes, facts):
+    """Hex sha256 of a network's parameters whose names begin with one of `prefixes`, and of JSON-like `facts`.
+
+    Parameters count in float16, so that files in full and in half precision are one.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, parameter in sorted(network.named_parameters()):
+        if name.startswith(prefixes):
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().half().flatten().cpu().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Look-ups on the hub without network: the file that can be given instead is named, within seconds."""
+
+import threading
+import types
+
+import pytest
+from huggingface_hub import constants
+
+from common.errors import InputError
+from evaluations.metrics.features import load_dinov2, load_features
+from evaluations.metrics.inception import Inception
+from models import hub
+from models.codec import LatentCodec
+from models.deepflow import DeepFlow
+from models.encoders import Encoder
+from models.text import TextEncoder
+
+
+class Site:
+    """A hub client: `answer` is a status code, an exception, or None for a server that never answers."""
+
+    def __init__(self, answer):
+        self.answer, self.asked, self.end = answer, [], threading.Event()
+
+    def head(self, url, timeout):
+        self.asked.append(url)
+        if self.answer is None:
+            self.end.wait(20)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return types.SimpleNamespace(status_code=self.answer)
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path, request):
+    """The Site that this process asks, with empty caches and without HF_HUB_OFFLINE."""
+    site = Site(request.param)
+    monkeypatch.setattr(hub, "get_session", lambda: site)
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    hub.answers.cache_clear()
+    yield site
+    site.end.set()
+    hub.answers.cache_clear()
+
+
+LOOK_UPS = {
+    "vae": (lambda: LatentCodec.load("ema"), "--vae"),
+    "text": (TextEncoder, "--text-encoder"),
+    "alignment": (lambda: Encoder("dinov2-vit-s", 32), "--enc-ckpt FILE"),
+    "features": (lambda: load_features("resnet10t"), "TorchScript file"),
+    "dinov2": (lambda: load_dinov2(name="vit_small_patch14_dinov2.lvd142m"), "--dinov2-weights"),
+    "inception": (Inception, "--inception-weights"),
+    "model": (lambda: DeepFlow.from_pretrained("someone/deepflow"), "folder"),
+}
+
+
+@pytest.mark.parametrize("site", [OSError("name resolution"), None], indirect=True, ids=["no name", "no answer"])
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_a_look_up_without_network_names_what_can_be_given(site, name, monkeypatch):
+    look_up, named = LOOK_UPS[name]
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("a client that asks again"))
+    with pytest.raises(InputError, match="no answer from https://") as caught:
+        look_up()
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert len(site.asked) == 1
+    assert name == "inception" or constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("site", [200, 404, 503], indirect=True)
+def test_a_site_that_works_is_left_to_the_library(site):
+    with hub.fetching("it", "someone/it", "give it"):
+        assert constants.HF_HUB_OFFLINE == (site.answer == 503)
+    assert site.asked == [constants.ENDPOINT]
+
+
+@pytest.mark.parametrize("site", [None], indirect=True)
+def test_what_is_at_hand_is_not_asked_for(site, tmp_path, vae):
+    LatentCodec.load(vae)
+    with hub.fetching("it", tmp_path, "give it", "https://host/file"):
+        pass
+    assert site.asked == [] and not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("site", [200], indirect=True)
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("two\nlines"), r"cannot load it \(two\); give it"),
+        (OSError(28, "No space left on device", "x.bin"), "x.bin: No space left"),
+        (InputError("--flag: own words"), "^--flag: own words$"),
+    ],
+    ids=str,
+)
+def test_what_a_library_raises_ends_in_one_line(site, error, named):
+    with pytest.raises(InputError, match=named), hub.fetching("it", "someone/it", "give it"):
+        raise error
+
+
+def test_offline_mode_asks_nobody():
+    assert not hub.answers(constants.ENDPOINT)
