@@ -1,7 +1,7 @@
 """Sample images from a checkpoint, as PNG files and an npz for ADM-style evaluation.
 
     python generate.py --ckpt exps/first/checkpoints/0400000.pt --num-fid-samples 64
-    python generate.py --ckpt CKPT --grid 8x8 --classes 207,360 --seed 0 --out grid.png
+    python generate.py --ckpt exps/first --grid 8x8 --classes 207,robin --seed 0 --out grid.png
     torchrun --nproc-per-node 8 generate.py --ckpt CKPT --num-fid-samples 50000 --mode sde --num-steps 250
 
 Writes SAMPLE_DIR/MODEL-CKPT-size-R-vae-V-cfg-S-seed-N-MODE/000000.png …, and that name + .npz (`arr_0`, uint8 NHWC) and
@@ -16,6 +16,7 @@ from common.files import naming
 from common.flags import CLASSES, flag, parse_flags
 from common.precision import set_math
 from common.processes import Processes
+from models.checkpoints import find_checkpoint
 from models.compiling import keep_compiled
 from sampling.conditions import ClassLabels
 from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
@@ -28,22 +29,20 @@ class GenerateConfig(SamplingFlags):
     """Flags of generate.py."""
 
     num_classes: int | None = flag(None, "number of classes", int, range=CLASSES, group=MODEL)
-    labels: str = flag("random", "random, balanced, or in turn: 207,360 or a file with one per line", group=SAMPLING)
-    classes: str | None = flag(None, "classes of the picture, 207,360: equally many images of each", str, group=OUTPUT)
+    labels: str = flag("random", "random, balanced, or in turn: 207,robin or a file with one per line", group=SAMPLING)
+    classes: str | None = flag(None, "classes of the picture, 207,robin: equally many of each", str, group=OUTPUT)
 
     def model_options(self):
         return {**super().model_options(), "num_classes": self.num_classes}
 
     def resolve(self):
-        """As SamplingFlags.resolve; --classes becomes a label for each image of the picture."""
+        """As SamplingFlags.resolve, for --classes too."""
         config = super().resolve()
         if config.classes and not config.grid:
             raise InputError("--classes belongs to --grid; for many images pass --labels")
-        if config.classes:
-            classes, cells = config.classes.split(","), config.num_fid_samples
-            if len(classes) > cells:
-                raise InputError(f"--classes names {len(classes)} classes for {cells} images; pass a larger --grid")
-            config.labels = ",".join(classes[i * len(classes) // cells].strip() for i in range(cells))
+        if config.classes and (count := len(config.classes.split(","))) > config.num_fid_samples:
+            cells = f"{count} classes for {config.num_fid_samples} images"
+            raise InputError(f"--classes names {cells}; pass a larger --grid")
         return config
 
 
@@ -55,6 +54,9 @@ def generate(config, make_condition=ClassLabels):
         keep_compiled(config.sample_dir)
     set_math(config.tf32, config.fused_attn)
     with Processes.join() as processes, naming(config.out or config.sample_dir):
+        # a run may write a newer checkpoint before the other processes look
+        ckpt = processes.share("ckpt", str(find_checkpoint(config.ckpt)) if processes.is_main else None)
+        config = dataclasses.replace(config, ckpt=ckpt)
         save = save_picture if config.grid else save_images
         return save(ImageSampler(config, make_condition, processes.device), processes)
 

@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import importlib.util
+import json
 import os
 import re
 import sys
 import time
+import warnings
+from pathlib import Path
 
 EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 ROOM = "free space, or raise the quota (ulimit -f), and run the same again: what is finished is kept"
@@ -75,6 +78,8 @@ def exit_on_input_error():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may not be printable in the terminal's encoding
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their users
     try:
         yield
     except KeyboardInterrupt:
@@ -109,6 +114,11 @@ def _in_one_line(error):
 def _end(line, code):
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
+    if record := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats what stands there at its end
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(f"{record}.part").write_text(json.dumps({"message": message}))
+            os.replace(f"{record}.part", record)
     with contextlib.suppress(OSError):  # stderr may go to the same full disk
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)

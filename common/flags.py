@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from common.errors import InputError
+from common.published_flags import translate
 
 ROOT = Path(__file__).resolve().parent.parent
 FlagTextError = argparse.ArgumentTypeError  # raised by a `kind` that cannot convert the text
@@ -86,11 +87,15 @@ STYLE = {"formatter_class": Formatter, "allow_abbrev": False}
 
 
 def parse_flags(cls, argv=None, description=None, epilog=None):
-    """Parse the command line into a dataclass of `flag` fields. Raises InputError for a value outside its range."""
+    """Parse the command line into a dataclass of `flag` fields; published flags (published_flags.py) are taken too.
+
+    Raises InputError for an unknown flag and for a value outside its range.
+    """
     check_checkout()
     parser = argparse.ArgumentParser(description=description, epilog=epilog, **STYLE)
-    add_flags(parser, cls)
-    return check_ranges(cls(**vars(parser.parse_args(argv))))
+    own = add_flags(parser, cls)
+    words = translate(sys.argv[1:] if argv is None else argv, own)
+    return check_ranges(cls(**vars(parser.parse_args(words))))
 
 
 def parse_commands(commands, argv=None, description=None):
@@ -98,10 +103,13 @@ def parse_commands(commands, argv=None, description=None):
     check_checkout()
     parser = argparse.ArgumentParser(description=description, **STYLE)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    own, words = {}, sys.argv[1:] if argv is None else argv
     for name, cls in commands.items():
         help = (cls.__doc__ or "").partition("\n")[0]  # python -OO drops docstrings
-        add_flags(choices.add_parser(name, help=help, description=help, **STYLE), cls)
-    values = vars(parser.parse_args(argv))
+        own[name] = add_flags(choices.add_parser(name, help=help, description=help, **STYLE), cls)
+    if words[:1] and words[0] in own:
+        words = [words[0], *translate(words[1:], own[words[0]])]
+    values = vars(parser.parse_args(words))
     name = values.pop("command")
     return name, check_ranges(commands[name](**values))
 
@@ -119,8 +127,8 @@ def check_ranges(config):
 
 
 def add_flags(parser, cls):
-    """Add the flags of a dataclass to a parser, under the headings of their groups."""
-    groups = {None: parser}
+    """Add the flags of a dataclass to a parser, under the headings of their groups; returns all names of flags."""
+    groups, known = {None: parser}, {"--help"}
     for field in dataclasses.fields(cls):
         options = {name: value for name, value in field.metadata.items() if name not in ("range", "free", "empty")}
         kind, group, names = options.pop("kind"), options.pop("group"), [shown(field.name), *options.pop("also", ())]
@@ -131,7 +139,8 @@ def add_flags(parser, cls):
             groups[group].add_argument(field.name, **options)
             continue
         options |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
-        groups[group].add_argument(*names, dest=field.name, **options)
+        known.update(groups[group].add_argument(*names, dest=field.name, **options).option_strings)
+    return known
 
 
 def check_checkout():

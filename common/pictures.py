@@ -1,4 +1,4 @@
-"""Pictures as PNG files: images in a grid, with captions or without, and lines over an axis."""
+"""Pictures as PNG files: images in a grid, with captions, row and column names or without, and lines over an axis."""
 
 import textwrap
 
@@ -7,39 +7,67 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.files import write_atomically
 
-CAPTION_WIDTH, CAPTION_HEIGHT = 160, 44  # pixels: an image at least this wide, three lines of text
+SMALL, CAPTION_WIDTH = 64, 160  # pixels: images are enlarged to at least this width, those with captions more
+GAP, LINE, LETTER = 2, 13, 7  # pixels: white between images, height of a line of text, width of a letter
 
 
 def image_grid(images, columns):
-    """uint8 images (N, H, W, 3) → one uint8 picture with `columns` images a row; missing ones are white."""
-    images = np.asarray(images)
+    """uint8 images (N, H, W, 3) → one uint8 picture, `columns` images a row, GAP between them; missing ones white."""
+    images = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     rows = -(-len(images) // columns)
     canvas = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
     canvas[: len(images)] = images
     height, width = images.shape[1:3]
-    return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    canvas = canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return canvas.reshape(rows * height, columns * width, 3)[:-GAP, :-GAP]
+
+
+def enlarged(images, width):
+    """uint8 images (N, H, W, 3) with each pixel repeated until they are at least so wide."""
+    times = -(-width // np.shape(images)[2])
+    return np.asarray(images).repeat(times, axis=1).repeat(times, axis=2)
 
 
 def with_captions(images, captions):
-    """uint8 images (N, R, R, 3) → (N, H, W, 3), each enlarged to a readable width, with its caption below it."""
-    enlarge = -(-CAPTION_WIDTH // len(images[0]))
-    images = np.asarray(images).repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    """uint8 images (N, R, R, 3) → (N, H, R, 3), with three lines for each one's caption below it."""
     side = images.shape[1]
     pictures = []
     for image, caption in zip(images, captions, strict=True):
-        picture = Image.new("RGB", (side, side + CAPTION_HEIGHT), "white")
+        picture = Image.new("RGB", (side, side + 3 * LINE + 5), "white")
         picture.paste(Image.fromarray(image))
-        lines = textwrap.wrap(caption, side // 7, max_lines=3, placeholder=" …")
-        ImageDraw.Draw(picture).multiline_text((3, side + 2), "\n".join(lines), "black", ImageFont.load_default(11))
+        lines = textwrap.wrap(caption, side // LETTER, max_lines=3, placeholder=" …")
+        write(picture, (3, side + 2), lines)
         pictures.append(np.asarray(picture))
     return np.stack(pictures)
 
 
-def save_grid(images, columns, path, captions=None):
-    """Write image_grid as a PNG, whole or not at all; captions: N texts to write below the images."""
+def with_names(grid, row_names, column_names):
+    """A picture with names left of its rows and above its columns; a name is a list of lines."""
+    left = max((LETTER * len(line) + 6 for lines in row_names for line in lines), default=0)
+    top = (LINE + 3) * bool(column_names)
+    picture = Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    picture.paste(grid, (left, top))
+    for number, name in enumerate(column_names):
+        write(picture, (left + number * (grid.width + GAP) // len(column_names), 0), [name])
+    for number, lines in enumerate(row_names):
+        write(picture, (2, top + number * (grid.height + GAP) // len(row_names)), lines)
+    return picture
+
+
+def write(picture, place, lines):
+    """Write lines of text into a PIL picture, with their upper left corner at (x, y)."""
+    ImageDraw.Draw(picture).multiline_text(place, "\n".join(lines), "black", ImageFont.load_default(11))
+
+
+def save_grid(images, columns, path, captions=None, row_names=(), column_names=()):
+    """Write image_grid of images, small ones enlarged, as a PNG, whole or not at all.
+
+    captions: N texts to write below the images; row_names: a list of lines for each row; column_names: texts.
+    """
+    images = enlarged(images, SMALL if captions is None else CAPTION_WIDTH)
     if captions is not None:
         images = with_captions(images, captions)
-    picture = Image.fromarray(image_grid(images, columns))
+    picture = with_names(Image.fromarray(image_grid(images, columns)), row_names, column_names)
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 

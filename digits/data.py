@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from common.errors import InputError, exit_on_input_error
 from common.files import whole_folder
@@ -39,6 +38,8 @@ class Digits:
 
 def load_digits_split():
     """(train, held_out): 1,397 and 400 digits, 40 of each class held out; the same on every machine."""
+    from sklearn.datasets import load_digits  # takes seconds
+
     source = load_digits()
     images = np.rint(source.images * (255 / 16)).astype(np.uint8)  # from 0..16
     digits = Digits(images, source.target.astype(np.int64), np.arange(len(images)))

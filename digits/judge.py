@@ -5,8 +5,6 @@
 """
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.svm import SVC
 
 from common.errors import InputError
 from common.versions import versions
@@ -47,6 +45,8 @@ def pixels(images):
 
 def train_classifier(train):
     """Classifier of pixels: an RBF support vector machine."""
+    from sklearn.svm import SVC
+
     return SVC().fit(pixels(upsample(train.images)), train.labels)
 
 
@@ -60,6 +60,8 @@ def stratified_rows(labels, count, seed=SEED):
 
 def build_report(images, labels):
     """Both numbers for samples (N, 32, 32, 3) with requested labels (N,), and for the held-out digits, as a dict."""
+    from sklearn.decomposition import PCA  # scikit-learn takes seconds
+
     train, held_out = load_digits_split()
     train_images, count = upsample(train.images), min(len(images), MAX_COUNT)
     classifier = train_classifier(train)

@@ -17,6 +17,7 @@ from common.flags import flag, parse_flags, required
 from common.pictures import save_grid
 from digits.data import CLASSES
 from digits.judge import build_report, load_samples
+from evaluations.metrics.results import sample_manifest
 from training.plot import save_curves
 
 COLUMNS = 10  # images a row
@@ -42,22 +43,26 @@ def named(texts):
 
 
 def class_grid(images, digits, columns):
-    """uint8 (N, R, R, 3), digits (N,) → (10·columns, R', R', 3): the first of each digit, white where too few.
-
-    R' = 2·R + 4: every pixel is doubled, with a white frame around.
-    """
+    """uint8 (N, R, R, 3), digits (N,) → (10·columns, R, R, 3): the first of each digit, white where too few."""
     chosen = np.full((CLASSES, columns, *images.shape[1:]), 255, np.uint8)
     for digit in range(CLASSES):
         rows = images[digits == digit][:columns]
         chosen[digit, : len(rows)] = rows
-    larger = chosen.reshape(-1, *images.shape[1:]).repeat(2, axis=1).repeat(2, axis=2)
-    return np.pad(larger, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+    return chosen.reshape(-1, *images.shape[1:])
 
 
 def in_words(report, of="samples"):
     """The two numbers of a report as text; of: "samples" or "held_out_digits"."""
     found = report["agreement"][of]
     return f"{found['agree']} of {found['of']} carry their label; Fréchet distance {report['frechet'][of]:.4f}"
+
+
+def for_table(report, count):
+    """What evaluations/table.py reads of a report, beside `samples`."""
+    agreement, distance = report["agreement"]["samples"]["agree"] / count, report["frechet"]["samples"]
+    metrics = {"label agreement": agreement, "Fréchet distance of digits": distance}
+    about = {name: value for name, value in sample_manifest(report["samples"]).to_json().items() if name != "labels"}
+    return {"metrics": metrics, "count": count, "manifest": about}
 
 
 def main(argv=None):
@@ -70,6 +75,7 @@ def main(argv=None):
     reports = {}
     for name, (images, digits, _) in loaded.items():
         report = reports[name] = {"samples": files[name], **build_report(images, digits)}
+        report |= for_table(report, len(images))
         print(f"{name}: {in_words(report)}")
     print(f"held-out digits: {in_words(report, 'held_out_digits')}")
     side = "{images_a_side} images a side, seed {seed}".format(**report["frechet"])

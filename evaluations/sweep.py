@@ -22,6 +22,7 @@ from common.processes import Processes
 from evaluations.evaluator import EvaluatorFlags, check_inputs, label
 from evaluations.metrics.features import features_name
 from evaluations.metrics.results import Result, markdown
+from models.checkpoints import find_checkpoint
 from samplers import Guidance
 from sampling.manifest import check_settings
 
@@ -181,6 +182,7 @@ def parse(argv):
 
 def main(argv=None):
     args, generate = parse(sys.argv[1:] if argv is None else argv)
+    args.ckpt = str(find_checkpoint(args.ckpt))  # for all settings, though the run may go on
     check(args, generate)
     rows = [(setting, measure(setting, args, generate)) for setting in settings(args)]
     if len({getattr(result.manifest, "weights_sha256", None) for _, result in rows}) > 1:

@@ -17,6 +17,7 @@ from common.errors import exit_on_input_error, note
 from common.files import check_writable
 from common.flags import BLOCKS, flag, parse_flags, required, shown
 from common.pictures import save_lines
+from common.records import check_record, read_record
 from evaluations.metrics.results import Result, markdown
 from evaluations.published import PUBLISHED, STEPS_PER_EPOCH
 from models.codec import LatentSpec
@@ -27,13 +28,14 @@ from training.settings import settings
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
 ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
+REMEDY = "pass files that the evaluators or digits.report wrote"
 UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of odd settings
 UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  # flags that the table shows otherwise
 
 
 @dataclasses.dataclass
 class TableFlags:
-    results: list = required("JSON files that the evaluators wrote", positional=True, nargs="+")
+    results: list = required("JSON files that the evaluators, or digits.report, wrote", positional=True, nargs="+")
     plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
     plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
 
@@ -57,7 +59,7 @@ def measured_cells(path, result, metrics):
     manifest = result.manifest or SampleManifest()
     trained = f"{manifest.step} steps" if manifest.step is not None else ""
     values = [f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in metrics]
-    return [Path(path).stem, manifest.model or "", trained, made(result), *values]
+    return [str(path).removesuffix(".json").rpartition("/")[2], manifest.model or "", trained, made(result), *values]
 
 
 def published_cells(row, metrics):
@@ -159,9 +161,22 @@ PLOTS = {  # {flag: (published table, x of a row, x of a result, what x is)}
 }
 
 
+def read_results(paths):
+    """{path: Result}; digits/report.py writes those of several samples into one file: {"NAME of FILE": Result}."""
+    results = {}
+    for path in paths:
+        content = read_record(dict, path, REMEDY)
+        if content and all(isinstance(part, dict) and "metrics" in part for part in content.values()):
+            found = {name: check_record(Result, part, f"{path}: {name}", REMEDY) for name, part in content.items()}
+            results |= {f"{name} of {Path(path).stem}": result for name, result in found.items()}
+        else:
+            results[path] = Result.read(path, REMEDY)
+    return results
+
+
 def main(argv=None):
     args = parse_flags(TableFlags, argv, __doc__)
-    results = {path: Result.read(path) for path in args.results}
+    results = read_results(args.results)
     for name, (table, of_row, x, label) in PLOTS.items():
         if path := getattr(args, name):
             check_writable(path, shown(name))

@@ -42,15 +42,24 @@ def list_sets(data_dir):
     return found[:1] if found[:1] == [data_dir] else found
 
 
+def check_unpacked(place, flag):
+    """Raise InputError where moments are still in the zip that REPA's tools write: the file `place`, or in it."""
+    place = Path(place)
+    for path in (place, place / f"{MOMENTS}.zip"):
+        if path.suffix.lower() == ".zip" and path.is_file():
+            raise InputError(f"{flag} {path} is a zip; unpack it into DATA/{MOMENTS}, then pass {flag} DATA")
+
+
 def find_set(data_dir, name):
     """Folder of the set `name`: DATA/name, or DATA where the set itself is named. Raises InputError without one."""
     data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise InputError(f"--data-dir {data_dir} does not exist; {PREPARE}")
     for folder in (data_dir / name, data_dir):
         check_finished(folder)
         if is_set(folder):
             return folder
+    check_unpacked(data_dir, "--data-dir")
+    if not data_dir.is_dir():
+        raise InputError(f"--data-dir {data_dir} does not exist; {PREPARE}")
     raise InputError(f"--data-dir {data_dir} has no {name}/{LABELS_JSON} and no {MANIFEST}; {PREPARE}")
 
 

@@ -1,6 +1,27 @@
-"""Networks, presets and the latent codec."""
+"""Networks, presets and the latent codec.
 
-from models.checkpoints import load_checkpoint, load_model
-from models.presets import PRESETS, create_model, model_config
+    from models import DeepFlow, create_model, load_model
 
-__all__ = ["PRESETS", "create_model", "load_checkpoint", "load_model", "model_config"]
+Imported on first use, so that a program which needs one module of this room does not load the others.
+"""
+
+import importlib
+
+HOMES = {
+    "DeepFlow": "deepflow",
+    "FlowMap": "flow_map",
+    "MMDiT": "mmdit",
+    "PRESETS": "presets",
+    "create_model": "presets",
+    "model_config": "presets",
+    "load_checkpoint": "checkpoints",
+    "load_model": "checkpoints",
+}
+__all__ = list(HOMES)
+
+
+def __getattr__(name):
+    """Import a public name from its module."""
+    if name not in HOMES:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"models.{HOMES[name]}"), name)

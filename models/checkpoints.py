@@ -7,6 +7,7 @@ published one is in models/published.py.
 import argparse
 import dataclasses
 import hashlib
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field, Strict
 from safetensors.torch import load_file
 
-from common.errors import InputError, first_line, system_fault, unreadable
+from common.errors import InputError, first_line, note, system_fault, unreadable
 from common.files import regular
 from common.flags import shown
 from common.records import Whole, check_record, read_record
@@ -26,6 +27,7 @@ from models.presets import NETWORKS, build, constructor_defaults, kind_of, parse
 from models.published import from_published
 
 REMEDY = "copy it again, or name another"
+STEP = re.compile("[0-9]{1,18}")
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
 # What of a run's configuration bears on its numbers, beside the model; exported folders and samples' manifests keep it.
@@ -57,6 +59,27 @@ class About:
     data: dict[str, Plain] = dataclasses.field(default_factory=dict)
     steps: Whole | None = None
     args: Any = None  # of a published file
+
+
+def checkpoint_path(run_dir, step):
+    return Path(run_dir) / "checkpoints" / f"{step:07d}.pt"
+
+
+def existing_steps(run_dir):
+    """Steps that a run has checkpoints of, ascending."""
+    files = (Path(run_dir) / "checkpoints").glob("*.pt")
+    return sorted(int(path.stem) for path in files if STEP.fullmatch(path.stem) and path.is_file())
+
+
+def find_checkpoint(path):
+    """The newest checkpoint, which is printed, if the path is a run's folder, else the path. Raises InputError."""
+    if not os.path.isdir(os.path.join(path, "checkpoints")):
+        return path
+    if not (steps := existing_steps(path)):
+        raise InputError(f"{path} holds no checkpoint yet; train further, or name another run or a file")
+    newest = checkpoint_path(path, steps[-1])
+    note(f"{path}: {newest}, its newest checkpoint, is taken")
+    return newest
 
 
 def read_file(path):
@@ -99,7 +122,7 @@ def check_sums(path):
 
 def read_folder(folder):
     """Content of an exported folder, in the form of a checkpoint of ours. Raises InputError naming the file."""
-    where, remedy = folder / CONFIG_FILE, "name a .pt file, or an exported folder"
+    where, remedy = folder / CONFIG_FILE, "name a .pt file, a run's folder, or an exported folder"
     config = read_record(dict, where, remedy)
     run = check_record(dict, config.get("run", {}), f"{where}, run", remedy)
     weights = check_record(Literal[tuple(ENTRIES)], config.get("weights", "ema"), f"{where}, weights", remedy)
@@ -137,12 +160,13 @@ class Checkpoint:
 
 
 def load_checkpoint(path, weights="ema", **overrides):
-    """Checkpoint with the model in eval mode, from a file of ours or a published one.
+    """Checkpoint with the model in eval mode, from a file of ours or a published one; of a run's folder the newest.
 
     weights: "ema" or "raw" (the entry "model"); overrides: constructor arguments that a published file leaves open or
     states differently, and its convention and path_type. Raises InputError if the file lacks what is asked for, or its
     parts contradict each other.
     """
+    path = find_checkpoint(path)
     content = read_file(path)
     state = pick_weights(content, weights, path)
     found = check_record(About, content, path, REMEDY)
@@ -179,11 +203,11 @@ def pick_weights(content, weights, path):
     state = entries if "x_embedder.proj.weight" in map(strip_prefix, entries) else entries.get(key)
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) and is_plain(t) for t in state.values()):
         held = ", ".join(map(str, list(entries)[:6])) or "nothing"
-        fault = f"--ckpt {path} lacks tensors '{key}' (it holds {held:.200})"
+        fault = f"{path} lacks tensors '{key}' (it holds {held:.200})"
         raise InputError(f"{fault}; name other --weights or another file")
     stripped = {strip_prefix(name): tensor for name, tensor in state.items()}
     if len(stripped) < len(state):
-        raise InputError(f"--ckpt {path} holds parameters twice, as NAME and module.NAME; save them once")
+        raise InputError(f"{path} holds parameters twice, as NAME and module.NAME; save them once")
     return stripped
 
 

@@ -86,7 +86,7 @@ class LatentCodec:
     @classmethod
     def load(cls, name=DEFAULT_VAE, device="cpu", dtype=torch.float32):
         """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
-        from diffusers import AutoencoderKL  # takes four seconds, and training without grids never needs it
+        from diffusers import AutoencoderKL  # takes seconds, and training without grids never needs it
 
         name, place = SHORT_NAMES.get(str(name), str(name)), resolve_vae(name)
         with fetching(f"the VAE '{name}'", place, "pass --vae with a folder that holds a diffusers AutoencoderKL"):

@@ -29,7 +29,9 @@ from models.layers import (
     VelocityLayer,
     adaln,
     modulate,
+    silu_mlp,
     sincos_2d,
+    spread,
     zero_,
 )
 
@@ -244,8 +246,11 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         return DeepFlowOutput(velocities, accelerations, projections)
 
     def velocity(self, x, t, y):
-        """Final velocity, (N, C, H, W), at x (N, C, H, W), t (N,), y (N,); no intermediate velocity layer is run."""
-        for branch in self.run_branches(x, t, y):
+        """Final velocity, (N, C, H, W), at x (N, C, H, W), t (N,) or a number, y (N,); no intermediate one is computed.
+
+        Raises InputError for labels out of range; on a GPU only where t is a number, since looking waits for it.
+        """
+        for branch in self.run_branches(x, spread(t, x, y, self.num_classes), y):
             final = branch  # the memory of all but the last is freed on the way
         return self.final_velocity(final)
 
@@ -311,12 +316,6 @@ def per_block(values, ends):
     """values[i] for each block after ends[i − 1] up to ends[i]: ("a", "b"), (2, 3) → ["a", "a", "b"]."""
     lengths = (end - start for start, end in itertools.pairwise((0, *ends)))
     return [value for value, length in zip(values, lengths, strict=True) for _ in range(length)]
-
-
-def silu_mlp(*widths):
-    """Linear layers from each width to the next, with SiLU between them."""
-    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
-    return nn.Sequential(*layers[:-1])
 
 
 def acc_widths(acc_mlp, projector_dim):

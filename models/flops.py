@@ -11,7 +11,6 @@ import re
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.mmdit import TEXT_TOKENS
 
@@ -106,6 +105,8 @@ class Part:
 
 def count_parts(model):
     """{name: Part} in the order of the state dict; `blocks` and `df_blocks` are split by kind of layer."""
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton
+
     parts = collections.defaultdict(Part)
     for name, parameter in model.named_parameters():
         parts[part_of(name)].parameters += parameter.numel()

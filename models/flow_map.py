@@ -13,7 +13,7 @@ from torch import nn
 from common.errors import InputError
 from models.attention import forward_mode
 from models.deepflow import DeepFlow, DeepFlowOutput, per_block
-from models.layers import sinusoid, zero_
+from models.layers import sinusoid, spread, zero_
 
 LOGVAR_FREQUENCIES = 64
 
@@ -42,7 +42,8 @@ class FlowMap(DeepFlow):
         return DeepFlowOutput(velocities, accelerations, [], self.log_variance(t, r))
 
     def average_velocity(self, x, t, r, y):
-        """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,)."""
+        """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r in [0, 1], (N,) or numbers, y (N,). As `velocity`."""
+        t, r = (spread(time, x, y, self.num_classes) for time in (t, r))
         return self.velocity(x, (t, r), y)
 
     def embed_times(self, t, label):

@@ -6,7 +6,6 @@ import os
 import threading
 
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 
 from common.errors import InputError, first_line, system_fault
 
@@ -38,6 +37,8 @@ def fetching(what, source, remedy, url=None):
 def answers(url):
     """Whether a server answers at `url` within SECONDS, with the environment's proxies; never with HF_HUB_OFFLINE."""
     answered = threading.Event()
+
+    from huggingface_hub.utils import get_session  # loads an HTTP client
 
     def ask():
         with contextlib.suppress(Exception):  # of the client in use, httpx or requests

@@ -3,12 +3,14 @@
 Letters: N batch, C latent channels, H = W latent size, p patch size, T = (H/p)² tokens, D hidden size.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import InputError
 from models.attention import attention, differentiating
 
 LN_EPS = 1e-6
@@ -84,7 +86,30 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y):
-        return self.embedding_table(y)
+        try:
+            return self.embedding_table(y)
+        except IndexError:  # only a CPU raises it: nothing waits for a GPU
+            check_labels(y, self.embedding_table.num_embeddings - 1)
+            raise
+
+
+def check_labels(y, num_classes):
+    """Raise InputError for labels y (N,) out of range; waits for the device that holds them."""
+    if len(wrong := y[(y < 0) | (y > num_classes)]):
+        classes = f"a class from 0 to {num_classes - 1}, nor {num_classes}, the null class"
+        raise InputError(f"label {wrong[0].item()} is not {classes}; correct y")
+
+
+def spread(t, x, y, num_classes):
+    """A number t as the time (N,) of x (N, …), with labels y (N,) checked; times, (N,) each, as they are.
+
+    num_classes: None if y is text. Raises InputError.
+    """
+    if isinstance(t, list | tuple) or getattr(t, "ndim", 0):
+        return t
+    if num_classes is not None:
+        check_labels(y, num_classes)
+    return torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device).expand(len(x))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -225,6 +250,12 @@ class VelocityLayer(nn.Module):
         n, grid, p = len(h), math.isqrt(h.shape[1]), self.patch_size
         x = patches.reshape(n, grid, grid, p, p, self.channels)  # by row and column in the patch, then channel
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, self.channels, grid * p, grid * p)
+
+
+def silu_mlp(*widths):
+    """Linear layers from each width to the next, with SiLU between them."""
+    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 def zero_(linear):

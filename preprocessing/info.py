@@ -5,9 +5,8 @@ import torch
 
 from common.errors import InputError
 from common.pictures import save_grid
-from dataset import open_dataset
 from latents.manifest import MOMENTS, DataManifest
-from latents.sets import find_set
+from latents.sets import find_set, open_moments
 from models.codec import LatentCodec
 
 
@@ -35,11 +34,13 @@ def describe(data_dir):
 
 def write_grid(data_dir, path, vae=None, columns=8):
     """Decode the means of columns² evenly spaced latents into one PNG."""
-    data = open_dataset(data_dir)
-    spec = data.info.spec
+    moments = open_moments(data_dir)  # captions in place of labels are as good
+    rows, spec = moments.rows, moments.spec
     codec = LatentCodec.load(vae or spec.vae)
     spec.check_same(codec.spec, str(data_dir), "--vae")
-    indices = np.linspace(0, len(data) - 1, min(columns**2, len(data))).astype(int)
-    moments = data.gather(indices)[0].float()
-    latents = spec.sample(moments, torch.zeros_like(moments[:, : spec.channels]))
+    indices = np.linspace(0, len(rows) - 1, min(columns**2, len(rows))).astype(int)
+    values = torch.empty(len(indices), *rows.shape)
+    for index, out in zip(indices, values.numpy(), strict=True):
+        rows.read(index, out)
+    latents = spec.sample(values, torch.zeros_like(values[:, : spec.channels]))
     save_grid(codec.decode(latents).numpy(), columns, path)

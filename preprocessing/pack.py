@@ -14,7 +14,7 @@ from common.versions import versions
 from dataset import open_dataset
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, DataManifest
 from latents.names import check_names
-from latents.sets import images_by_order, is_set, open_set
+from latents.sets import check_unpacked, images_by_order, is_set, open_set
 from preprocessing.jobs import Job, batches_of
 from preprocessing.options import StoredFlags
 from preprocessing.packed import ShardWriter
@@ -40,6 +40,8 @@ def pack(options):
     sets = [name for name in (MOMENTS, MIRROR) if (source / name).is_dir()]
     if is_set(source) or not source.is_dir():
         sets = ["."]
+    if not sets or not source.is_dir():
+        check_unpacked(source, "--source")
     if not sets:
         raise InputError(f"--source {source} holds no {MOMENTS}; {PREPARE}")
     for name in sets:

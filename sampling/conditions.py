@@ -25,7 +25,8 @@ from sampling.stores import GenEvalFiles, PngFiles
 class ClassLabels:
     """A class for each image, drawn by (seed, index) or taken in turn.
 
-    Raises InputError for a text-to-image checkpoint, and for unknown classes in --labels.
+    A picture of --classes has equally many of each. Raises InputError for a text-to-image checkpoint, and for unknown
+    classes.
     """
 
     captions = None
@@ -34,13 +35,20 @@ class ClassLabels:
         if checkpoint.model.kind == "text":
             raise InputError(f"{config.ckpt} is a text-to-image model; sample it with generate_t2i.py")
         self.mode, self.device, self.null, self.file = config.labels, device, checkpoint.options["num_classes"], None
-        images, classes = range(config.num_fid_samples), range(self.null)  # classes to take in turn
-        if config.labels not in ("random", "balanced"):
-            classes, self.file = read_labels(config.labels, self.null)
-        if config.labels == "random":
-            self.labels = sample_labels(config.global_seed, images, self.null)
+        images = range(config.num_fid_samples)
+        names = check_record(Names, checkpoint.data, f"{config.ckpt}, data", "choose another file").class_names or ()
+        if classes := getattr(config, "classes", None):
+            classes, _ = read_labels(classes, self.null, names, "--classes")
+            labels = [classes[index * len(classes) // len(images)] for index in images]
+            self.mode = ",".join(map(str, labels))
+        elif config.labels == "random":
+            labels = sample_labels(config.global_seed, images, self.null)
         else:
-            self.labels = torch.tensor([classes[index % len(classes)] for index in images])
+            classes = range(self.null)  # taken in turn
+            if config.labels != "balanced":
+                classes, self.file = read_labels(config.labels, self.null, names)
+            labels = [classes[index % len(classes)] for index in images]
+        self.labels = torch.as_tensor(labels)
 
     def of(self, indices):
         """Labels and null labels of images, int64 (N,) each, on the device."""
@@ -56,18 +64,30 @@ class ClassLabels:
         return PngFiles(folder)
 
 
-def read_labels(text, num_classes):
-    """(Classes to take in turn, their file or None) of `207,360` or a text file. Raises InputError."""
-    is_list = re.fullmatch(r"[0-9]+(,[0-9]+)*", text)
-    try:
-        words = text.split(",") if is_list else Path(regular(text)).read_text("utf-8-sig").split()
-    except (OSError, UnicodeDecodeError) as error:
-        fault = system_fault(error) or f"{text}: not random, balanced, a list like 207,360 or a text file"
-        raise InputError(f"--labels {fault}") from None
-    wrong = [word for word in words or ["nothing"] if not re.fullmatch("[0-9]{1,9}", word) or int(word) >= num_classes]
-    if wrong:
-        raise InputError(f"--labels {text}: {wrong[0]!r} is not a class from 0 to {num_classes - 1}")
-    return [int(word) for word in words], None if is_list else text
+@dataclasses.dataclass
+class Names:
+    """What a checkpoint's data say of its classes, by number."""
+
+    class_names: list[str] | None = None
+
+
+def read_labels(text, num_classes, names=(), flag="--labels"):
+    """(Classes, their file or None) of `207,robin` or a text file; names: of the classes. Raises InputError."""
+    numbers = {name: number for number, name in enumerate(names)}
+    file, words = None, [word.strip() for word in text.split(",")]
+    is_list = flag == "--classes" or all(word in numbers or re.fullmatch("[0-9]+", word) for word in words)
+    if not is_list and (len(words) == 1 or os.path.exists(text)):
+        try:
+            words, file = Path(regular(text)).read_text("utf-8-sig").split() or ["nothing"], text
+        except (OSError, UnicodeDecodeError) as error:
+            fault = system_fault(error) or f"{text}: not random, balanced, a list like 207,robin or a text file"
+            raise InputError(f"{flag} {fault}") from None
+    labels = [int(word) if re.fullmatch("[0-9]{1,9}", word) else numbers.get(word, num_classes) for word in words]
+    if max(labels) >= num_classes:
+        wrong = next(word for word, label in zip(words, labels, strict=True) if label >= num_classes)
+        named = f", or the name of one ({names[0]}, …)" if names else "; its data give no names"
+        raise InputError(f"{flag} {text}: {wrong!r} is not a class from 0 to {num_classes - 1}{named}")
+    return labels, file
 
 
 class Prompts:

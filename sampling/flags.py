@@ -24,7 +24,7 @@ MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "ou
 class SamplingFlags(PublishedFlags):
     """Flags of every program that samples. None: as the checkpoint says, or a default that is filled in."""
 
-    ckpt: str = required("checkpoint, exported folder, or published file (DeepFlow, SiT, REPA, DMF)", group=MODEL)
+    ckpt: str = required("checkpoint, run, exported folder, or published file (DeepFlow, SiT, REPA, DMF)", group=MODEL)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group=MODEL)
     model: str | None = flag(None, "preset name", str, choices=list(PRESETS), group=MODEL)
     trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS, group=MODEL)

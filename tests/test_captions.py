@@ -16,7 +16,7 @@ from PIL import Image
 from common.errors import InputError
 from dataset import open_captions
 from models.text import TextEncoder, TextSpec, encoder_family
-from preprocessing.info import describe
+from preprocessing.info import describe, write_grid
 from preprocessing.text import CaptionFlags, Captions, write_captions
 from preprocessing.verify import verify
 from training.loader import LatentLoader, SeekableSampler
@@ -36,6 +36,12 @@ def copy(data, tmp_path):
 
 def encoder(data):
     return TextEncoder(data.parent / "clip")
+
+
+def test_latents_without_labels_are_drawn(data, tmp_path):
+    write_grid(data, tmp_path / "grid.png", columns=2)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.width == picture.height >= 32
 
 
 def test_every_caption_has_its_features_and_its_text(data):

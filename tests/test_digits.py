@@ -16,6 +16,7 @@ from common.errors import InputError
 from digits import judge
 from digits.data import load_digits_split, upsample, write_image_folder
 from digits.report import class_grid, main
+from evaluations import table
 from models.codec import LatentCodec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,8 +234,21 @@ def test_command_writes_report_grid_and_curve(tmp_path, split, held_images):
     assert result.returncode == 0, result.stderr
     agree = json.loads(out.read_text())["agreement"]["samples"]["agree"]
     assert f"samples: {agree} of 400 carry their label" in result.stdout and "400 images a side" in result.stdout
-    assert Image.open(grid).size == (680, 680)
+    assert Image.open(grid).size == (658, 658)  # 64 pixels each, 2 between
     assert len(np.unique(np.asarray(Image.open(curve).convert("RGB")).reshape(-1, 3), axis=0)) > 10
+
+
+def test_the_table_of_results_takes_reports(tmp_path, split, held_images, capsys):
+    samples = write_samples(tmp_path, held_images, split[1].labels)
+    main(["--samples", str(samples), "--out", str(tmp_path / "report.json")])
+    main(["--samples", f"map, 1={samples}", f"flow, 50.5={samples}", "--out", str(tmp_path / "several.json")])
+    capsys.readouterr()
+    table.main([str(tmp_path / name) for name in ("report.json", "several.json")])
+    header, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert {"label agreement", "Fréchet distance of digits"} < {cell.strip("| ") for cell in header}
+    names = [row[0].strip("| ") for row in rows[:3]]
+    assert names == ["report", "map, 1 of several", "flow, 50.5 of several"]
+    assert len({tuple(row[1:]) for row in rows[:3]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -274,5 +288,4 @@ def test_class_grid_has_a_class_a_row():
     labels = np.array([2, 0, 0, 1, 2, 2])
     images = np.arange(6, dtype=np.uint8)[:, None, None, None] + np.zeros((6, 4, 4, 3), np.uint8)
     grid = class_grid(images, labels, columns=2)
-    assert grid[:6, 2, 2, 0].tolist() == [1, 2, 3, 255, 0, 4] and grid.shape == (20, 12, 12, 3)
-    assert (grid[:, :2] == 255).all()  # a white frame around each
+    assert grid[:6, 2, 2, 0].tolist() == [1, 2, 3, 255, 0, 4] and grid.shape == (20, 4, 4, 3)

@@ -4,10 +4,12 @@ import errno
 import os
 import resource
 import signal
+import warnings
 
 import programs
 import pytest
 import tiny
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from common.errors import InputError, exit_on_input_error, system_fault, unreadable
 from latents.rows import read_array
@@ -52,6 +54,26 @@ def test_a_command_ends_in_one_line_that_names_culprit_and_remedy(error, words, 
     assert code == 2
     assert printed.startswith("error: ") and printed.count("\n") == 1
     assert all(word in printed for word in words), printed
+
+
+def test_torchrun_repeats_the_line_at_its_end(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    end_of(InputError("--x 1 is wrong; pass 2"), capsys)
+    said = str(ChildFailedError("train.py", {0: ProcessFailure(0, 1, 2, str(file))}))
+    assert "error: --x 1 is wrong; pass 2" in said.splitlines()[-2]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    assert end_of(InputError("--x 1 is wrong; pass 2"), capsys)[0] == 2
+
+
+def test_future_warnings_of_libraries_stay_unseen_unless_asked_for(monkeypatch):
+    for asked, seen in ((["default"], 1), ([], 0)):
+        monkeypatch.setattr("sys.warnoptions", asked)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            with exit_on_input_error():
+                warnings.warn("a library's", FutureWarning, stacklevel=1)
+        assert len(caught) == seen
 
 
 def test_a_message_is_one_line_whatever_the_names_in_it():

@@ -16,7 +16,7 @@ from PIL import Image
 from common.errors import InputError
 from common.flags import parse_flags
 from generate import GenerateConfig
-from models import model_config
+from models import load_model, model_config
 from models.codec import LatentCodec
 from models.deepflow import DeepFlow
 from sampling import sampler
@@ -136,6 +136,39 @@ def test_label_files_that_hold_something_else_are_refused(ckpt, tmp_path, text):
         tiny.run_generate(ckpt, tmp_path / "s", labels=tmp_path / "labels.txt")
 
 
+def test_classes_by_name(ckpt, tmp_path):
+    content = tiny.load(ckpt)
+    content["data"]["class_names"] = ["robin", "0", "tabby cat"]
+    torch.save(content, tmp_path / "named.pt")
+    (tmp_path / "labels.txt").write_text("robin\n2\n")
+    names = {"tabby cat, robin,0": [2, 0, 0, 2, 0], tmp_path / "labels.txt": [0, 2, 0, 2, 0], "robin": [0] * 5}
+    for number, (text, expected) in enumerate(names.items()):
+        _, _, manifest = tiny.run_generate(tmp_path / "named.pt", tmp_path / str(number), labels=text)
+        assert manifest["labels"] == expected  # a number is a class's number even if a class is called so
+    out = tmp_path / "a.png"
+    tiny.run_generate_only(tmp_path / "named.pt", tmp_path, grid="1x2", classes="tabby cat,robin", out=out)
+    assert json.loads(out.with_suffix(".json").read_text())["labels"] == [2, 0]
+    for given, text in (("labels", "robin,tabi"), ("classes", "robin,tabi")):
+        with pytest.raises(InputError, match=f"--{given} {text}: 'tabi' .* from 0 to 2.*robin"):
+            tiny.run_generate_only(tmp_path / "named.pt", tmp_path, grid="1x2", **{given: text})
+
+
+@pytest.mark.parametrize("folder", ["run", "run/"])
+def test_a_runs_folder_stands_for_its_newest_checkpoint(ckpt, vae, tmp_path, capsys, folder):
+    checkpoints = tmp_path / "run/checkpoints"
+    with pytest.raises(InputError, match=r"run.* holds no checkpoint yet"):
+        checkpoints.mkdir(parents=True)
+        tiny.run_generate(f"{tmp_path}/{folder}", tmp_path / "samples")
+    tiny.checkpoint(checkpoints / "0000009.pt", vae)
+    (checkpoints / "0000010.pt").write_bytes(ckpt.read_bytes())
+    (checkpoints / "0000011.pt.abandoned").touch()
+    (tmp_path / "run/config.json").write_text("{}")
+    images, _, manifest = tiny.run_generate(f"{tmp_path}/{folder}", tmp_path / "samples")
+    assert manifest["ckpt"] == str(checkpoints / "0000010.pt") and "-0000010-" in images.name
+    assert f"{checkpoints / '0000010.pt'}, its newest checkpoint" in capsys.readouterr().err
+    assert load_model(tmp_path / "run")[1] == load_model(ckpt)[1]
+
+
 def test_a_picture_of_chosen_classes(ckpt, tmp_path):
     out = tmp_path / "pictures/a.png"
     tiny.run_generate_only(ckpt, tmp_path / "none", grid="2x3", classes="2,0", seed=5, out=out)
@@ -144,7 +177,7 @@ def test_a_picture_of_chosen_classes(ckpt, tmp_path):
     assert not (tmp_path / "none").exists()
     _, array, _ = tiny.run_generate(ckpt, tmp_path / "many", labels="2,2,2,0,0,0", num_fid_samples=6, global_seed=5)
     picture = np.asarray(Image.open(out))
-    assert np.array_equal(picture[16:, 32:], array[5]) and picture.shape == (32, 48, 3)
+    assert np.array_equal(picture[66::4, 132::4], array[5]) and picture.shape == (130, 196, 3)  # enlarged
 
 
 @pytest.mark.parametrize(
@@ -153,7 +186,7 @@ def test_a_picture_of_chosen_classes(ckpt, tmp_path):
         ({"grid": "8"}, "--grid '8' is not of the form 8x8"),
         ({"grid": "0x8"}, "--grid '0x8'"),
         ({"grid": "1x2", "classes": "0,1,2"}, "--classes names 3 classes for 2 images"),
-        ({"grid": "1x2", "classes": "0,x"}, "--labels 0,x"),
+        ({"grid": "1x2", "classes": "0,x"}, "--classes 0,x: 'x'"),
         ({"grid": "1x2", "out": "a.json"}, "--out a.json must end in .png"),
         ({"classes": "0"}, "--classes belongs to --grid"),
         ({"out": "a.png"}, "--out belongs to --grid"),

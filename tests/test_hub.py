@@ -35,7 +35,7 @@ class Site:
 def site(monkeypatch, tmp_path, request):
     """The Site that this process asks, with empty caches and without HF_HUB_OFFLINE."""
     site = Site(request.param)
-    monkeypatch.setattr(hub, "get_session", lambda: site)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: site)
     monkeypatch.setattr(hub, "SECONDS", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -13,7 +13,7 @@ from loss import alignment_loss
 from models import PRESETS, create_model, model_config
 from models.deepflow import CrossSpaceAttention, DeepFlow, TimeGapAdaLN, VeRA
 from models.layers import Attention, Block, TimestepEmbedder, VelocityLayer, sinusoid
-from models.presets import kind_of
+from models.presets import build, kind_of
 
 TINY = {
     "input_size": 4,
@@ -443,6 +443,30 @@ def test_velocity_is_the_last_velocity_of_forward_and_does_no_dead_work(branches
     dead = ("final_layer.0.", "final_acc_layer.", "projectors.") if branches > 1 else ("nothing.",)
     assert forward_calls - set(calls) == {name for name in forward_calls if f"{name}.".startswith(dead)}
     assert all(any(name.startswith(part) for name in forward_calls) for part in dead if branches > 1)
+
+
+@pytest.mark.parametrize("number", [0.25, torch.tensor(0.25)])
+@pytest.mark.parametrize("options", [{}, {"dmf_depth": 2}, {"context_dim": 6}], ids=["flow", "flow map", "text"])
+def test_a_number_is_the_time_of_all_samples(options, number):
+    config = {**TINY, "df_idxs": (2,), **options}
+    if "context_dim" in options:
+        del config["num_classes"]
+    model = filled(build(config)).eval()
+    x, _, y = inputs()
+    y = torch.randn(len(x), 3, 6) if "context_dim" in options else y
+    time, end = torch.full((len(x),), 0.25), torch.zeros(len(x))
+    assert torch.equal(model.velocity(x, number, y), model.velocity(x, time, y))
+    if "dmf_depth" in options:
+        assert torch.equal(model.average_velocity(x, number, 0, y), model.average_velocity(x, time, end, y))
+
+
+@pytest.mark.parametrize("time", [0.5, torch.full((2,), 0.5)])
+@pytest.mark.parametrize("label", [-1, NULL + 1])
+def test_a_label_out_of_range_is_refused_with_the_range(label, time):
+    model, x = tiny().eval(), torch.zeros(2, 4, 4, 4)
+    model.velocity(x, time, torch.tensor([0, NULL]))
+    with pytest.raises(ValueError, match=rf"label {label} .* 0 to {NULL - 1}, nor {NULL}"):
+        model.velocity(x, time, torch.tensor([0, label]))
 
 
 def test_one_time_tensor_is_all_branches_time():

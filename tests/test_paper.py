@@ -94,12 +94,12 @@ def test_a_training_command_trains_its_rows(command, torchrun, tmp_path, monkeyp
     words = dry_run(command, COMMANDS[command][0], torchrun, tmp_path, monkeypatch)
     printed = capsys.readouterr().out.replace("-from-scratch", "")
     steps, epochs = re.search(r", ([\d,]+) steps = ([\d.]+) epochs", printed).groups()
-    parameters = int(re.search(r"\nparameters: ([\d,]+)", printed)[1].replace(",", ""))
+    parameters = int(re.search(r" ([\d,]+) parameters", printed)[1].replace(",", ""))
     for row in COMMANDS[command]:
         config = parse_flags(CONFIGS[row.kind], words).resolve()
         options = model_config(config.model, **config.model_flags())
         assert settings(config, options) == settings(row.config, row.options)
-        assert f"\nname: {row.config.exp_name}, " in printed and f"\nmodel: {row.config.model} " in printed
+        assert f"/{row.config.exp_name}\n" in printed and f"\nmodel: {row.config.model}, " in printed
         assert int(steps.replace(",", "")) == row.steps
         assert row.kind == "text" or float(epochs) == pytest.approx(row.steps / STEPS_PER_EPOCH, rel=0.002)
         assert row.size is None or parameters // 1_000_000 == ROUNDED_UP.get(row.size[0], row.size[0])

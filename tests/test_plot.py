@@ -21,7 +21,7 @@ def test_curves_are_losses_errors_gradient_norm_and_speed(tmp_path):
     first = {"step": 5, "loss": 1.5, "loss_a1": 2, "grad_norm": 3, "epoch": 0.1, "images_per_s": 7}
     of_a_map = {"error_map": 4.0, "du_dt_norm": 5.0, "log_variance": -6.0}
     log = write_log(tmp_path / "a", {**first, **of_a_map}, {"step": 10, "loss": 1.0}) / "log.jsonl"
-    expected = {"loss": ([5, 10], [1.5, 1.0]), "loss_a1": ([5], [2.0])}
+    expected = {"step": ([5, 10], [5, 10]), "loss": ([5, 10], [1.5, 1.0]), "loss_a1": ([5], [2.0])}
     expected.update({name: ([5], [value]) for name, value in of_a_map.items()})
     assert plot.read_curves(log) == {**expected, "grad_norm": ([5], [3.0]), "images_per_s": ([5], [7.0])}
 
@@ -29,7 +29,39 @@ def test_curves_are_losses_errors_gradient_norm_and_speed(tmp_path):
 def test_the_line_of_a_change_is_no_point_of_a_curve(tmp_path):
     change = {"step": 5, "changes": {"learning_rate": [1e-3, 1e-4], "enc_type": ["", "dinov2-vit-b"]}}
     log = write_log(tmp_path / "a", {"step": 5, "loss": 2}, change, {"step": 6, "loss": 1}) / "log.jsonl"
-    assert plot.read_curves(log) == {"loss": ([5, 6], [2.0, 1.0])}
+    assert plot.read_curves(log) == {"step": ([5, 5, 6], [5, 5, 6]), "loss": ([5, 6], [2.0, 1.0])}
+
+
+def test_the_final_velocity_loss_has_one_name_and_panels_one_order(tmp_path):
+    branches = {f"loss_v{number}": float(number) for number in range(1, 12)}
+    deep = write_log(tmp_path / "deep", {"step": 1, "grad_norm": 1, "loss_a2": 1, **branches, "loss": 3}) / "log.jsonl"
+    plain = write_log(tmp_path / "plain", {"step": 1, "loss_v1": 5, "loss": 5}) / "log.jsonl"
+    assert plot.read_curves(deep)[plot.FINAL] == ([1], [11]) and plot.read_curves(plain)[plot.FINAL] == ([1], [5])
+    order = sorted(plot.read_curves(deep).keys() - {"step"}, key=plot.panel_order)
+    assert order == ["loss", plot.FINAL, *list(branches)[:-1], "loss_a2", "grad_norm"]
+
+
+def test_curves_over_steps_epochs_and_hours(tmp_path):
+    lines = [{"step": 10, "epoch": 0.5, "steps_per_s": 0.1, "loss": 1}, {"step": 30, "loss": 1, "steps_per_s": 0.2}]
+    run = write_log(tmp_path / "a", *lines)
+    assert plot.read_curves(run / "log.jsonl", "hours")["loss"][0] == pytest.approx([100 / 3600, 200 / 3600])
+    with pytest.raises(InputError, match=r"log\.jsonl, line 2: 'epoch' is missing; leave --x epoch out"):
+        plot.save_curves([run], tmp_path / "curves.png", "epoch")
+
+
+def test_a_curve_is_smoothed_by_a_running_mean():
+    assert plot.smoothed([4.0, 2.0, 0.0, 1.0], 2) == [4, 3, 1, 0.5] and plot.smoothed([4.0, 2.0], 1) == [4, 2]
+
+
+def test_axes_are_logarithmic_where_values_are_positive_and_few_points_marked(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    run = write_log(tmp_path / "a", *({"step": step, "loss": -1, "loss_v1": 2, "grad_norm": 1} for step in range(1, 5)))
+    plot.save_curves([run], tmp_path / "curves.png", log_axis=True)
+    ((loss, final, norm),) = (figure.axes for figure in figures)
+    assert [axes.get_yscale() for axes in (loss, final, norm)] == ["linear", "log", "log"]
+    assert final.get_title() == plot.FINAL and final.lines[0].get_marker() == "."
+    assert figures[0].legends and figures[0].get_suptitle()
 
 
 def test_one_and_several_runs_make_one_picture(tmp_path, capsys):
@@ -42,7 +74,7 @@ def test_one_and_several_runs_make_one_picture(tmp_path, capsys):
             sizes.append(picture.size)
             assert len(set(np.asarray(picture).flatten().tolist())) > 10  # something is drawn
     # one panel; four panels in rows of three; releases of matplotlib round to either side
-    np.testing.assert_allclose(sizes, [(480, 384), (1440, 720)], atol=1)
+    np.testing.assert_allclose(sizes, [(480, 420), (1440, 756)], atol=1)
     assert "curves of 2 runs" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 
 import programs
 import pytest
@@ -178,7 +179,7 @@ def test_a_dry_run_tells_the_hours(tmp_path, capsys):
     flags.update(batch_size=256, hours_on="H100", mfu=0.5)
     tiny.run_train(tmp_path / "nowhere", tmp_path, **flags)
     lines = capsys.readouterr().out.splitlines()
-    (gflop,) = (float(line.split()[5]) for line in lines if line.startswith("forward pass"))
+    (gflop,) = (float(re.search(r"([\d.]+) GFLOP", line)[1]) for line in lines if line.startswith("model: "))
     hours = 3 * gflop * 1e9 * 400_000 * 256 / (0.5 * 989.5e12) / 3600
     assert f"{hours:,.1f} hours on 1 H100 at 50% of the bf16 peak, {hours:,.1f} GPU-hours" in lines
 

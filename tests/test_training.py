@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -352,7 +354,7 @@ def test_sample_grids_are_written_with_their_manifest(tmp_path):
     run_dir = tiny.run_train(data, tmp_path, sampling_steps=2, max_train_steps=3)
     names = sorted(path.name for path in (run_dir / "samples").iterdir())
     assert names == ["0000002.json", "0000002.png", "0000003.json", "0000003.png"]
-    assert Image.open(run_dir / "samples/0000002.png").size == (4 * 16, 4 * 16)
+    assert Image.open(run_dir / "samples/0000002.png").size == (13 + 4 * 66 - 2, 4 * 66 - 2)  # a letter beside it
     manifest = json.loads((run_dir / "samples/0000002.json").read_text())
     assert (manifest["step"], manifest["weights"], manifest["calls"], manifest["vae"]) == (2, "ema", 50, str(vae))
     assert sorted(set(manifest["labels"])) == [0, 1, 2]
@@ -364,10 +366,48 @@ def test_dry_run_prints_the_run_and_writes_nothing(data, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     tiny.run_train(data, tmp_path, dry_run=True, sampling_steps=2, scale_weight=[0.3, 1.0])
     text = capsys.readouterr().out
-    assert "parameters: 1,510,064" in text
+    assert "1,510,064 parameters" in text
     for part in ('"scale_weight": [', '"learning_rate": 0.001', "GFLOP", "3 steps per epoch", "12 latents (8, 8, 8)"):
         assert part in text, part
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_start_says_what_differs_and_four_lines(data, tmp_path, capsys):
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=1, df_idxs="1", ema_decay=0.05, mirror=False)
+    lines = capsys.readouterr().out.splitlines()
+    (given,) = (shlex.split(line) for line in lines if line.startswith("flags: "))
+    assert {"--df-idxs", "--max-train-steps", "--ema-decay"} < set(given) and "--mirror" not in given
+    assert given[given.index("--data-dir") + 1] == str(data) and "--seed" not in given
+    config = parse_flags(TrainConfig, given[1:])
+    assert (config.max_train_steps, config.ema_decay) == (1, 0.05)  # it can be typed again
+    start = next(number for number, line in enumerate(lines) if line.startswith("flags: "))
+    assert [line.split(": ")[0] for line in lines[start + 1 : start + 5]] == ["model", "data", "training", "results"]
+    assert lines[start + 4].endswith(str(run_dir)) and '"seed"' not in "".join(lines)
+
+
+@pytest.mark.parametrize(("decay", "steps", "share"), [(0.9999, 20_000, "14%"), (0.9999, 24_000, None), (0.5, 4, None)])
+def test_an_average_that_still_holds_the_initial_weights_is_announced(data, tmp_path, capsys, decay, steps, share):
+    tiny.run_train(data, tmp_path, dry_run=True, ema_decay=decay, max_train_steps=steps, epochs=10**6)
+    said = [line for line in capsys.readouterr().out.splitlines() if "--ema-decay" in line and "warning" in line]
+    assert len(said) == (share is not None) and all(share in line for line in said)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, capsys, monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stderr)
+    with tiny.fresh_accelerate():
+        log = RunLog(start_accelerator(config_of()), tmp_path, config_of(), 0, 3)
+        for step in (1, 2, 3):
+            log.add({"loss": torch.tensor(2.0), "grad_norm": torch.tensor(1.0)}, torch.tensor(False))
+            log.write(step, epoch=0.1)
+        log.bar.close()
+    bar, lines = stderr.getvalue(), capsys.readouterr().out.splitlines()[1:]
+    shown = bar.split("\r")[-1] if terminal else lines[-1]
+    assert all(part in shown for part in ("loss 2.0000", "images/s", "00:00 left")), shown
+    assert (bar != "", len(lines)) == (terminal, 0 if terminal else 3)
+    assert not any("\r" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -430,9 +470,8 @@ def test_a_jump_of_the_loss_is_announced(tmp_path, capsys, watched):
             log.add({name: torch.tensor(value) for name, value in values.items()}, torch.tensor(False))
             log.write(step, epoch=0.1)
         log.bar.close()
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        f"warning: at step 12 the {watched} is 7.0000, its running median 2.0000"
-    ]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [f"warning: at step 12 the {watched} is 7.0000, its running median 2.0000"]
 
 
 def test_epochs_end_a_run_before_the_last_step(data, tmp_path):

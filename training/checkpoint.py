@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -13,13 +12,16 @@ import torch
 from common.errors import InputError
 from common.files import write_atomically, write_json
 from common.records import Count, Whole, check_record, read_record
-from models.checkpoints import Options, Plain, is_plain, read_file
+from models.checkpoints import STEP, Options, Plain, checkpoint_path, existing_steps, is_plain, read_file
 from models.codec import LatentSpec
 from models.presets import PRESETS
 from models.text import TextSpec
 
 REMEDY = "choose a checkpoint of a run to resume from"
-STEP = re.compile("[0-9]{1,18}")
+OURS_ALONE = (
+    "--resume takes checkpoints of this repository's runs alone; published files: generate.py --ckpt samples them, "
+    "train_dmf.py --pretrained starts from them"
+)
 
 
 @dataclasses.dataclass
@@ -65,16 +67,6 @@ class Checkpoint:
     data: dict[str, Plain]
     config: dict[str, Plain]
     scaler: dict | None = None
-
-
-def checkpoint_path(run_dir, step):
-    return Path(run_dir) / "checkpoints" / f"{step:07d}.pt"
-
-
-def existing_steps(run_dir):
-    """Steps that a run has checkpoints of, ascending."""
-    files = (Path(run_dir) / "checkpoints").glob("*.pt")
-    return sorted(int(path.stem) for path in files if STEP.fullmatch(path.stem) and path.is_file())
 
 
 def find_resume(run_dir, wanted):
@@ -174,7 +166,7 @@ class CheckpointWriter:
 
 def read(path, data):
     """The Checkpoint in a file; data: that of the current run, which must be of the same kind. Raises InputError."""
-    content = check_record(Checkpoint, read_file(path), path, REMEDY)
+    content = check_record(Checkpoint, read_file(path), path, OURS_ALONE)
     check_record(Settings, content.config, f"{path}, config", REMEDY)
     for key in ("num_classes", "moments_shape"):
         if (before := content.data.get(key)) != (now := data.get(key)):

@@ -152,7 +152,7 @@ class RunFlags:
             raise InputError(f"--exp-name {name!r} must name a folder: no slash, colon or line break, no dot in front")
         if self.prediction != "v":
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
-        if self.mixed_precision == "fp16" and not torch.cuda.is_available():
+        if self.mixed_precision == "fp16" and not (torch.cuda.is_available() or self.dry_run):
             raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
 
 
@@ -187,15 +187,34 @@ class ClassFlags:
     mirror: bool = data_flag(False, "use vae-sd-mirror instead of vae-sd for a random half of the images")
 
 
+ALIGN = (
+    "align VeRA's output (of one branch: a block's) with a self-supervised encoder; default: a model of one branch "
+    "aligns if it is given --enc-type or --encoder-depth, as in REPA"
+)
+ENCODER = "dinov2-vit-b"
+ENCODER_NAMES = f"alignment encoders, None or comma-separated of {', '.join(ENCODERS)}; default: {ENCODER}"
+
+
 @dataclasses.dataclass(kw_only=True)
 class AlignmentFlags(RunFlags):
     """Alignment with self-supervised encoders (REPA)."""
 
-    ssl_align: bool = loss_flag(False, "align VeRA's output (of a SiT: a block's) with a self-supervised encoder")
-    enc_type: str = loss_flag("dinov2-vit-b", "alignment encoders, None or comma-separated of " + ", ".join(ENCODERS))
+    ssl_align: bool = loss_flag(None, ALIGN, bool)
+    enc_type: str = loss_flag(None, ENCODER_NAMES, str)
     enc_ckpt: str = loss_flag(None, "the encoders' weight files, comma-separated; default: the hub's", str)
     encoder_depth: int = loss_flag(None, "block of a SiT (from 1) that is aligned; default: the preset's, 8 or 4", int)
     proj_coeff: float = loss_flag(0.5, "weight of the alignment loss", range=AT_LEAST_0)
+
+    def resolve(self):
+        """As of every run; without --ssl-align, REPA's own flags align a model of one branch, as they do there."""
+        config, aligned = super().resolve(), self.ssl_align
+        if aligned is None:  # in a resumed run's settings it is known
+            named = bool(self.enc_type and parse_enc_type(self.enc_type))
+            one_branch = not (self.df_idxs or getattr(PRESETS.get(self.model), "df_idxs", ()))
+            aligned = one_branch and (named or (self.encoder_depth is not None and not self.enc_type))
+            if named and not aligned:
+                note(f"warning: no alignment: --enc-type {self.enc_type} is unused without --ssl-align")
+        return dataclasses.replace(config, ssl_align=aligned, enc_type=self.enc_type or ENCODER)
 
     def model_flags(self):
         """As of every run, and what alignment adds."""
@@ -204,15 +223,13 @@ class AlignmentFlags(RunFlags):
 
     def encoders(self):
         """{name: weights file, or None for the hub's}; empty without --ssl-align. Raises InputError."""
-        names = parse_enc_type(self.enc_type)  # a misspelling is refused without --ssl-align too
+        names = parse_enc_type(self.enc_type or ENCODER)  # a misspelling is refused without --ssl-align too
         return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True)) if self.ssl_align else {}
 
     def check(self):
         super().check()
         if self.ssl_align and not self.encoders():
             raise InputError("--ssl-align has nothing to align with --enc-type None; name an encoder, or drop it")
-        if not self.ssl_align and parse_enc_type(self.enc_type) and self.enc_type != AlignmentFlags.enc_type:
-            note(f"warning: no alignment: --enc-type {self.enc_type} is unused without --ssl-align")
         if not self.ssl_align and (self.enc_ckpt or self.encoder_depth is not None):
             raise InputError("--enc-ckpt and --encoder-depth need --ssl-align")
 

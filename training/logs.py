@@ -69,8 +69,10 @@ class RunLog:
         self.names, self.sums, self.count, self.steps = [], 0, 0, 0
         self.recent = collections.deque(maxlen=50)
         self.since = time.perf_counter()
-        bar = {"unit": "step", "smoothing": 0.05, "mininterval": 1, "disable": not accelerator.is_main_process}
-        self.bar = tqdm(initial=start_step, total=total_steps, **bar)
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+        quiet = None if accelerator.is_main_process else True  # None: only a terminal has a bar
+        bar = {"bar_format": form, "smoothing": 0.05, "mininterval": 1, "disable": quiet}
+        self.bar, self.total = tqdm(initial=start_step, total=total_steps, **bar), total_steps
         if accelerator.is_main_process:
             self._forget_after(start_step)
 
@@ -98,8 +100,13 @@ class RunLog:
         means = {name: total / count for name, total in zip(self.names, sums, strict=True)} if count else {}
         record = {"step": step, "epoch": round(epoch, 4), **means, **extra, **self._speed()}
         self.sums, self.count, self.steps = 0, 0, 0
+        loss = f"loss {record['loss']:.4f}, " if means else ""
+        speed = f"{loss}{record['images_per_s']:,.0f} images/s"
+        self.bar.set_postfix_str(speed)
+        if self.bar.disable:
+            left = tqdm.format_interval((self.total - step) / max(record["steps_per_s"], 1e-4))
+            self.say(f"step {step:,} of {self.total:,}: {speed}, {left} left")
         if means:
-            self.bar.set_postfix(loss=f"{record['loss']:.4f}", grad=f"{record['grad_norm']:.2f}")
             self._warn_of_spike(record, step)
         if self.accelerator.is_main_process:
             with self.reporting_disk_errors(self.path), open(self.path, "a") as file:
@@ -145,7 +152,8 @@ class RunLog:
     def say(self, text):
         """Print a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
 
 def peak_memory(device):

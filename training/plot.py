@@ -1,18 +1,23 @@
 """Curves of one or several runs as one PNG: a panel per logged quantity, a line per run, thin ones where it resumed.
 
-python -m training.plot exps/b2 exps/sit-b2 --out curves.png
+python -m training.plot exps/b2 exps/sit-b2 --out curves.png --x epoch --smooth 10 --log-axis
 """
 
 import dataclasses
+import re
 from pathlib import Path
+
+import numpy as np
 
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines, write_atomically
-from common.flags import flag, parse_flags, required
+from common.flags import Range, flag, parse_flags, required
 from training.logs import parse_line, resumed_steps
 
-DRAWN = ("loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings of names
+FINAL = "loss_v, final"  # of the last branch, whatever its number
+DRAWN = ("loss_v", "loss_a", "loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings
 COLUMNS = 3
+FEW = 30  # points or fewer get markers
 
 
 @dataclasses.dataclass
@@ -21,49 +26,78 @@ class PlotFlags:
 
     runs: list = required("folder of a run, or its log.jsonl", positional=True, nargs="+", metavar="RUN")
     out: str = flag("curves.png", "picture to write")
+    x: str = flag("step", "horizontal axis; hours of training, without pauses", choices=["step", "epoch", "hours"])
+    smooth: int = flag(1, "lines of the log of which the mean is drawn, each with those before it", range=Range(low=1))
+    log_axis: bool = flag(False, "logarithmic vertical axes, where all values are positive")
 
 
-def read_curves(log):
-    """JSONL log → {name: (steps, values)} of the names that are drawn. Raises InputError naming file and line."""
-    curves = {}
+def read_curves(log, x="step"):
+    """JSONL log → {name: (places on the axis x, values)} of the names that are drawn, in their order, and of `step`.
+
+    Raises InputError naming file and line.
+    """
+    curves, hours, before = {}, 0, 0
     for number, line in read_lines(log):
         record = parse_line(line, f"{log}, line {number}")
-        for name in (key for key in record if key.startswith(DRAWN)):
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(record["step"])
+        step = record["step"]
+        if speed := record.get("steps_per_s"):
+            hours, before = hours + (step - before) / speed / 3600, step
+        place = {"hours": hours, **record}.get(x)
+        if place is None:
+            raise InputError(f"{log}, line {number}: '{x}' is missing; leave --x {x} out")
+        for name in ("step", *(key for key in record if key.startswith(DRAWN))):
+            places, values = curves.setdefault(name, ([], []))
+            places.append(place)
             values.append(record[name])
+    if velocities := [name for name in curves if re.fullmatch(r"loss_v\d+", name)]:
+        curves[FINAL] = curves.pop(max(velocities, key=panel_order))
     if not any(name.startswith("loss") for name in curves):
         raise InputError(f"{log}: no line has a key that begins with 'loss'; pass the log.jsonl of a run")
     return curves
 
 
-def save_curves(runs, path):
+def panel_order(name):
+    """Sort key of a curve: the whole loss, the final velocity loss, then as in DRAWN; branches by their number."""
+    word, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+    group = next(place for place, begin in enumerate(DRAWN) if name.startswith(begin))
+    return name != "loss", name != FINAL, group, word, int(number or 0)
+
+
+def smoothed(values, count):
+    """Mean of each value and the count − 1 before it; of fewer at the beginning."""
+    return [np.mean(values[max(0, end - count) : end]) for end in range(1, len(values) + 1)]
+
+
+def save_curves(runs, path, x="step", smooth=1, log_axis=False):
     """Write a PNG with the curves of the given run folders or logs. Raises InputError."""
     from matplotlib.figure import Figure  # a second to import, and only pictures need it
 
     logs = {str(run): Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run) for run in runs}
-    curves = {run: read_curves(log) for run, log in logs.items()}
-    resumed = {run: resumed_steps(log.parent) for run, log in logs.items()}
-    names = list(dict.fromkeys(name for of_run in curves.values() for name in of_run))
+    curves = {run: read_curves(log, x) for run, log in logs.items()}
+    resumed = {run: np.interp(resumed_steps(log.parent), *curves[run]["step"][::-1]) for run, log in logs.items()}
+    names = sorted({name for of_run in curves.values() for name in of_run} - {"step"}, key=panel_order)
     columns = min(COLUMNS, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4 * columns, 2.8 * rows + 0.4), layout="constrained")
+    rows, label = -(-len(names) // columns), "hours of training" if x == "hours" else x
+    figure = Figure(figsize=(4 * columns, 2.8 * rows + 0.7), layout="constrained")
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(rows, columns, place)
         for run, of_run in curves.items():
-            (line,) = axes.plot(*of_run.get(name, ([], [])), label=run, linewidth=1)
-            for step in resumed[run]:
-                axes.axvline(step, color=line.get_color(), linewidth=0.3)
-        axes.set(title=name, xlabel="step")
-        axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+            places, values = of_run.get(name, ([], []))
+            marker = "." if len(values) <= FEW else None
+            (line,) = axes.plot(places, smoothed(values, smooth), label=run, linewidth=1, marker=marker)
+            for start in resumed[run]:
+                axes.axvline(start, color=line.get_color(), linewidth=0.3)
+        positive = all(value > 0 for of_run in curves.values() for value in of_run.get(name, ([], []))[1])
+        axes.set(title=name, xlabel=label, yscale="log" if log_axis and positive else "linear")
+        axes.grid(alpha=0.3, which="both")
+    figure.suptitle("Training curves" + f", means of {smooth} log lines" * (smooth > 1))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def main(argv=None):
     flags = parse_flags(PlotFlags, argv, description=__doc__)
-    save_curves(flags.runs, flags.out)
+    save_curves(flags.runs, flags.out, flags.x, flags.smooth, flags.log_axis)
     print(f"curves of {len(flags.runs)} runs: {flags.out}")
 
 

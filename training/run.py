@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from common.errors import InputError, say
 from common.files import check_writable
+from common.flags import shown
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
 from models.codec import LatentCodec, LatentSpec
@@ -26,6 +28,8 @@ from training.loader import SeekableSampler
 from training.stop import EXIT_STOPPED
 from training.trackers import check_tracker
 from training.trainer import Trainer
+
+INITIAL_SHARE = 0.1  # of the averaged weights at the end (decay to the power of steps): more deserves a warning
 
 
 @dataclasses.dataclass
@@ -72,7 +76,7 @@ class Run:
 
 def run_task(config, task):
     """Train a Task as the flags say; a dry run only describes it. Raises InputError; may exit with EXIT_STOPPED."""
-    config = config.resolve()
+    given, config = given_flags(config), config.resolve()
     config.check()
     if not config.dry_run:
         check_tracker(config.report_to)
@@ -90,9 +94,9 @@ def run_task(config, task):
             keep_compiled(config.folder)
     options, model = task.start(config, info, resumed)
     run = Run(config, start_accelerator(config), info, dataset, options)
-    run.accelerator.print(describe(run))
+    run.accelerator.print(f"{given}\n{describe(run)}")
     if config.dry_run:
-        return
+        return run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")
     grids = None  # the main process draws them
     if config.sampling_steps and run.accelerator.is_main_process:
         codec = LatentCodec.load(config.vae or info.spec.vae, device=run.accelerator.device)
@@ -126,28 +130,39 @@ def open_data(config):
     return dataset.info, dataset
 
 
+def given_flags(config):
+    """The flags of a parsed configuration that differ from the program's defaults, as they are typed."""
+    words = []
+    for f in dataclasses.fields(config):
+        if (value := getattr(config, f.name)) == f.default:
+            continue
+        if isinstance(value, bool):
+            words += [shown(f.name) if value else f"--no-{shown(f.name)[2:]}"]
+        else:
+            words += [shown(f.name), *map(str, value if isinstance(value, list | tuple) else [value])]
+    return f"flags: {shlex.join(words) or 'all at their defaults'}"
+
+
 def describe(run):
-    """The resolved run in text: configuration, model size, samples per step, steps and epochs."""
-    config, epoch, steps = run.config, run.sampler.steps_per_epoch, run.stop_step
+    """What is about to be trained: model and size; data; steps; where results go; and what is worth a remark."""
+    config, epoch, steps, world = run.config, run.sampler.steps_per_epoch, run.stop_step, run.accelerator.num_processes
+    flops = f"{2 * run.flops.total_macs / 1e9:.2f} GFLOP ({run.flops.paper_macs / 1e9:.2f} G multiply-adds as the paper"
     lines = [
-        f"run: {json.dumps(dataclasses.asdict(config), indent=1)}",
-        f"name: {config.exp_name}, in {config.folder}",
-        f"model: {config.model} {run.options}",
-        f"parameters: {run.parameters:,}",
-        f"forward pass of one sample: {2 * run.flops.total_macs / 1e9:.2f} GFLOP "
-        f"({run.flops.paper_macs / 1e9:.2f} G multiply-adds as the paper counts them)",
-        f"data: {run.info}",
-        f"{config.batch_size} samples per step, {epoch:,} steps per epoch, {steps:,} steps = "
-        f"{steps / epoch:.1f} epochs, {run.accelerator.num_processes} processes, "
-        f"{config.gradient_accumulation_steps} micro-batches, mixed precision {config.mixed_precision}",
+        f"model: {config.model}, {run.parameters:,} parameters, forward pass of one sample {flops} counts them)",
+        f"data: {config.data_dir}, {run.info}",
+        f"training: {config.batch_size} samples per step, {epoch:,} steps per epoch, {steps:,} steps = "
+        f"{steps / epoch:.1f} epochs, {world} processes, {config.gradient_accumulation_steps} micro-batches, "
+        f"mixed precision {config.mixed_precision}",
+        f"results: {config.folder}",
         *describe_alignment(config),
     ]
     if config.hours_on:
         hours = gpu_hours(run.flops_per_image, steps * config.batch_size, config.hours_on, config.mfu)
-        world, rate = run.accelerator.num_processes, f"{100 * config.mfu:g}% of the bf16 peak"
+        rate = f"{100 * config.mfu:g}% of the bf16 peak"
         lines.append(f"{hours / world:,.1f} hours on {world} {config.hours_on} at {rate}, {hours:,.1f} GPU-hours")
-    if steps * (1 - config.ema_decay) < 5:
-        lines.append(f"warning: --ema-decay {config.ema_decay} averages over more than the run's {steps} steps")
+    if (left := config.ema_decay**steps) > INITIAL_SHARE:
+        share = f"after {steps:,} steps the averaged weights still hold {left:.0%} of the initial ones"
+        lines.append(f"warning: --ema-decay {config.ema_decay}: {share}; lower it, or train longer")
     if steps < config.max_train_steps:
         lines.append(f"note: --epochs {config.epochs} ends the run before --max-train-steps {config.max_train_steps}")
     return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Flags of the published repositories (DeepFlow, SiT, REPA, Decoupled MeanFlow) that are not ours, and unknown flags.
+
+A key is a flag, or a flag with one of its values (`--last-step=Mean`). A flag that a program declares itself means what
+it means there, unless a table has its value. docs/coming_from.md says which numbers differ.
+"""
+
+import difflib
+
+from common.errors import InputError, note
+
+OURS = {  # our flag, or flag and value; where a program has that flag
+    # SiT
+    "ODE": "--mode=ode",
+    "SDE": "--mode=sde",
+    "--data-path": "--data-dir",
+    "--results-dir": "--output-dir",
+    "--image-size": "--resolution",
+    "--global-batch-size": "--batch-size",
+    "--global-seed": "--seed",
+    "--ckpt-every": "--checkpointing-steps",
+    "--sample-every": "--sampling-steps",
+    "--wandb": "--report-to=wandb",
+    "--num-sampling-steps": "--num-steps",
+    "--sampling-method=heun": "--heun",
+    "--sampling-method=Heun": "--heun",
+    "--path-type=Linear": "--path-type=linear",
+    "--path-type=GVP": "--path-type=cosine",
+    "--prediction=velocity": "--prediction=v",
+    # Decoupled MeanFlow
+    "--torch-compile": "--compile",
+    "--wandb-dir": "--logging-dir",
+    "--g-min": "--guidance-low",
+    "--g-max": "--guidance-high",
+    "--create-npz": "--format=both",
+    "--no-create-npz": "--format=png",
+    # DeepFlow
+    "--ema-param": "--ema-decay",
+}
+FIRST_REPA = "files in REPA's first format are recognised by the names of their weights"
+UNUSED = {  # taken, with a remark on why nothing is lost
+    **dict.fromkeys(("--sampling-method=Euler", "--sampling-method=euler"), "steps are Euler's without --heun"),
+    "--last-step=Mean": "the last step adds no noise",
+    "--last-step-size=0.04": "that is the last step of --mode sde",
+    **dict.fromkeys(("--diffusion-form=sigma", "--diffusion-norm=1.0"), "--mode sde has it on the linear path"),
+    "--loss-weight=None": "the loss has no weight over time",
+    "--prediction=velocity": "networks predict the velocity",
+    "--encoder-depth": "the file's weights tell what they hold",
+    **dict.fromkeys(("--legacy", "--no-legacy"), FIRST_REPA),
+    "--attn-func": "torch chooses the kernel",
+    "--project-name": "W&B's project is called deepflow; --exp-name names the run",
+}
+REFUSED = {  # the remedy
+    "--sampling-method": "steps are Euler's, or Heun's with --mode ode --heun; choose --num-steps",
+    **dict.fromkeys(("--atol", "--rtol"), "steps are fixed; choose --num-steps"),
+    **dict.fromkeys(("--diffusion-form", "--diffusion-norm"), "the diffusion of --mode sde is 2t; leave it out"),
+    **dict.fromkeys(("--last-step", "--last-step-size"), "--mode sde ends with 0.04 without noise; leave it out"),
+    **dict.fromkeys(("--train-eps", "--sample-eps"), "times reach from 0 to 1; leave it out"),
+    **dict.fromkeys(("--reverse", "--likelihood"), "generate.py only samples; leave it out"),
+    "--prediction": "networks predict the velocity; leave it out",
+    "--loss-weight": "choose the distribution of t with --weighting instead",
+    "--ckpt": "continue a run with --resume; train_dmf.py starts from a published file with --pretrained",
+    "--cfg-scale": "sample grids of a run are not guided; pass it to generate.py",
+    "--ema-param": "choose EMA or raw weights with --weights",
+}
+
+
+def translate(words, own):
+    """A command line in our words, where it has published flags; own: the program's flags. Raises InputError.
+
+    An unknown flag is refused, with the program's closest one.
+    """
+    if "--dry-run" in words:  # published scripts leave the folder to be filled in, and a dry run needs none
+        words = [word for word in words if word != "--data-dir="]
+    result, dropping = [], False
+    for index, word in enumerate(words):
+        if word == "--":
+            return result + words[index:]
+        if word.startswith("--") or (index == 0 and word in OURS):
+            taken, dropping = take(word, words[index + 1 : index + 2], own)
+            result += taken
+        elif not dropping:
+            result.append(word)
+    return result
+
+
+def take(word, following, own):
+    """(our words for a flag, whether the words that follow are its values and are dropped with it)."""
+    name, separator, value = word.partition("=")
+    full = f"{name}={value}" if separator else "=".join([name, *following])
+    for key, rest in ((full, ""), (name, separator + value)):
+        if key == name and name in own:
+            return [word], False
+        if (ours := OURS.get(key, "")).partition("=")[0] in own:
+            return [ours + rest], key != name and not separator
+        if key in UNUSED:
+            note(f"{name} is unused: {UNUSED[key]}")
+            return [], True
+    if (spelled := name.replace("_", "-")) in own:
+        return [spelled + separator + value], False
+    if " " in word:  # a text that begins with dashes
+        return [word], False
+    if name in REFUSED:
+        raise InputError(f"{name} is not taken: {REFUSED[name]}")
+    close = [f"did you mean {flag}?" for flag in difflib.get_close_matches(name, sorted(own), 1, 0.7)]
+    raise InputError(" ".join([f"{name} is unknown;", *close, "--help lists all flags"]))
