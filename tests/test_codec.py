@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from models.codec import (
     resolve_vae,
     to_uint8,
     vae_family,
-    without_other_models,
 )
 
 SCALE, SHIFT = 0.5, 0.25
@@ -242,19 +240,3 @@ def test_truncated_weights_are_one_line(folder, tmp_path, kept):
 def test_importing_the_codec_does_not_import_diffusers():
     code = "import sys, models.codec; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-@pytest.mark.parametrize("loaded", [[], ["diffusers"], ["transformers"]])
-@pytest.mark.parametrize("is_program", [True, False])
-def test_only_a_program_that_has_loaded_neither_does_without_other_models(monkeypatch, is_program, loaded):
-    for name in {"diffusers", "scipy", "torchvision", "transformers"} & sys.modules.keys():
-        monkeypatch.delitem(sys.modules, name)
-    for name in loaded:
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    if is_program:
-        monkeypatch.setattr(sys.modules["__main__"], "exit_on_input_error", None, raising=False)
-    before = dict(sys.modules)
-    with without_other_models():
-        hidden = {name for name, module in sys.modules.items() if module is None} - before.keys()
-    assert hidden == ({"scipy", "torchvision", "transformers"} if is_program and not loaded else set())
-    assert sys.modules.keys() == before.keys()
