@@ -30,13 +30,13 @@ class GenerateConfig(SamplingFlags):
 
     num_classes: int | None = flag(None, "number of classes", int, range=CLASSES, group=MODEL)
     labels: str = flag("random", "random, balanced, or in turn: 207,robin or a file with one per line", group=SAMPLING)
-    classes: str | None = flag(None, "classes of the picture, 207,robin: equally many of each", str, group=OUTPUT)
+    classes: str | None = flag(None, "classes of the grid, 207,robin: equally many of each", str, group=OUTPUT)
 
     def model_options(self):
         return {**super().model_options(), "num_classes": self.num_classes}
 
     def resolve(self):
-        """As SamplingFlags.resolve, for --classes too."""
+        """As SamplingFlags.resolve, and for --classes."""
         config = super().resolve()
         if config.classes and not config.grid:
             raise InputError("--classes belongs to --grid; for many images pass --labels")

@@ -37,7 +37,7 @@ class Guidance:
         return self.scale != 1.0 and self.low <= float(t) <= self.high
 
     def check(self, times):
-        """Raise InputError where the settings make no sense or guide none of the evaluated times."""
+        """Raise InputError if the settings make no sense or guide none of the evaluated times."""
         if not 1.0 <= self.scale < float("inf"):
             raise InputError(f"--cfg-scale {self.scale} must be finite and not below 1; 1.0 is no guidance")
         interval = f"--guidance-low {self.low} and --guidance-high {self.high}"

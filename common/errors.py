@@ -36,7 +36,7 @@ class InputError(ValueError):
     """A mistake in flags, files or data. The message is one line: the culprit (file or flag) and the remedy."""
 
     def __init__(self, message):
-        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message)))  # names may hold line ends and escapes
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message)))  # names may contain newlines and escapes
 
 
 def system_error(error):
@@ -79,7 +79,7 @@ def exit_on_input_error():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may not be printable in the terminal's encoding
     if not sys.warnoptions:
-        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to their users
+        warnings.simplefilter("ignore", FutureWarning)  # from libraries
     try:
         yield
     except KeyboardInterrupt:
@@ -114,7 +114,7 @@ def _in_one_line(error):
 def _end(line, code):
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
-    if record := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats what stands there at its end
+    if record := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its contents at the end
         message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(f"{record}.part").write_text(json.dumps({"message": message}))

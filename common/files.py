@@ -127,7 +127,7 @@ def remove_leftovers(path):
 def _is_alive(number):
     try:
         os.kill(number, 0)
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         return True
     except (ProcessLookupError, OverflowError):
         return False
@@ -140,7 +140,7 @@ def _unwritable(error, path, flag):
 
 
 def check_writable(path, flag):
-    """Make the folder of the file `path`. Raises InputError where it cannot be written, before work is done for it."""
+    """Make the folder of the file `path`. Raises InputError if it cannot be written, before work is done for it."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ STYLE = {"formatter_class": Formatter, "allow_abbrev": False}
 
 
 def parse_flags(cls, argv=None, description=None, epilog=None):
-    """Parse the command line into a dataclass of `flag` fields; published flags (published_flags.py) are taken too.
+    """Parse the command line into a dataclass of `flag` fields; published flags (published_flags.py) are accepted too.
 
     Raises InputError for an unknown flag and for a value outside its range.
     """
@@ -127,7 +127,7 @@ def check_ranges(config):
 
 
 def add_flags(parser, cls):
-    """Add the flags of a dataclass to a parser, under the headings of their groups; returns all names of flags."""
+    """Add a dataclass's flags to a parser, under their group headings; returns the names of all flags."""
     groups, known = {None: parser}, {"--help"}
     for field in dataclasses.fields(cls):
         options = {name: value for name, value in field.metadata.items() if name not in ("range", "free", "empty")}
@@ -144,7 +144,7 @@ def add_flags(parser, cls):
 
 
 def check_checkout():
-    """Raise InputError where a program of one checkout would run with the installed modules of another."""
+    """Raise InputError if a program of one checkout would run with the installed modules of another."""
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).resolve()
     own = next((folder for folder in script.parents if (folder / "common" / "flags.py").is_file()), ROOT)
     if own != ROOT:

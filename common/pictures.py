@@ -1,4 +1,4 @@
-"""Pictures as PNG files: images in a grid, with captions, row and column names or without, and lines over an axis."""
+"""PNG pictures: grids of images, optionally with captions and row and column names, and line plots."""
 
 import textwrap
 
@@ -7,12 +7,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.files import write_atomically
 
-SMALL, CAPTION_WIDTH = 64, 160  # pixels: images are enlarged to at least this width, those with captions more
-GAP, LINE, LETTER = 2, 13, 7  # pixels: white between images, height of a line of text, width of a letter
+SMALL, CAPTION_WIDTH = 64, 160  # pixels: minimum width of images, and of images with captions
+GAP, LINE, LETTER = 2, 13, 7  # pixels: gap between images, height of a line of text, width of a letter
 
 
 def image_grid(images, columns):
-    """uint8 images (N, H, W, 3) → one uint8 picture, `columns` images a row, GAP between them; missing ones white."""
+    """uint8 images (N, H, W, 3) → one uint8 picture, `columns` images per row, GAP between them; empty cells white."""
     images = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     rows = -(-len(images) // columns)
     canvas = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
@@ -23,13 +23,13 @@ def image_grid(images, columns):
 
 
 def enlarged(images, width):
-    """uint8 images (N, H, W, 3) with each pixel repeated until they are at least so wide."""
+    """uint8 images (N, H, W, 3) enlarged by repeating pixels to at least `width`."""
     times = -(-width // np.shape(images)[2])
     return np.asarray(images).repeat(times, axis=1).repeat(times, axis=2)
 
 
 def with_captions(images, captions):
-    """uint8 images (N, R, R, 3) → (N, H, R, 3), with three lines for each one's caption below it."""
+    """uint8 images (N, R, R, 3) → (N, H, R, 3), with three lines below each for its caption."""
     side = images.shape[1]
     pictures = []
     for image, caption in zip(images, captions, strict=True):
@@ -42,7 +42,7 @@ def with_captions(images, captions):
 
 
 def with_names(grid, row_names, column_names):
-    """A picture with names left of its rows and above its columns; a name is a list of lines."""
+    """A picture with names left of its rows (lists of lines) and above its columns (texts)."""
     left = max((LETTER * len(line) + 6 for lines in row_names for line in lines), default=0)
     top = (LINE + 3) * bool(column_names)
     picture = Image.new("RGB", (left + grid.width, top + grid.height), "white")
@@ -60,7 +60,7 @@ def write(picture, place, lines):
 
 
 def save_grid(images, columns, path, captions=None, row_names=(), column_names=()):
-    """Write image_grid of images, small ones enlarged, as a PNG, whole or not at all.
+    """Write the image_grid of images, enlarged if small, as a PNG, atomically.
 
     captions: N texts to write below the images; row_names: a list of lines for each row; column_names: texts.
     """

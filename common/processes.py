@@ -26,7 +26,7 @@ class Processes:
     def join(cls, device=None):
         """Join the launch: NCCL on GPUs, Gloo on CPUs. device: "cuda" or "cpu" instead of the machine's.
 
-        Raises InputError where the processes of a machine outnumber its GPUs.
+        Raises InputError if the processes of a machine outnumber its GPUs.
         """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = device_of_process(device)
@@ -80,7 +80,7 @@ def cores_of_process():
 
 
 def device_of_process(device=None):
-    """This process's device, its own GPU where there are GPUs. Raises InputError where there are too few."""
+    """This process's device, its own GPU if there are GPUs. Raises InputError if there are too few."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind != "cuda":
         try:

@@ -1,14 +1,14 @@
-"""Flags of the published repositories (DeepFlow, SiT, REPA, Decoupled MeanFlow) that are not ours, and unknown flags.
+"""Flags of the published repositories (DeepFlow, SiT, REPA, Decoupled MeanFlow) that are not ours; unknown flags.
 
-A key is a flag, or a flag with one of its values (`--last-step=Mean`). A flag that a program declares itself means what
-it means there, unless a table has its value. docs/coming_from.md says which numbers differ.
+A key is a flag, or a flag with one of its values (`--last-step=Mean`). A flag that a program declares itself keeps its
+own meaning, unless a table lists its value. docs/coming_from.md lists the numerical differences.
 """
 
 import difflib
 
 from common.errors import InputError, note
 
-OURS = {  # our flag, or flag and value; where a program has that flag
+OURS = {  # our flag, or flag and value; used only if the program has that flag
     # SiT
     "ODE": "--mode=ode",
     "SDE": "--mode=sde",
@@ -37,14 +37,14 @@ OURS = {  # our flag, or flag and value; where a program has that flag
     "--ema-param": "--ema-decay",
 }
 FIRST_REPA = "files in REPA's first format are recognised by the names of their weights"
-UNUSED = {  # taken, with a remark on why nothing is lost
+UNUSED = {  # ignored, with a note on why nothing is lost
     **dict.fromkeys(("--sampling-method=Euler", "--sampling-method=euler"), "steps are Euler's without --heun"),
     "--last-step=Mean": "the last step adds no noise",
     "--last-step-size=0.04": "that is the last step of --mode sde",
     **dict.fromkeys(("--diffusion-form=sigma", "--diffusion-norm=1.0"), "--mode sde has it on the linear path"),
     "--loss-weight=None": "the loss has no weight over time",
     "--prediction=velocity": "networks predict the velocity",
-    "--encoder-depth": "the file's weights tell what they hold",
+    "--encoder-depth": "it is inferred from the file's weights",
     **dict.fromkeys(("--legacy", "--no-legacy"), FIRST_REPA),
     "--attn-func": "torch chooses the kernel",
     "--project-name": "W&B's project is called deepflow; --exp-name names the run",
@@ -53,8 +53,8 @@ REFUSED = {  # the remedy
     "--sampling-method": "steps are Euler's, or Heun's with --mode ode --heun; choose --num-steps",
     **dict.fromkeys(("--atol", "--rtol"), "steps are fixed; choose --num-steps"),
     **dict.fromkeys(("--diffusion-form", "--diffusion-norm"), "the diffusion of --mode sde is 2t; leave it out"),
-    **dict.fromkeys(("--last-step", "--last-step-size"), "--mode sde ends with 0.04 without noise; leave it out"),
-    **dict.fromkeys(("--train-eps", "--sample-eps"), "times reach from 0 to 1; leave it out"),
+    **dict.fromkeys(("--last-step", "--last-step-size"), "--mode sde ends with a noiseless step of 0.04; omit it"),
+    **dict.fromkeys(("--train-eps", "--sample-eps"), "times run from 0 to 1; leave it out"),
     **dict.fromkeys(("--reverse", "--likelihood"), "generate.py only samples; leave it out"),
     "--prediction": "networks predict the velocity; leave it out",
     "--loss-weight": "choose the distribution of t with --weighting instead",
@@ -65,11 +65,11 @@ REFUSED = {  # the remedy
 
 
 def translate(words, own):
-    """A command line in our words, where it has published flags; own: the program's flags. Raises InputError.
+    """Translate published flags of a command line into ours; own: the program's flags. Raises InputError.
 
-    An unknown flag is refused, with the program's closest one.
+    For an unknown flag, the error suggests the program's closest one.
     """
-    if "--dry-run" in words:  # published scripts leave the folder to be filled in, and a dry run needs none
+    if "--dry-run" in words:  # published scripts leave --data-dir for the user to fill in
         words = [word for word in words if word != "--data-dir="]
     result, dropping = [], False
     for index, word in enumerate(words):
@@ -84,7 +84,7 @@ def translate(words, own):
 
 
 def take(word, following, own):
-    """(our words for a flag, whether the words that follow are its values and are dropped with it)."""
+    """(our arguments for a flag, whether to drop the arguments that follow it, its values)."""
     name, separator, value = word.partition("=")
     full = f"{name}={value}" if separator else "=".join([name, *following])
     for key, rest in ((full, ""), (name, separator + value)):
@@ -100,6 +100,6 @@ def take(word, following, own):
     if " " in word:  # a text that begins with dashes
         return [word], False
     if name in REFUSED:
-        raise InputError(f"{name} is not taken: {REFUSED[name]}")
+        raise InputError(f"{name} is not supported: {REFUSED[name]}")
     close = [f"did you mean {flag}?" for flag in difflib.get_close_matches(name, sorted(own), 1, 0.7)]
     raise InputError(" ".join([f"{name} is unknown;", *close, "--help lists all flags"]))

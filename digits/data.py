@@ -38,7 +38,7 @@ class Digits:
 
 def load_digits_split():
     """(train, held_out): 1,397 and 400 digits, 40 of each class held out; the same on every machine."""
-    from sklearn.datasets import load_digits  # takes seconds
+    from sklearn.datasets import load_digits  # slow to import
 
     source = load_digits()
     images = np.rint(source.images * (255 / 16)).astype(np.uint8)  # from 0..16

@@ -60,7 +60,7 @@ def stratified_rows(labels, count, seed=SEED):
 
 def build_report(images, labels):
     """Both numbers for samples (N, 32, 32, 3) with requested labels (N,), and for the held-out digits, as a dict."""
-    from sklearn.decomposition import PCA  # scikit-learn takes seconds
+    from sklearn.decomposition import PCA  # slow to import
 
     train, held_out = load_digits_split()
     train_images, count = upsample(train.images), min(len(images), MAX_COUNT)

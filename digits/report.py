@@ -20,30 +20,30 @@ from digits.judge import build_report, load_samples
 from evaluations.metrics.results import sample_manifest
 from training.plot import save_curves
 
-COLUMNS = 10  # images a row
-PER_CLASS = 2  # images of a digit in the row of a file
+COLUMNS = 10  # images per row
+PER_CLASS = 2  # images per digit in each file's row
 
 
 @dataclasses.dataclass(kw_only=True)
 class ReportFlags:
     samples: list = required("an npz of generate*.py, or several as NAME=FILE", nargs="+", metavar="FILE")
     out: str | None = flag(None, "JSON file to write", str, group="output")
-    grid: str | None = flag(None, "picture; a row for each of several files", str, group="output", metavar="PNG")
+    grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")
     curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
 
 
 def named(texts):
-    """{name: file} of --samples; one file without a name is called `samples`. Raises InputError."""
+    """{name: file} of --samples; a single file is called `samples`. Raises InputError."""
     if len(texts) == 1:
         return {"samples": texts[0]}
     files = dict(text.split("=", 1) for text in texts if "=" in text)
     if len(files) < len(texts):
-        raise InputError("--samples: give each of several files as NAME=FILE, with a name of its own")
+        raise InputError("--samples: give several files as NAME=FILE, each with a different name")
     return files
 
 
 def class_grid(images, digits, columns):
-    """uint8 (N, R, R, 3), digits (N,) → (10·columns, R, R, 3): the first of each digit, white where too few."""
+    """uint8 (N, R, R, 3), digits (N,) → (10·columns, R, R, 3): the first of each digit, white if there are too few."""
     chosen = np.full((CLASSES, columns, *images.shape[1:]), 255, np.uint8)
     for digit in range(CLASSES):
         rows = images[digits == digit][:columns]
@@ -58,7 +58,7 @@ def in_words(report, of="samples"):
 
 
 def for_table(report, count):
-    """What evaluations/table.py reads of a report, beside `samples`."""
+    """The fields of a report, besides `samples`, that evaluations/table.py reads."""
     agreement, distance = report["agreement"]["samples"]["agree"] / count, report["frechet"]["samples"]
     metrics = {"label agreement": agreement, "Fréchet distance of digits": distance}
     about = {name: value for name, value in sample_manifest(report["samples"]).to_json().items() if name != "labels"}
@@ -82,7 +82,7 @@ def main(argv=None):
     print(f"(Fréchet distance to the training digits, {side})")
     if args.out:
         write_json(args.out, reports if len(files) > 1 else report)
-    if args.grid and len(files) > 1:  # the same noises below each other where the files share seed and labels
+    if args.grid and len(files) > 1:  # files with the same seed and labels share the noise of each column
         rows = [class_grid(images, digits, PER_CLASS) for images, digits, _ in loaded.values()]
         save_grid(np.concatenate(rows), CLASSES * PER_CLASS, args.grid)
     elif args.grid:

@@ -69,7 +69,7 @@ def split_batches(indices, batch_size, world=1, rank=0):
 def open_networks(args, device, known=None, size=None):
     """The extractor, batch → {metric: features}, of --metrics and --features, for images of `size`, (H, W) or None.
 
-    known: {metric: (mean, covariance)} of --ref; a line says which metrics are left out as it lacks them.
+    known: {metric: (mean, covariance)} of --ref; metrics that it lacks are skipped with a message.
     """
     loaders = {
         "fid": ("InceptionV3", lambda: Inception(args.inception_weights, device)),
@@ -101,7 +101,7 @@ def open_networks(args, device, known=None, size=None):
 
 
 def load_images(args, path, flag, needed):
-    """Images. Raises InputError where there are too few, or fewer than their manifest says."""
+    """Open images. Raises InputError if there are too few, or fewer than their manifest says."""
     say(f"Loading images from {path} ...")
     images = open_images(path, flag)
     if len(images) < needed:

@@ -26,7 +26,7 @@ from evaluations.metrics.references import other_size, read_statistics
 from evaluations.metrics.results import Result
 
 SAMPLES = 50_000  # what published numbers are computed on
-SPLIT = 5_000  # images of a split of ADM's Inception Score
+SPLIT = 5_000  # images per split in ADM's Inception Score
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
 LABELS |= {"precision": "Precision", "recall": "Recall"}
@@ -54,7 +54,7 @@ class Side:
         self.stored = read_statistics(path, STATISTICS) if of_inception else {}
 
     def batches(self, args, processes):
-        """Arrays of indices of this process's images."""
+        """Arrays of indices of this process's images, one per batch."""
         share = np.array_split(np.arange(len(self.images)), processes.world)[processes.rank]
         return np.split(share, range(args.batch_size, len(share), args.batch_size))
 
@@ -76,12 +76,12 @@ def oddities(reference, sample, args):
     path, count = sample.path, len(sample.images)
     lines = [other_size(sample.images, reference.images.shape, args.other_size)]
     if sample.stored:
-        lines.append(f"{path} holds statistics: FID and sFID are theirs, not its images' (as in ADM's evaluator)")
+        lines.append(f"{path} holds statistics: FID and sFID use them instead of its images (as in ADM's evaluator)")
     if count != SAMPLES:
-        lines.append(f"{path} holds {count} images; published numbers are of {SAMPLES}")
+        lines.append(f"{path} holds {count} images; published numbers use {SAMPLES}")
     if count > SPLIT and count % SPLIT and not (args.splits or args.features):
         last = f"the last {count % SPLIT} images weigh as much in the Inception Score as {SPLIT} others"
-        lines.append(f"{last}; --splits makes equal parts")
+        lines.append(f"{last}; --splits makes equal splits")
     return list(filter(None, lines))
 
 
@@ -104,7 +104,7 @@ def label(name):
 
 
 def open_network(args, sides, device):
-    """The extractor that --features names, by default InceptionV3. Raises InputError for statistics of another one."""
+    """The extractor of --features, by default InceptionV3. Raises InputError if stored statistics do not fit it."""
     extractor = load_features(args.features, device) if args.features else Inception(args.inception_weights, device)
     for side in sides:
         check_widths(extractor, side.images.shape[:2], device, side.stored, f"{side.which} {side.path}")
@@ -112,13 +112,13 @@ def open_network(args, sides, device):
 
 
 def check_inputs(args, processes):
-    """Read the reference whole and load the network, without samples. Raises InputError."""
+    """Read the whole reference and load the network, without samples. Raises InputError."""
     args.result_path("samples")
     reference = Side("reference", args.reference, args)
     open_network(args, [reference], processes.device)
     for _ in reference.images.batches(reference.batches(args, processes)):
         pass
-    say(f"{reference}: all is there to measure samples")
+    say(f"{reference}: ready to measure samples")
 
 
 def evaluate(args, processes):

@@ -124,7 +124,7 @@ def main(argv=None):
         kind = "distance" if reduction == "per token" else f"distance {reduction}"
         metrics |= {f"{kind}, {name}": mean(curve) for name, curve in of_feature.items()}
     print(markdown(["mean distance", *per_token], rows))
-    print(f"means over {args.num_samples} samples; the paper does not say which of these distances it takes")
+    print(f"means over {args.num_samples} samples; the paper does not say which of these distances it uses")
     if args.out:
         about = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, "curves": "per token"}
         Result(metrics, args.ckpt, curves=per_token, settings={**about, **dataclasses.asdict(args)}).write(args.out)

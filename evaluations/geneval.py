@@ -75,7 +75,7 @@ class ScoreFlags(ResultFlags):
 
 
 def check_layout(folder, metadata, images=GENEVAL_IMAGES):
-    """What keeps the detector from scoring a folder of `images` per prompt as GenEval means it, one line per fault."""
+    """Reasons why the detector would not score a folder with `images` per prompt as in GenEval, one line each."""
     folder, records = Path(folder), [record for _, record in read_record_lines(dict, metadata)]
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; make it with generate_t2i.py --prompts {metadata}")
@@ -83,10 +83,10 @@ def check_layout(folder, metadata, images=GENEVAL_IMAGES):
     made = [store.path(index) for index in range(len(records) * images)]
     faults = [f"{path} is missing or damaged" for path in made if not (path.is_file() and store.is_whole(path))]
     for number, record in enumerate(records):
-        path = folder / f"{number:05d}/metadata.jsonl"  # what the prompt's images show
+        path = folder / f"{number:05d}/metadata.jsonl"  # describes what the prompt's images show
         try:
             if [found for _, found in read_record_lines(dict, path)] != [record]:
-                faults.append(f"{path} is not the record of its prompt alone")
+                faults.append(f"{path} is not the record of just its prompt")
         except InputError as error:
             faults.append(str(error))
     others = {path for path in folder.glob("[0-9]*/samples/[0-9]*.png") if path.stem.isdigit()} - {*made}

@@ -26,7 +26,7 @@ from models.checkpoints import find_checkpoint
 from samplers import Guidance
 from sampling.manifest import check_settings
 
-RECORD = "sweep.json"  # in --out: what all its settings share
+RECORD = "sweep.json"  # in --out: flags common to all settings
 SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
 
 
@@ -123,13 +123,13 @@ def measure(setting, args, generate):
 
 
 def read_result(path, setting, args):
-    """Result of a setting. Raises InputError where the file is damaged or about something else."""
+    """Result of a setting. Raises InputError if the file is damaged or has other settings."""
     remedy = "delete it to measure this setting again"
     result = Result.read(path, remedy)
     about = {"num_steps": setting.num_steps, "cfg_scale": setting.cfg_scale, "num_fid_samples": args.num_samples}
     for name, value in about.items():
         if (found := getattr(result.manifest, name, None)) not in (None, value):
-            raise InputError(f"{path} is about another {name} ({found}); {remedy}")
+            raise InputError(f"{path} has a different {name} ({found}); {remedy}")
     if args.distance not in result.metrics:
         raise InputError(f"{path} holds no {args.distance}; {remedy}")
     return result
@@ -160,12 +160,12 @@ def save_plot(rows, metric, path):
 
 
 def check(args, generate):
-    """Raise InputError, before the first setting, for what would end a later one or mix two sweeps."""
+    """Raise InputError, before the first setting, for anything that would fail a later one or mix two sweeps."""
     for name in ("ckpt", "ref"):
         if not Path(getattr(args, name)).exists():
             raise InputError(f"{shown(name)} {getattr(args, name)} does not exist")
     for setting in settings(args):
-        Guidance(setting.cfg_scale, setting.low, setting.high).check([setting.low] * 2)  # whatever times a sampler has
+        Guidance(setting.cfg_scale, setting.low, setting.high).check([setting.low] * 2)  # for any sampler's times
     out, about = Path(args.out), {**{name: getattr(args, name) for name in SAME}, "generate": generate}
     check_writable(out / "table.md", "--out:")
     if (out / RECORD).exists():
@@ -182,11 +182,11 @@ def parse(argv):
 
 def main(argv=None):
     args, generate = parse(sys.argv[1:] if argv is None else argv)
-    args.ckpt = str(find_checkpoint(args.ckpt))  # for all settings, though the run may go on
+    args.ckpt = str(find_checkpoint(args.ckpt))  # fixed for all settings, as training may continue
     check(args, generate)
     rows = [(setting, measure(setting, args, generate)) for setting in settings(args)]
     if len({getattr(result.manifest, "weights_sha256", None) for _, result in rows}) > 1:
-        raise InputError(f"{args.out} holds results of other weights than --ckpt {args.ckpt} has; name another --out")
+        raise InputError(f"{args.out} holds results of weights other than --ckpt {args.ckpt}; name another --out")
     table = build_table(rows, list(rows[0][1].metrics))
     save_plot(rows, args.distance, Path(args.out, "plot.png"))
     best, _ = min(rows, key=lambda row: row[1].metrics[args.distance])

@@ -29,7 +29,7 @@ METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "
 ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
 REMEDY = "pass files that the evaluators or digits.report wrote"
-UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of odd settings
+UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of unusual settings
 UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  # flags that the table shows otherwise
 
 
@@ -41,7 +41,7 @@ class TableFlags:
 
 
 def made(result):
-    """What was measured, in words: `sde, 250 steps, cfg 1.5 in [0.3, 0.7], ema, 50000 images`."""
+    """Describe what was measured: `sde, 250 steps, cfg 1.5 in [0.3, 0.7], ema, 50000 images`."""
     manifest, words = result.manifest, ["no manifest"]
     if manifest:
         interval = [manifest.guidance_low, manifest.guidance_high]
@@ -134,7 +134,7 @@ def parameters(manifest):
     options = manifest.model_options or {}
     try:
         with torch.device("meta"):
-            known = options["depth"] in BLOCKS  # others would take forever
+            known = options["depth"] in BLOCKS  # building others could take too long
             return sum(parameter.numel() for parameter in build(options).parameters()) / 1e6 if known else None
     except UNUSUAL:
         return None
@@ -162,7 +162,7 @@ PLOTS = {  # {flag: (published table, x of a row, x of a result, what x is)}
 
 
 def read_results(paths):
-    """{path: Result}; digits/report.py writes those of several samples into one file: {"NAME of FILE": Result}."""
+    """{path: Result}; a digits/report.py file with several samples gives {"NAME of FILE": Result}."""
     results = {}
     for path in paths:
         content = read_record(dict, path, REMEDY)

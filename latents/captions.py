@@ -42,7 +42,7 @@ class CaptionRows:
 
 
 def open_text(moments):
-    """CaptionRows of the set of captions beside the Moments. Raises InputError where it does not fit them."""
+    """CaptionRows of the set of captions beside the Moments. Raises InputError if it does not fit them."""
     place, count = moments.folder.parent / TEXT, len(moments.rows)
     if not place.is_dir():
         raise InputError(f"{place} is missing: the captions' features are read from it; {PREPARE}")

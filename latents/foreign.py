@@ -34,7 +34,7 @@ def find_empty(data_dir):
 
 
 def list_foreign(folder):
-    """(N, [(i, k), …] sorted) of the files {i}.npy and {i}_{k}.npy. Raises InputError where one is missing."""
+    """(N, [(i, k), …] sorted) of the files {i}.npy and {i}_{k}.npy. Raises InputError if one is missing."""
     matches = (re.fullmatch(r"(\d+)(?:_(\d+))?", path.stem) for path in Path(folder).glob("*.npy"))
     numbers = [match.groups() for match in matches if match]
     images = {int(i) for i, k in numbers if k is None}

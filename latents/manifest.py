@@ -26,7 +26,7 @@ MOMENTS, MIRROR, IMAGES = "vae-sd", "vae-sd-mirror", "images"
 PREPARE = "prepare it with preprocessing/dataset_tools.py"
 CHECK = "python preprocessing/dataset_tools.py verify lists what is wrong"
 AGAIN = "restore it, or make the set again"
-ENCODERS = {"latents": LatentSpec, "text": TextSpec}  # entries of manifests that say which encoder made something
+ENCODERS = {"latents": LatentSpec, "text": TextSpec}  # manifest entries that identify the encoder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from common.records import parse_record
 from latents.manifest import CHECK, LABELS_JSON, MAX_CLASSES, PREPARE
 
 NO_LABEL = -(2**63)  # of an image without one, among int64 labels; -1 would be a wrong label
-NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file name has; bytes that are not UTF-8 lie between
+NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # never in a file name; the gap is for non-UTF-8 bytes
 # what operating systems leave behind, in lower case; names that begin with a dot are skipped too
 LEFT_BEHIND = {"__macosx", "network trash folder", "temporary items", "lost+found"}
 LEFT_BEHIND |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
@@ -37,7 +37,7 @@ def is_data(name):
 
 
 def is_inside(name):
-    """True for what can be the relative name of a file and stays in its folder."""
+    """True for a valid relative file name that stays inside its folder."""
     return bool(name) and not name.startswith("/") and ".." not in name.split("/") and not NO_NAME.search(name)
 
 
@@ -105,7 +105,7 @@ def parse_label_list(data, path):
     pairs.sort(key=operator.itemgetter(0))
     names = [name for name, _ in pairs]
     if outside := [name for name in names if not is_inside(name)]:
-        raise InputError(f"{path}: {outside[0]!r} leaves the folder or is no file name; {PREPARE}")
+        raise InputError(f"{path}: {outside[0]!r} leaves the folder or is not a file name; {PREPARE}")
     if twice := [name for name, following in itertools.pairwise(names) if name == following]:
         raise InputError(f"{path} lists {twice[0]!r} more than once; {PREPARE}")
     return names, np.array([NO_LABEL if label is None else label for _, label in pairs], np.int64)

@@ -30,7 +30,7 @@ def is_unfinished(folder):
 
 
 def check_finished(folder):
-    """Raise InputError where is_unfinished: files of an earlier run may look like a whole set."""
+    """Raise InputError if is_unfinished: files of an earlier run may look like a complete set."""
     if is_unfinished(folder):
         raise InputError(f"{folder} is not finished; run the same preprocessing command again, it resumes")
 
@@ -43,7 +43,7 @@ def list_sets(data_dir):
 
 
 def check_unpacked(place, flag):
-    """Raise InputError where moments are still in the zip that REPA's tools write: the file `place`, or in it."""
+    """Raise InputError if moments are still in the zip that REPA's tools write: the file `place`, or one in it."""
     place = Path(place)
     for path in (place, place / f"{MOMENTS}.zip"):
         if path.suffix.lower() == ".zip" and path.is_file():
@@ -102,7 +102,7 @@ def _open_packed(folder, manifest):
     labels = read_array(folder / LABELS, "pack again") if LABELS in manifest.files else None
     if labels is not None and (labels.shape, labels.dtype) != ((count,), np.int64):
         raise InputError(f"{folder / LABELS} holds {labels.dtype} {labels.shape}, not {count} labels; pack again")
-    if labels is not None and manifest.kind != "captions" and labels.max() >= CLASSES.high:  # theirs count images
+    if labels is not None and manifest.kind != "captions" and labels.max() >= CLASSES.high:  # captions': image numbers
         raise InputError(f"{folder / LABELS} holds label {labels.max()}, above {CLASSES.high}; pack again")
     return PackedRows(manifest), labels, Names(folder / NAMES, count)
 
@@ -140,7 +140,7 @@ class Moments:
         return self.manifest.image_set in (None, images)
 
     def check_pairs_are_known(self):
-        """Raise InputError where the names are of latents instead of the images that they were made from."""
+        """Raise InputError if the names are of latents instead of the images that they were made from."""
         if self.names is not None and self.names[0].endswith(".npy"):
             raise InputError(f"{self.folder} was packed without the images beside it, so pairs are unknown; pack again")
 
@@ -212,7 +212,7 @@ def images_by_order(folder, count):
 
 
 def open_features(data_dir, encoder, moments, mirror=False):
-    """StoredRows of an encoder's features; mirror: and of the mirrored images'. Raises InputError where they misfit."""
+    """StoredRows of an encoder's features; mirror: and of the mirrored images'. Raises InputError if they misfit."""
     place = find_features(data_dir, encoder)
     twin = place.with_name(place.name + "-mirror")
     if mirror and not twin.is_dir():

@@ -2,7 +2,7 @@
 
     from models import DeepFlow, create_model, load_model
 
-Imported on first use, so that a program which needs one module of this room does not load the others.
+Names are imported on first use, so that a program that needs one module of this package does not load the others.
 """
 
 import importlib

@@ -61,7 +61,7 @@ def set_attention(name):
 
 def attention(q, k, v):
     """Attention of all tokens to all tokens with the kernel for the pass at hand."""
-    if q.is_meta:  # FLOPs are counted, the same for every kernel; autocast does not know this device
+    if q.is_meta:  # counting FLOPs: the same for every kernel; autocast does not support this device
         return fused(q, k, v)
     return (written_out if _state["differentiating"] else _state["kernel"])(q, k, v)
 

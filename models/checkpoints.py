@@ -66,19 +66,19 @@ def checkpoint_path(run_dir, step):
 
 
 def existing_steps(run_dir):
-    """Steps that a run has checkpoints of, ascending."""
+    """Steps of a run's checkpoints, ascending."""
     files = (Path(run_dir) / "checkpoints").glob("*.pt")
     return sorted(int(path.stem) for path in files if STEP.fullmatch(path.stem) and path.is_file())
 
 
 def find_checkpoint(path):
-    """The newest checkpoint, which is printed, if the path is a run's folder, else the path. Raises InputError."""
+    """The newest checkpoint (a message names it) if the path is a run's folder, else the path. Raises InputError."""
     if not os.path.isdir(os.path.join(path, "checkpoints")):
         return path
     if not (steps := existing_steps(path)):
         raise InputError(f"{path} holds no checkpoint yet; train further, or name another run or a file")
     newest = checkpoint_path(path, steps[-1])
-    note(f"{path}: {newest}, its newest checkpoint, is taken")
+    note(f"{path}: using {newest}, its newest checkpoint")
     return newest
 
 
@@ -112,11 +112,11 @@ def read_weights_file(path):
 def check_sums(path):
     """Raise BadZipFile if an entry fails its checksum, which reading through a memory map does not verify.
 
-    Returns whether all entries are as torch.save leaves them, uncompressed: others would be mapped as they are.
+    Returns whether all entries are uncompressed, as written by torch.save: others must not be memory-mapped.
     """
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} has another checksum")
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
@@ -160,7 +160,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path, weights="ema", **overrides):
-    """Checkpoint with the model in eval mode, from a file of ours or a published one; of a run's folder the newest.
+    """Checkpoint with the model in eval mode, from our file, a run's folder (its newest) or a published file.
 
     weights: "ema" or "raw" (the entry "model"); overrides: constructor arguments that a published file leaves open or
     states differently, and its convention and path_type. Raises InputError if the file lacks what is asked for, or its
@@ -227,14 +227,14 @@ def load_strictly(model, state, path):
     try:
         model.load_state_dict(state, assign=model.pos_embed.is_meta)  # nothing can be copied into a meta tensor
     except RuntimeError as error:
-        complaint = str(error).strip().splitlines()[:2][-1].strip()  # after torch's heading
+        complaint = str(error).strip().splitlines()[:2][-1].strip()  # the line after torch's heading
         raise InputError(f"{path} is of another model: {complaint[:240]}") from None
 
 
 def check_counts(options, state, path):
-    """Raise InputError if the numbers of blocks and projectors, which may be any, are beyond what the file can fill."""
+    """Raise InputError if the file has too few parameters for the stated numbers of blocks and projectors."""
     projectors = len(options["z_dims"]) * max(1, len(options["df_idxs"])) if options.get("ssl_align") else 0
-    if 10 * options["depth"] + 6 * projectors > len(state):  # the parameters of each
+    if 10 * options["depth"] + 6 * projectors > len(state):  # parameters of a block, of a projector
         fault = f"it has fewer parameters than {options['depth']} blocks and {projectors} projectors"
         raise InputError(f"{path} is of another model: {fault}; {REMEDY}")
 

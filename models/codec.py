@@ -32,8 +32,8 @@ class LatentSpec(Identity):
     shift: Finite = 0.0
     channels: Count = 4
     factor: Count = 8
-    encoder_sha256: str | None = None  # of what makes the latents, which sd-vae-ft-ema and -mse share
-    decoder_sha256: str | None = None  # of what makes images of them
+    encoder_sha256: str | None = None  # of the encoder's weights, which sd-vae-ft-ema and -mse share
+    decoder_sha256: str | None = None  # of the decoder's weights
 
     def sample(self, moments, noise):
         """The network's latents (mean + std·ε − shift)·scale, (N, C, h, w): moments (N, 2C, h, w), ε (N, C, h, w)."""
@@ -43,13 +43,13 @@ class LatentSpec(Identity):
 
 @dataclasses.dataclass
 class VaeConfig:
-    """What is used of a diffusers `AutoencoderKL`'s config.json."""
+    """The entries of a diffusers `AutoencoderKL`'s config.json that are used."""
 
     scaling_factor: Positive
     latent_channels: Count
     block_out_channels: list[Count]
     shift_factor: Finite | None = None
-    latents_mean: None = None  # statistics of each channel, which would have to replace the scale
+    latents_mean: None = None  # per-channel statistics, which would replace the scale
     latents_std: None = None
 
 
@@ -63,7 +63,7 @@ def vae_family(name):
 def resolve_vae(name):
     """Full name of a VAE: a short name (`ema`, `mse`), a hub id, or a folder (also relative to the repository).
 
-    The folder of a whole pipeline stands for the `vae` in it.
+    For the folder of a whole pipeline, its subfolder `vae`.
     """
     name = SHORT_NAMES.get(str(name), str(name))
     folder = next((folder for folder in (Path(name), ROOT / name) if folder.is_dir()), None)
@@ -86,7 +86,7 @@ class LatentCodec:
     @classmethod
     def load(cls, name=DEFAULT_VAE, device="cpu", dtype=torch.float32):
         """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
-        from diffusers import AutoencoderKL  # takes seconds, and training without grids never needs it
+        from diffusers import AutoencoderKL  # slow to import, and not needed for training without grids
 
         name, place = SHORT_NAMES.get(str(name), str(name)), resolve_vae(name)
         with fetching(f"the VAE '{name}'", place, "pass --vae with a folder that holds a diffusers AutoencoderKL"):
@@ -106,7 +106,7 @@ class LatentCodec:
             encoder_sha256=content_sha256(vae, ("encoder.", "quant_conv."), facts),
             decoder_sha256=content_sha256(vae, ("decoder.", "post_quant_conv."), facts),
         )
-        for part in vae.children():  # diffusers warns where the whole is given a dtype
+        for part in vae.children():  # diffusers warns if the whole model is given a dtype
             part.to(device, dtype)
         if dtype != torch.float32:  # the layout of fast GPU convolutions; float32 keeps its rounding
             vae.decoder.to(memory_format=torch.channels_last)

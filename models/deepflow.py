@@ -44,10 +44,10 @@ WITH_ACCELERATION = ("acceleration", "full")
 class DeepFlowOutput:
     """What one training forward pass returns; the final branch comes last."""
 
-    velocities: list  # k × (N, C, H, W); of a flow map u comes last, and alone without deep supervision
+    velocities: list  # k × (N, C, H, W); for a flow map u is last, and the only one without deep supervision
     accelerations: list  # (k − 1) × (N, C, H, W); empty in the steps of Table 7a without acceleration
     projections: list  # max(k − 1, 1) · E × (N, T, Z), encoder by encoder; empty without SSL alignment
-    log_variance: torch.Tensor | None = None  # (N,) float32, of flow maps
+    log_variance: torch.Tensor | None = None  # (N,) float32, only for flow maps
 
 
 @dataclasses.dataclass
@@ -215,7 +215,7 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, source, **options):
-        """The mixin's, from a folder or the hub; raises InputError where the hub cannot be reached."""
+        """As in the mixin, from a folder or the hub. Raises InputError if loading fails."""
         if os.path.isdir(source):
             return super().from_pretrained(source, **options)
         with fetching(f"the model '{source}'", source, "name a folder that models/export.py wrote"):
@@ -246,9 +246,9 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         return DeepFlowOutput(velocities, accelerations, projections)
 
     def velocity(self, x, t, y):
-        """Final velocity, (N, C, H, W), at x (N, C, H, W), t (N,) or a number, y (N,); no intermediate one is computed.
+        """Final velocity, (N, C, H, W), at x (N, C, H, W), t (N,) or a number, y (N,); without the intermediate ones.
 
-        Raises InputError for labels out of range; on a GPU only where t is a number, since looking waits for it.
+        Raises InputError for labels out of range; on a GPU only if t is a number, since the check synchronises with it.
         """
         for branch in self.run_branches(x, spread(t, x, y, self.num_classes), y):
             final = branch  # the memory of all but the last is freed on the way

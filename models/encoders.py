@@ -180,7 +180,7 @@ def load_network(name, checkpoint=None):
     if "." not in family.timm_name:
         raise InputError(f"--enc-type {name}: its weights are not on the hub; give the authors' --enc-ckpt FILE")
     what = f"the weights {family.timm_name} of --enc-type {name}"
-    with fetching(what, family.timm_name, "give timm's or the authors' --enc-ckpt FILE"):
+    with fetching(what, family.timm_name, "pass timm's or the authors' file with --enc-ckpt FILE"):
         return timm.create_model(family.timm_name, pretrained=True, num_classes=0, **family.options)
 
 

@@ -33,7 +33,7 @@ def export(path, folder, weights="ema", **overrides):
         checkpoint = load_checkpoint(path, weights, **overrides)
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
         about = {"run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
-        # safetensors takes no tensors that share memory, as those of a published file may
+        # safetensors rejects tensors that share memory, as those of a published file may
         state = {name: tensor.contiguous().clone() for name, tensor in checkpoint.model.state_dict().items()}
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})

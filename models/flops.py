@@ -105,7 +105,7 @@ class Part:
 
 def count_parts(model):
     """{name: Part} in the order of the state dict; `blocks` and `df_blocks` are split by kind of layer."""
-    from torch.utils.flop_counter import FlopCounterMode  # loads triton
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     parts = collections.defaultdict(Part)
     for name, parameter in model.named_parameters():

@@ -42,7 +42,7 @@ class FlowMap(DeepFlow):
         return DeepFlowOutput(velocities, accelerations, [], self.log_variance(t, r))
 
     def average_velocity(self, x, t, r, y):
-        """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r in [0, 1], (N,) or numbers, y (N,). As `velocity`."""
+        """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r in [0, 1], (N,) or numbers, y (N,). See `velocity`."""
         t, r = (spread(time, x, y, self.num_classes) for time in (t, r))
         return self.velocity(x, (t, r), y)
 

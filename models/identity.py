@@ -1,4 +1,4 @@
-"""What makes an encoder the same one: its content, whatever its folder is called. For VAEs and text encoders alike."""
+"""Identity of encoders (VAEs and text encoders) by their content, whatever their folder is called."""
 
 import hashlib
 import json
@@ -8,9 +8,9 @@ from common.errors import InputError
 
 
 class Identity:
-    """Base of dataclasses that say which encoder made something: `family`, and `encoder_sha256` where it is known.
+    """Base of dataclasses that identify the encoder used: `family`, and `encoder_sha256` if it is known.
 
-    KIND: what it is called in messages; NAME: the field with its name or folder; FLAG: the flag that names it;
+    KIND: its name in messages; NAME: the field with its name or folder; FLAG: the flag that selects it;
     SETTINGS: further fields that must agree.
     """
 
@@ -18,9 +18,9 @@ class Identity:
     SETTINGS = ()
 
     def difference(self, other, content="encoder_sha256", name="family"):
-        """The first field that ought to agree and does not, else None.
+        """The first field that should agree but does not, else None.
 
-        Where one of them does not know its content, as in older files, the names decide instead.
+        If the content of either is unknown, as in older files, the names are compared instead.
         """
         is_known = getattr(self, content) and getattr(other, content)
         fields = (content if is_known else name, *self.SETTINGS)
@@ -35,7 +35,7 @@ class Identity:
         both = f"{ours} has {field} {a!s:.36} ({name}), {theirs} has {field} {b!s:.36} ({other_name})"
         remedy = f"use {self.FLAG} {name}{' as it was then' if name == other_name else ''}, or encode again"
         if field == "family":
-            remedy += "; if they are one, rename the folder: only its name counts where no hash is recorded"
+            remedy += "; if they are the same, rename the folder: without a recorded hash, only its name is compared"
         raise InputError(f"{self.KIND} mismatch: {both}; {remedy}")
 
 
@@ -46,7 +46,7 @@ def variant_of(folder):
 
 
 def check_complete(loading_info, what):
-    """Raise InputError where from_pretrained found no weights for a part of the network and left it random."""
+    """Raise InputError if from_pretrained found no weights for a part of the network and left it random."""
     if missing := sorted(loading_info["missing_keys"]):
         raise InputError(f"{what} lacks {len(missing)} weights, {missing[0]} for one; copy or download it again")
 
@@ -54,7 +54,7 @@ def check_complete(loading_info, what):
 def content_sha256(network, prefixes, facts):
     """Hex sha256 of a network's parameters whose names begin with one of `prefixes`, and of JSON-like `facts`.
 
-    Parameters count in float16, so that files in full and in half precision are one.
+    Parameters are hashed as float16, so that full- and half-precision files give the same hash.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, parameter in sorted(network.named_parameters()):

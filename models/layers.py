@@ -88,20 +88,20 @@ class LabelEmbedder(nn.Module):
     def forward(self, y):
         try:
             return self.embedding_table(y)
-        except IndexError:  # only a CPU raises it: nothing waits for a GPU
+        except IndexError:  # raised only on a CPU: no synchronisation with a GPU
             check_labels(y, self.embedding_table.num_embeddings - 1)
             raise
 
 
 def check_labels(y, num_classes):
-    """Raise InputError for labels y (N,) out of range; waits for the device that holds them."""
+    """Raise InputError for labels y (N,) out of range; synchronises with their device."""
     if len(wrong := y[(y < 0) | (y > num_classes)]):
         classes = f"a class from 0 to {num_classes - 1}, nor {num_classes}, the null class"
         raise InputError(f"label {wrong[0].item()} is not {classes}; correct y")
 
 
 def spread(t, x, y, num_classes):
-    """A number t as the time (N,) of x (N, …), with labels y (N,) checked; times, (N,) each, as they are.
+    """A number t as the time (N,) of x (N, …), after checking labels y (N,); tensors (N,) are returned as they are.
 
     num_classes: None if y is text. Raises InputError.
     """

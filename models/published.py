@@ -76,7 +76,7 @@ def from_published(state, path, args, given):
     """A published state dict → state dict in this project's conventions, constructor arguments, path_type or None.
 
     args: the file's own settings; given: {flag: value or None}, which override them. A note says what was assumed.
-    Raises InputError if weights and settings contradict each other, or if the direction of time is open; LookupError,
+    Raises InputError if weights and settings contradict each other, or the direction of time is ambiguous; LookupError,
     ArithmeticError, ValueError or RuntimeError if an expected name or shape is missing.
     """
     said, given = read_arguments(args, path), {name: value for name, value in given.items() if value is not None}
@@ -144,7 +144,7 @@ def config_from_state(state, df_idxs=None, dmf_depth=None, is_map=False):
     """Constructor arguments of a published state dict, as far as names and shapes tell. Raises InputError.
 
     df_idxs: the key layers if known; default: the preset's, else evenly spaced. With a log-variance head, dmf_depth or
-    is_map it is taken as a flow map; dmf_depth's default: `default_dmf_depth`.
+    is_map, it is treated as a flow map; dmf_depth's default: `default_dmf_depth`.
     """
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     is_text = TEXT in state
@@ -198,14 +198,14 @@ def heads_from_state(state, hidden_size):
 
 
 def convert(state, config, convention="repa"):
-    """Published weights in this project's conventions: without a learned sigma, for "sit" with time reversed."""
+    """Published weights in this project's conventions: no learned sigma; time reversed for convention "sit"."""
     if learns_sigma(state, config):
         state = drop_sigma(state, config["in_channels"])
     return reverse_time(state) if convention == "sit" else state
 
 
 def is_plain_flow(config):
-    """Whether a model is a flow of one branch, as SiT's are."""
+    """Whether a model is a single-branch flow, as in SiT."""
     return kind_of(config) == "flow" and not config["df_idxs"]
 
 

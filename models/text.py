@@ -18,7 +18,7 @@ DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
 
 
 def encoder_family(name):
-    """Last part of a text encoder's name or folder; of a folder in a hub cache, of its name on the hub."""
+    """Last part of a text encoder's name or folder; for a folder in a hub cache, of its name on the hub."""
     parts = Path(str(name)).parts
     cached = [part for part in parts if re.fullmatch(r"models--.+--.+", part)]
     return cached[-1].split("--")[-1] if cached else Path(str(name)).name
@@ -34,7 +34,7 @@ class TextSpec(Identity):
     family: str = encoder_family(DEFAULT_TEXT_ENCODER)
     tokens: Count = 77
     width: Count = 768
-    encoder_sha256: str | None = None  # of network and tokenizer
+    encoder_sha256: str | None = None  # of the network and its tokenizer
 
 
 def import_transformers(flag):
@@ -64,14 +64,14 @@ class Tokens:
         return self.padded(captions)
 
     def padded(self, captions):
-        """The same without a warning."""
+        """As __call__, without a warning."""
         options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         return self.tokenizer(captions, **options)["input_ids"]
 
     def facts(self):
-        """What makes the ids: the vocabulary, and the ids of a thousand of its words, of all these, and of none."""
+        """What determines the ids: the vocabulary, and the ids of a thousand words, of these joined, and of no text."""
         vocabulary = self.tokenizer.get_vocab()
-        words = sorted(filter(str.isascii, vocabulary))  # others are normalised in different ways by library versions
+        words = sorted(filter(str.isascii, vocabulary))  # library versions normalise others differently
         words = words[:: len(words) // 1000 + 1]
         return {"vocabulary": vocabulary, "ids": self.padded([*words, " ".join(words), ""]).tolist()}
 
@@ -79,7 +79,7 @@ class Tokens:
 def load_clip(kind, name, device, flag):
     """(tokenizer, model of transformers' class `kind`) by hub name or folder, float32. Raises InputError."""
     transformers, name = import_transformers(flag), str(name)
-    places = [str(Path(name, part)) for part in ("tokenizer", "text_encoder")]  # of a whole pipeline
+    places = [str(Path(name, part)) for part in ("tokenizer", "text_encoder")]  # of a pipeline folder
     tokenizer_place, place = places if Path(places[1]).is_dir() else (name, name)
     with fetching(f"'{name}'", name, f"pass {flag} with the folder of a CLIP model and its tokenizer"):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(tokenizer_place)
@@ -87,7 +87,7 @@ def load_clip(kind, name, device, flag):
         model, loading_info = getattr(transformers, kind).from_pretrained(place, **options)
         check_complete(loading_info, f"'{name}'")
         size, needed = len(tokenizer), getattr(model.config, "text_config", model.config).vocab_size
-        if not needed / 2 < size <= needed:  # transformers makes up an empty one where files are missing
+        if not needed / 2 < size <= needed:  # transformers creates an empty one if files are missing
             raise ValueError(f"its tokenizer has {size} words instead of {needed}")
     return tokenizer, model.float().eval().requires_grad_(False).to(device)
 
@@ -100,7 +100,7 @@ class TextEncoder:
         config = self.model.config
         self.tokens = Tokens(tokenizer, config.max_position_embeddings)
         facts = {key: getattr(config, key) for key in ("hidden_act", "layer_norm_eps", "num_attention_heads")}
-        network = getattr(self.model, "text_model", self.model)  # transformers 4 has all weights in it
+        network = getattr(self.model, "text_model", self.model)  # transformers 4 nests all weights in it
         sha256 = content_sha256(network, "", {**facts, **self.tokens.facts()})
         self.spec = TextSpec(str(name), encoder_family(name), self.tokens.length, config.hidden_size, sha256)
 

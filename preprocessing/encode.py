@@ -80,7 +80,7 @@ class FolderWriter:
 
 @dataclasses.dataclass
 class TrainedOn:
-    """What trained_on.json in the folder of a VAE says, where there is one."""
+    """Content of the optional trained_on.json in the folder of a VAE."""
 
     images: str
     resolution: Count
@@ -88,7 +88,7 @@ class TrainedOn:
 
 
 def warn_of_other_images(options, rows):
-    """Print a warning where the images are not of the kind that the VAE was trained on."""
+    """Print a warning if the images are not of the kind that the VAE was trained on."""
     path = Path(resolve_vae(options.vae), TRAINED_ON)
     if not path.is_file():
         return
@@ -97,7 +97,7 @@ def warn_of_other_images(options, rows):
     is_grey = images is None or (images.amax(1) - images.amin(1)).max() < 16
     if rows.side != trained.resolution or not (is_grey or trained.colour):
         found = f"{rows.side}x{rows.side} images{'' if is_grey else ' in colour'}"
-        remedy = "what it decodes will not look like them; --vae ema is for photographs"
+        remedy = "its reconstructions will not look like them; --vae ema is for photographs"
         note(f"warning: --vae {options.vae} was trained on {trained.images}, --source holds {found}; {remedy}")
 
 

@@ -65,7 +65,7 @@ def ticket(command, rows, options, what):
 def fill(writer, rows, function, processes, manifest, package, files=None):
     """Run this process's share of the batches of `rows` through function: a batch → (B, …), into the set of `writer`.
 
-    manifest: what was computed; package: whose version is recorded; files: {name: bytes} of further files.
+    manifest: what was computed; package: its version is recorded; files: {name: bytes}, additional files.
     """
     job, total = writer.job, len(rows.names)
     if not processes.share("begun", processes.is_main and job.begin()):

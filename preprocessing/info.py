@@ -34,7 +34,7 @@ def describe(data_dir):
 
 def write_grid(data_dir, path, vae=None, columns=8):
     """Decode the means of columns² evenly spaced latents into one PNG."""
-    moments = open_moments(data_dir)  # captions in place of labels are as good
+    moments = open_moments(data_dir)  # captions can replace labels
     rows, spec = moments.rows, moments.spec
     codec = LatentCodec.load(vae or spec.vae)
     spec.check_same(codec.spec, str(data_dir), "--vae")

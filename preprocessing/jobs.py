@@ -91,7 +91,7 @@ class Job:
     def _compare(self, found, what, free=()):
         for key in sorted((self.ticket | found).keys() - set(free)):
             there, now = found.get(key), self.ticket.get(key)
-            if key in ENCODERS and there and now:  # the same one may lie in another folder by now
+            if key in ENCODERS and there and now:  # the same encoder may have moved to another folder
                 there, now = (check_record(ENCODERS[key], spec, f"{self.dest}, {key}", AGAIN) for spec in (there, now))
                 there.check_same(now, f"--dest {self.dest}", now.FLAG)
             elif there != now:
@@ -109,7 +109,7 @@ class Job:
         self._journal.write(Finished(batch, left_out or {}, self._made_from(batch)).to_line())
 
     def _made_from(self, batch):
-        """Entry of Finished for batch number `batch`; None where there is no such batch, or nothing is known."""
+        """Entry of Finished for batch number `batch`; None if there is no such batch, or the source is unknown."""
         batch = range(len(self._names))[batch * self._batch_size : (batch + 1) * self._batch_size]
         return (self._names[batch[0]], self._digest(batch)) if batch else None
 
@@ -122,7 +122,7 @@ class Job:
         return found
 
     def _forget_changed(self):
-        """Strike batches whose images have changed from the journal, also if those are put back before the end."""
+        """Remove batches whose images have changed from the journal, even if the images are restored later."""
         found, journals = self.records(), list(self.partial.glob("done-*.jsonl"))
         same = [record for record in found if record.made_from == self._made_from(record.batch)]
         firsts = {record.made_from and record.made_from[0] for record in found}
@@ -141,7 +141,7 @@ class Job:
         return todo, sum(map(len, batches)) - sum(len(batches[number]) for number in todo)
 
     def kept(self, names):
-        """(positions of `names` that were kept, [[name, reason]] of the others). Raises InputError where none was."""
+        """(positions of `names` that were kept, [[name, reason]] of the others). Raises InputError if none was."""
         reasons = dict(sorted(pair for record in self.records() for pair in record.left_out.items()))
         left_out = [[names[position], reason] for position, reason in reasons.items()]
         kept = [position for position in range(len(names)) if position not in reasons]
@@ -161,7 +161,7 @@ class Job:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def remove_stale(self, names):
-        """Remove images and rows not among `names`: an earlier run made them of images that have changed since."""
+        """Remove images and rows not among `names`: an earlier run made them from images that have changed since."""
         if self._resumed:
             for name in {name for name, _ in walk(self.dest) if OWN.fullmatch(name)}.difference(names):
                 (self.dest / name).unlink()

@@ -59,7 +59,7 @@ def pack_set(source, dest, options):
     ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
     images = source.parent / IMAGES
-    if names is None and images.is_dir():  # as published, the images beside the set are its images in order
+    if names is None and images.is_dir():  # as published: the folder's images, in order, are those of the set
         names = images_by_order(images, len(rows))
     names = rows.names if names is None else names
     check_names(names)

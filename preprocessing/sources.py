@@ -1,4 +1,4 @@
-"""Images of a folder or zip in published order, with their labels, read as RGB; docs/data.md says how odd ones are."""
+"""Images of a folder or zip in published order, with their labels, read as RGB; for unusual ones see docs/data.md."""
 
 import errno
 import hashlib
@@ -61,7 +61,7 @@ def class_of(name):
 class ImageSource:
     """Images of a folder or a zip, sorted by name; labels: int64 (N,), NO_LABEL for an image without one.
 
-    path: FOLDER, FILE.zip, or FILE.zip:FOLDER for a folder in a zip; count: its images, also beyond max_images.
+    path: FOLDER, FILE.zip, or FILE.zip:FOLDER for a folder in a zip; count: of all images, beyond max_images too.
     """
 
     def __init__(self, path, published_labels=False, max_images=None, flag="--source"):
@@ -129,7 +129,7 @@ class ImageSource:
         return self._digest(range(len(self)), [size for size, _ in self._versions])
 
     def made_from(self, batch_size):
-        """For Job; the digest is of names, labels, sizes and times of change."""
+        """For Job; the digest covers names, labels, sizes and modification times."""
         return self.names, batch_size, lambda batch: self._digest(batch, self._versions[batch.start : batch.stop])
 
     def _digest(self, indices, versions):

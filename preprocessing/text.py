@@ -68,7 +68,7 @@ class Captions:
         self.fingerprint = sha256_of([self.facts["images"], owners, self.texts])
 
     def made_from(self, batch_size):
-        """For Job; the digest is of the texts alone: an image that has changed changes no features."""
+        """For Job; the digest covers only the texts: a changed image does not change their features."""
         return self.names, batch_size, lambda batch: sha256_of(self.texts[batch.start : batch.stop])
 
     def read(self, batches):

@@ -78,7 +78,7 @@ def verify(data_dir, vae=None, decode=False):
 
 
 def _read_manifest(folder):
-    """The manifest, empty where there is none (its path is None); the folder's name says what it leaves open."""
+    """The manifest, empty if there is none (its path is None); the folder's name supplies missing fields."""
     manifest = DataManifest.read(folder) or DataManifest(count=0)
     kind = manifest.kind or ("images" if folder.name == IMAGES else "moments")
     flipped = folder.name == MIRROR if manifest.flipped is None else manifest.flipped
@@ -103,9 +103,9 @@ def _check_set(folder, report, decode):
     _, rows, labels, sources = open_set(folder)
     if labels is not None:
         _check_labels(folder, manifest, labels, sources, report)
-    elif manifest.kind == "moments" and not (folder.parent / TEXT).is_dir():  # captions are a condition too
+    elif manifest.kind == "moments" and not (folder.parent / TEXT).is_dir():  # captions are conditions as well
         report.add("labels", f"{folder} has no labels (null)")
-    if manifest.kind == "moments":  # of the shape that training needs?
+    if manifest.kind == "moments":  # check that training can use the shape
         Moments(folder, manifest, rows, labels, sources, manifest.latents or LatentSpec())
     _check_rows(folder, manifest, rows, report)
 

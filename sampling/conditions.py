@@ -25,7 +25,7 @@ from sampling.stores import GenEvalFiles, PngFiles
 class ClassLabels:
     """A class for each image, drawn by (seed, index) or taken in turn.
 
-    A picture of --classes has equally many of each. Raises InputError for a text-to-image checkpoint, and for unknown
+    A grid with --classes has equally many of each. Raises InputError for a text-to-image checkpoint, and for unknown
     classes.
     """
 
@@ -66,13 +66,13 @@ class ClassLabels:
 
 @dataclasses.dataclass
 class Names:
-    """What a checkpoint's data say of its classes, by number."""
+    """Class names in a checkpoint's data entry, by number."""
 
     class_names: list[str] | None = None
 
 
 def read_labels(text, num_classes, names=(), flag="--labels"):
-    """(Classes, their file or None) of `207,robin` or a text file; names: of the classes. Raises InputError."""
+    """(Classes, their file or None) of `207,robin` or a text file; names: those of the classes. Raises InputError."""
     numbers = {name: number for number, name in enumerate(names)}
     file, words = None, [word.strip() for word in text.split(",")]
     is_list = flag == "--classes" or all(word in numbers or re.fullmatch("[0-9]+", word) for word in words)
@@ -85,7 +85,7 @@ def read_labels(text, num_classes, names=(), flag="--labels"):
     labels = [int(word) if re.fullmatch("[0-9]{1,9}", word) else numbers.get(word, num_classes) for word in words]
     if max(labels) >= num_classes:
         wrong = next(word for word, label in zip(words, labels, strict=True) if label >= num_classes)
-        named = f", or the name of one ({names[0]}, …)" if names else "; its data give no names"
+        named = f", or the name of one ({names[0]}, …)" if names else "; its data have no class names"
         raise InputError(f"{flag} {text}: {wrong!r} is not a class from 0 to {num_classes - 1}{named}")
     return labels, file
 

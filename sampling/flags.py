@@ -15,16 +15,16 @@ from samplers import SAMPLERS, Guidance
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = [name for name in SAMPLERS if name != "ode-heun"]
-MODE = "sampler; euler and restart are for flow maps; default: sde, for flow maps euler"
+MODE = "sampler; euler and restart are for flow maps; default: sde, or euler for flow maps"
 STEPS = "number of steps; default: " + ", ".join(f"{SAMPLERS[mode].num_steps} for {mode}" for mode in MODES)
 MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "output"
 
 
 @dataclasses.dataclass(kw_only=True)
 class SamplingFlags(PublishedFlags):
-    """Flags of every program that samples. None: as the checkpoint says, or a default that is filled in."""
+    """Flags of every program that samples. None: taken from the checkpoint, or a default filled in later."""
 
-    ckpt: str = required("checkpoint, run, exported folder, or published file (DeepFlow, SiT, REPA, DMF)", group=MODEL)
+    ckpt: str = required("checkpoint, run or exported folder, published file (DeepFlow, SiT, REPA, DMF)", group=MODEL)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group=MODEL)
     model: str | None = flag(None, "preset name", str, choices=list(PRESETS), group=MODEL)
     trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS, group=MODEL)
@@ -87,7 +87,7 @@ class SamplingFlags(PublishedFlags):
         return [indices[start : start + size] for start in indices[::size]]
 
     def resolve(self):
-        """A copy with what --grid implies. Raises InputError for flags that do not go together, whatever the model."""
+        """A copy with what --grid implies. Raises InputError for flags that conflict regardless of the model."""
         if self.heun and self.mode != "ode":
             raise InputError("--heun is a method for the ODE; pass --mode ode")
         if not self.decode and (self.format == "png" or self.grid):
@@ -103,13 +103,13 @@ class SamplingFlags(PublishedFlags):
         return config
 
     def for_model(self, kind):
-        """A copy with the mode and number of steps of a kind of model, where they are not given. Raises InputError."""
+        """A copy with default mode and number of steps for a kind of model if not given. Raises InputError."""
         config = dataclasses.replace(self, mode=self.mode or ("euler" if kind == "flow map" else "sde"))
         config.num_steps = self.num_steps or config.sampler.num_steps
         if config.sampler.is_map and kind != "flow map":
             raise InputError(
                 f"--mode {self.mode} needs a flow map, {self.ckpt} is a flow model; pass --mode sde or ode, "
-                "or --dmf-depth for a published flow map without log-variance head"
+                "or --dmf-depth for a published flow map without a log-variance head"
             )
         if self.shift != 1.0 and not config.sampler.is_map:
             raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")

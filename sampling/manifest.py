@@ -13,7 +13,7 @@ from latents.manifest import AGAIN, ENCODERS
 from models.checkpoints import TRAINING
 
 SETTINGS = "settings.json"
-SEALED = "sealed"  # its entry for the store: all files have seals, unlike those of earlier versions
+SEALED = "sealed"  # entry: whether all files have seals; those of earlier versions do not
 # What decides no pixel, or only its rounding. A checkpoint may be moved: its weights decide.
 FREE = ("ckpt", "training", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
 FREE += ("versions", "npz_sha256")
@@ -116,7 +116,7 @@ def manifest_path(samples):
 
 
 def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or pass another --sample-dir"):
-    """Settings in the file `name` of a folder. Raises InputError where its images were made with others."""
+    """Settings in the file `name` of a folder. Raises InputError if its images were made with others."""
     found = read_record(dict, folder / name, remedy)
     if key := changed_setting(found, settings, folder / name):
         change = f"another {key} ({found.get(key)}, now {settings.get(key)})"
@@ -127,7 +127,7 @@ def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or
 def changed_setting(found, settings, path):
     """The first key at which settings differ from those `found` in the file `path`, else None.
 
-    VAE and text encoder are compared by content, whatever they are called.
+    VAE and text encoder are compared by content, not by name.
     """
     for key in {**settings, **found}:
         old, new = found.get(key), settings.get(key)

@@ -86,7 +86,7 @@ class Result:
     def plan(self):
         """Prepare the folder and say what is to be made; returns [[batch number, images that it lacks], …].
 
-        Raises InputError where the folder holds other images.
+        Raises InputError if the folder holds other images.
         """
         config, cost, count = self.config, self.sampler.cost, self.config.num_fid_samples
         for path in (self.target, self.record):
@@ -111,17 +111,17 @@ class Result:
         changed = changed_setting(found.settings(kind), wanted.settings(kind), self.record)
         if changed or found.num_fid_samples != wanted.num_fid_samples:
             return False
-        # an earlier version wrote no SHA-256
+        # earlier versions did not write a SHA-256
         is_whole = zipfile.is_zipfile(self.target) and found.npz_sha256 in (None, sha256_of_files(self.target))
         if not is_whole:
-            note(f"{self.target} is damaged, or not what {self.record} describes; it is made again")
+            note(f"{self.target} is damaged, or does not match {self.record}; it is made again")
         return is_whole
 
     def finish(self):
         """Write npz and manifest, unless they are there: exactly --num-fid-samples images. Raises InputError."""
         count = self.config.num_fid_samples
         if self.is_packed:
-            self.target.touch()  # script/measure.sh takes the newest
+            self.target.touch()  # script/measure.sh uses the newest
         else:
             # an npz of another number of images is not left beside a folder that it contradicts
             with_npz = self.config.format != "png" or self.target.exists()

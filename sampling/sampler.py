@@ -93,7 +93,7 @@ def start_copy(*tensors):
 
 
 def open_checkpoint(config):
-    """(Checkpoint, its path, LatentSpec of its data) of --ckpt. Raises InputError where flags contradict the file."""
+    """(Checkpoint, its path, LatentSpec of its data) of --ckpt. Raises InputError if flags contradict the file."""
     checkpoint = load_checkpoint(config.ckpt, config.weights, **config.model_options())
     check_model(config, checkpoint)
     spec = check_record(LatentSpec, checkpoint.data, f"{config.ckpt}, data", "choose another file")
@@ -111,7 +111,7 @@ def open_checkpoint(config):
 
 
 def check_model(config, checkpoint):
-    """Raise InputError where --model does not fit the checkpoint."""
+    """Raise InputError if --model does not fit the checkpoint."""
     own, options = checkpoint.run.get("model"), checkpoint.options
     if config.model in (None, own):
         return
@@ -140,7 +140,7 @@ def batch_noise(seed, batches, draws, shape, device):
 
 
 def try_out(config, path, times):
-    """(GuidedVelocity with its calls counted, number of noise arrays) of a batch: runs the sampler on a scalar."""
+    """(GuidedVelocity that counted its calls, number of noise arrays) of a batch, from sampling a scalar."""
     zero, y, asked = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), []
 
     def noise(index):

@@ -1,8 +1,8 @@
 """What sampling leaves on disk: PNG files or the rows of an npz, written in threads, resumable, never half written.
 
 A store keeps finished rows by image index: `PngFiles` as FOLDER/000000.png …, `PartFiles` (npz without PNGs, and
-latents) as one file per batch, deleted once the npz is there. `pack` streams the rows of either into an npz. Every file
-has a seal, the SHA-256 of its name and rows, by which damaged, altered and exchanged ones are noticed; those of earlier
+latents) as one file per batch, deleted once the npz exists. `pack` streams the rows of either into an npz. Every file
+has a seal, the SHA-256 of its name and rows, which reveals damaged, altered and swapped files; those of earlier
 versions have none.
 """
 
@@ -32,7 +32,7 @@ REMEDY = "run the same again"
 
 
 class Damaged(InputError):
-    """A file does not hold what was written."""
+    """The content of a file is not what was written."""
 
 
 class Store:
@@ -52,27 +52,27 @@ class Store:
         return digest.hexdigest()
 
     def read(self, path):
-        """Rows of a file (N, …). Raises Damaged, and InputError where it cannot be read."""
+        """Rows of a file (N, …). Raises Damaged, or InputError if it cannot be read."""
         data = read_bytes(path, f"move it away and {REMEDY}")
         try:
             rows, seal = self.decode(path, data)
         except MemoryError:
             raise
-        except Exception as error:  # in a damaged file a decoder can fail with anything
+        except Exception as error:  # decoders can raise anything on a damaged file
             raise Damaged(f"{path} is damaged ({first_line(error)}); {REMEDY}") from None
         if (seal or self.sealed) and seal != self.seal(path, rows):
             raise Damaged(f"{path} is not as it was written; {REMEDY}")
         return rows
 
     def is_whole(self, path):
-        """Whether `read` finds a file as it was written."""
+        """Whether a file can be read and is unchanged."""
         with contextlib.suppress(Damaged):
             self.read(path)
             return True
         return False
 
     def missing(self, count):
-        """Indices below `count` that no file holds; those that are not whole are deleted."""
+        """Indices below `count` that no intact file holds; damaged files are deleted."""
         files = self.files(count)
         whole = ordered_map(self.is_whole, files, self.threads, self.threads)
         damaged = [path for path, is_whole in zip(files, whole, strict=True) if not is_whole]
@@ -84,7 +84,7 @@ class Store:
         return sorted(set(range(count)).difference(*files.values()))
 
     def rows(self, count):
-        """Yield the rows 0 … count − 1, read by several threads, few files in memory. Raises InputError."""
+        """Yield the rows 0 … count − 1, read by several threads with few files in memory. Raises InputError."""
         index, files = 0, self.files(count)
         for rows, held in zip(ordered_map(self.read, files, self.threads, self.threads), files.values(), strict=True):
             if held.start > index:
@@ -96,7 +96,7 @@ class Store:
 
 
 class PngFiles(Store):
-    """uint8 images (R, R, 3) as FOLDER/000000.png …, the seal in a text chunk `sha256`."""
+    """uint8 images (R, R, 3) as FOLDER/000000.png …, with the seal in a text chunk `sha256`."""
 
     name = "arr_0"  # ADM's name of the array in the npz
     kind = "png"
@@ -107,7 +107,7 @@ class PngFiles(Store):
         return self.folder / f"{index:06d}.png"
 
     def files(self, count):
-        # listed: asking a network file system for what is not there yet may be answered from its cache later
+        # glob, not exists(): a network file system may cache that a file was absent
         there, paths = set(self.folder.glob(self.pattern)), map(self.path, range(count))
         return {path: range(index, index + 1) for index, path in enumerate(paths) if path in there}
 
@@ -115,7 +115,7 @@ class PngFiles(Store):
         if not data.endswith(PNG_END):
             raise ValueError("it is cut off")
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            picture.verify()  # the checksums, which decoding passes over
+            picture.verify()  # the checksums, which decoding ignores
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             return np.asarray(picture)[None], picture.info.get("sha256", "")
 
@@ -156,7 +156,7 @@ class GenEvalFiles(PngFiles):
         return self.folder / f"{prompt:05d}" / "samples" / f"{number:04d}.png"
 
     def missing(self, count):
-        """As Store.missing; first says in every prompt's folder what its images show."""
+        """As Store.missing; first writes what its images show to every prompt's folder."""
         for index, record in zip(range(0, count, self.per_prompt), self.metadata, strict=False):
             path, line = self.path(index).parents[1] / "metadata.jsonl", json.dumps(record) + "\n"
             write_atomically(path, lambda file, line=line: file.write(line.encode()), durable=False)
@@ -164,7 +164,7 @@ class GenEvalFiles(PngFiles):
 
 
 class PartFiles(Store):
-    """Rows of an npz as one .npy per batch, FOLDER/rows-START-STOP.npy, the seal behind the array."""
+    """Rows of an npz as one .npy per batch, FOLDER/rows-START-STOP.npy, the seal appended to the array."""
 
     kind = "parts"
     threads = 2  # a part is large
@@ -218,7 +218,7 @@ def write_npz(path, name, rows, count):
             np.lib.format.write_array_header_1_0(array, header)
             for index, row in zip(range(count), itertools.chain([first], rows), strict=True):
                 if (row.shape, row.dtype) != (first.shape, first.dtype):
-                    raise InputError(f"{path}: image {index} is {row.shape} {row.dtype}, not as the first; {REMEDY}")
+                    raise InputError(f"{path}: image {index} is {row.shape} {row.dtype}, unlike the first; {REMEDY}")
                 array.write(row.tobytes())
 
     write_atomically(path, write)
@@ -236,7 +236,7 @@ def pack(store, target, count):
 def prepare_folder(folder, settings, resume=True):
     """Make the folder of a result, or check its settings; returns whether all its files have seals. Raises InputError.
 
-    settings: of a SampleManifest; resume False refuses a folder with finished images.
+    settings: those of a SampleManifest; resume=False refuses a folder with finished images.
     """
     record = folder / SETTINGS
     has_images = folder.is_dir() and any(name.endswith((".png", ".npy")) for name, _ in walk(folder))
@@ -245,7 +245,7 @@ def prepare_folder(folder, settings, resume=True):
     if not resume and (has_images or Path(f"{folder}.npz").exists()):
         raise InputError(f"{folder} holds finished images; resume with --resume, or pass another --sample-dir")
     found = check_settings(folder, settings) if record.exists() else {}
-    for left in folder.rglob(".*.tmp"):  # by killed processes
+    for left in folder.rglob(".*.tmp"):  # left by killed processes
         left.unlink(missing_ok=True)
     sealed = found.get(SEALED, not has_images)
     write_json(record, {**settings, SEALED: sealed})

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NUM_GPUS=${NUM_GPUS:-8}
 OUTPUT_DIR=${OUTPUT_DIR:-exps}
-export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning} # of libraries, while they are imported
+export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning} # from libraries, during import
 
 fail() { echo "error: $*" >&2; exit 2; }
 launch() { torchrun --standalone --nproc-per-node "$NUM_GPUS" "$@"; }

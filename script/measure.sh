@@ -26,13 +26,13 @@ check_weights() {
     for name in INCEPTION_WEIGHTS DINOV2_WEIGHTS; do [ -z "${!name:-}" ] || need "$name"; done
 }
 
-need_folder() { # FOLDER: of samples
+need_folder() { # FOLDER for samples
     mkdir -p "$1" 2>/dev/null && [ -w "$1" ] || fail "$1 cannot be written; name another place with SAMPLE_DIR=FOLDER"
 }
 
-check_only() { "$@" --json "$RESULTS/$EXP_NAME.json" --check-only; } # COMMAND: what it needs beside the samples
+check_only() { "$@" --json "$RESULTS/$EXP_NAME.json" --check-only; } # COMMAND: check everything it needs except the samples
 
-check_files() { # WHAT FILE COMMAND: kind of reference, an example, what measures with it
+check_files() { # WHAT FILE COMMAND: kind of reference, example file, command that uses it
     check_weights
     [ -n "$REF" ] || fail "REF is not set: download $1 (docs/evaluation.md) and pass REF=$2, or REF=none to sample only"
     [ "$REF" != none ] || return 0
@@ -46,7 +46,7 @@ check_adm() {
 }
 
 newest_npz() { # FOLDER
-    ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; see what generate.py wrote"
+    ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; see the output of generate.py"
 }
 
 make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is not to be measured

@@ -263,7 +263,7 @@ def test_a_finished_sweep_is_only_read(measured, capsys):
         (lambda text: text.replace('"fid": 2.0', '"fid": NaN'), "metrics.*delete it"),
         (lambda text: text.replace('"cfg_scale": 2.0', '"cfg_scale": 3.0'), r"another cfg_scale \(3.0\).*delete it"),
         (lambda text: text.replace("5000", "50"), r"another num_fid_samples \(50\).*delete it"),
-        (lambda text: text.replace('"a"', '"b"'), "other weights than --ckpt.*another --out"),
+        (lambda text: text.replace('"a"', '"b"'), "weights other than --ckpt.*another --out"),
     ],
     ids=["cut", "zeroed", "other metrics", "no metrics", "nan", "other setting", "fewer samples", "other weights"],
 )

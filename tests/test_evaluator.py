@@ -60,7 +60,7 @@ def test_numbers_of_another_extractor_carry_its_name(files, tmp_path, capsys):
     assert list(result["metrics"].values()) == list(numbers(out).values())
     assert result["manifest"]["model"] == "DeepFlow-Ti/2" and "labels" not in result["manifest"]
     assert result["count"] == 33 and result["settings"]["precision"] == "float16"
-    assert "samples.npz holds 33 images; published numbers are of 50000" in err
+    assert "samples.npz holds 33 images; published numbers use 50000" in err
 
 
 class TinyInception(torch.nn.Module):
@@ -135,7 +135,7 @@ def test_stored_statistics_take_the_place_of_computed_ones(files, small_inceptio
     stored_sample = save_npz(tmp_path / "stored_sample.npz", pictures(33, 2), **moments)
     out, err = run(capsys, stored, stored_sample)
     assert numbers(out)["FID"] == pytest.approx(0, abs=1e-6)
-    assert "warning:" in err and "stored_sample.npz holds statistics: FID and sFID are theirs" in err
+    assert "warning:" in err and "stored_sample.npz holds statistics: FID and sFID use them" in err
 
 
 def test_statistics_of_another_network_are_refused(files, small_inception, tmp_path):
@@ -234,7 +234,7 @@ def test_a_file_cut_short_is_named(files, tmp_path):
     cut = tmp_path / "cut.npz"
     for size in (len(whole) - 30, len(whole) // 2, 0):
         cut.write_bytes(whole[:size])
-        refused("cut.npz .*cut short", files[0], cut, "--features", files[2])
+        refused("cut.npz .*truncated", files[0], cut, "--features", files[2])
 
 
 def test_damage_in_the_pixels_is_noticed(files, tmp_path):

@@ -101,7 +101,7 @@ def test_a_server_that_cannot_set_back_gets_no_step_twice(data, tmp_path, wandb,
     server = wandb(can_rewind=False)
     set_back(data, tmp_path, "wandb")
     assert server.steps == [1, 2, 3, 4, 5]
-    assert "warning: W&B does not set the run back (rewinding is not enabled)" in capsys.readouterr().err
+    assert "warning: W&B cannot rewind the run (rewinding is not enabled)" in capsys.readouterr().err
     tiny.run_train(data, tmp_path, resume="auto", max_train_steps=7, report_to="wandb")
     assert server.steps == [1, 2, 3, 4, 5, 6, 7]
 

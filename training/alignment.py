@@ -12,7 +12,7 @@ from models.flops import peak_flops
 
 
 def find_caches(config):
-    """{encoder: folder} of features on disk. Raises InputError where --enc-ckpt names other weights than made them."""
+    """{encoder: folder} of features on disk. Raises InputError if --enc-ckpt names weights that did not make them."""
     caches = {}
     for name, checkpoint in config.encoders().items():
         if folder := find_features(config.data_dir, name):

@@ -19,7 +19,7 @@ from models.text import TextSpec
 
 REMEDY = "choose a checkpoint of a run to resume from"
 OURS_ALONE = (
-    "--resume takes checkpoints of this repository's runs alone; published files: generate.py --ckpt samples them, "
+    "--resume takes only checkpoints of this repository; generate.py --ckpt samples published files, and "
     "train_dmf.py --pretrained starts from them"
 )
 
@@ -30,7 +30,7 @@ class TrainState:
 
     bad_steps: Whole
     bad_steps_in_a_row: Whole
-    noise_block: Whole = 0  # rows; 0: from before blocks existed
+    noise_block: Whole = 0  # rows; 0: written before blocks existed
 
 
 @dataclasses.dataclass
@@ -182,7 +182,7 @@ def read(path, data):
 
 
 def restore(content, path, model, ema, optimizer, scaler):
-    """Restore a Checkpoint of the file `path` in place. Raises InputError where it differs, before any change."""
+    """Restore a Checkpoint of the file `path` in place. Raises InputError if it differs, before any change."""
     groups = optimizer.state_dict()["param_groups"]
     check_same([group.params for group in content.opt.param_groups], [group["params"] for group in groups], path, "opt")
     check_same(content.opt.state, adam_state(optimizer), path, "opt")

@@ -188,8 +188,8 @@ class ClassFlags:
 
 
 ALIGN = (
-    "align VeRA's output (of one branch: a block's) with a self-supervised encoder; default: a model of one branch "
-    "aligns if it is given --enc-type or --encoder-depth, as in REPA"
+    "align VeRA's output (a block's, if single-branch) with a self-supervised encoder; default: single-branch models "
+    "align if --enc-type or --encoder-depth is given, as in REPA"
 )
 ENCODER = "dinov2-vit-b"
 ENCODER_NAMES = f"alignment encoders, None or comma-separated of {', '.join(ENCODERS)}; default: {ENCODER}"
@@ -206,9 +206,9 @@ class AlignmentFlags(RunFlags):
     proj_coeff: float = loss_flag(0.5, "weight of the alignment loss", range=AT_LEAST_0)
 
     def resolve(self):
-        """As of every run; without --ssl-align, REPA's own flags align a model of one branch, as they do there."""
+        """As in the base class; without --ssl-align, REPA's own flags switch on alignment for a single-branch model."""
         config, aligned = super().resolve(), self.ssl_align
-        if aligned is None:  # in a resumed run's settings it is known
+        if aligned is None:  # a resumed run's settings have it
             named = bool(self.enc_type and parse_enc_type(self.enc_type))
             one_branch = not (self.df_idxs or getattr(PRESETS.get(self.model), "df_idxs", ()))
             aligned = one_branch and (named or (self.encoder_depth is not None and not self.enc_type))
@@ -223,7 +223,7 @@ class AlignmentFlags(RunFlags):
 
     def encoders(self):
         """{name: weights file, or None for the hub's}; empty without --ssl-align. Raises InputError."""
-        names = parse_enc_type(self.enc_type or ENCODER)  # a misspelling is refused without --ssl-align too
+        names = parse_enc_type(self.enc_type or ENCODER)  # typos are refused even without --ssl-align
         return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True)) if self.ssl_align else {}
 
     def check(self):
@@ -315,7 +315,7 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
             raise InputError("--g-type distill needs a flow model as teacher: pass --teacher, or --pretrained")
         if self.teacher and self.g_type != "distill":
             raise InputError(f"--teacher is for --g-type distill, not {self.g_type}; drop it")
-        if self.teacher and not Path(self.teacher).exists():  # it is read last
+        if self.teacher and not Path(self.teacher).exists():  # the file is read late
             raise InputError(f"--teacher {self.teacher} does not exist; name the file of a flow model")
         if self.g_type == "mg" and self.cfg_prob == 0 and self.from_scratch:
             raise InputError("--g-type mg needs a null class, which --cfg-prob 0 never trains; raise it")

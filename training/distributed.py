@@ -29,7 +29,7 @@ def start_accelerator(config):
     set_math(config.allow_tf32, config.fused_attn)
     accelerator = Accelerator(
         cpu=device_of_process().type == "cpu",
-        mixed_precision="no" if config.dry_run else config.mixed_precision,  # fp16 would need a GPU
+        mixed_precision="no" if config.dry_run else config.mixed_precision,  # fp16 needs a GPU
         dynamo_backend="no",  # --compile compiles
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         kwargs_handlers=[

@@ -36,7 +36,7 @@ def start(config, info, resumed):
 
 
 def start_from_file(path, config, info, name):
-    """The flow map of a file and its constructor arguments; name: the flag that gave `path`, pretrained or resume."""
+    """The flow map of a file and its constructor arguments; name: the flag behind `path`, pretrained or resume."""
     checkpoint, source = load_flow(path, config, info, name), f"--{name} {path}"
     check_preset(config, checkpoint.options, source)
     own = checkpoint.options.get("dmf_depth")
@@ -72,7 +72,7 @@ def load_flow(path, config, info, name):
 
 
 def check_preset(config, options, source):
-    """Raise InputError where --model or its flags name another network than the file `source` (with its flag) holds."""
+    """Raise InputError if --model or its flags name another network than the file `source` (with its flag) holds."""
     preset = PRESETS[config.model]
     for key in ("hidden_size", "patch_size", "num_heads", "depth"):
         wanted = config.trans_depth if key == "depth" and config.trans_depth else getattr(preset, key)

@@ -8,7 +8,7 @@ from common.pictures import save_grid
 from samplers import GuidedVelocity, euler_step, integrate, map_step, sample_noise, time_grid
 
 GRID_STEPS = 50
-LONGEST = 24  # letters of a class name beside a row
+LONGEST = 24  # maximum length of a class name beside a row
 
 
 class GridSampler:
@@ -39,7 +39,7 @@ class GridSampler:
         return path
 
     def names(self, labels):
-        """What is written beside a row of these labels: the classes' names where the data has them, else numbers."""
+        """Text beside a row of these labels: class names if the data has them, else numbers."""
         names = dict(enumerate(self.info.class_names or ()))
         return [str(names.get(label, label))[:LONGEST] for label in dict.fromkeys(labels)]
 

@@ -27,7 +27,7 @@ def epoch_coins(count, seed, epoch):
 
 @dataclasses.dataclass
 class SeekableSampler:
-    """Data order as a function of (seed, epoch, position): any step is found at once. Incomplete batches drop out."""
+    """Data order as a function of (seed, epoch, position): can start at any step. Incomplete batches are dropped."""
 
     count: int
     batch_size: int

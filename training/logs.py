@@ -1,4 +1,4 @@
-"""What a running training reports: a JSONL log, which is always written, a progress bar, spike warnings, its starts."""
+"""Reports of a training run: a JSONL log, a progress bar, warnings about loss spikes, and the list of its starts."""
 
 import collections
 import contextlib
@@ -24,13 +24,13 @@ from models.flops import peak_flops
 
 @dataclasses.dataclass
 class Start:
-    """What is read of a line of starts.jsonl."""
+    """The fields of a line of starts.jsonl that are read."""
 
     step: Whole
 
 
 def add_start(run_dir, step, changes):
-    """Add a line to starts.jsonl: step, time, host, versions and changed flags. It stays when the run is set back."""
+    """Add a line to starts.jsonl: step, time, host, versions and changed flags. It is kept when the run is rewound."""
     path, now = Path(run_dir) / "starts.jsonl", datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     start = {"step": step, "time": now, "host": platform.node(), "versions": versions("torch", "accelerate")}
     before = read_bytes(path, "move it away") if path.exists() else b""
@@ -39,7 +39,7 @@ def add_start(run_dir, step, changes):
 
 
 def resumed_steps(run_dir):
-    """Steps at which a run was resumed; none of a run from before starts were kept. Raises InputError."""
+    """Steps at which a run was resumed; [] for runs from before starts were recorded. Raises InputError."""
     path = Path(run_dir) / "starts.jsonl"
     starts = read_record_lines(Start, path) if path.exists() else []
     return [start.step for _, start in starts if start.step]
@@ -57,7 +57,7 @@ def parse_line(line, where):
 class RunLog:
     """Collects values on the device, writes their means every `--log-every` steps on the main process.
 
-    flops_per_image: of one training step, forward and backward; None leaves MFU out. send: as of `tracking`.
+    flops_per_image: of one training step, forward and backward; None leaves MFU out. send: as in `tracking`.
     """
 
     SPIKE = 3.0  # times the running median of the loss

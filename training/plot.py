@@ -1,4 +1,4 @@
-"""Curves of one or several runs as one PNG: a panel per logged quantity, a line per run, thin ones where it resumed.
+"""Curves of one or more runs in a PNG: one panel per logged quantity, one line per run, thin lines where it resumed.
 
 python -m training.plot exps/b2 exps/sit-b2 --out curves.png --x epoch --smooth 10 --log-axis
 """
@@ -15,9 +15,9 @@ from common.flags import Range, flag, parse_flags, required
 from training.logs import parse_line, resumed_steps
 
 FINAL = "loss_v, final"  # of the last branch, whatever its number
-DRAWN = ("loss_v", "loss_a", "loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # beginnings
+DRAWN = ("loss_v", "loss_a", "loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # prefixes
 COLUMNS = 3
-FEW = 30  # points or fewer get markers
+FEW = 30  # curves with at most this many points get markers
 
 
 @dataclasses.dataclass
@@ -26,13 +26,13 @@ class PlotFlags:
 
     runs: list = required("folder of a run, or its log.jsonl", positional=True, nargs="+", metavar="RUN")
     out: str = flag("curves.png", "picture to write")
-    x: str = flag("step", "horizontal axis; hours of training, without pauses", choices=["step", "epoch", "hours"])
-    smooth: int = flag(1, "lines of the log of which the mean is drawn, each with those before it", range=Range(low=1))
-    log_axis: bool = flag(False, "logarithmic vertical axes, where all values are positive")
+    x: str = flag("step", "horizontal axis; hours exclude pauses between runs", choices=["step", "epoch", "hours"])
+    smooth: int = flag(1, "draw means over this many log lines, each line and those before it", range=Range(low=1))
+    log_axis: bool = flag(False, "logarithmic vertical axes for panels with only positive values")
 
 
 def read_curves(log, x="step"):
-    """JSONL log → {name: (places on the axis x, values)} of the names that are drawn, in their order, and of `step`.
+    """JSONL log → {name: (positions on the axis x, values)} of the names to draw, in the log's order, and of `step`.
 
     Raises InputError naming file and line.
     """
@@ -57,14 +57,14 @@ def read_curves(log, x="step"):
 
 
 def panel_order(name):
-    """Sort key of a curve: the whole loss, the final velocity loss, then as in DRAWN; branches by their number."""
+    """Sort key of a curve: the total loss, the final velocity loss, then as in DRAWN; branches by number."""
     word, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
     group = next(place for place, begin in enumerate(DRAWN) if name.startswith(begin))
     return name != "loss", name != FINAL, group, word, int(number or 0)
 
 
 def smoothed(values, count):
-    """Mean of each value and the count − 1 before it; of fewer at the beginning."""
+    """Mean of each value and the count − 1 before it (fewer at the start)."""
     return [np.mean(values[max(0, end - count) : end]) for end in range(1, len(values) + 1)]
 
 

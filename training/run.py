@@ -29,7 +29,7 @@ from training.stop import EXIT_STOPPED
 from training.trackers import check_tracker
 from training.trainer import Trainer
 
-INITIAL_SHARE = 0.1  # of the averaged weights at the end (decay to the power of steps): more deserves a warning
+INITIAL_SHARE = 0.1  # in the averaged weights at the end (decay ** steps); a larger share gives a warning
 
 
 @dataclasses.dataclass
@@ -131,7 +131,7 @@ def open_data(config):
 
 
 def given_flags(config):
-    """The flags of a parsed configuration that differ from the program's defaults, as they are typed."""
+    """The flags of a parsed configuration that differ from the program's defaults, as on the command line."""
     words = []
     for f in dataclasses.fields(config):
         if (value := getattr(config, f.name)) == f.default:
@@ -144,7 +144,7 @@ def given_flags(config):
 
 
 def describe(run):
-    """What is about to be trained: model and size; data; steps; where results go; and what is worth a remark."""
+    """Summary before training: model and size, data, steps, output folder, and remarks."""
     config, epoch, steps, world = run.config, run.sampler.steps_per_epoch, run.stop_step, run.accelerator.num_processes
     flops = f"{2 * run.flops.total_macs / 1e9:.2f} GFLOP ({run.flops.paper_macs / 1e9:.2f} G multiply-adds as the paper"
     lines = [
@@ -161,7 +161,7 @@ def describe(run):
         rate = f"{100 * config.mfu:g}% of the bf16 peak"
         lines.append(f"{hours / world:,.1f} hours on {world} {config.hours_on} at {rate}, {hours:,.1f} GPU-hours")
     if (left := config.ema_decay**steps) > INITIAL_SHARE:
-        share = f"after {steps:,} steps the averaged weights still hold {left:.0%} of the initial ones"
+        share = f"after {steps:,} steps the averaged weights still contain {left:.0%} of the initial ones"
         lines.append(f"warning: --ema-decay {config.ema_decay}: {share}; lower it, or train longer")
     if steps < config.max_train_steps:
         lines.append(f"note: --epochs {config.epochs} ends the run before --max-train-steps {config.max_train_steps}")

@@ -1,6 +1,6 @@
-"""Where --report-to sends the numbers of the log as well, in the folder --logging-dir: TensorBoard, Weights & Biases.
+"""Trackers of --report-to, which also get the numbers of the log: TensorBoard, Weights & Biases; --logging-dir.
 
-A resumed run continues there under its own name, set back to the step that it resumes from.
+A resumed run continues there under its own name, rewound to the step that it resumes from.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ PROJECT = "deepflow"
 
 
 def check_tracker(name):
-    """Raise InputError where the tracker is not installed, or W&B has no login; before hours are spent."""
+    """Raise InputError early if the tracker is not installed, or W&B is not logged in."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise InputError(f"--report-to {name} needs a package: pip install {name}")
     if name == "wandb" and os.environ.get("RANK", "0") == "0" and os.environ.get("WANDB_MODE", "online") == "online":
@@ -39,7 +39,7 @@ def failing_in_one_line(wandb):
 
 @contextlib.contextmanager
 def tracking(config, start):
-    """A function (values, step) that sends {name: number} to the tracker; steps after `start` are forgotten there."""
+    """A function (values, step) that sends {name: number} to the tracker, which discards steps after `start`."""
     flags, folder = dataclasses.asdict(config), config.folder / config.logging_dir
     if config.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -54,12 +54,12 @@ def tracking(config, start):
 
             yield send
     elif config.report_to == "wandb":
-        folder.mkdir(parents=True, exist_ok=True)  # W&B would take a temporary folder instead
+        folder.mkdir(parents=True, exist_ok=True)  # W&B would use a temporary folder instead
         with wandb_run(config.exp_name, folder, start) as run:
             run.config.update(flags, allow_val_change=True)
 
             def send(values, step):
-                if step >= run.starting_step:  # W&B refuses those that it has
+                if step >= run.starting_step:  # W&B rejects steps that it already has
                     run.log(values, step=step)
 
             yield send
@@ -69,7 +69,7 @@ def tracking(config, start):
 
 @contextlib.contextmanager
 def wandb_run(name, folder, start):
-    """The run of W&B, set back to a step, until the context ends. Raises InputError."""
+    """The W&B run, rewound to a step, until the context ends. Raises InputError."""
     import wandb
 
     run, shared = None, {"project": PROJECT, "id": wandb_id(name), "name": name, "dir": str(folder)}
@@ -77,8 +77,8 @@ def wandb_run(name, folder, start):
         if start:
             try:
                 run = wandb.init(**shared, resume_from=f"{shared['id']}?_step={start}")
-            except wandb.Error as error:  # not every server can
-                note(f"warning: W&B does not set the run back ({first_line(error)}); no step is sent to it twice")
+            except wandb.Error as error:  # not every server supports it
+                note(f"warning: W&B cannot rewind the run ({first_line(error)}); no step is sent to it twice")
         run = run or wandb.init(**shared, resume="allow")
     try:
         yield run
@@ -89,6 +89,6 @@ def wandb_run(name, folder, start):
 
 
 def wandb_id(name):
-    """The run's name in characters that an id may have, with a hash where that changes it."""
+    """The run's name in characters allowed in an id, with a hash if that changes it."""
     kept = "-".join(re.findall(r"[\w.-]+", name, re.ASCII))[:50]
     return kept if kept == name else f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")

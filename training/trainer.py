@@ -25,7 +25,7 @@ class Trainer:
         """objective(network, batch, draws), draw(step): as in Task; on_sample(model, step) → path of a grid."""
         self.run, self.config, self.accelerator, self.saved = run, run.config, run.accelerator, run.saved()
         self.objective, self.draw, self.on_sample = objective, draw, on_sample
-        self.changes = {}  # of settings, on resuming
+        self.changes = {}  # of settings when resuming
         self.run_dir, self.stop_step = run.config.folder, run.stop_step
         self.model = run.model.to(self.accelerator.device)
         self.ema = EMA(self.model, run.config.ema_decay)
@@ -83,7 +83,7 @@ class Trainer:
             self.saved["config"]["changes"] = record
 
     def loop(self, step, stop, send):
-        """Train from `step` to the last step or a stop; returns the number of steps done. send: as of `tracking`."""
+        """Train from `step` to the last step or a stop; returns the number of steps done. send: as in `tracking`."""
         device, end = self.accelerator.device, self.stop_step
         batches = LatentLoader(self.run.dataset, self.run.sampler, self.run.rows.numpy(), step, end, device)
         log = RunLog(self.accelerator, self.run_dir, self.config, step, end, self.run.flops_per_image, send)

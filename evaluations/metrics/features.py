@@ -36,7 +36,7 @@ class NetworkFlags(SampleFlags):
 
 @dataclasses.dataclass(kw_only=True)
 class MeasureFlags(NetworkFlags, ResultFlags):
-    """Flags of those that compare images with a reference."""
+    """Flags of the programs that compare images with a reference."""
 
     sqrtm: bool = flag(False, "published arithmetic of the Fréchet distance (scipy's sqrtm)", group="distances")
     other_size: bool = flag(False, "allow a reference of another resolution", group="distances")
@@ -87,10 +87,10 @@ def load_features(name, device="cpu"):
     """Extractor of a TorchScript file or a timm model (a name, hf-hub:NAME or local-dir:FOLDER). Raises InputError."""
     if Path(name).suffix in SCRIPTS:
         try:
-            check_sums(name)  # torch looks at none
+            check_sums(name)  # torch does not verify them
             return Script(features_name(name), torch.jit.load(name, map_location=device).eval())
         except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-            fault = system_fault(error) or f"it is no TorchScript file to be read ({first_line(error)})"
+            fault = system_fault(error) or f"it is not a readable TorchScript file ({first_line(error)})"
             raise InputError(f"--features {name}: {fault}") from None
     import timm  # seconds to import, and InceptionV3 does not need it
 
@@ -102,7 +102,7 @@ def load_features(name, device="cpu"):
 
 
 def create_pretrained(name, what, remedy, source, **options):
-    """A timm model without head, with its pretrained weights, in eval mode; arguments as of `fetching`."""
+    """A timm model without head, with its pretrained weights, in eval mode; arguments as for `fetching`."""
     import timm
 
     with fetching(what, source, remedy):
@@ -139,11 +139,11 @@ def resample_position(embedding, grid):
 
 
 def check_widths(extractor, size, device, moments, where):
-    """Try the extractor on an image of size (H, W). Raises InputError if {name: (mean, covariance)} are not its own."""
+    """Try the extractor on an image of size (H, W). Raises InputError if {name: (mean, covariance)} do not fit it."""
     for name, rows in extractor(torch.zeros(1, 3, *size, dtype=torch.uint8, device=device)).items():
         if name in moments and moments[name][0].shape != rows.shape[1:]:
             found = f"it holds statistics of {moments[name][0].shape}, the network gives {tuple(rows.shape[1:])}"
-            raise InputError(f"{where} does not fit {name}: {found}; take a reference made with this network")
+            raise InputError(f"{where} does not fit {name}: {found}; use a reference made with this network")
 
 
 def extract(images, batches, extractor, processes, keep=False):

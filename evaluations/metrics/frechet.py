@@ -68,7 +68,7 @@ def trace_of_root(sigma1, sigma2):
 
 
 def trace_of_root_published(sigma1, sigma2, eps=1e-6):
-    """tr (Σ1 Σ2)^½ by scipy's sqrtm, as ADM's evaluator; with eps on the diagonals if that fails. Raises ValueError."""
+    """tr (Σ1 Σ2)^½ by scipy's sqrtm, as in ADM's evaluator; eps on the diagonals if it fails. Raises ValueError."""
     import scipy.linalg  # half a second to import, and only --sqrtm needs it
 
     product = sigma1 @ sigma2

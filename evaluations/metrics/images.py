@@ -23,7 +23,7 @@ def open_images(path, flag):
 
 
 def unreadable(path, error):
-    damage = f"{path} cannot be read, is cut short or is no npz ({first_line(error)}); copy or make it again"
+    damage = f"{path} cannot be read, is truncated or is not an npz ({first_line(error)}); copy or make it again"
     return InputError(system_fault(error, path) or damage)
 
 

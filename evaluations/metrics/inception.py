@@ -12,13 +12,13 @@ SPATIAL_CHANNELS = 7  # of the 192 that branch1x1 of the fifth block of size 17 
 
 
 def load_network(weights=None, features=("2048",)):
-    """torch-fidelity's network: uint8 (N, 3, H, W) → features; weights: file; None: by download. Raises InputError."""
+    """torch-fidelity's network: uint8 (N, 3, H, W) → features; weights: a file, None to download. Raises InputError."""
     # seconds to import, as all of torchvision comes with it, and not every command needs the network
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     remedy = f"download {URL_INCEPTION_V3} and pass the file with --inception-weights"
     source = weights or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
-    if weights or os.path.exists(source):  # torch-fidelity unpickles it, and looks at no checksum
+    if weights or os.path.exists(source):  # torch-fidelity unpickles it without verifying it
         state = read_file(source)
         if not isinstance(state, dict) or getattr(state.get("fc.weight"), "shape", None) != (1008, 2048):
             raise InputError(f"{source} holds another network; {remedy}")

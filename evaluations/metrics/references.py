@@ -59,13 +59,13 @@ def read_statistics(path, members):
 
 
 def moments(held, mean, covariance, where):
-    """Two arrays of a dict, by name, float64: a mean (D,) and a covariance (D, D). Raises InputError."""
+    """Two named arrays of a dict as float64: a mean (D,) and a covariance (D, D). Raises InputError."""
     if not isinstance(held, dict) or not {mean, covariance} <= held.keys():
         raise InputError(f"{where} does not hold both {mean} and {covariance}; take a whole reference file")
     try:
         mu, sigma = (np.asarray(held[name], np.float64) for name in (mean, covariance))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {mean} or {covariance} is no array of numbers ({error}); copy it again") from None
+        raise InputError(f"{where}: {mean} or {covariance} is not numeric ({error}); copy it again") from None
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         shapes = f"{mean} {mu.shape} and {covariance} {sigma.shape}"
         raise InputError(f"{where}: {shapes} are not finite (D,) and (D, D); take another reference")

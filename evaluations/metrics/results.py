@@ -52,7 +52,7 @@ class Result:
             write_json(path, content)
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
-        weights = manifest.get("weights")  # said because REPA's text-to-image samples raw ones
+        weights = manifest.get("weights")  # printed because REPA's text-to-image sampler uses raw ones
         note(f"wrote {path}" + (f" (samples of the {weights} weights)" if weights else ""))
 
 
@@ -72,7 +72,7 @@ def sample_labels(samples, kind, count, remedy):
 
 
 def lacking(folder, manifest):
-    """Files that a finished folder of generate*.py should hold and does not; [] for other samples."""
+    """Files missing from a finished folder of generate*.py; [] for other samples."""
     record = Path(folder) / SETTINGS
     kept_as = read_record(dict, record, "make the samples again").get("kept_as") if record.is_file() else None
     stores = (PngFiles(folder), GenEvalFiles(folder, (), manifest.images_per_prompt or GENEVAL_IMAGES))
@@ -88,12 +88,12 @@ def markdown(header, rows):
 
 @dataclasses.dataclass(kw_only=True)
 class SampleFlags:
-    """Whether samples may be missing."""
+    """Whether incomplete samples are accepted."""
 
     incomplete: bool = flag(False, "measure incomplete samples instead of refusing them", group="data")
 
     def check_count(self, samples, count):
-        """Refuse `count` samples if what lies beside them says otherwise, or if sampling is not finished."""
+        """Refuse `count` samples if they contradict the files beside them, or if sampling is not finished."""
         manifest = sample_manifest(samples)
         said = manifest and manifest.num_fid_samples
         if said not in (None, count):
@@ -102,7 +102,7 @@ class SampleFlags:
             self.refuse(f"{samples} lacks {len(paths)} images, the first is {paths[0]}")
         elif manifest and manifest.npz_sha256 and Path(samples).suffix == ".npz":
             if sha256_of_files(samples) != manifest.npz_sha256:
-                self.refuse(f"{samples} is not the file that {manifest_path(samples)} is about")
+                self.refuse(f"{samples} is not the file that {manifest_path(samples)} describes")
         elif manifest is None and (Path(samples) / SETTINGS).is_file():
             self.refuse(f"sampling into {samples} is not finished ({count} samples)")
 
@@ -115,9 +115,9 @@ class SampleFlags:
 
 @dataclasses.dataclass(kw_only=True)
 class ResultFlags(SampleFlags):
-    """Where the result goes, and whether there are no samples yet."""
+    """Where the result goes, and whether to check only, before there are samples."""
 
-    check_only: bool = flag(False, "only check what is needed beside the samples, before they are made", group="data")
+    check_only: bool = flag(False, "check everything except the samples, which need not exist, and stop", group="data")
     json: str | None = flag(None, "write results/NAME.json", str, group="output", nargs="?", const="", empty=True)
 
     def result_path(self, samples, suffix=""):

@@ -19,7 +19,7 @@ sample() { # NAME PROMPTS [flags]
 }
 
 measuring=(--ref "$REF" --metrics fid,fd_dinov2 ${edm2_weights[@]+"${edm2_weights[@]}"})
-# ten splits for the Inception Score: ADM's own, of 5,000 images, would leave a last one of 192
+# ten splits for the Inception Score: ADM's splits of 5,000 images would leave a last one of 192
 suite=(--splits 10 ${weights[@]+"${weights[@]}"})
 
 check_measuring() {
