@@ -172,7 +172,7 @@ def test_checkpoint_with_python_objects(run, data, tmp_path):
 def test_checkpoint_that_is_not_of_a_run(run, data, tmp_path):
     content = tiny.load(run)
     torch.save([1, 2], run)
-    refused_on_resume(data, tmp_path, r"0000002.pt.* resume")
+    refused_on_resume(data, tmp_path, r"0000002.pt.*--resume")
     for entry in ("model", "opt", "train_state"):
         torch.save({name: value for name, value in content.items() if name != entry}, run)
         refused_on_resume(data, tmp_path, rf"0000002.pt: '{entry}' Field required")

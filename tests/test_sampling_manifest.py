@@ -100,7 +100,9 @@ def test_where_a_manifest_lies(name):
 def class_labels(mode, seed=0, count=24):
     config = GenerateConfig(ckpt="a.pt", labels=mode, global_seed=seed, num_fid_samples=count)
     return ClassLabels(
-        config, types.SimpleNamespace(model=types.SimpleNamespace(kind="flow"), options={"num_classes": 10}), "cpu"
+        config,
+        types.SimpleNamespace(model=types.SimpleNamespace(kind="flow"), options={"num_classes": 10}, data={}),
+        "cpu",
     )
 
 

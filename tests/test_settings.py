@@ -83,7 +83,7 @@ def test_a_run_without_a_name_says_which_it_has(tmp_path):
     done = programs.run("train.py", *line)
     name = "deepflow-ti-2t-16-d2-uniform-bs4-lr0.001"
     assert done.returncode == 0, done.stderr
-    assert f"name: {name}, in {tmp_path}/exps/{name}\n" in done.stdout
+    assert f"results: {tmp_path}/exps/{name}\n" in done.stdout
     assert tiny.load(checkpoint_path(tmp_path / "exps" / name, 2))["config"]["exp_name"] == name
     done = programs.run("train.py", *line, "--resume", "auto")
     assert (done.returncode, "is complete at step 2" in done.stdout.splitlines()[-1]) == (0, True)
