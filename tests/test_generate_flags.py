@@ -245,7 +245,7 @@ def test_help_says_which_sampler_is_the_default(capsys):
     with pytest.raises(SystemExit):
         parse_flags(GenerateConfig, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "default: sde, for flow maps euler" in text and "default: 250 for sde" in text and "4 for euler" in text
+    assert "default: sde, or euler for flow maps" in text and "default: 250 for sde" in text and "4 for euler" in text
 
 
 def test_guidance_changes_the_images_and_scale_one_does_not(reference, ckpt, tmp_path):
