@@ -8,7 +8,7 @@
 compiled, its top kernels. 3: DeepFlow-B/2, whole graph, data parallelism, flow maps. 4: sampling, decoding, programs.
 
 Every row is appended to --out as JSON once it is measured, and the table is printed at the end. An item that runs out
-of memory or time, lacks a package or fails leaves a row that says so. Predictions: one H200, compiled bf16; unmeasured.
+of memory or time, lacks a package or fails leaves a row that says so. Predictions: one H200, compiled bf16.
 """
 
 import contextlib
