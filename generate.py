@@ -4,8 +4,8 @@
     python generate.py --ckpt exps/first --grid 8x8 --classes 207,robin --seed 0 --out grid.png
     torchrun --nproc-per-node 8 generate.py --ckpt CKPT --num-fid-samples 50000 --mode sde --num-steps 250
 
-Writes exps/first/generated/0400000-sde-250-seed-0/000000.png …, and that name + .npz (`arr_0`, uint8 NHWC) and .json
-(the manifest). Image i depends on (seed, i) alone, whatever the number of processes and the batch size. The same
+Writes exps/first/generated/first-0400000-sde-250-seed-0/000000.png …, and that name + .npz (`arr_0`, uint8 NHWC) and
+.json (the manifest). Image i depends on (seed, i) alone, whatever the number of processes and the batch size. The same
 command resumes an interrupted run.
 """
 

@@ -140,24 +140,19 @@ class Result:
         say(f"{cost if made else f'finished before: {self.config.num_fid_samples} images'}; {places}")
 
 
-def run_folder(ckpt):
-    """Folder of the run whose checkpoint a file is, None for other files."""
-    folder = Path(ckpt).parent
-    return folder.parent if folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).is_file() else None
-
-
 def default_folder(ckpt):
-    """Parent folder of the results of a checkpoint: in its run, not among the grids of the training in `samples`."""
-    return str(run / "generated") if (run := run_folder(ckpt)) else "samples"
+    """Parent folder of the results of a checkpoint: in its run, whose `samples` are the grids of its training."""
+    folder = Path(ckpt).parent
+    in_run = folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).is_file()
+    return str(folder.parent / "generated") if in_run else "samples"
 
 
 def result_name(sampler):
-    """RUN-STEP-MODE-STEPS-…-seed-N, of what differs most often (the manifest has all); no RUN in the run's folder."""
+    """RUN-STEP-MODE-STEPS-…-seed-N, of what differs most often; the manifest has all."""
     config, found, ckpt = sampler.config, sampler.checkpoint, Path(sampler.config.ckpt)
-    run, low, high, guided = run_folder(ckpt), config.guidance_low, config.guidance_high, config.cfg_scale != 1.0
-    at_home = run and Path(config.sample_dir).resolve().is_relative_to(run.resolve())
+    low, high, guided = config.guidance_low, config.guidance_high, config.cfg_scale != 1.0
     words = [
-        "" if at_home else found.run.get("exp_name") or config.model or "",
+        found.run.get("exp_name") or config.model or "",
         (ckpt.name if ckpt.is_dir() else ckpt.stem) if found.steps is None else f"{found.steps:07d}",
         "raw" * (config.weights == "raw"),
         f"{config.mode}{'-heun' * config.heun}-{config.num_steps}",

@@ -42,15 +42,12 @@ def test_names_carry_what_differs(changes, expected):
     assert name(**changes) == expected
 
 
-def test_a_folder_in_the_run_does_not_repeat_its_name(tmp_path):
+def test_the_default_folder_lies_in_the_run(tmp_path):
     ckpt = tmp_path / CKPT
-    run = ckpt.parent.parent
     ckpt.parent.mkdir(parents=True)
     assert default_folder(ckpt) == "samples"  # a folder of published files may be called so
-    (run / "config.json").touch()
-    assert default_folder(ckpt) == str(run / "generated")
-    for place, prefix in ((run / "generated", ""), (run / "fid", ""), (tmp_path / "exps/bb", "b-"), (tmp_path, "b-")):
-        assert name(ckpt=str(ckpt), sample_dir=str(place)) == f"{prefix}0400000-sde-250-seed-0"
+    (tmp_path / "exps/b/config.json").touch()
+    assert default_folder(ckpt) == str(tmp_path / "exps/b/generated")
 
 
 def run(ckpt, **changes):
@@ -68,9 +65,9 @@ def test_samples_lie_in_their_run_and_a_finished_rerun_is_one_line(ckpt, tmp_pat
     shutil.copyfile(ckpt, copy)
     (tmp_path / "exps/tiny/config.json").touch()
     made = run("exps/tiny", format=format)
-    assert str(made) == "exps/tiny/generated/0000003-sde-2-seed-0.npz" and made.exists() == (format != "png")
+    assert str(made) == "exps/tiny/generated/tiny-0000003-sde-2-seed-0.npz" and made.exists() == (format != "png")
     other = run("exps/tiny", format=format, cfg_scale=1.5)
-    assert other.parent == made.parent and other.name == "0000003-sde-2-cfg-1.5-seed-0.npz"
+    assert other.parent == made.parent and other.name == "tiny-0000003-sde-2-cfg-1.5-seed-0.npz"
     capsys.readouterr()
     rows = tiny.count_calls(monkeypatch)
     run("exps/tiny", format=format)
