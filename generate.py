@@ -4,9 +4,9 @@
     python generate.py --ckpt exps/first --grid 8x8 --classes 207,robin --seed 0 --out grid.png
     torchrun --nproc-per-node 8 generate.py --ckpt CKPT --num-fid-samples 50000 --mode sde --num-steps 250
 
-Writes SAMPLE_DIR/MODEL-CKPT-size-R-vae-V-cfg-S-seed-N-MODE/000000.png …, and that name + .npz (`arr_0`, uint8 NHWC) and
-.json (the manifest). Image i depends on (seed, i) alone, whatever the number of processes and the batch size.
-The same command resumes an interrupted run.
+Writes exps/first/generated/first-0400000-sde-250-seed-0/000000.png …, and that name + .npz (`arr_0`, uint8 NHWC) and
+.json (the manifest). Image i depends on (seed, i) alone, whatever the number of processes and the batch size. The same
+command resumes an interrupted run.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from models.checkpoints import find_checkpoint
 from models.compiling import keep_compiled
 from sampling.conditions import ClassLabels
 from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
-from sampling.results import save_images, save_picture
+from sampling.results import default_folder, save_images, save_picture
 from sampling.sampler import ImageSampler
 
 
@@ -50,15 +50,16 @@ def generate(config, make_condition=ClassLabels):
     """Make a picture, or many images, as a resolved configuration says; returns its path. Raises InputError."""
     if config.projector_embed_dims:
         note("--projector-embed-dims is unused: the checkpoint says what it holds")
-    if config.compile:
-        keep_compiled(config.sample_dir)
     set_math(config.tf32, config.fused_attn)
-    with Processes.join() as processes, naming(config.out or config.sample_dir):
+    with Processes.join() as processes:
         # a run may write a newer checkpoint before the other processes look
         ckpt = processes.share("ckpt", str(find_checkpoint(config.ckpt)) if processes.is_main else None)
-        config = dataclasses.replace(config, ckpt=ckpt)
-        save = save_picture if config.grid else save_images
-        return save(ImageSampler(config, make_condition, processes.device), processes)
+        config = dataclasses.replace(config, ckpt=ckpt, sample_dir=config.sample_dir or default_folder(ckpt))
+        if config.compile:
+            keep_compiled(config.sample_dir)
+        with naming(config.out or config.sample_dir):
+            save = save_picture if config.grid else save_images
+            return save(ImageSampler(config, make_condition, processes.device), processes)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common.files import write_atomically
 
 SMALL, CAPTION_WIDTH = 64, 160  # pixels: minimum width of images, and of images with captions
+LONGEST = 24  # maximum length of a class name beside a row
 GAP, LINE, LETTER = 2, 13, 7  # pixels: gap between images, height of a line of text, width of a letter
 
 
@@ -39,6 +40,13 @@ def with_captions(images, captions):
         write(picture, (3, side + 2), lines)
         pictures.append(np.asarray(picture))
     return np.stack(pictures)
+
+
+def classes_of_rows(labels, columns, class_names=None):
+    """[[name of a class, …], …] of each row of a grid: the classes in it, by number where they have no names."""
+    names, starts = dict(enumerate(class_names or ())), range(0, len(labels), columns)
+    rows = (dict.fromkeys(labels[start : start + columns]) for start in starts)
+    return [[str(names.get(label, label))[:LONGEST] for label in row] for row in rows]
 
 
 def with_names(grid, row_names, column_names):

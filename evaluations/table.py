@@ -55,11 +55,11 @@ def is_guided(manifest):
     return manifest.cfg_scale not in (None, 1.0)
 
 
-def measured_cells(path, result, metrics):
+def measured_cells(name, result, metrics):
     manifest = result.manifest or SampleManifest()
     trained = f"{manifest.step} steps" if manifest.step is not None else ""
-    values = [f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in metrics]
-    return [str(path).removesuffix(".json").rpartition("/")[2], manifest.model or "", trained, made(result), *values]
+    values = [f"{result.metrics[metric]:.4g}" if metric in result.metrics else "" for metric in metrics]
+    return [name, manifest.model or "", trained, made(result), *values]
 
 
 def published_cells(row, metrics):
@@ -110,12 +110,12 @@ def counterparts(result):
 
 
 def build_table(results):
-    """Markdown table of {path: Result}; results with the same counterparts are grouped."""
+    """Markdown table of {name: Result}; results with the same counterparts are grouped."""
     names = [name for result in results.values() for name in result.metrics]
     names = [name for name in METRICS if name in (*ALWAYS, *names)] + sorted({*names} - {*METRICS})
     groups = {}
-    for path, result in results.items():
-        groups.setdefault(tuple(counterparts(result)), []).append(measured_cells(path, result, names))
+    for name, result in results.items():
+        groups.setdefault(tuple(counterparts(result)), []).append(measured_cells(name, result, names))
     rows = []
     for published, measured in groups.items():
         rows += measured + [published_cells(row, names) for row in published]
@@ -145,13 +145,13 @@ def curves(results, table, of_row, of_manifest):
     lines = collections.defaultdict(list)
     for row in (row for row in PUBLISHED if row.table == table):
         lines[f"paper: {row.name}"].append((of_row(row), row.numbers["fid"]))
-    for path, result in results.items():
+    for name, result in results.items():
         manifest = result.manifest or SampleManifest()
         where = of_manifest(manifest)
         if "fid" not in result.metrics or is_guided(manifest) or where is None:
-            note(f"{path} is not drawn: no FID without guidance of a model whose size, steps and batch are known")
+            note(f"{name} is not drawn: no FID without guidance of a model whose size, steps and batch are known")
         else:
-            lines[f"{manifest.run or Path(path).stem}: {made(result)}"].append((where, result.metrics["fid"]))
+            lines[f"{manifest.run or name}: {made(result)}"].append((where, result.metrics["fid"]))
     return {label: sorted(points) for label, points in lines.items()}
 
 
@@ -162,15 +162,16 @@ PLOTS = {  # {flag: (published table, x of a row, x of a result, what x is)}
 
 
 def read_results(paths):
-    """{path: Result}; a digits/report.py file with several samples gives {"NAME of FILE": Result}."""
-    results = {}
+    """{name: Result}: of its file, with the path where files share a name; "NAME of FILE" for a report of several."""
+    results, names = {}, collections.Counter(Path(path).name for path in {*paths})
     for path in paths:
+        file = (Path(path).name if names[Path(path).name] == 1 else str(path)).removesuffix(".json")
         content = read_record(dict, path, REMEDY)
         if content and all(isinstance(part, dict) and "metrics" in part for part in content.values()):
             found = {name: check_record(Result, part, f"{path}: {name}", REMEDY) for name, part in content.items()}
-            results |= {f"{name} of {Path(path).stem}": result for name, result in found.items()}
+            results |= {f"{name} of {file}": result for name, result in found.items()}
         else:
-            results[path] = Result.read(path, REMEDY)
+            results[file] = Result.read(path, REMEDY)
     return results
 
 

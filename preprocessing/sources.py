@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError, first_line, note, system_fault
-from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, DataManifest
+from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, MOMENTS, DataManifest
 from latents.names import NO_LABEL, check_names, is_data, parse_label_list, walk
 from latents.sets import check_finished
 
@@ -72,6 +72,9 @@ class ImageSource:
         else:
             versions = self._open_zip(flag)
         names = sorted(filter(is_image_name, versions))
+        if not names and any(name.endswith(".npy") for name in versions):
+            remedy = f"unpack a zip of latents into DATA/{MOMENTS}, then train on DATA, or `pack` it"
+            raise InputError(f"{flag} {path} holds arrays (.npy), not images; {remedy}")
         if not names and not published_labels:
             raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
         check_names(names)

@@ -1,7 +1,7 @@
 """What images are made of: class labels, or prompts.
 
 A condition is made of (config, Checkpoint, device). It gives y and the null condition of image indices, the manifest's
-facts, captions for a picture or None, and the store that its images go to.
+facts, the words of a picture (arguments of save_grid), and the store that its images go to.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import torch
 
 from common.errors import InputError, system_fault
 from common.files import read_lines, regular, sha256_of_files
+from common.pictures import classes_of_rows
 from common.records import check_record, read_record_lines
 from latents.captions import read_annotations
 from models.text import TextEncoder, TextSpec
@@ -29,14 +30,13 @@ class ClassLabels:
     classes.
     """
 
-    captions = None
-
     def __init__(self, config, checkpoint, device):
         if checkpoint.model.kind == "text":
             raise InputError(f"{config.ckpt} is a text-to-image model; sample it with generate_t2i.py")
         self.mode, self.device, self.null, self.file = config.labels, device, checkpoint.options["num_classes"], None
         images = range(config.num_fid_samples)
-        names = check_record(Names, checkpoint.data, f"{config.ckpt}, data", "choose another file").class_names or ()
+        found = check_record(Names, checkpoint.data, f"{config.ckpt}, data", "choose another file")
+        names = self.names = found.class_names or ()
         if classes := getattr(config, "classes", None):
             classes, _ = read_labels(classes, self.null, names, "--classes")
             labels = [classes[index * len(classes) // len(images)] for index in images]
@@ -59,6 +59,11 @@ class ClassLabels:
         """Entries of the manifest."""
         sha256 = self.file and sha256_of_files(self.file)
         return {"label_mode": self.mode, "labels": self.labels.tolist(), "labels_sha256": sha256}
+
+    def words(self, columns):
+        """The class beside a row that holds one class."""
+        rows = classes_of_rows(self.labels.tolist(), columns, self.names)
+        return {"row_names": [row if len(row) == 1 else [] for row in rows]}
 
     def image_store(self, folder):
         return PngFiles(folder)
@@ -121,6 +126,10 @@ class Prompts:
             "labels_sha256": self.source.path and sha256_of_files(self.source.path),
             "text": dataclasses.asdict(self.encoder.spec),
         }
+
+    def words(self, _columns):
+        """The prompt below each image."""
+        return {"captions": self.captions}
 
     def image_store(self, folder):
         """GenEval's folders for its prompts, else one folder."""

@@ -17,6 +17,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = [name for name in SAMPLERS if name != "ode-heun"]
 MODE = "sampler; euler and restart are for flow maps; default: sde, or euler for flow maps"
 STEPS = "number of steps; default: " + ", ".join(f"{SAMPLERS[mode].num_steps} for {mode}" for mode in MODES)
+SAMPLE_DIR = "parent folder of the results; default: RUN/generated of a run's checkpoint, else samples"
 MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "output"
 
 
@@ -52,7 +53,7 @@ class SamplingFlags(PublishedFlags):
     per_proc_batch_size: int = flag(32, "images per forward pass and process", range=BATCH, group=SPEED)
     decode_batch_size: int = flag(32, "images decoded at once", range=BATCH, group=SPEED)
 
-    sample_dir: str = flag("samples", "parent folder of the results", group=OUTPUT)
+    sample_dir: str | None = flag(None, SAMPLE_DIR, str, group=OUTPUT)
     num_fid_samples: int = flag(50_000, "number of images", range=IMAGES, group=OUTPUT)
     format: str = flag("both", "what is written", choices=["npz", "png", "both"], group=OUTPUT)
     decode: bool = flag(True, "decode to images; --no-decode writes an npz of latents", group=OUTPUT)

@@ -1,6 +1,7 @@
 """A result: a picture, or many images in a folder, an npz and a manifest, made by all processes."""
 
 import datetime
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from common.errors import InputError, note, say
 from common.files import check_writable, locked, sha256_of_files, write_json
 from common.look_ahead import ordered_map
 from common.pictures import save_grid
+from models.checkpoints import CONFIG_FILE
 from sampling.manifest import build_manifest, changed_setting, manifest_path, read_manifest
 from sampling.stores import PartFiles, pack, prepare_folder
 
@@ -27,7 +29,7 @@ def save_picture(sampler, processes):
         manifest, batches = build_manifest(sampler), config.batches()
         images = [wait() for _, wait in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
         _, columns = config.grid_size()
-        save_grid(np.concatenate(images), columns, config.out, sampler.condition.captions)
+        save_grid(np.concatenate(images), columns, config.out, **sampler.condition.words(columns))
         write_json(record, manifest.to_json())
     say(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each")
     return Path(config.out)
@@ -75,7 +77,7 @@ class Result:
 
     def __init__(self, sampler):
         config = self.config = sampler.config
-        folder = Path(config.sample_dir) / result_name(sampler)
+        folder = Path(config.sample_dir, result_name(sampler))
         if config.decode and config.format != "npz":
             self.store = sampler.condition.image_store(folder)
         else:
@@ -94,11 +96,12 @@ class Result:
         self.store.sealed = prepare_folder(self.store.folder, self.manifest.settings(self.store.kind), config.resume)
         self.is_packed = self.has_npz()
         missing = set() if self.is_packed else set(self.store.missing(count))
-        say(
-            f"{config.ckpt} ({config.weights} weights, step {self.sampler.checkpoint.steps}): {count} images, "
-            f"{len(missing)} of them missing, {config.mode}, {cost.calls} forward passes per batch, "
-            f"{cost.guided_calls} of them guided -> {self.store.folder}"
-        )
+        if missing:
+            say(
+                f"{config.ckpt} ({config.weights} weights, step {self.sampler.checkpoint.steps}): {count} images, "
+                f"{len(missing)} of them missing, {config.mode}, {cost.calls} forward passes per batch, "
+                f"{cost.guided_calls} of them guided -> {self.store.folder}"
+            )
         counts = [len(missing.intersection(batch)) for batch in config.batches()]
         return [[number, count] for number, count in enumerate(counts) if count]
 
@@ -130,19 +133,33 @@ class Result:
         self.store.finish(count)
 
     def say_cost(self, made, seconds):
-        """One line: how many images, at what cost, in what time, where."""
+        """One line: how many images, at what cost, in what time, where; or that all were there before."""
         evaluations, duration = self.sampler.cost.evaluations, datetime.timedelta(seconds=round(seconds))
-        cost = f"{evaluations} model evaluations each ({made * evaluations} in all)"
+        cost = f"{made} images in {duration}, {evaluations} model evaluations each ({made * evaluations} in all)"
         places = ", ".join(str(path) for path in (self.store.folder, self.target, self.record) if path.exists())
-        say(f"{made} images in {duration}, {cost}; {places}")
+        say(f"{cost if made else f'finished before: {self.config.num_fid_samples} images'}; {places}")
+
+
+def default_folder(ckpt):
+    """Parent folder of the results of a checkpoint: in its run, whose `samples` are the grids of its training."""
+    folder = Path(ckpt).parent
+    in_run = folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).is_file()
+    return str(folder.parent / "generated") if in_run else "samples"
 
 
 def result_name(sampler):
-    """MODEL-CKPT-size-R-vae-V-cfg-S-seed-N-MODE, as published; latents have a name of their own."""
-    config, ckpt = sampler.config, Path(sampler.config.ckpt)
-    model = config.model or sampler.checkpoint.run.get("model") or "model"
-    vae = sampler.spec.vae.removeprefix("stabilityai/sd-vae-ft-").rstrip("/").split("/")[-1]
-    size = sampler.shape[1] * sampler.spec.factor
-    name = f"{model.replace('/', '-')}-{ckpt.name if ckpt.is_dir() else ckpt.stem}-size-{size}-vae-{vae}"
-    name += f"-cfg-{config.cfg_scale}-seed-{config.global_seed}-{config.mode}"
-    return name if config.decode else f"{name}-latents"
+    """RUN-STEP-MODE-STEPS-…-seed-N, of what differs most often; the manifest has all."""
+    config, found, ckpt = sampler.config, sampler.checkpoint, Path(sampler.config.ckpt)
+    low, high, guided = config.guidance_low, config.guidance_high, config.cfg_scale != 1.0
+    words = [
+        found.run.get("exp_name") or config.model or "",
+        (ckpt.name if ckpt.is_dir() else ckpt.stem) if found.steps is None else f"{found.steps:07d}",
+        "raw" * (config.weights == "raw"),
+        f"{config.mode}{'-heun' * config.heun}-{config.num_steps}",
+        f"shift-{config.shift}" * (config.shift != 1.0),
+        f"cfg-{config.cfg_scale}" * guided,
+        f"interval-{low}-{high}" * (guided and (low, high) != (0.0, 1.0)),
+        f"seed-{config.global_seed}",
+        "latents" * (not config.decode),
+    ]
+    return re.sub(r"[^\w.=+-]+", "-", "-".join(filter(None, words)))

@@ -55,11 +55,18 @@ make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is n
     if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi
 }
 
+result_of() { # NPZ [SUFFIX]: file of its result; the npz may tell the run already
+    local name
+    name=$(basename "$1" .npz)
+    echo "$RESULTS/$EXP_NAME-${name#"$EXP_NAME-"}${2:-}.json"
+}
+
 sample_and_measure() { # NAME [flags of generate.py]: ADM's suite, with the SDE unless a flag names another sampler
     check_adm
     make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/$1}" --mode sde "${@:2}"
     [ -n "$npz" ] || return 0
-    local json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz).json
+    local json
+    json=$(result_of "$npz")
     launch -m evaluations.evaluator "$REF" "$npz" --json "$json" ${weights[@]+"${weights[@]}"}
     python -m evaluations.table "$json"
 }
@@ -71,7 +78,7 @@ sample_and_measure_map() { # [flags of generate.py]: EDM2's FID and FD-DINOv2 wi
     for steps in ${STEPS:-${NUM_STEPS:-1 2 4}}; do
         make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME}/fid-steps-$steps" --mode euler --num-steps "$steps" "$@"
         [ -n "$npz" ] || continue
-        json=$RESULTS/$EXP_NAME-$(basename "$npz" .npz)-steps-$steps.json
+        json=$(result_of "$npz" "-steps-$steps")
         measured+=("$json")
         launch -m evaluations.calculate_metrics calc --images "$npz" --ref "$REF" --num-images "$NUM_FID_SAMPLES" \
             --json "$json" ${edm2_weights[@]+"${edm2_weights[@]}"}

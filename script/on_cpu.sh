@@ -5,6 +5,7 @@ case "${1:-}" in
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 SECONDS=0
+[[ ${STEPS:-1} =~ ^[1-9][0-9]{0,6}$ ]] || fail "STEPS=$STEPS is no number of steps; pass one from 1 to 9999999"
 
 # On CPU everywhere, so that the numbers are the same; two processes of one thread beat one of two on small tensors.
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning}
@@ -24,5 +25,12 @@ other_settings() { # EXIT CODE
 }
 
 sample() { torchrun --standalone --nproc-per-node "$PROCESSES" "$@"; } # PROGRAM [flags]
-checkpoint() { printf '%s/checkpoints/%07d.pt' "$1" "$2"; } # RUN STEP
+checkpoint() { # RUN STEP: its path; an error where the run has gone further and not kept this step
+    local wanted last
+    wanted=$(printf '%s/checkpoints/%07d.pt' "$1" "$2")
+    last=$(ls "$1"/checkpoints/*.pt 2>/dev/null | tail -n 1)
+    [[ -e $wanted || ! $last > $wanted ]] \
+        || fail "$1 went on to ${last##*/}, past STEPS=$2; raise STEPS, or take another folder: WORK=OTHER bash $0"
+    echo "$wanted"
+}
 newest_npz() { ls -t "$1"/*.npz | head -n 1; } # FOLDER

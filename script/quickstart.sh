@@ -19,6 +19,7 @@ EOF
 source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"
 WORK=${WORK:-quickstart}
 STEPS=${STEPS:-3000}
+CKPT=$(checkpoint "$WORK/exps/digits" "$STEPS")
 
 step "1/6 handwritten digits as an image folder: $WORK/digits"
 python -m digits.data --dest "$WORK/digits"
@@ -38,7 +39,7 @@ train train.py --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/dat
     --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --log-every 50
 
 step "5/6 sample 400 digits: $WORK/samples"
-sample generate.py --ckpt "$(checkpoint "$WORK/exps/digits" "$STEPS")" --sample-dir "$WORK/samples" \
+sample generate.py --ckpt "$CKPT" --sample-dir "$WORK/samples" \
     --num-fid-samples 400 --labels balanced --per-proc-batch-size 50 --mode sde --num-steps 100
 
 step "6/6 measure"

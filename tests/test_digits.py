@@ -251,6 +251,24 @@ def test_the_table_of_results_takes_reports(tmp_path, split, held_images, capsys
     assert len({tuple(row[1:]) for row in rows[:3]}) == 1
 
 
+def test_reports_of_several_folders_have_a_row_each(tmp_path, split, held_images, capsys):
+    """The same quickstart with other STEPS and another WORK."""
+    for work, step in (("a", 4), ("b", 300)):
+        (tmp_path / work).mkdir()
+        samples = write_samples(tmp_path / work, held_images[:100], split[1].labels[:100])
+        record = samples.with_suffix(".json")
+        record.write_text(json.dumps({**json.loads(record.read_text()), "step": step}))
+        main(["--samples", str(samples), "--out", str(tmp_path / work / "report.json")])
+        main(["--samples", f"x={samples}", f"y={samples}", "--out", str(tmp_path / work / "several.json")])
+    capsys.readouterr()
+    table.main([str(tmp_path / work / name) for name in ("report.json", "several.json") for work in "ab"])
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in capsys.readouterr().out.splitlines()[2:8]]
+    steps = {name: step for name, _, step in rows}
+    expected = {f"{tmp_path}/{work}/report": step for work, step in (("a", "4 steps"), ("b", "300 steps"))}
+    assert expected.items() < steps.items() and len(steps) == 6
+    assert steps[f"x of {tmp_path}/b/several"] == "300 steps"
+
+
 @pytest.mark.parametrize(
     "images, labels, culprit",
     [

@@ -73,6 +73,12 @@ def test_samples_and_measures_as_published(environment, tmp_path, size):
     assert table == "python -m evaluations.table results/run-NAME.json"
 
 
+def test_a_result_tells_the_run_once(environment):
+    command = ["bash", "-c", "source script/measure.sh; result_of a/run-0400000.npz; result_of a/xl.npz -steps-1"]
+    done = subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["results/run-0400000.json", "results/run-xl-steps-1.json"], done.stderr
+
+
 def test_further_flags_win_over_those_of_the_recipe(environment, tmp_path):
     own = ["--cfg-scale", "1.3", "--num-steps", "50", "--no-compile", "--dtype", "fp32"]
     done = run("base/eval", environment, *own)

@@ -39,7 +39,7 @@ def test_exactly_n_images_equal_to_the_npz(reference):
     assert (array.shape, array.dtype) == ((5, 16, 16, 3), np.uint8)
     assert np.array_equal(np.stack(list(images.values())), array)
     assert len(np.unique(array.reshape(5, -1), axis=0)) == 5
-    assert folder.name == "DeepFlow-Ti-2-0000003-size-16-vae-tiny-vae-cfg-1.0-seed-0-sde"
+    assert folder.name == "tiny-0000003-sde-4-seed-0"
     assert {path.name for path in folder.parent.iterdir()} == {folder.name + end for end in ("", ".npz", ".json")}
     assert {path.suffix for path in folder.iterdir()} == {".png", ".json"}
 
@@ -198,7 +198,7 @@ def test_fewer_images_than_there_are_give_an_npz_of_as_many(ckpt, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "culprit"),
-    [({"num_steps": 5}, "num_steps"), ({"weights": "raw"}, "weights"), ({"labels": "balanced"}, "labels")],
+    [({"vae_dtype": "bf16"}, "vae_dtype"), ({"dtype": "bf16"}, "dtype"), ({"labels": "balanced"}, "labels")],
 )
 def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes, culprit):
     folder, array, _ = tiny.run_generate(ckpt, tmp_path)
@@ -210,7 +210,7 @@ def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes, culprit
 def test_images_of_another_checkpoint_of_the_same_name_are_not_mixed(vae, tmp_path):
     path = tiny.checkpoint(tmp_path / "c.pt", vae)
     tiny.run_generate(path, tmp_path / "samples")
-    tiny.checkpoint(path, vae, steps=4)
+    tiny.checkpoint(path, vae, std=0.06)
     with pytest.raises(InputError, match="holds images made with another"):
         tiny.run_generate(path, tmp_path / "samples")
 

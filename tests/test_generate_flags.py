@@ -48,8 +48,8 @@ def test_an_npz_of_other_settings_is_not_taken_over_where_its_folder_was_deleted
     """The error that refuses other settings says: delete the folder."""
     folder, array, _ = tiny.run_generate(ckpt, tmp_path, format="npz")
     shutil.rmtree(folder)
-    _, other, manifest = tiny.run_generate(ckpt, tmp_path, format="npz", num_steps=3)
-    assert manifest["num_steps"] == 3 and not np.array_equal(other, array)
+    _, other, manifest = tiny.run_generate(ckpt, tmp_path, format="npz", labels="1")
+    assert manifest["labels"] == [1] * 5 and not np.array_equal(other, array)
 
 
 def test_latents_are_those_that_are_decoded(reference, ckpt, vae, tmp_path):
@@ -160,11 +160,11 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(ckpt, vae, tmp_path, cap
         checkpoints.mkdir(parents=True)
         tiny.run_generate(f"{tmp_path}/{folder}", tmp_path / "samples")
     tiny.checkpoint(checkpoints / "0000009.pt", vae)
-    (checkpoints / "0000010.pt").write_bytes(ckpt.read_bytes())
+    tiny.checkpoint(checkpoints / "0000010.pt", vae, steps=10)
     (checkpoints / "0000011.pt.abandoned").touch()
     (tmp_path / "run/config.json").write_text("{}")
     images, _, manifest = tiny.run_generate(f"{tmp_path}/{folder}", tmp_path / "samples")
-    assert manifest["ckpt"] == str(checkpoints / "0000010.pt") and "-0000010-" in images.name
+    assert manifest["ckpt"] == str(checkpoints / "0000010.pt") and images.name == "tiny-0000010-sde-4-seed-0"
     assert f"{checkpoints / '0000010.pt'}, its newest checkpoint" in capsys.readouterr().err
     assert load_model(tmp_path / "run")[1] == load_model(ckpt)[1]
 
@@ -177,7 +177,20 @@ def test_a_picture_of_chosen_classes(ckpt, tmp_path):
     assert not (tmp_path / "none").exists()
     _, array, _ = tiny.run_generate(ckpt, tmp_path / "many", labels="2,2,2,0,0,0", num_fid_samples=6, global_seed=5)
     picture = np.asarray(Image.open(out))
-    assert np.array_equal(picture[66::4, 132::4], array[5]) and picture.shape == (130, 196, 3)  # enlarged
+    assert np.array_equal(picture[66::4, -64::4], array[5]) and picture.shape == (130, 13 + 196, 3)  # enlarged
+    assert picture[:16, :13].min() < 128  # "2"
+
+
+def test_a_picture_names_the_class_of_a_row_and_no_mixed_row(ckpt, tmp_path):
+    content = tiny.load(ckpt)
+    content["data"]["class_names"] = ["robin", "tench", "tabby"]
+    torch.save(content, tmp_path / "named.pt")
+    for labels, named in (("0,0,1,2", [True, False]), ("0,1,2,0", [False, False]), ("1,1,0,0", [True, True])):
+        tiny.run_generate_only(tmp_path / "named.pt", tmp_path, grid="2x2", labels=labels, out=tmp_path / "a.png")
+        picture = np.asarray(Image.open(tmp_path / "a.png"))
+        assert (picture.shape[1] > 130) == any(named)
+        beside = picture[:, : picture.shape[1] - 130]
+        assert [part.min(initial=255) < 128 for part in (beside[:64], beside[66:])] == named
 
 
 @pytest.mark.parametrize(
@@ -343,7 +356,7 @@ def test_a_published_state_dict_works_with_the_published_flags(published_vae, tm
     folder, array, manifest = tiny.run_generate(path, tmp_path / "samples", **flags)
     assert array.shape == (5, 16, 16, 3)
     assert (manifest["model"], manifest["step"], manifest["model_options"]["df_idxs"]) == ("DeepFlow-Ti/2", None, [3])
-    assert folder.name.startswith("DeepFlow-Ti-2-released-size-")
+    assert folder.name.startswith("DeepFlow-Ti-2-released-sde-")
     flags["df_idxs"] = "[2]"  # the same parameters with the branches ending elsewhere
     assert not np.array_equal(tiny.run_generate(path, tmp_path / "other", **flags)[1], array)
 

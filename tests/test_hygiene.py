@@ -135,7 +135,7 @@ def test_defaults_are_the_published_ones():
     assert expected.items() <= dataclasses.asdict(config).items()
     assert config.branch_weights(3) == [0.2, 0.2, 1.0]
     config = parse_flags(GenerateConfig, ["--ckpt", "x"]).for_model("flow")
-    expected = {"global_seed": 0, "tf32": True, "sample_dir": "samples", "per_proc_batch_size": 32, "mode": "sde"}
+    expected = {"global_seed": 0, "tf32": True, "sample_dir": None, "per_proc_batch_size": 32, "mode": "sde"}
     expected.update(num_fid_samples=50_000, cfg_scale=1.0, guidance_low=0, guidance_high=1, heun=False)
     assert expected.items() <= dataclasses.asdict(config).items()
 

@@ -237,6 +237,21 @@ def test_zips_of_others_are_read_by_several_threads(compression, tmp_path):
     assert read_zip(path) == CONTENT
 
 
+@pytest.mark.parametrize("published_labels", [False, True])
+def test_a_zip_of_moments_is_refused_as_what_it_is(published_labels, tmp_path):
+    """As others' preprocessing writes it, vae-sd.zip."""
+    names = [f"0000{i}/img-mean-std-0000000{i}.npy" for i in range(2)]
+    with zipfile.ZipFile(tmp_path / "vae-sd.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+        archive.writestr("dataset.json", label_json(names, np.arange(2)))
+    with pytest.raises(InputError, match=r"--source .*vae-sd\.zip holds arrays \(\.npy\).*unpack .*DATA/vae-sd.*pack"):
+        ImageSource(tmp_path / "vae-sd.zip", published_labels)
+    zipfile.ZipFile(tmp_path / "vae-sd.zip").extractall(tmp_path / "vae-sd")
+    with pytest.raises(InputError, match=r"vae-sd holds arrays"):
+        ImageSource(tmp_path / "vae-sd", published_labels)
+
+
 def test_zips_of_many_members_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 4)  # from here on the directory is that of zip64
     path = write_zip(tmp_path / "a.zip")

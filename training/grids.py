@@ -4,11 +4,10 @@ import torch
 
 from common.errors import InputError
 from common.files import write_json
-from common.pictures import save_grid
+from common.pictures import classes_of_rows, save_grid
 from samplers import GuidedVelocity, euler_step, integrate, map_step, sample_noise, time_grid
 
 GRID_STEPS = 50
-LONGEST = 24  # maximum length of a class name beside a row
 
 
 class GridSampler:
@@ -29,19 +28,14 @@ class GridSampler:
             raise InputError(f"samples at step {step} are not finite; the training has diverged, lower --learning-rate")
         path = self.run_dir / "samples" / f"{step:07d}.png"
         columns, heads = max(1, round(n**0.5)), [f"{count} step" + "s" * (count > 1) for count in how.get("steps", ())]
-        words = {"captions": self.labels, "column_names": heads * columns}
+        words = {"captions": self.labels}
         if not isinstance(self.labels[0], str):
-            of_rows = (self.labels[start : start + columns] for start in range(0, n, columns))
-            words |= {"captions": None, "row_names": [self.names(labels) for labels in of_rows]}
-        save_grid(self.codec.decode(latents.float()).cpu(), columns * max(1, len(heads)), path, **words)
+            words = {"row_names": classes_of_rows(self.labels, columns, self.info.class_names)}
+        images = self.codec.decode(latents.float()).cpu()
+        save_grid(images, columns * max(1, len(heads)), path, column_names=heads * columns, **words)
         manifest = {"step": step, "weights": "ema", **how, "seed": self.seed}
         write_json(path.with_suffix(".json"), {**manifest, "labels": self.labels, "vae": self.codec.spec.vae})
         return path
-
-    def names(self, labels):
-        """Text beside a row of these labels: class names if the data has them, else numbers."""
-        names = dict(enumerate(self.info.class_names or ()))
-        return [str(names.get(label, label))[:LONGEST] for label in dict.fromkeys(labels)]
 
     def sample(self, model, noise, y, y_null):
         """Latents of an Euler ODE, and how they were made for the manifest."""

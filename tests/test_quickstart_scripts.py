@@ -1,0 +1,80 @@
+"""script/quickstart*.sh: STEPS and WORK, with stand-ins for what they start."""
+
+import os
+import subprocess
+
+import pytest
+import tiny
+
+STUB = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+[ "$(basename "$0")" != accelerate ] || exit "${TRAINED:-0}"
+[ "$(basename "$0")" != python ] || dirname "$CALLS"
+while [ $# -gt 0 ] && [ "$1" != --sample-dir ]; do shift; done
+[ $# = 0 ] || { mkdir -p "$2"; touch "$2/NAME.npz"; }
+"""
+RUNS = {"quickstart": "digits", "quickstart_dmf": "digits-map", "quickstart_t2i": "digits"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a quickstart in the folder `work` with an environment; returns (completed process, calls of programs)."""
+    for name in ("bin/python", "bin/accelerate", "bin/torchrun"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(STUB)
+        path.chmod(0o755)
+    values = {"CALLS": tmp_path / "calls", "WORK": tmp_path / "work", "VIRTUAL_ENV": tmp_path}
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **{name: str(value) for name, value in values.items()}}
+
+    def call(script, **changes):
+        command, settings = ["bash", f"script/{script}.sh"], {**env, **changes}
+        done = subprocess.run(command, cwd=tiny.ROOT, env=settings, capture_output=True, text=True, check=False)
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return call
+
+
+def trained(tmp_path, script, *steps):
+    """Leave checkpoints of these steps in a quickstart's run, and the flow model that a map starts from."""
+    for name, number in (("digits", 3000), *((RUNS[script], step) for step in steps)):
+        path = tmp_path / f"work/exps/{name}/checkpoints/{number:07d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_fewer_steps_than_are_trained_are_an_error_before_anything_starts(run, tmp_path, script):
+    trained(tmp_path, script, 4000)
+    done, calls = run(script, STEPS="50")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error:") and "STEPS=50" in line and "WORK=" in line
+    assert f"work/exps/{RUNS[script]} " in line and not any("-m digits" in call for call in calls)
+
+
+@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("steps", ["50", "60"])
+def test_kept_steps_and_further_ones_are_trained_and_sampled(run, tmp_path, script, steps):
+    trained(tmp_path, script, *([50, 70] if steps == "50" else []))
+    if steps == "60":
+        (tmp_path / "work/exps/digits/checkpoints/0003000.pt").rename(tmp_path / "other.pt")
+    done, calls = run(script, STEPS=steps)
+    assert done.returncode == 0, done.stderr
+    started = {word: [call for call in calls if call.startswith(word)] for word in ("accelerate", "torchrun")}
+    assert f"--max-train-steps {steps} " in started["accelerate"][-1]
+    ckpt = f"{tmp_path}/work/exps/{RUNS[script]}/checkpoints/{int(steps):07d}.pt "
+    assert any(f"--ckpt {ckpt}" in call for call in started["torchrun"])
+
+
+@pytest.mark.parametrize("steps", ["0", "4k", "-1", "007"])
+def test_what_is_no_number_of_steps_is_named(run, steps):
+    done, _ = run("quickstart_t2i", STEPS=steps)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: STEPS={steps} ")
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_refused_settings_name_work(run, tmp_path, script):
+    trained(tmp_path, script)
+    done, calls = run(script, TRAINED="2")
+    assert done.returncode == 2 and "WORK=OTHER" in done.stderr.splitlines()[-1]
+    assert not any(call.startswith("torchrun") for call in calls)
