@@ -78,7 +78,7 @@ def test_blocks_are_disjoint_and_random_and_hold_all_rows(monkeypatch, reference
         assert not torch.equal(torch.cat(parts), side) and torch.equal(torch.cat(parts).sort(dim=0).values, side)
 
 
-def test_seed_decides_the_blocks_and_numpy_does():
+def test_seed_decides_the_blocks_of_tensors_and_arrays():
     x, y = rows(50, 4, 1), rows(50, 4, 2)
     assert kernel_distance(x, y) == kernel_distance(x.numpy(), y.numpy()) != kernel_distance(x, y, seed=1)
 
