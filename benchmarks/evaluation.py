@@ -23,6 +23,7 @@ from common.processes import Processes
 from evaluations.metrics.features import extract
 from evaluations.metrics.frechet import RunningStatistics, frechet_distance
 from evaluations.metrics.inception import Inception, inception_score
+from evaluations.metrics.kernel import kernel_distance
 from evaluations.metrics.precision_recall import PRECISIONS, precision_recall
 from models import hub
 
@@ -132,11 +133,12 @@ def measure_distances(args, processes, rows):
         moments = rows.time(what, lambda pair=pair: [running_statistics(f, args.batch_size, device) for f in pair])
         rows.time(name, lambda moments=moments: frechet_distance(*moments[1], *moments[0]))
     rows.time("Inception Score", lambda: inception_score(sample, classifier))
+    rows.time("KID", lambda: kernel_distance(reference, sample))
     for precision in args.precision:
         rows.time(
             f"precision and recall, {precision}", lambda p=precision: precision_recall(reference, sample, precision=p)
         )
-    total = sum(seconds for _, seconds in rows.rows[:6])
+    total = sum(seconds for _, seconds in rows.rows[:7])
     print(f"\nall, precision and recall in {args.precision[0]}: {total:.1f} s", end="")
     full = (args.samples, args.references, args.width) == (50_000, 10_000, 2048)
     print(f" (target: under {TARGET} s on two CPU cores)" if full else "")

@@ -1,10 +1,10 @@
-"""ADM's evaluation suite: Inception Score, FID, sFID, precision and recall of images.
+"""ADM's evaluation suite: Inception Score, FID, sFID, precision and recall of images; and KID.
 
     python -m evaluations.evaluator VIRTUAL_imagenet256_labeled.npz SAMPLES.npz --json results/NAME.json
     torchrun --nproc-per-node 8 -m evaluations.evaluator REF.npz SAMPLES.npz
 
 Both are npz files with images as `arr_0`, uint8 (N, H, W, 3), or folders or zips of images. Statistics in a file (mu,
-sigma, mu_s, sigma_s) take the place of those of its images for FID and sFID; precision and recall are between images.
+sigma, mu_s, sigma_s) take the place of those of its images for FID and sFID; all else is measured on the images.
 docs/evaluation.md says more.
 """
 
@@ -21,6 +21,7 @@ from evaluations.metrics.features import MeasureFlags, check_widths, extract, lo
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.images import NpzImages, open_images
 from evaluations.metrics.inception import Inception, inception_score
+from evaluations.metrics.kernel import FEWEST, kernel_distance
 from evaluations.metrics.precision_recall import BLOCK, PRECISIONS, precision_recall
 from evaluations.metrics.references import other_size, read_statistics
 from evaluations.metrics.results import Result
@@ -29,7 +30,8 @@ SAMPLES = 50_000  # what published numbers are computed on
 SPLIT = 5_000  # images per split in ADM's Inception Score
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
-LABELS |= {"precision": "Precision", "recall": "Recall"}
+LABELS |= {"precision": "Precision", "recall": "Recall", "kid": "KID", "kid_standard_error": "KID standard error"}
+OTHER = {"fd": "FD", "precision": "Precision", "recall": "Recall", "kd": "KD", "kd_standard_error": "KD standard error"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,25 +84,27 @@ def oddities(reference, sample, args):
     if count > SPLIT and count % SPLIT and not (args.splits or args.features):
         last = f"the last {count % SPLIT} images weigh as much in the Inception Score as {SPLIT} others"
         lines.append(f"{last}; --splits makes equal splits")
+    if min(count, len(reference.images)) < FEWEST:
+        lines.append(f"the kernel distance is left out: it needs {FEWEST} images a side")
     return list(filter(None, lines))
 
 
 def compare(reference, sample, extractor, args, device):
-    """{name: number} in the published order. Raises ValueError where one cannot be computed."""
+    """{name: number} in the published order, KID last. Raises ValueError where one cannot be computed."""
     pairs = [(*sample.moments[kind], *reference.moments[kind]) for kind in sample.moments]
     numbers = [frechet_distance(*pair, sqrtm=args.sqrtm) for pair in pairs]
     rows = (reference.rows.to(device), sample.rows.to(device))
     numbers += precision_recall(*rows, args.neighbors, args.precision, args.block)
+    numbers += kernel_distance(*rows) if min(map(len, rows)) >= FEWEST else []
     if args.features:
-        return dict(zip([f"{kind}_{extractor.name}" for kind in ("fd", "precision", "recall")], numbers, strict=True))
+        return dict(zip([f"{kind}_{extractor.name}" for kind in OTHER], numbers, strict=False))
     numbers.insert(0, inception_score(rows[1], extractor.classifier, SPLIT, args.splits))
-    return dict(zip(LABELS, numbers, strict=True))
+    return dict(zip(LABELS, numbers, strict=False))
 
 
-def label(name):
+def label(name, extractor):
     """A metric's name as ADM's evaluator prints it; those of other features with their extractor."""
-    kind, _, extractor = name.partition("_")
-    return LABELS.get(name) or f"{LABELS.get(kind, 'FD')} ({extractor})"
+    return LABELS.get(name) or f"{OTHER[name.removesuffix(f'_{extractor.name}')]} ({extractor.name})"
 
 
 def open_network(args, sides, device):
@@ -141,7 +145,7 @@ def evaluate(args, processes):
     except ValueError as error:
         raise InputError(f"{args.reference} and {args.samples} cannot be compared: {error}") from None
     for name, value in metrics.items():
-        say(f"{label(name)}: {value}")
+        say(f"{label(name, extractor)}: {value}")
     kept = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size")
     settings = {name: getattr(args, name) for name in kept}
     settings |= {"features": extractor.name, "inception_weights": args.inception_weights}

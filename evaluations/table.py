@@ -26,6 +26,7 @@ from sampling.manifest import SampleManifest
 from training.settings import settings
 
 METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
+METRICS |= {"kid": "KID", "kid_standard_error": "KID s.e."}
 ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
 REMEDY = "pass files that the evaluators or digits.report wrote"

@@ -8,6 +8,7 @@ ROWS = (
     "| FID |",
     "| sFID |",
     "| Inception Score |",
+    "| KID |",
     "| precision and recall, float16 |",
     "precision and recall, float32",
 )

@@ -105,6 +105,12 @@ def test_a_result_stands_beside_the_published_rows_about_the_same(tmp_path, caps
     ]
 
 
+def test_kid_has_its_columns_where_it_is_measured(tmp_path, capsys):
+    table.main([result(tmp_path / "b.json", metrics={"fid": 23.5, "kid": 0.00123456, "kid_standard_error": 0.0001})])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| FID | sFID | IS | KID | KID s.e. |") and lines[2].endswith("| 0.001235 | 0.0001 |")
+
+
 XL = {"model": "DeepFlow-XL/2", "step": 400_000}
 ALIGNED = {"ssl_align": True, "enc_type": "dinov2-vit-b"}
 

@@ -14,6 +14,7 @@ from common.errors import InputError
 from evaluations import evaluator
 from evaluations.metrics import inception
 from evaluations.metrics.frechet import frechet_distance, statistics
+from evaluations.metrics.kernel import kernel_distance
 from evaluations.metrics.precision_recall import precision_recall
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
@@ -53,10 +54,12 @@ def test_numbers_of_another_extractor_carry_its_name(files, tmp_path, capsys):
     rows = corners(pictures(20, 1)), corners(pictures(33, 2))
     expected = {"FD (corners)": frechet_distance(*statistics(rows[1]), *statistics(rows[0]))}
     expected["Precision (corners)"], expected["Recall (corners)"] = precision_recall(*rows)
-    assert numbers(out) == pytest.approx(expected, rel=1e-5)
+    expected["KD (corners)"], expected["KD standard error (corners)"] = kernel_distance(*rows)
+    assert numbers(out) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert 0 < expected["Precision (corners)"] < 1
     result = json.loads((tmp_path / "r/result.json").read_text())
-    assert list(result["metrics"]) == ["fd_corners", "precision_corners", "recall_corners"]
+    names = ("fd", "precision", "recall", "kd", "kd_standard_error")
+    assert list(result["metrics"]) == [f"{name}_corners" for name in names]
     assert list(result["metrics"].values()) == list(numbers(out).values())
     assert result["manifest"]["model"] == "DeepFlow-Ti/2" and "labels" not in result["manifest"]
     assert result["count"] == 33 and result["settings"]["precision"] == "float16"
@@ -88,7 +91,7 @@ def small_inception(monkeypatch):
     return network
 
 
-CLOSING = ("Inception Score", "FID", "sFID", "Precision", "Recall")
+CLOSING = ("Inception Score", "FID", "sFID", "Precision", "Recall")  # then KID, which it lacks
 
 
 def test_stdout_is_that_of_the_published_evaluator(files, small_inception, capsys):
@@ -101,7 +104,7 @@ def test_stdout_is_that_of_the_published_evaluator(files, small_inception, capsy
         "computing/reading sample batch statistics...",
         "Computing evaluations...",
     ]
-    assert [line.split(": ")[0] for line in lines[5:]] == list(CLOSING)
+    assert [line.split(": ")[0] for line in lines[5:]] == [*CLOSING, "KID", "KID standard error"]
     assert all(np.isfinite(float(line.split(": ")[1])) for line in lines[5:])
     assert "20 images of 16x16; statistics from them" in err
 
@@ -116,7 +119,8 @@ def test_numbers_are_of_the_right_features(files, small_inception, capsys):
     for name, (reference, sample) in (("FID", pool), ("sFID", spatial)):
         expected[name] = frechet_distance(*statistics(sample), *statistics(reference))
     expected["Precision"], expected["Recall"] = precision_recall(*pool)
-    assert found == pytest.approx(expected, rel=1e-5)
+    expected["KID"], expected["KID standard error"] = kernel_distance(*pool)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_stored_statistics_take_the_place_of_computed_ones(files, small_inception, tmp_path, capsys):
@@ -130,7 +134,7 @@ def test_stored_statistics_take_the_place_of_computed_ones(files, small_inceptio
     changed = numbers(out)
     assert f"reference {stored}: 20 images of 16x16; statistics from mu, sigma, mu_s, sigma_s of the file" in err
     assert changed["FID"] > 50 and changed["sFID"] > 50
-    for name in ("Inception Score", "Precision", "Recall"):  # between images all the same
+    for name in ("Inception Score", "Precision", "Recall", "KID"):  # between images all the same
         assert changed[name] == plain[name]
     stored_sample = save_npz(tmp_path / "stored_sample.npz", pictures(33, 2), **moments)
     out, err = run(capsys, stored, stored_sample)
@@ -190,6 +194,15 @@ def test_folders_are_measured_like_an_npz_of_their_images(files, small_inception
     assert out == expected
     assert "reference: 20 images of 16x16; statistics from them" in err
     assert json.loads((tmp_path / "r.json").read_text())["count"] == 33
+
+
+def test_kid_is_left_out_with_its_reason_where_images_are_too_few(files, small_inception, tmp_path, capsys):
+    few = save_npz(tmp_path / "few.npz", pictures(3, 1))
+    for pair in ((few, files[1]), (files[0], few)):
+        out, err = run(capsys, *pair, "--neighbors", 1)
+        assert tuple(numbers(out)) == CLOSING and "left out: it needs 4 images a side" in err
+        out, _ = run(capsys, *pair, "--neighbors", 1, "--features", files[2])
+        assert list(numbers(out))[-1] == "Recall (corners)"
 
 
 def test_inception_score_of_equal_splits(files, small_inception, tmp_path, capsys):
