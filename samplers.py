@@ -5,6 +5,7 @@ x is cast to the network's dtype for the call and its output back; t to that dty
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -29,6 +30,8 @@ def time_grid(num_steps, last=0.0, shift=1.0):
 class Guidance:
     """Classifier-free guidance u + scale·(c − u) on all channels, while low ≤ t ≤ high; scale 1 is off."""
 
+    FLAGS = "--cfg-scale", "--guidance-low", "--guidance-high"
+
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
@@ -36,15 +39,100 @@ class Guidance:
     def active(self, t):
         return self.scale != 1.0 and self.low <= float(t) <= self.high
 
+    def extrapolate(self, weak, strong):
+        return weak + self.scale * (strong - weak)
+
     def check(self, times):
         """Raise InputError if the settings make no sense or guide none of the evaluated times."""
+        scale, low, high = self.FLAGS
         if not 1.0 <= self.scale < float("inf"):
-            raise InputError(f"--cfg-scale {self.scale} must be finite and not below 1; 1.0 is no guidance")
-        interval = f"--guidance-low {self.low} and --guidance-high {self.high}"
+            raise InputError(f"{scale} {self.scale} must be finite and not below 1; 1.0 is no guidance")
+        interval = f"{low} {self.low} and {high} {self.high}"
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise InputError(f"{interval} must satisfy 0 <= low <= high <= 1 (t = 0 is data, t = 1 is noise)")
         if self.scale != 1.0 and not any(self.active(t) for t in times[:-1]):
             raise InputError(f"{interval} guide no step of this time grid; widen the interval")
+
+
+@dataclasses.dataclass
+class InternalGuidance(Guidance):
+    """v_i + scale·(v_k − v_i) of an intermediate branch i and the last (arXiv 2512.24176); by default i = k − 1."""
+
+    FLAGS = "--ig-scale", "--ig-low", "--ig-high"
+
+    branch: int | None = None
+
+
+@dataclasses.dataclass
+class BranchOptions:
+    """What is read from the k branches of a network, counted from 1: by default the last velocity, at one time t."""
+
+    internal: InternalGuidance = dataclasses.field(default_factory=InternalGuidance)
+    cfg_exit: int | None = None  # the unconditional half of a guided call ends after this branch
+    exit_branch: int | None = None  # all ends after this branch
+    exit_schedule: str | None = None  # "0.8:1,0.3:2": after branch 1 from noise down to t = 0.8, after 2 down to 0.3
+    gap: float | str = 0.0  # from each branch's time to the next one's, or "dt": the last sees the end of the step
+
+    def __post_init__(self):
+        if self.exit_schedule is not None and self.exit_branch is not None:
+            raise InputError("--exit-branch and --exit-schedule exclude each other; pass one")
+        self.exits = [] if self.exit_branch is None else [(0.0, self.exit_branch)]  # (t, branch that ends before it)
+        if self.exit_schedule is not None:
+            self.exits = parse_exits(self.exit_schedule)
+        if self.gap != "dt":
+            self.gap = parse_gap(self.gap)
+
+    def last(self, t, k):
+        """The branch after which a step from t ends."""
+        return next((branch for end, branch in self.exits if t > end), k)
+
+    def times(self, t, end, k):
+        """Times of the k branches at t in a step to `end`: t_i = t + (i − 1)·gap in [0, 1]; dt is (end − t)/(k − 1)."""
+        gap = (end - t) / (k - 1) if self.gap == "dt" else self.gap
+        return [min(max(t + i * gap, 0.0), 1.0) for i in range(k)]
+
+    def check(self, k, times, kind="flow"):
+        """Raise InputError if this does not fit a network of k branches, its `kind`, or the sampler's times."""
+        exits = "--exit-branch" if self.exit_schedule is None else "--exit-schedule"
+        numbers = [("--ig-branch", self.internal.branch, k - 1), ("--cfg-exit", self.cfg_exit, k)]
+        numbers += [(exits, branch, k) for _, branch in self.exits]
+        used = [flag for flag, branch, _ in numbers if branch is not None]
+        used += ["--ig-scale"] * (self.internal.scale != 1.0) + ["--branch-gap"] * (self.gap != 0)
+        if used and k == 1:
+            raise InputError(f"{used[0]} needs branches, and this model has no key layers; leave it out")
+        if used and kind == "flow map":
+            raise InputError(f"{used[0]}: only the last branch of a flow map predicts average velocities; leave it out")
+        for flag, branch, most in numbers:
+            if branch is not None and not 1 <= branch <= most:
+                raise InputError(f"{flag}: branch {branch} is out of range; it must be from 1 to {most}")
+        whole = [t for t in times[:-1] if self.last(t, k) == k]
+        if self.internal.scale != 1.0 and not whole:
+            raise InputError(f"{exits} leaves no step with the last branch, which --ig-scale needs; drop one of them")
+        self.internal.check([*whole, times[-1]])
+
+
+def parse_exits(text):
+    """Pairs of a time and the branch that runs down to it: "0.8:1,0.3:2" → [(0.8, 1), (0.3, 2)]. Raises InputError."""
+    try:
+        exits = [(float(end), int(branch)) for end, branch in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        exits = []
+    ends = [1.0, *(end for end, _ in exits)]
+    if not exits or not all(before > after >= 0 for before, after in itertools.pairwise(ends)):
+        form = "it must be like 0.8:1,0.3:2, branch 1 down to t = 0.8 and then 2 down to 0.3, with falling t below 1"
+        raise InputError(f"--exit-schedule {text!r}: {form}")
+    return exits
+
+
+def parse_gap(text):
+    """A number from −1 to 1. Raises InputError."""
+    try:
+        gap = float(text)
+    except ValueError:
+        gap = float("nan")
+    if not -1 <= gap <= 1:
+        raise InputError(f"--branch-gap {text}: it must be dt or a number from -1 to 1")
+    return gap
 
 
 class GuidedVelocity:
@@ -68,25 +156,68 @@ class GuidedVelocity:
         return self.calls + self.guided_calls
 
     @torch.no_grad()
-    def __call__(self, x, *times, interval_time=None):
-        """interval_time: the time that the guidance interval is tested on; default: the first of `times`."""
-        is_guided = self.guidance.active(times[0] if interval_time is None else interval_time)
-        state, x = x.dtype, x.to(self.dtype)
+    def __call__(self, x, *times, start=None, end=None):
+        """start, end: of the step, if they are not the first of `times`; settings that depend on t go by its start."""
+        start, end = (float(times[0] if time is None else time) for time in (start, end))
+        is_guided = self.guidance.active(start)
         self.calls += 1
         self.guided_calls += is_guided
-        x, y = (torch.cat([x, x]), self.both) if is_guided else (x, self.y)
+        rows, y = x.to(self.dtype), self.y
+        if is_guided:
+            rows, y = torch.cat([rows, rows]), self.both
+        conditional, unconditional = self.halves(rows, times, y, x, start, end)
+        return self.guidance.extrapolate(unconditional, conditional) if is_guided else conditional
+
+    def halves(self, rows, times, y, x, _start, _end):
+        """Velocities with the condition and without (no rows if unguided) of x, whose rows are given to the network."""
+        times = [self.spread(t, rows) for t in times]
+        return self.network(rows, *times, y).to(x.dtype).tensor_split([len(x)])
+
+    def spread(self, t, rows):
+        """A time for each of the rows."""
         time_dtype = torch.promote_types(self.dtype, torch.float32)
-        times = [torch.full((len(x),), float(t), dtype=time_dtype, device=x.device) for t in times]
-        velocity = self.network(x, *times, y).to(state)
-        if not is_guided:
-            return velocity
-        conditional, unconditional = velocity.chunk(2)
-        return unconditional + self.guidance.scale * (conditional - unconditional)
+        return torch.full((len(rows),), float(t), dtype=time_dtype, device=rows.device)
+
+
+class BranchVelocity(GuidedVelocity):
+    """A GuidedVelocity from the branches of a network, as `options` say; unless they say anything, it is the same.
+
+    network(x, t, y, branches): DeepFlow.velocities; ends: the network's blocks after which its k branches end.
+    """
+
+    def __init__(self, network, y, y_null, guidance=None, dtype=torch.float32, *, options, ends):
+        super().__init__(network, y, y_null, guidance, dtype)
+        self.options, self.ends = options, ends
+        self.blocks = 0  # run for N rows
+
+    @property
+    def evaluations(self):
+        """Model evaluations per image; one that ends early counts as its share of the blocks."""
+        return self.blocks / self.ends[-1]
+
+    def halves(self, rows, times, y, x, start, end):
+        """As without branches: one pass, from which the unconditional half may leave after a branch."""
+        n, k, options, is_guided = len(x), len(self.ends), self.options, len(rows) > len(x)
+        last = options.last(start, k)
+        left = min(options.cfg_exit or last, last) if is_guided else last
+        self.blocks += self.ends[last - 1] + is_guided * self.ends[left - 1]
+        internal = options.internal if last == k and options.internal.active(start) else None
+        inner = internal and (internal.branch or k - 1)
+        branches = sorted({last, left, inner} - {None})
+        times = enumerate(options.times(float(times[0]), end, k), 1)
+        times = [self.spread(t, rows if branch <= left else x) for branch, t in times]
+        v = dict(zip(branches, (v.to(x.dtype) for v in self.network(rows, times, y, branches)), strict=True))
+        conditional, unconditional = v[last][:n], v[left][n:]
+        if internal:
+            conditional = internal.extrapolate(v[inner][:n], conditional)
+            if left == k:
+                unconditional = internal.extrapolate(v[inner][n:], unconditional)
+        return conditional, unconditional
 
 
 def euler_step(velocity, x, t, t_next, _index):
     """x + Δt·v."""
-    return x + (t_next - t) * velocity(x, t)
+    return x + (t_next - t) * velocity(x, t, end=t_next)
 
 
 def heun_step(velocity, x, t, t_next, _index):
@@ -94,11 +225,11 @@ def heun_step(velocity, x, t, t_next, _index):
 
     The step's start decides for both evaluations whether they are guided, as in the published sampler.
     """
-    v = velocity(x, t)
+    v = velocity(x, t, end=t_next)
     predicted = x + (t_next - t) * v
     if t_next == 0:
         return predicted
-    return x + (t_next - t) * 0.5 * (v + velocity(predicted, t_next, interval_time=t))
+    return x + (t_next - t) * 0.5 * (v + velocity(predicted, t_next, start=t))
 
 
 def sde_step(path, noise):
@@ -109,7 +240,7 @@ def sde_step(path, noise):
 
     def step(velocity, x, t, t_next, index):
         dt, w = t_next - t, 2 * t
-        v = velocity(x, t)
+        v = velocity(x, t, end=t_next)
         x = x + dt * (v - 0.5 * w * path.score(v, x, t))
         return x if t_next == 0 else x + (w * dt.abs()).sqrt() * noise(index).to(x)
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.sampling                      # S/2 on a CPU; XL/2 and B/2, compiled bf16, on a GPU
     python -m benchmarks.sampling --sizes B --batch-size 8 --steps 10 --no-compile
+    python -m benchmarks.sampling --branches           # what guidance and exits from DeepFlow's branches cost instead
 
 Every row is a median over interleaved repeats of a whole run of `--steps` SDE steps with per-image noise; decoding is
 not part of it. "Overhead" is what that run costs beyond as many calls of the bare network. Ratios are medians over the
@@ -29,7 +30,7 @@ from common.precision import set_math
 from models import create_model, model_config
 from models.compiling import compile_blocks
 from models.paths import PATHS
-from samplers import SAMPLERS, Guidance, GuidedVelocity, integrate
+from samplers import SAMPLERS, BranchOptions, BranchVelocity, Guidance, GuidedVelocity, InternalGuidance, integrate
 from sampling.flags import DTYPES
 from sampling.sampler import batch_noise
 
@@ -37,6 +38,13 @@ CLASSES = 1000
 GUIDANCES = {"none": Guidance(), "all steps": Guidance(1.5), "[0.3, 0.7]": Guidance(1.5, 0.3, 0.7)}
 IMAGES_PER_S = {"XL": 7.8, "B": 26.0}  # target on one H200: compiled bf16, 250 steps, no guidance
 SDE = SAMPLERS["sde"]
+NONE, CFG = GUIDANCES["none"], GUIDANCES["all steps"]
+BRANCHES = {  # what: classifier-free guidance, options, and {k: the most time, in unguided runs}
+    "internal guidance": (NONE, BranchOptions(InternalGuidance(1.5)), {2: 1.03, 3: 1.03}),
+    "classifier-free guidance": (CFG, BranchOptions(), {2: 2.1, 3: 2.1}),
+    "the same, unconditional half up to branch 1": (CFG, BranchOptions(cfg_exit=1), {2: 1.6, 3: 1.45}),
+    "exit after branch 1": (NONE, BranchOptions(exit_branch=1), {2: 0.55}),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -54,6 +62,7 @@ class BenchmarkFlags:
     )
     repeats: int = flag(5, "interleaved; medians are printed", range=Range(low=1), group="precision and speed")
     compile: bool = flag(True, "measure compiled too", group="precision and speed")
+    branches: bool = flag(False, "measure guidance and exits from the branches, eager, instead", group="sampling")
 
 
 @dataclasses.dataclass
@@ -98,10 +107,11 @@ def build_cases(size, args):
     return [Case(*key, guidance, network) for key, network in networks.items() for guidance in GUIDANCES], networks
 
 
-def sample(network, guidance, args):
-    """One run of the sampler as generate.py drives it."""
+def sample(network, guidance, args, **branches):
+    """One run of the sampler as generate.py drives it; branches: of a BranchVelocity."""
     shape, y = (4, args.latent_size, args.latent_size), torch.arange(args.batch_size, device=DEVICE) % CLASSES
-    velocity = GuidedVelocity(network, y, torch.full_like(y, CLASSES), guidance, DTYPES[args.dtype])
+    make = BranchVelocity if branches else GuidedVelocity
+    velocity = make(network, y, torch.full_like(y, CLASSES), guidance, DTYPES[args.dtype], **branches)
     noise = batch_noise(0, [range(args.batch_size)], args.steps, shape, DEVICE)
     step = SDE.step(PATHS["linear"], lambda _: next(noise))
     integrate(step, velocity, next(noise), SDE.times(args.steps))
@@ -178,12 +188,32 @@ def benchmark(size, args):
     print_table(["target", "measured", "reached"], [(*cells, "yes" if reached else "no") for *cells, reached in rows])
 
 
+def benchmark_branches(size, args):
+    """Print what sampling from 2 and 3 branches costs, in unguided runs of the same model."""
+    name, rows = f"DeepFlow-{size}/2", []
+    for k in (2, 3):
+        depth = model_config(name)["depth"]
+        key_layers = tuple(depth * branch // k for branch in range(1, k))
+        model = create_model(name, input_size=args.latent_size, df_idxs=key_layers)
+        model.to(DEVICE, DTYPES[args.dtype]).eval().requires_grad_(False)
+        runs = {"unguided": lambda m=model: sample(m.velocity, NONE, args)}
+        for what, (guidance, options, _) in BRANCHES.items():
+            runs[what] = lambda m=model, g=guidance, o=options: sample(m.velocities, g, args, options=o, ends=m.ends)
+        times = interleaved_times(runs, args.repeats)
+        for what, (*_, most) in BRANCHES.items():
+            ratio = median_ratio(times, what, "unguided")
+            reached = ("yes" if ratio <= most[k] else "no") if k in most else ""
+            rows.append((k, what, f"{ratio:.3f}", most.get(k, ""), reached))
+    print(f"\n## {name}, batch {args.batch_size}, {args.dtype}, {args.steps} steps, {args.repeats} repeats\n")
+    print_table(["branches", "", "unguided runs", "at most", "reached"], rows)
+
+
 def main():
     args = parse_flags(BenchmarkFlags, description=__doc__)
     print(describe_machine())
     set_math(allow_tf32=True)
     for size in args.sizes:
-        benchmark(size, args)
+        (benchmark_branches if args.branches else benchmark)(size, args)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ P width of the acceleration MLP, W width of the embedded gap, E alignment encode
 
 import dataclasses
 import itertools
-import os
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import InputError
-from models.hub import fetching
+from models.hub import HubModel
 from models.layers import (
     LN_EPS,
     Block,
@@ -131,7 +129,7 @@ class VeRA(nn.Module):
         return a_star, feature
 
 
-class DeepFlow(nn.Module, PyTorchModelHubMixin):
+class DeepFlow(nn.Module, HubModel):
     """The network. df_idxs: 1-based blocks after which a branch ends, the last block excluded; k = len(df_idxs) + 1.
 
     ssl_align adds projectors to the widths z_dims, one per encoder, after each VeRA block; with one branch (SiT, as in
@@ -213,25 +211,15 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
             if isinstance(module, VelocityLayer):
                 zero_(module.linear)
 
-    @classmethod
-    def from_pretrained(cls, source, **options):
-        """As in the mixin, from a folder or the hub. Raises InputError if loading fails."""
-        if os.path.isdir(source):
-            return super().from_pretrained(source, **options)
-        with fetching(f"the model '{source}'", source, "name a folder that models/export.py wrote"):
-            return super().from_pretrained(source, **options)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict=True, **kwargs):
-        """The mixin's, strict by default; what config.json says of the run is left out."""
-        for name in ("run", "data", "steps", "weights"):
-            kwargs.pop(name, None)
-        return super()._from_pretrained(strict=strict, **kwargs)
-
     @property
     def num_branches(self):
         """k."""
         return len(self.df_idxs) + 1
+
+    @property
+    def ends(self):
+        """The blocks, counted from 1, after which the k branches end."""
+        return *self.df_idxs, len(self.blocks)
 
     def forward(self, x, t, y):
         """Velocities, accelerations and projections of all branches, as DeepFlowOutput. Draws nothing random.
@@ -245,26 +233,40 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
         projections = [project(aligned[i // per_place]) for i, project in enumerate(self.projectors)]
         return DeepFlowOutput(velocities, accelerations, projections)
 
-    def velocity(self, x, t, y):
-        """Final velocity, (N, C, H, W), at x (N, C, H, W), t (N,) or a number, y (N,); without the intermediate ones.
+    def velocity(self, x, t, y, branch=None):
+        """Velocity, (N, C, H, W), of one branch, counted from 1, by default the last: see `velocities`."""
+        return self.velocities(x, t, y, [self.num_branches if branch is None else branch])[0]
 
-        Raises InputError for labels out of range; on a GPU only if t is a number, since the check synchronises with it.
+    def velocities(self, x, t, y, branches=None):
+        """Velocities, (N, C, H, W) each, of all branches or of those numbered in `branches`, in order; one pass.
+
+        x (N, C, H, W); t (N,) or a number, or k of them, one per branch; y (N,). A branch whose t has fewer rows, and
+        those after it, run the first rows alone. Nothing is run beyond the last branch that is asked for. Raises
+        InputError for branches or labels out of range; labels on a GPU, which it has to wait for, only for numbers t.
         """
-        for branch in self.run_branches(x, spread(t, x, y, self.num_classes), y):
-            final = branch  # the memory of all but the last is freed on the way
-        return self.final_velocity(final)
+        numbers = range(1, self.num_branches + 1)
+        if wrong := [branch for branch in branches or () if branch not in numbers]:
+            raise InputError(f"branch {wrong[0]} is out of range; this model's count from 1 to {numbers[-1]}")
+        branches = branches or numbers
+        run = itertools.islice(self.run_branches(x, spread(t, x, y, self.num_classes), y), max(branches))
+        return [self.velocity_of(branch, number) for number, branch in enumerate(run, 1) if number in branches]
 
     def run_branches(self, x, t, y):
-        """Run the blocks and yield a Branch wherever one ends; arguments as those of `forward`."""
+        """Run the blocks and yield a Branch wherever one ends; arguments as those of `velocities`.
+
+        VeRA runs when the next Branch is asked for, and only then completes the one before.
+        """
         patches = tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         conditions, gaps, text = self.embed(t, y)  # one condition (N, D) per block, one gap (N, W) per VeRA block
         vera, gaps, aligned = iter(self.df_blocks), iter(gaps), None
         for number, (block, c) in enumerate(zip(self.blocks, conditions, strict=True), 1):
             tokens, text = self.run(block, tokens, text, c)  # (N, T, D)
             if number in self.df_idxs:  # a branch ends: VeRA leads to the next
-                a_star, refined = next(vera)(patches, tokens, next(gaps))  # equations 6, 8, 9
-                yield Branch(tokens, c, a_star, refined)
-                tokens = refined
+                yield (branch := Branch(tokens, c))
+                if (rows := len(conditions[number])) < len(tokens):  # the others end here
+                    patches, tokens, text = (part if part is None else part[:rows] for part in (patches, tokens, text))
+                branch.a_star, tokens = next(vera)(patches, tokens, next(gaps))  # equations 6, 8, 9
+                branch.aligned = tokens
             elif number == self.encoder_depth and not self.df_idxs:  # where REPA aligns a model of one branch
                 aligned = tokens
         yield Branch(tokens, c, aligned=aligned)
@@ -288,10 +290,9 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
             conditions = [self.t_embedder(t) + label] * self.num_branches
             gaps = [self.embed_gap(torch.zeros_like(t))] * len(self.df_idxs)
         else:
-            times = list(t)
-            conditions = [self.t_embedder(time) + label for time in times]
-            gaps = [self.embed_gap(after - before) for before, after in itertools.pairwise(times)]
-        return per_block(conditions, (*self.df_idxs, len(self.blocks))), gaps
+            conditions = [self.t_embedder(time) + label[: len(time)] for time in t]
+            gaps = [self.embed_gap(after - before[: len(after)]) for before, after in itertools.pairwise(t)]
+        return per_block(conditions, self.ends), gaps
 
     def embed_gap(self, gap):
         """A signed gap between times (N,) → (N, W); None without gaps."""
@@ -299,17 +300,18 @@ class DeepFlow(nn.Module, PyTorchModelHubMixin):
 
     def outputs(self, intermediate, final):
         """Velocities of all branches and accelerations of the intermediate ones: two lists of (N, C, H, W)."""
-        velocities, accelerations = [], []
-        for branch in intermediate:
-            velocities.append(self.final_layer[0](branch.v_star, branch.condition))
-            if branch.a_star is not None:
-                accelerations.append(self.final_acc_layer(branch.a_star, branch.condition))
-        return [*velocities, self.final_velocity(final)], accelerations
+        velocities = [self.velocity_of(branch, number) for number, branch in enumerate(intermediate, 1)]
+        pairs = [(branch.a_star, branch.condition) for branch in intermediate if branch.a_star is not None]
+        return [*velocities, self.final_velocity(final)], [self.final_acc_layer(*pair) for pair in pairs]
+
+    def velocity_of(self, branch, number):
+        """Velocity (N, C, H, W) of the Branch with this number, from 1."""
+        layer = self.final_layer[0 if number < self.num_branches else 1] if self.df_idxs else self.final_layer
+        return layer(branch.v_star, branch.condition)
 
     def final_velocity(self, branch):
         """Velocity (N, C, H, W) of the final branch."""
-        layer = self.final_layer[1] if self.df_idxs else self.final_layer
-        return layer(branch.v_star, branch.condition)
+        return self.velocity_of(branch, self.num_branches)
 
 
 def per_block(values, ends):

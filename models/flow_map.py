@@ -13,7 +13,7 @@ from torch import nn
 from common.errors import InputError
 from models.attention import forward_mode
 from models.deepflow import DeepFlow, DeepFlowOutput, per_block
-from models.layers import sinusoid, spread, zero_
+from models.layers import sinusoid, zero_
 
 LOGVAR_FREQUENCIES = 64
 
@@ -43,7 +43,6 @@ class FlowMap(DeepFlow):
 
     def average_velocity(self, x, t, r, y):
         """u(x_t, t, r, y), (N, C, H, W); x (N, C, H, W), t ≥ r in [0, 1], (N,) or numbers, y (N,). See `velocity`."""
-        t, r = (spread(time, x, y, self.num_classes) for time in (t, r))
         return self.velocity(x, (t, r), y)
 
     def embed_times(self, t, label):
@@ -52,8 +51,7 @@ class FlowMap(DeepFlow):
         if r is t:
             return super().embed_times(t, label)
         if self.df_idxs:  # whole branches see t or r, and the gap r − t is the VeRA block's between them
-            ends = (*self.df_idxs, len(self.blocks))
-            return super().embed_times([t if end <= self.dmf_depth else r for end in ends], label)
+            return super().embed_times([t if end <= self.dmf_depth else r for end in self.ends], label)
         conditions = [self.t_embedder(time) + label for time in (t, r)]
         return per_block(conditions, (self.dmf_depth, len(self.blocks))), []
 

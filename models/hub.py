@@ -5,11 +5,30 @@ import functools
 import os
 import threading
 
-from huggingface_hub import constants
+from huggingface_hub import PyTorchModelHubMixin, constants
 
 from common.errors import InputError, first_line, system_fault
 
 SECONDS = 3  # time limit for a site to answer
+
+
+class HubModel(PyTorchModelHubMixin):
+    """A network that `from_pretrained` reads from a folder or the hub."""
+
+    @classmethod
+    def from_pretrained(cls, source, **options):
+        """As in the mixin, from a folder or the hub. Raises InputError if loading fails."""
+        if os.path.isdir(source):
+            return super().from_pretrained(source, **options)
+        with fetching(f"the model '{source}'", source, "name a folder that models/export.py wrote"):
+            return super().from_pretrained(source, **options)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict=True, **kwargs):
+        """The mixin's, strict by default; what config.json says of the run is left out."""
+        for name in ("run", "data", "steps", "weights"):
+            kwargs.pop(name, None)
+        return super()._from_pretrained(strict=strict, **kwargs)
 
 
 @contextlib.contextmanager

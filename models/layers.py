@@ -103,9 +103,11 @@ def check_labels(y, num_classes):
 def spread(t, x, y, num_classes):
     """A number t as the time (N,) of x (N, …), after checking labels y (N,); tensors (N,) are returned as they are.
 
-    num_classes: None if y is text. Raises InputError.
+    A list's members are treated alike. num_classes: None if y is text. Raises InputError.
     """
-    if isinstance(t, list | tuple) or getattr(t, "ndim", 0):
+    if isinstance(t, list | tuple):
+        return [spread(time, x, y, num_classes) for time in t]
+    if getattr(t, "ndim", 0):
         return t
     if num_classes is not None:
         check_labels(y, num_classes)

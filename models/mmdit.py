@@ -92,4 +92,4 @@ class MMDiT(DeepFlow):
     def embed(self, t, y):
         """As DeepFlow's, for text features y (N, L, W) → text tokens (N, L, D); no label joins the conditions."""
         text = self.context_embedder(y)
-        return *self.embed_times(t, 0), text
+        return *self.embed_times(t, text.new_zeros(len(text), 1)), text
