@@ -22,7 +22,7 @@ from common.pictures import save_lines
 from common.precision import set_math
 from common.processes import device_of_process
 from evaluations.metrics.results import Result, markdown
-from models.published import PublishedFlags
+from models.flags import PublishedFlags
 from sampling.conditions import ClassLabels
 from sampling.flags import SamplingFlags
 from sampling.sampler import ImageSampler

@@ -16,7 +16,8 @@ from common.files import write_atomically
 from common.flags import ROOT
 from evaluations.metrics.results import markdown
 from evaluations.published import AT_512, FLOW_FILE, PUBLISHED, STEPS_PER_EPOCH
-from models.flops import MFU, count_flops, gpu_hours
+from models.flops import count_flops
+from models.gpus import MFU, gpu_hours
 from models.presets import build
 
 PAGE = ROOT / "docs" / "paper.md"

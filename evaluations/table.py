@@ -21,7 +21,7 @@ from common.records import check_record, read_record
 from evaluations.metrics.results import Result, markdown
 from evaluations.published import PUBLISHED, STEPS_PER_EPOCH
 from models.codec import LatentSpec
-from models.presets import IMAGENET, NETWORKS, build, constructor_defaults, kind_of
+from models.presets import IMAGENET, build, constructor_defaults, kind_of
 from sampling.manifest import SampleManifest
 from training.settings import settings
 
@@ -73,7 +73,7 @@ def published_cells(row, metrics):
 
 def network(options):
     """Constructor arguments as they are compared; those that an older file lacks have their defaults."""
-    known = {**constructor_defaults(NETWORKS[kind_of(options)]), **options}
+    known = {**constructor_defaults(kind_of(options)), **options}
     known = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items() if name not in FREE}
     return {**known, "qk_norm": bool(known["qk_norm"]), "z_dims": known["z_dims"] if known["ssl_align"] else None}
 

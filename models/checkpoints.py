@@ -23,7 +23,7 @@ from common.flags import shown
 from common.records import Whole, check_record, read_record
 from models.deepflow import DeepFlow
 from models.paths import PATHS
-from models.presets import NETWORKS, build, constructor_defaults, kind_of, parse_df_idxs
+from models.presets import build, constructor_defaults, kind_of, parse_df_idxs
 from models.published import from_published
 
 REMEDY = "copy it again, or name another"
@@ -126,7 +126,7 @@ def read_folder(folder):
     config = read_record(dict, where, remedy)
     run = check_record(dict, config.get("run", {}), f"{where}, run", remedy)
     weights = check_record(Literal[tuple(ENTRIES)], config.get("weights", "ema"), f"{where}, weights", remedy)
-    defaults = constructor_defaults(NETWORKS[kind_of(config)])
+    defaults = constructor_defaults(kind_of(config))
     options = {name: config.get(name, default) for name, default in defaults.items()}
     return {
         ENTRIES[weights]: read_weights_file(folder / WEIGHTS_FILE),

@@ -16,7 +16,7 @@ from common.errors import InputError, exit_on_input_error
 from common.files import whole_folder, write_json
 from common.flags import flag, parse_flags, required
 from models.checkpoints import CONFIG_FILE, TRAINING, WEIGHTS_FILE, load_checkpoint
-from models.published import PublishedFlags
+from models.flags import PublishedFlags
 
 # What sampling and its manifest need; paths of the training machine are left out.
 RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)

@@ -309,7 +309,7 @@ def test_settings_without_guidance_are_taken_once(tmp_path):
     assert [setting.name for setting in settings] == [
         f"steps-{steps}-cfg-{rest}" for steps in (50, 250) for rest in ("1.0", "1.5-0.0-1.0", "1.5-0.3-0.7")
     ]
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="--interval"):
         sweep.parse([*flags[:6], "--interval", "0.3"])
     with pytest.raises(InputError, match="--ckpt x does not exist"):
         sweep.main(flags)

@@ -11,7 +11,7 @@ import torch
 
 import train
 import train_dmf
-from common.errors import InputError
+from common.errors import InputError, exit_on_input_error
 from common.flags import parse_commands, parse_flags, shown
 from common.published_flags import OURS, REFUSED, UNUSED
 from dataset import open_dataset
@@ -60,6 +60,20 @@ def refusal(cls, *words):
         parse_flags(cls, list(words))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("typed", ["--seed", "--global-seed"])
+def test_an_error_names_the_flag_that_was_typed(typed, capsys):
+    with pytest.raises(SystemExit) as end, exit_on_input_error():
+        parse_flags(GenerateConfig, ["--ckpt", "x", typed, "-1"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {typed} -1 is out of range")
+
+
+def test_an_error_names_a_published_flag_that_was_typed(capsys):
+    with pytest.raises(SystemExit), exit_on_input_error():
+        parse_flags(TrainConfig, ["--image-size", "0"])
+    assert "--image-size 0" in capsys.readouterr().err
 
 
 def test_sit_training():

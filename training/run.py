@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, say
+from common.errors import EXIT_STOPPED, InputError, say
 from common.files import check_writable
 from common.flags import shown
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
 from models.codec import LatentCodec, LatentSpec
 from models.compiling import keep_compiled
-from models.flops import count_flops, gpu_hours
+from models.flops import count_flops
+from models.gpus import gpu_hours
 from models.presets import COCO, IMAGENET
 from training.alignment import describe_alignment, find_caches
 from training.checkpoint import find_resume
@@ -25,7 +26,6 @@ from training.config import RunFlags
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import BLOCK
 from training.loader import SeekableSampler
-from training.stop import EXIT_STOPPED
 from training.trackers import check_tracker
 from training.trainer import Trainer
 

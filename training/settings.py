@@ -3,9 +3,9 @@
 import dataclasses
 import re
 
+import models
 from common.errors import InputError
 from common.flags import shown
-from models.deepflow import acc_widths
 from models.presets import PRESETS, model_config, spaced_key_layers
 
 COUNTS = {"count": "number of images in --data-dir", "captions": "number of captions in --data-dir"}
@@ -40,7 +40,7 @@ LABELS = {  # in this order, before others; "": the value tells enough
 def settings(config, options):
     """{flag: value} of the flags that are not free, filled in from `options`, the model's constructor arguments."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
-    acc_mlp = list(acc_widths(options["acc_mlp"], options["projector_dim"]))
+    acc_mlp = list(models.deepflow.acc_widths(options["acc_mlp"], options["projector_dim"]))
     encoders = ",".join(config.encoders())
     filled = {**options, "trans_depth": options["depth"], "acc_mlp": acc_mlp, "enc_type": encoders}
     values.update({name: filled[name] for name in values.keys() & filled.keys()})

@@ -12,8 +12,9 @@ from common.flags import flag
 from common.records import Finite, check_record, read_record
 from common.versions import versions
 from models.checkpoints import Options
+from sampling.flags import GENEVAL_IMAGES
 from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_manifest
-from sampling.stores import GENEVAL_IMAGES, GenEvalFiles, PngFiles
+from sampling.stores import GenEvalFiles, PngFiles
 
 
 @dataclasses.dataclass
