@@ -13,25 +13,10 @@ import collections
 import dataclasses
 from statistics import fmean
 
-from tqdm import tqdm
-
 from common.errors import InputError, exit_on_input_error
 from common.files import check_writable
-from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, flag, parse_flags, required
-from common.pictures import save_lines
-from common.precision import set_math
-from common.processes import device_of_process
-from evaluations.metrics.results import Result, markdown
+from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, flag, parse_early, parse_flags, required
 from models.flags import PublishedFlags
-from sampling.conditions import ClassLabels
-from sampling.flags import SamplingFlags
-from sampling.sampler import ImageSampler
-
-REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
-    "per token": lambda d: d.norm(dim=-1).mean(dim=1),  # over channels, then the mean over tokens
-    "per image": lambda d: d.flatten(1).norm(dim=1),  # over tokens and channels
-    "of the mean token": lambda d: d.mean(dim=1).norm(dim=-1),
-}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,6 +31,26 @@ class DistanceFlags(PublishedFlags):
     seed: int = flag(0, "seed of labels and noise", range=SEED, group="sampling")
     out: str | None = flag(None, "file for all steps", str, group="output", metavar="JSON")
     plot: str | None = flag(None, "picture to write", str, group="output", metavar="PNG")
+
+
+if __name__ == "__main__":
+    parse_early(DistanceFlags, __doc__)
+
+from tqdm import tqdm
+
+from common.pictures import save_lines
+from common.precision import set_math
+from common.processes import device_of_process
+from evaluations.metrics.results import Result, markdown
+from sampling.conditions import ClassLabels
+from sampling.flags import SamplingFlags
+from sampling.sampler import ImageSampler
+
+REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
+    "per token": lambda d: d.norm(dim=-1).mean(dim=1),  # over channels, then the mean over tokens
+    "per image": lambda d: d.flatten(1).norm(dim=1),  # over tokens and channels
+    "of the mean token": lambda d: d.mean(dim=1).norm(dim=-1),
+}
 
 
 class Probe:

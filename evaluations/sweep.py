@@ -16,18 +16,18 @@ from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable, write_atomically, write_json
-from common.flags import IMAGES, ROOT, SAMPLER_STEPS, WORKERS, FlagTextError, flag, parse_flags, required, shown
-from common.pictures import save_lines
-from common.processes import Processes
-from evaluations.evaluator import EvaluatorFlags, check_inputs, label
-from evaluations.metrics.features import features_name
-from evaluations.metrics.results import Result, markdown
-from models.checkpoints import find_checkpoint
-from samplers import Guidance
-from sampling.manifest import check_settings
-
-RECORD = "sweep.json"  # in --out: flags common to all settings
-SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
+from common.flags import (
+    IMAGES,
+    ROOT,
+    SAMPLER_STEPS,
+    WORKERS,
+    FlagTextError,
+    flag,
+    parse_early,
+    parse_flags,
+    required,
+    shown,
+)
 
 
 def interval(text):
@@ -57,6 +57,28 @@ class SweepFlags:
     def distance(self):
         """Name of the Fréchet distance among the evaluator's metrics."""
         return f"fd_{features_name(self.features)}" if self.features else "fid"
+
+
+def split(words):
+    """(words before `--`, those after it, which generate.py gets)."""
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
+
+
+if __name__ == "__main__":
+    parse_early(SweepFlags, __doc__, argv=split(sys.argv[1:])[0])
+
+from common.pictures import save_lines
+from common.processes import Processes
+from evaluations.evaluator import EvaluatorFlags, check_inputs, label
+from evaluations.metrics.features import features_name
+from evaluations.metrics.results import Result, markdown
+from models.checkpoints import find_checkpoint
+from samplers import Guidance
+from sampling.manifest import check_settings
+
+RECORD = "sweep.json"  # in --out: flags common to all settings
+SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +197,9 @@ def check(args, generate):
 
 
 def parse(argv):
-    """(flags, words after `--`, which generate.py gets)."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    return parse_flags(SweepFlags, argv[:cut], __doc__), argv[cut + 1 :]
+    """(flags, words for generate.py)."""
+    own, generate = split(argv)
+    return parse_flags(SweepFlags, own, __doc__), generate
 
 
 def main(argv=None):

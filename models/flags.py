@@ -1,9 +1,12 @@
-"""Flags that describe a published file, shared by the programs that read one."""
+"""Flags about models that several programs have, and what they may name."""
 
 import dataclasses
 
 from common.flags import Range, flag
 
+ENCODERS = (  # of alignment, models/encoders.py
+    "dinov2-vit-{s,b,l,g}, dinov2reg-vit-{s,b,l,g}, dinov1-vit-b, mocov3-vit-{s,b,l}, mae-vit-l, clip-vit-l, jepa-vit-h"
+)
 CONVENTIONS = ("repa", "sit")  # REPA, DeepFlow and Decoupled MeanFlow: t = 0 is data; SiT: t = 1 is data
 
 

@@ -16,9 +16,9 @@ from evaluations import count_flops, sweep, table
 from evaluations.metrics.results import Result
 from evaluations.published import CONFIGS, TABLE_8
 from models import PRESETS, create_model, model_config
-from models.checkpoints import TRAINING
 from models.flops import Part, count_parts
 from models.flops import count_flops as count
+from models.specs import TRAINING
 
 # ------------------------------------------------------------------------------------------------- FLOPs
 

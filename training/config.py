@@ -14,7 +14,7 @@ from pathlib import Path
 import models  # its modules are imported on first use
 from common.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, note
 from common.flags import BATCH, BLOCKS, CLASSES, SEED, SIDE, WORKERS, Range, flag
-from models.flags import ConventionFlag
+from models.flags import ENCODERS, ConventionFlag
 from models.gpus import MFU, PEAK_FLOPS
 from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
 from training.settings import run_name
@@ -197,9 +197,6 @@ ALIGN = (
     "align if --enc-type or --encoder-depth is given, as in REPA"
 )
 ENCODER = "dinov2-vit-b"
-ENCODERS = (
-    "dinov2-vit-{s,b,l,g}, dinov2reg-vit-{s,b,l,g}, dinov1-vit-b, mocov3-vit-{s,b,l}, mae-vit-l, clip-vit-l, jepa-vit-h"
-)
 ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; default: {ENCODER}"
 
 

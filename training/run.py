@@ -15,11 +15,12 @@ from common.files import check_writable
 from common.flags import shown
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
-from models.codec import LatentCodec, LatentSpec
+from models.codec import LatentCodec
 from models.compiling import keep_compiled
 from models.flops import count_flops
 from models.gpus import gpu_hours
 from models.presets import COCO, IMAGENET
+from models.specs import LatentSpec
 from training.alignment import describe_alignment, find_caches
 from training.checkpoint import find_resume
 from training.config import RunFlags
