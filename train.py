@@ -1,7 +1,7 @@
 """Train a DeepFlow or SiT model on VAE latents.
 
     python train.py --exp-name first --model DeepFlow-B/2 --data-dir DATA
-    accelerate launch train.py --exp-name b2 --model DeepFlow-B/2 --data-dir DATA --weighting lognormal
+    accelerate launch train.py --exp-name b2 --model DeepFlow-B/2 --data-dir DATA --compile
 
 Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samples/.
 """

@@ -63,7 +63,7 @@ def flag(default, help, kind=None, *, group=None, range=None, free=False, empty=
 
     group: heading in --help; range: a Range for the value or each value of a list, by default any finite number;
     free: does not affect results, so a resumed run may change it; empty: "" is a valid value. options go to argparse;
-    `also` lists other names of the flag, which --help leaves out.
+    `name`: the flag's name if it is not the field's; `also` lists other names, which --help leaves out.
     """
     kind = kind or type(default)
     range = range or (Range() if kind in (int, float) else None)
@@ -161,10 +161,11 @@ def check_ranges(config):
     for field in dataclasses.fields(config):
         allowed, values = field.metadata["range"], getattr(config, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:
+            name = field.metadata.get("name", shown(field.name))
             if value == "" and not field.metadata["empty"]:  # an empty path would be the current folder
-                raise InputError(f"{shown(field.name)} is empty; give it a value, or leave it out")
+                raise InputError(f"{name} is empty; give it a value, or leave it out")
             if allowed is not None and value is not None and value not in allowed:
-                raise InputError(f"{shown(field.name)} {value} is out of range; it must be {allowed}")
+                raise InputError(f"{name} {value} is out of range; it must be {allowed}")
     return config
 
 
@@ -173,7 +174,7 @@ def add_flags(parser, cls):
     groups, known, also = {None: parser}, {"--help"}, {}
     for field in dataclasses.fields(cls):
         options = {name: value for name, value in field.metadata.items() if name not in ("range", "free", "empty")}
-        kind, group, others = options.pop("kind"), options.pop("group"), options.pop("also", ())
+        kind, group, others = options.pop("kind"), options.pop("group"), [shown(field.name), *options.pop("also", ())]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
@@ -181,7 +182,7 @@ def add_flags(parser, cls):
             groups[group].add_argument(field.name, **options)
             continue
         options |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
-        names = groups[group].add_argument(shown(field.name), dest=field.name, **options).option_strings
+        names = groups[group].add_argument(options.pop("name", others[0]), dest=field.name, **options).option_strings
         known.update(names)
         also |= {name.replace(names[0][2:], other[2:]): name for name in names for other in others}  # also --no-NAME
     return known, also

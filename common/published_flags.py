@@ -70,6 +70,10 @@ def translate(words, own, also):
     For an unknown flag, the error suggests the program's closest one. Messages show the names that were typed.
     """
     TYPED.clear()
+    names = {word.partition("=")[0] for word in words}
+    if "--data-path" in names and "--weighting" in own - names:  # SiT's training has no such flag
+        note("--weighting uniform is assumed with --data-path, as in SiT; --data-dir DATA takes the default")
+        words = [*words, "--weighting=uniform"]
     if "--dry-run" in words:  # published scripts leave --data-dir for the user to fill in
         words = [word for word in words if word != "--data-dir="]
     result, dropping = [], False

@@ -14,14 +14,14 @@ import pickle
 from common.errors import InputError, exit_on_input_error, note, say
 from common.files import check_writable, write_atomically
 from common.flags import BATCH, SEED, Range, flag, parse_commands, parse_early, required
-from evaluations.metrics.results import MeasureFlags, NetworkFlags, Result
+from evaluations.metrics.results import BATCHES, SPEED, MeasureFlags, NetworkFlags, Result
 
 
 @dataclasses.dataclass(kw_only=True)
 class MetricFlags(NetworkFlags):
     metrics: str = flag("fid,fd_dinov2", "comma list of fid, fd_dinov2", group="features", empty=True)
     dinov2_weights: str | None = flag(None, "the authors' file; default: timm's", str, group="features", metavar="FILE")
-    batch: int = flag(64, "largest batch of a process", range=BATCH, group="precision and speed")
+    batch: int = flag(64, "largest batch", range=BATCH, group=SPEED, name=BATCHES, also=["--batch-size"])
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -30,8 +30,8 @@ class CalcFlags(MetricFlags, MeasureFlags):
 
     images: str = required("folder, zip or npz", metavar="PATH")
     ref: str = required(".pkl, or .npz with mu and sigma", metavar="FILE")
-    # --num-images: torchrun takes --num for an abbreviation of its own --numa-binding, wherever it stands
-    num: int = flag(50_000, "images to draw; under torchrun write --num-images", range=Range(2), also=("--num-images",))
+    # torchrun takes EDM2's --num for an abbreviation of its own --numa-binding, wherever it stands
+    num: int = flag(50_000, "images to draw", range=Range(2), name="--num-images")
     seed: int = flag(0, "seed of the draw", range=SEED)
 
 
@@ -113,7 +113,7 @@ def load_images(args, path, flag, needed):
     say(f"Loading images from {path} ...")
     images = open_images(path, flag)
     if len(images) < needed:
-        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num")
+        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num-images")
     args.check_count(path, len(images))
     return images
 

@@ -13,7 +13,7 @@ import dataclasses
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines
 from common.flags import BATCH, flag, parse_early, parse_flags, required
-from evaluations.metrics.results import Result, ResultFlags, sample_labels
+from evaluations.metrics.results import BATCHES, SPEED, Result, ResultFlags, sample_labels
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
@@ -23,8 +23,8 @@ class ClipFlags(ResultFlags):
     samples: str = required("npz or folder of images", positional=True)
     prompts: str | None = flag(None, "a prompt per line; default: the manifest's", str, group="data", metavar="FILE")
     clip: str = flag(DEFAULT_CLIP, "name or folder of the CLIP model", group="model")
-    batch_size: int = flag(64, "images per batch", range=BATCH, group="precision and speed")
-    device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group="precision and speed")
+    batch_size: int = flag(64, "images per batch", range=BATCH, group=SPEED, name=BATCHES)
+    device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group=SPEED)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note, say
 from common.flags import BATCH, Range, flag, parse_early, parse_flags, required
-from evaluations.metrics.results import MeasureFlags, Result
+from evaluations.metrics.results import BATCHES, SPEED, MeasureFlags, Result
 
 PRECISIONS = ["float16", "float32", "float64"]
 
@@ -22,7 +22,7 @@ PRECISIONS = ["float16", "float32", "float64"]
 class EvaluatorFlags(MeasureFlags):
     reference: str = required("npz of reference images, with statistics or without; folder or zip", positional=True)
     samples: str = required("npz, folder or zip of sampled images", positional=True)
-    batch_size: int = flag(64, "images per forward pass and process", range=BATCH, group="precision and speed")
+    batch_size: int = flag(64, "images per forward pass and process", range=BATCH, group=SPEED, name=BATCHES)
     precision: str = flag("float16", "arithmetic of precision and recall", group="distances", choices=PRECISIONS)
     block: int = flag(10_000, "rows and columns of a block of distances", range=BATCH, group="distances")
     neighbors: int = flag(3, "k of precision and recall", range=Range(1), group="distances")

@@ -1,6 +1,6 @@
 """Guidance scale × interval × steps over one checkpoint: samples each setting, measures it, writes a table and a plot.
 
-    python -m evaluations.sweep --ckpt CKPT --ref REF.npz --out results/sweep --num-samples 5000 \\
+    python -m evaluations.sweep --ckpt CKPT --ref REF.npz --out results/sweep --num-fid-samples 5000 \\
         --cfg-scale 1.0 1.3 1.6 --interval 0,1 0.3,0.7 --num-steps 50 250 -- --mode ode --heun
 
 What follows `--` goes to generate.py. A setting that has been measured is not measured again: run the same command to
@@ -44,7 +44,7 @@ class SweepFlags:
     ckpt: str = required("checkpoint", group="model")
     ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
     out: str = required("folder for samples, results, table.md, best.txt, plot.png", group="output")
-    num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling")
+    num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling", name="--num-fid-samples")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
     num_steps: list = flag((250,), "sampler steps", int, range=SAMPLER_STEPS, group="sampling", nargs="+")

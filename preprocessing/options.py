@@ -8,6 +8,7 @@ from common.flags import BATCH, CLASSES, WORKERS, FlagTextError, Range, flag, re
 from models.flags import ENCODERS
 from models.specs import DEFAULT_TEXT_ENCODER, DEFAULT_VAE
 
+BATCHES, SPEED = "--per-proc-batch-size", "precision and speed"  # name and group of flags
 DTYPES = ["bf16", "fp16", "fp32"]
 TRANSFORMS = ["center-crop", "center-crop-dhariwal", "center-crop-wide", "resize"]
 STORED = {"fp16": "<f2", "fp32": "<f4"}
@@ -46,9 +47,9 @@ class StoredFlags:
 class NetworkFlags(StoredFlags):
     """How a network computes the rows."""
 
-    batch_size: int = flag(16, "images per batch and process", range=BATCH, group="precision and speed")
-    workers: int = flag(4, "threads that read images", range=WORKERS, group="precision and speed")
-    device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")
+    batch_size: int = flag(16, "images per batch and process", range=BATCH, group=SPEED, name=BATCHES)
+    workers: int = flag(4, "threads that read images", range=WORKERS, group=SPEED, name="--num-workers")
+    device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group=SPEED)
 
 
 def width_height(text):
@@ -70,7 +71,7 @@ class ConvertFlags(ImageFlags):
     _: dataclasses.KW_ONLY
     format: str = flag("png", "jpeg loses detail", choices=["jpeg", "png", "webp-lossless"], group="output")
     workers: int | None = flag(
-        None, "processes; default: one per core", int, range=WORKERS, group="precision and speed"
+        None, "processes; default: one per core", int, range=WORKERS, group=SPEED, name="--num-workers"
     )
 
 
@@ -81,7 +82,7 @@ class EncodeFlags(NetworkFlags, ImageFlags):
     mirror: ClassVar = False
     vae: str = flag(DEFAULT_VAE, "name or folder", also=("--model-url",), group="model")
     _: dataclasses.KW_ONLY
-    dtype: str = flag("fp32", "of the VAE's arithmetic", choices=DTYPES, group="precision and speed")
+    dtype: str = flag("fp32", "of the VAE's arithmetic", choices=DTYPES, group=SPEED)
     packed: bool = flag(False, "write memory-mapped shards instead of a file per image", group="output")
 
 
@@ -111,7 +112,7 @@ class PackFlags(StoredFlags):
     _: dataclasses.KW_ONLY
     vae: str | None = flag(None, "the VAE of a source without a manifest", str, group="data")
     num_classes: int | None = flag(None, "classes of such a source", int, range=CLASSES, group="data")
-    workers: int = flag(8, "threads that read files", range=WORKERS, group="precision and speed")
+    workers: int = flag(8, "threads that read files", range=WORKERS, group=SPEED, name="--num-workers")
 
 
 @dataclasses.dataclass
@@ -121,8 +122,8 @@ class CaptionFlags(StoredFlags, SetFlags):
     annotations: str = required("COCO's captions, or {file name: [captions]}", metavar="JSON", group="data")
     text_encoder: str = flag(DEFAULT_TEXT_ENCODER, "name or folder", group="model")
     _: dataclasses.KW_ONLY
-    batch_size: int = flag(64, "captions per batch and process", range=BATCH, group="precision and speed")
-    device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")
+    batch_size: int = flag(64, "captions per batch and process", range=BATCH, group=SPEED, name=BATCHES)
+    device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group=SPEED)
 
 
 @dataclasses.dataclass
@@ -139,5 +140,5 @@ class InfoFlags:
     """what the manifest says, in ten lines"""
 
     data_dir: str = required("data folder, or one set of it", metavar="DIR", positional=True)
-    grid: str | None = flag(None, "also decode 64 latents into this picture", str, metavar="PNG")
+    grid: str | None = flag(None, "also decode 64 latents into this picture", str, metavar="PNG", name="--out")
     vae: str | None = flag(None, "VAE of the picture; default: the recorded one", str)

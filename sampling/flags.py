@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from common.errors import InputError
-from common.flags import BATCH, BLOCKS, CLASSES, IMAGES, SAMPLER_STEPS, SEED, SIDE, Range, flag, required
+from common.flags import BATCH, BLOCKS, CLASSES, HIDDEN, IMAGES, SAMPLER_STEPS, SEED, SIDE, Range, flag, required
 from models.flags import PublishedFlags
 from models.presets import PRESETS
 
@@ -32,7 +32,7 @@ class SamplingFlags(PublishedFlags):
     trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS, group=MODEL)
     qk_norm: bool | None = flag(None, "normalised queries and keys", bool, group=MODEL)
     ssl_align: bool | None = flag(None, "the model was trained with SSL alignment", bool, group=MODEL)
-    projector_embed_dims: str | None = flag(None, "accepted for published scripts, unused", str, group=MODEL)
+    projector_embed_dims: str | None = flag(None, HIDDEN, str, group=MODEL)
     path_type: str | None = flag(
         None, "default: the checkpoint's, else linear", str, choices=["linear", "cosine"], group=MODEL
     )
@@ -46,18 +46,22 @@ class SamplingFlags(PublishedFlags):
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none", group=SAMPLING)
     guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)", group=SAMPLING)
     guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)", group=SAMPLING)
-    global_seed: int = flag(0, "image i depends on it and on i", range=SEED, also=["--seed"], group=SAMPLING)
+    global_seed: int = flag(
+        0, "image i depends on it and on i; --seed is the same", range=SEED, also=["--seed"], group=SAMPLING
+    )
 
     dtype: str = flag("fp32", "precision of the network; the state is float64", choices=DTYPES, group=SPEED)
     vae_dtype: str = flag("fp32", "precision of the decoder", choices=DTYPES, group=SPEED)
-    tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", group=SPEED)
+    tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", also=["--allow-tf32"], group=SPEED)
     fused_attn: bool = flag(True, "fused attention kernels", group=SPEED)
     compile: bool = flag(False, "compile the network's blocks at the start, for faster steps", group=SPEED)
-    per_proc_batch_size: int = flag(32, "images per forward pass and process", range=BATCH, group=SPEED)
+    per_proc_batch_size: int = flag(
+        32, "images per forward pass and process", range=BATCH, also=["--batch-size"], group=SPEED
+    )
     decode_batch_size: int = flag(32, "images decoded at once", range=BATCH, group=SPEED)
 
     sample_dir: str = flag("samples", "parent folder of the results", group=OUTPUT)
-    num_fid_samples: int = flag(50_000, "number of images", range=IMAGES, group=OUTPUT)
+    num_fid_samples: int = flag(50_000, "number of images", range=IMAGES, also=["--num-samples"], group=OUTPUT)
     format: str = flag("both", "what is written", choices=["npz", "png", "both"], group=OUTPUT)
     decode: bool = flag(True, "decode to images; --no-decode writes an npz of latents", group=OUTPUT)
     resume: bool = flag(True, "resume an interrupted run; --no-resume refuses a folder with images", group=OUTPUT)

@@ -213,7 +213,7 @@ def test_checkpoint_whose_weights_are_not_those_of_its_settings(run, data, tmp_p
         {"learning_rate": 0.5},
         {"tg_upper_bound": 0.5},
         {"acc_coeff": 0.5},
-        {"weighting": "lognormal"},
+        {"weighting": "uniform"},
         {"cfg_prob": 0.5},
         {"seed": 5},
         {"batch_size": 2},

@@ -79,6 +79,9 @@ def test_an_error_names_a_published_flag_that_was_typed(capsys):
 def test_sit_training():
     config = parse_flags(TrainConfig, SIT_TRAIN.split())
     holds(config, data_dir="/path/to/imagenet/train", output_dir="out", resolution=256, batch_size=128, seed=3)
+    holds(config, weighting="uniform")
+    holds(parse_flags(TrainConfig, [*SIT_TRAIN.split(), "--weighting", "lognormal"]), weighting="lognormal")
+    holds(parse_flags(TrainConfig, SIT_TRAIN.replace("--data-path", "--data-dir").split()), weighting="lognormal")
     holds(
         config, checkpointing_steps=50_000, sampling_steps=5000, report_to="wandb", path_type="linear", prediction="v"
     )

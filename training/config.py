@@ -64,7 +64,12 @@ class RunFlags:
     resolution: int = data_flag(None, "image size; checked against the data", int, range=SIDE, free=True)
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
     num_workers: int = data_flag(
-        None, "threads that read; default: 4, for images one per core", int, range=Range(0, WORKERS.high), free=True
+        None,
+        "threads that read; default: 4, for images one per core",
+        int,
+        range=Range(0, WORKERS.high),
+        free=True,
+        also=["--workers"],
     )
 
     batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=BATCH)
@@ -82,7 +87,7 @@ class RunFlags:
     seed: int = optim_flag(0, "seed of everything random", range=SEED)
 
     mixed_precision: str = speed_flag(None, "autocast; default: bf16 on GPU", str, choices=["no", "fp16", "bf16"])
-    allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them", free=True)
+    allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them", free=True, name="--tf32")
     fused_attn: bool = speed_flag(True, "fused attention kernels", free=True)
     gradient_checkpointing: bool = speed_flag(False, "recompute activations in backward, saving memory", free=True)
     compile: bool = speed_flag(False, "compile each kind of block: a slower start, faster steps", free=True)
@@ -167,7 +172,7 @@ class BranchFlags:
 
     vera: str = model_flag("full", "between branches, as in Table 7a: none, gap, acceleration or full")
     acc_mlp: int = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=Range(1, 2**16), nargs="+")
-    weighting: str = loss_flag("uniform", "distribution of t", choices=["uniform", "lognormal"])
+    weighting: str = loss_flag("lognormal", "distribution of t", choices=["uniform", "lognormal"])
     tg_upper_bound: float = loss_flag(
         None, "upper bound of branches' time gap (alpha); default: 0.01, --vera none: 0", float, range=PROBABILITY
     )
@@ -257,6 +262,7 @@ class TextTrainConfig(BranchFlags, AlignmentFlags):
 
     model: str = model_flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
     init: str = model_flag(None, "initialisation (repa: PyTorch's); default: preset's", str, choices=["dit", "repa"])
+    weighting: str = loss_flag("uniform", "distribution of t", choices=["uniform", "lognormal"])
     cfg_prob: float = loss_flag(0.1, "probability that a caption becomes the empty one", range=PROBABILITY)
     data_dir: str = data_flag("data/coco256/train", "folder that holds vae-sd/ and text/, or U-ViT's", free=True)
     max_train_steps: int = optim_flag(150_000, "optimizer steps", range=AT_LEAST_1, free=True)

@@ -137,10 +137,11 @@ def given_flags(config):
     for f in dataclasses.fields(config):
         if (value := getattr(config, f.name)) == f.default:
             continue
+        name = f.metadata.get("name", shown(f.name))
         if isinstance(value, bool):
-            words += [shown(f.name) if value else f"--no-{shown(f.name)[2:]}"]
+            words += [name if value else f"--no-{name[2:]}"]
         else:
-            words += [shown(f.name), *map(str, value if isinstance(value, list | tuple) else [value])]
+            words += [name, *map(str, value if isinstance(value, list | tuple) else [value])]
     return f"flags: {shlex.join(words) or 'all at their defaults'}"
 
 

@@ -13,7 +13,7 @@ COUNTS = {"count": "number of images in --data-dir", "captions": "number of capt
 FAMILIES = {"DeepFlow-MMDiT": "deepflow-t2i"}  # others in lower case
 UNMARKED_SIZES = ("DeepFlow-MMDiT-L/2", "MMDiT-L/2")  # the only ones of Table 6
 USUAL = {  # by kind of model, or kind and resolution: the papers' settings where they differ from the flags' defaults
-    "flow": {"weighting": "lognormal", "enc_type": "None"},
+    "flow": {"enc_type": "None"},
     "text": {"enc_type": "None"},
     ("flow map", 512): {"qk_norm": True, "g_max": 0.8},
 }

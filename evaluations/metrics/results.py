@@ -16,6 +16,8 @@ from sampling.flags import GENEVAL_IMAGES
 from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_manifest
 from sampling.stores import GenEvalFiles, PngFiles
 
+BATCHES, SPEED = "--per-proc-batch-size", "precision and speed"  # name and group of flags
+
 
 @dataclasses.dataclass
 class Result:
