@@ -19,14 +19,13 @@ import numpy as np
 import torch
 
 from common.errors import InputError, note
-from common.processes import cores_of_process
+from common.look_ahead import cores_of_process
 from latents.captions import CaptionRows, open_text, read_empty
 from latents.foreign import CaptionFiles, LogVarianceRows, find_empty, is_foreign, list_foreign
 from latents.manifest import MANIFEST, PREPARE, DataManifest
 from latents.rows import FolderRows, ImageFiles, StoredRows
 from latents.sets import Moments, check_labels, open_features, open_images, open_mirror, open_moments, spec_of_vae
-from models.codec import LatentSpec
-from models.text import TextSpec
+from models.specs import LatentSpec, TextSpec
 
 
 @dataclasses.dataclass(frozen=True)

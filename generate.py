@@ -11,39 +11,21 @@ command resumes an interrupted run.
 
 import dataclasses
 
-from common.errors import InputError, exit_on_input_error, note
+from common.errors import exit_on_input_error, note
 from common.files import naming
-from common.flags import CLASSES, flag, parse_flags
+from common.flags import parse_early, parse_flags
+from sampling.flags import GenerateConfig
+
+if __name__ == "__main__":
+    parse_early(GenerateConfig, __doc__)
+
 from common.precision import set_math
 from common.processes import Processes
 from models.checkpoints import find_checkpoint
 from models.compiling import keep_compiled
 from sampling.conditions import ClassLabels
-from sampling.flags import MODEL, OUTPUT, SAMPLING, SamplingFlags
 from sampling.results import default_folder, save_images, save_picture
 from sampling.sampler import ImageSampler
-
-
-@dataclasses.dataclass(kw_only=True)
-class GenerateConfig(SamplingFlags):
-    """Flags of generate.py."""
-
-    num_classes: int | None = flag(None, "number of classes", int, range=CLASSES, group=MODEL)
-    labels: str = flag("random", "random, balanced, or in turn: 207,robin or a file with one per line", group=SAMPLING)
-    classes: str | None = flag(None, "classes of the grid, 207,robin: equally many of each", str, group=OUTPUT)
-
-    def model_options(self):
-        return {**super().model_options(), "num_classes": self.num_classes}
-
-    def resolve(self):
-        """As SamplingFlags.resolve, and for --classes."""
-        config = super().resolve()
-        if config.classes and not config.grid:
-            raise InputError("--classes belongs to --grid; for many images pass --labels")
-        if config.classes and (count := len(config.classes.split(","))) > config.num_fid_samples:
-            cells = f"{count} classes for {config.num_fid_samples} images"
-            raise InputError(f"--classes names {cells}; pass a larger --grid")
-        return config
 
 
 def generate(config, make_condition=ClassLabels):

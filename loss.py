@@ -11,15 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-WEIGHTINGS = ("uniform", "lognormal")
-
 
 def sample_times(rng, n, num_branches, weighting, path, tg_upper_bound):
     """Draw the k times of n samples (section 3.2.2), float32 (k, N) in [0, 1].
 
     t_1 is uniform, or such that log σ/α is a standard normal (on the linear path the logistic of one);
     t_{i+1} = clamp(t_i ± u, 0, 1) with u ~ U(0, tg_upper_bound) and one sign for the whole batch, as in the release.
-    weighting: one of WEIGHTINGS; rng: numpy Generator.
+    weighting: uniform or lognormal; rng: numpy Generator.
     """
     times = [rng.random(n) if weighting == "uniform" else path.time_of_ratio(np.exp(rng.standard_normal(n)))]
     sign = 1 if rng.random() < 0.5 else -1
@@ -94,13 +92,10 @@ def flow_map_times(normals, means, stds):
     return torch.stack([t_fm, torch.maximum(t, r), torch.minimum(t, r)])
 
 
-GUIDED_VELOCITIES = ("default", "mg", "distill")
-
-
 def guided_samples(kind, times, dropped, low, high):
     """Which samples are guided in the flow part and in the mean-flow part, (2, N) bool.
 
-    kind: one of GUIDED_VELOCITIES; times (3, N) from `flow_map_times`; dropped (N,) bool: samples without their label,
+    kind: default, mg or distill; times (3, N) from `flow_map_times`; dropped (N,) bool: samples without their label,
     which model guidance (mg) leaves out; low, high: interval of t, tested for each part.
     """
     if kind == "default":

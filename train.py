@@ -1,7 +1,7 @@
 """Train a DeepFlow or SiT model on VAE latents.
 
     python train.py --exp-name first --model DeepFlow-B/2 --data-dir DATA
-    accelerate launch train.py --exp-name b2 --model DeepFlow-B/2 --data-dir DATA --weighting lognormal
+    accelerate launch train.py --exp-name b2 --model DeepFlow-B/2 --data-dir DATA --compile
 
 Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samples/.
 """
@@ -9,17 +9,20 @@ Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samp
 import functools
 
 from common.errors import InputError, exit_on_input_error
-from common.flags import parse_flags
+from common.flags import parse_early, parse_flags
+from training.config import EXIT_CODES, TrainConfig
+
+if __name__ == "__main__":
+    parse_early(TrainConfig, __doc__, EXIT_CODES)
+
 from loss import alignment_loss, deepflow_loss
 from models import model_config
 from models.encoders import check_grid
 from models.paths import PATHS
 from training.alignment import Targets
-from training.config import TrainConfig
 from training.draws import draw_step
 from training.grids import GridSampler
 from training.run import Task, run_task
-from training.stop import EXIT_CODES
 
 
 def objective(network, batch, draws, *, config, dataset, weights, targets=None):

@@ -9,19 +9,22 @@ logarithm whose level says little.
 
 import functools
 
+from common.errors import exit_on_input_error
+from common.flags import parse_early, parse_flags
+from training.config import EXIT_CODES, FlowMapConfig
+
+if __name__ == "__main__":
+    parse_early(FlowMapConfig, __doc__, EXIT_CODES)
+
 import torch
 
-from common.errors import exit_on_input_error
-from common.flags import parse_flags
 from loss import deepflow_loss, flow_map_loss, flow_map_targets
 from models.deepflow import DeepFlowOutput
 from models.paths import PATHS
-from training.config import FlowMapConfig
 from training.draws import draw_flow_map_step
 from training.flow_map import guided_target, start
 from training.grids import FlowMapGridSampler
 from training.run import Task, run_task
-from training.stop import EXIT_CODES
 
 
 def objective(network, batch, draws, *, model, guide, autocast, config, info, weights):

@@ -7,10 +7,13 @@ Loop, losses, alignment and the run's folder are those of train.py; an image's c
 """
 
 from common.errors import exit_on_input_error
-from common.flags import parse_flags
+from common.flags import parse_early, parse_flags
+from training.config import EXIT_CODES, TextTrainConfig
+
+if __name__ == "__main__":
+    parse_early(TextTrainConfig, __doc__, EXIT_CODES)
+
 from train import train
-from training.config import TextTrainConfig
-from training.stop import EXIT_CODES
 
 if __name__ == "__main__":
     with exit_on_input_error():

@@ -30,9 +30,10 @@ from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags
 from common.versions import versions
 from dataset import open_dataset
-from preprocessing.convert import ConvertFlags, convert
-from preprocessing.encode import EncodeFlags, encode, latent_name
-from preprocessing.pack import PackFlags, pack
+from preprocessing.convert import convert
+from preprocessing.encode import encode, latent_name
+from preprocessing.options import ConvertFlags, EncodeFlags, PackFlags
+from preprocessing.pack import pack
 from training.loader import LatentLoader, SeekableSampler
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,12 +26,11 @@ from benchmarks.timing import (
 from benchmarks.train_step import diffusers_model
 from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags
-from common.precision import set_math
+from common.precision import DTYPES, set_math
 from models import create_model, model_config
 from models.compiling import compile_blocks
 from models.paths import PATHS
 from samplers import SAMPLERS, BranchOptions, BranchVelocity, Guidance, GuidedVelocity, InternalGuidance, integrate
-from sampling.flags import DTYPES
 from sampling.sampler import batch_noise
 
 CLASSES = 1000

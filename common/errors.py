@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 
 EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
+TYPED = {}  # {flag: the other name under which it was given}, for messages
 ROOM = "free space, or raise the quota (ulimit -f), and run the same again: what is finished is kept"
 REMEDIES = {  # by errno, for what the operating system refuses, which says nothing about a file's content
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
@@ -93,7 +95,7 @@ def exit_on_input_error():
 def _in_one_line(error):
     """The line to print instead of a traceback; None for a bug in this program."""
     if isinstance(error, InputError):
-        return str(error)
+        return re.sub(r"--[a-z][\w-]*", lambda flag: TYPED.get(flag[0], flag[0]), str(error))
     compiler = sys.modules.get("torch._dynamo.exc")  # only imported together with the compiler
     if compiler and isinstance(error, compiler.TorchDynamoException):
         reason = first_line(getattr(error, "inner_exception", error))

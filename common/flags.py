@@ -7,19 +7,27 @@ class Config:
 
 config = parse_flags(Config, description=__doc__)
 name, options = parse_commands({"pack": PackFlags, "verify": VerifyFlags}, description="...")
+
+Modules that declare flags do not import torch, and a program begins with
+
+if __name__ == "__main__":
+    parse_early(Config, __doc__)  # before the imports that take seconds
 """
 
 import argparse
 import dataclasses
+import difflib
 import math
+import re
 import sys
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, exit_on_input_error
 from common.published_flags import translate
 
 ROOT = Path(__file__).resolve().parent.parent
 FlagTextError = argparse.ArgumentTypeError  # raised by a `kind` that cannot convert the text
+HIDDEN = argparse.SUPPRESS  # help of a flag that --help leaves out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,7 @@ def flag(default, help, kind=None, *, group=None, range=None, free=False, empty=
 
     group: heading in --help; range: a Range for the value or each value of a list, by default any finite number;
     free: does not affect results, so a resumed run may change it; empty: "" is a valid value. options go to argparse;
-    `also` lists other names of the flag.
+    `name`: the flag's name if it is not the field's; `also` lists other names, which --help leaves out.
     """
     kind = kind or type(default)
     range = range or (Range() if kind in (int, float) else None)
@@ -84,31 +92,65 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 STYLE = {"formatter_class": Formatter, "allow_abbrev": False}
+EARLY = {}  # {(flags, words): result} of parse_early
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError, in one line."""
+
+    def error(self, message):
+        text = message.removeprefix("argument ")
+        if found := re.fullmatch(r"(.*?): invalid choice: (.*) \(choose from (.*)\)", text, re.DOTALL):
+            name, value, *choices = (word.strip("'\"") for word in (found[1], found[2], *found[3].split(", ")))
+            close = [f"did you mean {choice}?" for choice in difflib.get_close_matches(value, choices, 1)]
+            text = " ".join([f"{name} {value} is unknown;", *close, f"choose one of {', '.join(choices)}"])
+        elif found := re.fullmatch(r"(.*?): invalid (int|float) value: '(.*)'", text, re.DOTALL):
+            text = f"{found[1]} {found[3]} is not a number; pass a {'whole ' * (found[2] == 'int')}number"
+        else:
+            text += "; --help lists all flags"
+        raise InputError(text)
+
+
+def parse_early(flags, description=None, epilog=None, argv=None):
+    """Parse a program's command line before its slow imports: --help is answered, and a mistake ends the program.
+
+    flags: as of parse_flags or of parse_commands, which then return the result for the same words.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    with exit_on_input_error():
+        parse = parse_commands if isinstance(flags, dict) else parse_flags
+        result = parse(flags, words, description, *([epilog] if epilog else []))
+        EARLY[repr((flags, words))] = result
 
 
 def parse_flags(cls, argv=None, description=None, epilog=None):
     """Parse the command line into a dataclass of `flag` fields; published flags (published_flags.py) are accepted too.
 
-    Raises InputError for an unknown flag and for a value outside its range.
+    Raises InputError for an unknown flag, and for a value that cannot be read or is outside its range.
     """
+    words = sys.argv[1:] if argv is None else argv
+    if parsed := EARLY.pop(repr((cls, words)), None):
+        return parsed
     check_checkout()
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, **STYLE)
-    own = add_flags(parser, cls)
-    words = translate(sys.argv[1:] if argv is None else argv, own)
-    return check_ranges(cls(**vars(parser.parse_args(words))))
+    parser = Parser(description=description, epilog=epilog, **STYLE)
+    own, also = add_flags(parser, cls)
+    return check_ranges(cls(**vars(parser.parse_args(translate(words, own, also)))))
 
 
 def parse_commands(commands, argv=None, description=None):
     """Parse `COMMAND FLAGS` → name, config; commands: {name: dataclass}, whose docstring's first line is the help."""
+    words = sys.argv[1:] if argv is None else argv
+    if parsed := EARLY.pop(repr((commands, words)), None):
+        return parsed
     check_checkout()
-    parser = argparse.ArgumentParser(description=description, **STYLE)
+    parser = Parser(description=description, **STYLE)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    own, words = {}, sys.argv[1:] if argv is None else argv
+    names = {}
     for name, cls in commands.items():
         help = (cls.__doc__ or "").partition("\n")[0]  # python -OO drops docstrings
-        own[name] = add_flags(choices.add_parser(name, help=help, description=help, **STYLE), cls)
-    if words[:1] and words[0] in own:
-        words = [words[0], *translate(words[1:], own[words[0]])]
+        names[name] = add_flags(choices.add_parser(name, help=help, description=help, **STYLE), cls)
+    if words[:1] and words[0] in names:
+        words = [words[0], *translate(words[1:], *names[words[0]])]
     values = vars(parser.parse_args(words))
     name = values.pop("command")
     return name, check_ranges(commands[name](**values))
@@ -119,19 +161,20 @@ def check_ranges(config):
     for field in dataclasses.fields(config):
         allowed, values = field.metadata["range"], getattr(config, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:
+            name = field.metadata.get("name", shown(field.name))
             if value == "" and not field.metadata["empty"]:  # an empty path would be the current folder
-                raise InputError(f"{shown(field.name)} is empty; give it a value, or leave it out")
+                raise InputError(f"{name} is empty; give it a value, or leave it out")
             if allowed is not None and value is not None and value not in allowed:
-                raise InputError(f"{shown(field.name)} {value} is out of range; it must be {allowed}")
+                raise InputError(f"{name} {value} is out of range; it must be {allowed}")
     return config
 
 
 def add_flags(parser, cls):
-    """Add a dataclass's flags to a parser, under their group headings; returns the names of all flags."""
-    groups, known = {None: parser}, {"--help"}
+    """Add a dataclass's flags to a parser, under their group headings; returns their names, and {other name: name}."""
+    groups, known, also = {None: parser}, {"--help"}, {}
     for field in dataclasses.fields(cls):
         options = {name: value for name, value in field.metadata.items() if name not in ("range", "free", "empty")}
-        kind, group, names = options.pop("kind"), options.pop("group"), [shown(field.name), *options.pop("also", ())]
+        kind, group, others = options.pop("kind"), options.pop("group"), [shown(field.name), *options.pop("also", ())]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
@@ -139,8 +182,10 @@ def add_flags(parser, cls):
             groups[group].add_argument(field.name, **options)
             continue
         options |= {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
-        known.update(groups[group].add_argument(*names, dest=field.name, **options).option_strings)
-    return known
+        names = groups[group].add_argument(options.pop("name", others[0]), dest=field.name, **options).option_strings
+        known.update(names)
+        also |= {name.replace(names[0][2:], other[2:]): name for name in names for other in others}  # also --no-NAME
+    return known, also
 
 
 def check_checkout():

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 
@@ -24,3 +25,9 @@ def ordered_map(function, items, ahead=1, threads=1, pool=None, finish=False):
         finally:
             while pending and not finish:
                 pending.popleft().cancel()
+
+
+def cores_of_process():
+    """Number of CPU cores for this process: its share if a launch runs several processes on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -2,6 +2,8 @@
 
 import torch
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def set_math(allow_tf32, fused_attn=True):
     """Switch TF32 and the fused attention kernels on or off for the whole process."""

@@ -73,12 +73,6 @@ class Processes:
         return torch.cat(parts)
 
 
-def cores_of_process():
-    """Number of CPU cores for this process: its share if a launch runs several processes on the machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def device_of_process(device=None):
     """This process's device, its own GPU if there are GPUs. Raises InputError if there are too few."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ own meaning, unless a table lists its value. docs/coming_from.md lists the numer
 
 import difflib
 
-from common.errors import InputError, note
+from common.errors import TYPED, InputError, note
 
 OURS = {  # our flag, or flag and value; used only if the program has that flag
     # SiT
@@ -64,11 +64,16 @@ REFUSED = {  # the remedy
 }
 
 
-def translate(words, own):
-    """Translate published flags of a command line into ours; own: the program's flags. Raises InputError.
+def translate(words, own, also):
+    """Translate a command line into the program's own flags; also: {other name of a flag: its name}. Raises InputError.
 
-    For an unknown flag, the error suggests the program's closest one.
+    For an unknown flag, the error suggests the program's closest one. Messages show the names that were typed.
     """
+    TYPED.clear()
+    names = {word.partition("=")[0] for word in words}
+    if "--data-path" in names and "--weighting" in own - names:  # SiT's training has no such flag
+        note("--weighting uniform is assumed with --data-path, as in SiT; --data-dir DATA takes the default")
+        words = [*words, "--weighting=uniform"]
     if "--dry-run" in words:  # published scripts leave --data-dir for the user to fill in
         words = [word for word in words if word != "--data-dir="]
     result, dropping = [], False
@@ -76,27 +81,29 @@ def translate(words, own):
         if word == "--":
             return result + words[index:]
         if word.startswith("--") or (index == 0 and word in OURS):
-            taken, dropping = take(word, words[index + 1 : index + 2], own)
+            taken, dropping = take(word, words[index + 1 : index + 2], own, also)
             result += taken
         elif not dropping:
             result.append(word)
     return result
 
 
-def take(word, following, own):
+def take(word, following, own, also):
     """(our arguments for a flag, whether to drop the arguments that follow it, its values)."""
     name, separator, value = word.partition("=")
     full = f"{name}={value}" if separator else "=".join([name, *following])
     for key, rest in ((full, ""), (name, separator + value)):
         if key == name and name in own:
             return [word], False
-        if (ours := OURS.get(key, "")).partition("=")[0] in own:
+        if (ours := also.get(key) or OURS.get(key, "")).partition("=")[0] in own:
+            if key == name and ours in own:
+                TYPED[ours] = name
             return [ours + rest], key != name and not separator
         if key in UNUSED:
             note(f"{name} is unused: {UNUSED[key]}")
             return [], True
-    if (spelled := name.replace("_", "-")) in own:
-        return [spelled + separator + value], False
+    if (spelled := name.replace("_", "-")) in own or spelled in also:
+        return [also.get(spelled, spelled) + separator + value], False
     if " " in word:  # a text that begins with dashes
         return [word], False
     if name in REFUSED:

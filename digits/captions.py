@@ -10,11 +10,22 @@ import dataclasses
 import random
 from pathlib import Path
 
-import torch
-
 from common.errors import InputError, exit_on_input_error
 from common.files import write_atomically, write_json
-from common.flags import parse_flags, required
+from common.flags import parse_early, parse_flags, required
+
+
+@dataclasses.dataclass
+class CaptionFlags:
+    digits: str = required("image folder that digits/data.py made")
+    dest: str = required("folder of the captions, the text encoder and the prompts")
+
+
+if __name__ == "__main__":
+    parse_early(CaptionFlags, __doc__)
+
+import torch
+
 from models.text import import_transformers
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -101,12 +112,6 @@ def write_all(digits, dest):
     write_atomically(dest / "prompts.txt", lambda file: file.write(prompts.encode()))
     write_json(dest / "captions.json", captions)
     return sum(map(len, captions.values()))
-
-
-@dataclasses.dataclass
-class CaptionFlags:
-    digits: str = required("image folder that digits/data.py made")
-    dest: str = required("folder of the captions, the text encoder and the prompts")
 
 
 def main(argv=None):

@@ -9,19 +9,9 @@ The manifest beside an npz lists the requested digits, or prompts that name them
 
 import dataclasses
 
-import numpy as np
-
 from common.errors import InputError, exit_on_input_error
 from common.files import write_json
-from common.flags import flag, parse_flags, required
-from common.pictures import save_grid
-from digits.data import CLASSES
-from digits.judge import build_report, load_samples
-from evaluations.metrics.results import sample_manifest
-from training.plot import save_curves
-
-COLUMNS = 10  # images per row
-PER_CLASS = 2  # images per digit in each file's row
+from common.flags import flag, parse_early, parse_flags, required
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -30,6 +20,21 @@ class ReportFlags:
     out: str | None = flag(None, "JSON file to write", str, group="output")
     grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")
     curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
+
+
+if __name__ == "__main__":
+    parse_early(ReportFlags, __doc__)
+
+import numpy as np
+
+from common.pictures import save_grid
+from digits.data import CLASSES
+from digits.judge import build_report, load_samples
+from evaluations.metrics.results import sample_manifest
+from training.plot import save_curves
+
+COLUMNS = 10  # images per row
+PER_CLASS = 2  # images per digit in each file's row
 
 
 def named(texts):

@@ -10,20 +10,9 @@ It sees the training digits only. Letters: N batch, R = 32 image size, C = 4 lat
 import dataclasses
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from tqdm import tqdm
-
 from common.errors import InputError, exit_on_input_error
 from common.files import whole_folder, write_json
-from common.flags import BATCH, SEED, Range, flag, parse_flags
-from digits.data import RESOLUTION, load_digits_split, upsample
-from preprocessing.encode import TRAINED_ON
-
-CHANNELS = (16, 32, 32)  # three entries: downsampling factor 4
-IMAGES = "scikit-learn's handwritten digits, white on black, 32x32"
-SHIFT = 2  # pixels (of 32) that a training image is moved by at most
+from common.flags import BATCH, SEED, Range, flag, parse_early, parse_flags
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,6 +23,22 @@ class VaeFlags:
     learning_rate: float = flag(2e-3, "of Adam, at the start of its cosine schedule", group="optimisation")
     kl_weight: float = flag(1e-3, "weight of the KL per latent value", group="loss")
     seed: int = flag(0, "seed of initial weights, batches and latents", range=SEED, group="optimisation")
+
+
+if __name__ == "__main__":
+    parse_early(VaeFlags, __doc__)
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from digits.data import RESOLUTION, load_digits_split, upsample
+from preprocessing.encode import TRAINED_ON
+
+CHANNELS = (16, 32, 32)  # three entries: downsampling factor 4
+IMAGES = "scikit-learn's handwritten digits, white on black, 32x32"
+SHIFT = 2  # pixels (of 32) that a training image is moved by at most
 
 
 def build_vae():

@@ -11,39 +11,27 @@ Those that `ref` makes also hold `image_size`, so that images of another size ar
 import dataclasses
 import pickle
 
-import numpy as np
-
 from common.errors import InputError, exit_on_input_error, note, say
 from common.files import check_writable, write_atomically
-from common.flags import BATCH, SEED, Range, flag, parse_commands, required
-from common.precision import set_math
-from common.processes import Processes
-from evaluations.metrics import features
-from evaluations.metrics.frechet import frechet_distance
-from evaluations.metrics.images import open_images
-from evaluations.metrics.inception import Inception
-from evaluations.metrics.references import other_size, read_reference
-from evaluations.metrics.results import Result
-
-RESIZE = "torch's (bicubic, antialiased), as EDM2; Stein et al., whom the DeepFlow paper's Table 6 cites, use Pillow's"
-SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  # kept in the result
+from common.flags import BATCH, SEED, Range, flag, parse_commands, parse_early, required
+from evaluations.metrics.results import BATCHES, SPEED, MeasureFlags, NetworkFlags, Result
 
 
 @dataclasses.dataclass(kw_only=True)
-class MetricFlags(features.NetworkFlags):
+class MetricFlags(NetworkFlags):
     metrics: str = flag("fid,fd_dinov2", "comma list of fid, fd_dinov2", group="features", empty=True)
     dinov2_weights: str | None = flag(None, "the authors' file; default: timm's", str, group="features", metavar="FILE")
-    batch: int = flag(64, "largest batch of a process", range=BATCH, group="precision and speed")
+    batch: int = flag(64, "largest batch", range=BATCH, group=SPEED, name=BATCHES, also=["--batch-size"])
 
 
 @dataclasses.dataclass(kw_only=True)
-class CalcFlags(MetricFlags, features.MeasureFlags):
+class CalcFlags(MetricFlags, MeasureFlags):
     """distances between images and a reference"""
 
     images: str = required("folder, zip or npz", metavar="PATH")
     ref: str = required(".pkl, or .npz with mu and sigma", metavar="FILE")
-    # --num-images: torchrun takes --num for an abbreviation of its own --numa-binding, wherever it stands
-    num: int = flag(50_000, "images to draw; under torchrun write --num-images", range=Range(2), also=("--num-images",))
+    # torchrun takes EDM2's --num for an abbreviation of its own --numa-binding, wherever it stands
+    num: int = flag(50_000, "images to draw", range=Range(2), name="--num-images")
     seed: int = flag(0, "seed of the draw", range=SEED)
 
 
@@ -53,6 +41,26 @@ class RefFlags(MetricFlags):
 
     data: str = required("folder, zip or npz", metavar="PATH")
     dest: str = required(".pkl to write", metavar="FILE")
+
+
+COMMANDS = {"calc": CalcFlags, "ref": RefFlags}
+
+
+if __name__ == "__main__":
+    parse_early(COMMANDS, __doc__)
+
+import numpy as np
+
+from common.precision import set_math
+from common.processes import Processes
+from evaluations.metrics import features
+from evaluations.metrics.frechet import frechet_distance
+from evaluations.metrics.images import open_images
+from evaluations.metrics.inception import Inception
+from evaluations.metrics.references import other_size, read_reference
+
+RESIZE = "torch's (bicubic, antialiased), as EDM2; Stein et al., whom the DeepFlow paper's Table 6 cites, use Pillow's"
+SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  # kept in the result
 
 
 def choose_subset(count, num=None, seed=0):
@@ -105,7 +113,7 @@ def load_images(args, path, flag, needed):
     say(f"Loading images from {path} ...")
     images = open_images(path, flag)
     if len(images) < needed:
-        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num")
+        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num-images")
     args.check_count(path, len(images))
     return images
 
@@ -163,7 +171,7 @@ def ref(args, processes):
 
 
 def main(argv=None):
-    command, args = parse_commands({"calc": CalcFlags, "ref": RefFlags}, argv, __doc__)
+    command, args = parse_commands(COMMANDS, argv, __doc__)
     with Processes.join() as processes:
         set_math(allow_tf32=False)
         {"calc": calc, "ref": ref}[command](args, processes)

@@ -10,21 +10,12 @@ number says little without the model, which is printed and stored with it.
 
 import dataclasses
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
-
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines
-from common.flags import BATCH, flag, parse_flags, required
-from evaluations.metrics.images import open_images
-from evaluations.metrics.results import Result, ResultFlags, sample_labels
-from models.encoders import CLIP_STATISTICS
-from models.text import Tokens, load_clip
+from common.flags import BATCH, flag, parse_early, parse_flags, required
+from evaluations.metrics.results import BATCHES, SPEED, Result, ResultFlags, sample_labels
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
-PREFIX = "A photo depicts "
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,8 +23,23 @@ class ClipFlags(ResultFlags):
     samples: str = required("npz or folder of images", positional=True)
     prompts: str | None = flag(None, "a prompt per line; default: the manifest's", str, group="data", metavar="FILE")
     clip: str = flag(DEFAULT_CLIP, "name or folder of the CLIP model", group="model")
-    batch_size: int = flag(64, "images per batch", range=BATCH, group="precision and speed")
-    device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group="precision and speed")
+    batch_size: int = flag(64, "images per batch", range=BATCH, group=SPEED, name=BATCHES)
+    device: str | None = flag(None, "cuda or cpu; default: the GPU if there is one", str, group=SPEED)
+
+
+if __name__ == "__main__":
+    parse_early(ClipFlags, __doc__)
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from evaluations.metrics.images import open_images
+from models.encoders import CLIP_STATISTICS
+from models.text import Tokens, load_clip
+
+PREFIX = "A photo depicts "
 
 
 class ClipScorer:

@@ -8,14 +8,8 @@ One forward pass of one sample at 32x32x4 latents, in millions of parameters and
 
 import dataclasses
 
-import torch
-
 from common.errors import exit_on_input_error
-from common.flags import BLOCKS, flag, parse_flags, required
-from evaluations.metrics.results import markdown
-from evaluations.published import TABLE_8
-from models import create_model
-from models.flops import Part, count_flops, count_parts
+from common.flags import BLOCKS, flag, parse_early, parse_flags, required
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -23,6 +17,17 @@ class FlopsFlags:
     model: str = required("preset name", positional=True)
     trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS)
     df_idxs: list | None = flag(None, "blocks (from 1) after which a branch ends", str, nargs="+")
+
+
+if __name__ == "__main__":
+    parse_early(FlopsFlags, __doc__)
+
+import torch
+
+from evaluations.metrics.results import markdown
+from evaluations.published import TABLE_8
+from models import create_model
+from models.flops import Part, count_flops, count_parts
 
 
 def beside_table_8(name, model):

@@ -11,20 +11,38 @@ docs/evaluation.md says more.
 import dataclasses
 from pathlib import Path
 
+from common.errors import InputError, exit_on_input_error, note, say
+from common.flags import BATCH, Range, flag, parse_early, parse_flags, required
+from evaluations.metrics.results import BATCHES, SPEED, MeasureFlags, Result
+
+PRECISIONS = ["float16", "float32", "float64"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluatorFlags(MeasureFlags):
+    reference: str = required("npz of reference images, with statistics or without; folder or zip", positional=True)
+    samples: str = required("npz, folder or zip of sampled images", positional=True)
+    batch_size: int = flag(64, "images per forward pass and process", range=BATCH, group=SPEED, name=BATCHES)
+    precision: str = flag("float16", "arithmetic of precision and recall", group="distances", choices=PRECISIONS)
+    block: int = flag(10_000, "rows and columns of a block of distances", range=BATCH, group="distances")
+    neighbors: int = flag(3, "k of precision and recall", range=Range(1), group="distances")
+    splits: int | None = flag(None, "of the Inception Score; default: of 5,000", int, range=Range(1), group="distances")
+
+
+if __name__ == "__main__":
+    parse_early(EvaluatorFlags, __doc__)
+
 import numpy as np
 
-from common.errors import InputError, exit_on_input_error, note, say
-from common.flags import BATCH, Range, flag, parse_flags, required
 from common.precision import set_math
 from common.processes import Processes
-from evaluations.metrics.features import MeasureFlags, check_widths, extract, load_features
+from evaluations.metrics.features import check_widths, extract, load_features
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.images import NpzImages, open_images
 from evaluations.metrics.inception import Inception, inception_score
 from evaluations.metrics.kernel import FEWEST, kernel_distance
-from evaluations.metrics.precision_recall import BLOCK, PRECISIONS, precision_recall
+from evaluations.metrics.precision_recall import precision_recall
 from evaluations.metrics.references import other_size, read_statistics
-from evaluations.metrics.results import Result
 
 SAMPLES = 50_000  # what published numbers are computed on
 SPLIT = 5_000  # images per split in ADM's Inception Score
@@ -32,17 +50,6 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
 LABELS |= {"precision": "Precision", "recall": "Recall", "kid": "KID", "kid_standard_error": "KID standard error"}
 OTHER = {"fd": "FD", "precision": "Precision", "recall": "Recall", "kd": "KD", "kd_standard_error": "KD standard error"}
-
-
-@dataclasses.dataclass(kw_only=True)
-class EvaluatorFlags(MeasureFlags):
-    reference: str = required("npz of reference images, with statistics or without; folder or zip", positional=True)
-    samples: str = required("npz, folder or zip of sampled images", positional=True)
-    batch_size: int = flag(64, "images per forward pass and process", range=BATCH, group="precision and speed")
-    precision: str = flag("float16", "arithmetic of precision and recall", group="distances", choices=list(PRECISIONS))
-    block: int = flag(BLOCK, "rows and columns of a block of distances", range=BATCH, group="distances")
-    neighbors: int = flag(3, "k of precision and recall", range=Range(1), group="distances")
-    splits: int | None = flag(None, "of the Inception Score; default: of 5,000", int, range=Range(1), group="distances")
 
 
 class Side:

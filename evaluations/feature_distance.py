@@ -1,6 +1,6 @@
 """Distance between what a model's branches end with and its final features, over all sampling steps (Figure 2d).
 
-    python -m evaluations.feature_distance --ckpt CKPT --num-samples 64 --out results/distance.json --plot distance.png
+    python -m evaluations.feature_distance --ckpt CKPT --num-fid-samples 64 --json distance.json --plot distance.png
     python -m evaluations.feature_distance --ckpt SIT_CKPT --block 6
 
 For every branch but the last: its tokens before VeRA (v*) and after it, against the tokens after the last block. A
@@ -13,16 +13,35 @@ import collections
 import dataclasses
 from statistics import fmean
 
-from tqdm import tqdm
-
 from common.errors import InputError, exit_on_input_error
 from common.files import check_writable
-from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, flag, parse_flags, required
+from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, flag, parse_early, parse_flags, required
+from models.flags import PublishedFlags
+
+
+@dataclasses.dataclass(kw_only=True)
+class DistanceFlags(PublishedFlags):
+    ckpt: str = required("checkpoint of ours, or a published file", group="model")
+    weights: str = flag("ema", "averaged weights or raw ones", group="model", choices=["ema", "raw"])
+    block: int | None = flag(None, "block (from 1) to compare too; SiT needs it", int, range=BLOCKS)
+    num_samples: int = flag(64, "number of samples", range=IMAGES, group="sampling", name="--num-fid-samples")
+    batch_size: int = flag(16, "samples per batch", range=BATCH, group="sampling", name="--per-proc-batch-size")
+    mode: str = flag("sde", "sampler", group="sampling", choices=["sde", "ode"])
+    num_steps: int = flag(250, "sampler steps", range=SAMPLER_STEPS, group="sampling")
+    seed: int = flag(0, "seed of labels and noise", range=SEED, group="sampling")
+    out: str | None = flag(None, "file for all steps", str, group="output", metavar="JSON", name="--json")
+    plot: str | None = flag(None, "picture to write", str, group="output", metavar="PNG")
+
+
+if __name__ == "__main__":
+    parse_early(DistanceFlags, __doc__)
+
+from tqdm import tqdm
+
 from common.pictures import save_lines
 from common.precision import set_math
 from common.processes import device_of_process
 from evaluations.metrics.results import Result, markdown
-from models.published import PublishedFlags
 from sampling.conditions import ClassLabels
 from sampling.flags import SamplingFlags
 from sampling.sampler import ImageSampler
@@ -32,20 +51,6 @@ REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
     "per image": lambda d: d.flatten(1).norm(dim=1),  # over tokens and channels
     "of the mean token": lambda d: d.mean(dim=1).norm(dim=-1),
 }
-
-
-@dataclasses.dataclass(kw_only=True)
-class DistanceFlags(PublishedFlags):
-    ckpt: str = required("checkpoint of ours, or a published file", group="model")
-    weights: str = flag("ema", "averaged weights or raw ones", group="model", choices=["ema", "raw"])
-    block: int | None = flag(None, "block (from 1) to compare too; SiT needs it", int, range=BLOCKS)
-    num_samples: int = flag(64, "number of samples", range=IMAGES, group="sampling")
-    batch_size: int = flag(16, "samples per batch", range=BATCH, group="sampling")
-    mode: str = flag("sde", "sampler", group="sampling", choices=["sde", "ode"])
-    num_steps: int = flag(250, "sampler steps", range=SAMPLER_STEPS, group="sampling")
-    seed: int = flag(0, "seed of labels and noise", range=SEED, group="sampling")
-    out: str | None = flag(None, "file for all steps", str, group="output", metavar="JSON")
-    plot: str | None = flag(None, "picture to write", str, group="output", metavar="PNG")
 
 
 class Probe:
@@ -105,9 +110,9 @@ def mean(curve):
 
 def main(argv=None):
     args = parse_flags(DistanceFlags, argv, __doc__)
-    for name in ("out", "plot"):
-        if path := getattr(args, name):
-            check_writable(path, f"--{name}")
+    for path, name in ((args.out, "--json"), (args.plot, "--plot")):
+        if path:
+            check_writable(path, name)
     set_math(allow_tf32=True)
     given = {name: getattr(args, name) for name in ("ckpt", "weights", "mode", "num_steps")}
     sizes = {"num_fid_samples": args.num_samples, "per_proc_batch_size": args.batch_size, "global_seed": args.seed}

@@ -20,7 +20,8 @@ from common.errors import InputError, exit_on_input_error
 from common.flags import Range, flag, parse_commands, required
 from common.records import read_record_lines
 from evaluations.metrics.results import Result, ResultFlags
-from sampling.stores import GENEVAL_IMAGES, GenEvalFiles
+from sampling.flags import GENEVAL_IMAGES
+from sampling.stores import GenEvalFiles
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TAGS = get_args(Tag)

@@ -16,20 +16,20 @@ from common.files import write_atomically
 from common.flags import ROOT
 from evaluations.metrics.results import markdown
 from evaluations.published import AT_512, FLOW_FILE, PUBLISHED, STEPS_PER_EPOCH
-from models.flops import MFU, count_flops, gpu_hours
+from models.flops import count_flops
+from models.gpus import MFU, gpu_hours
 from models.presets import build
 
 PAGE = ROOT / "docs" / "paper.md"
 MARK = "<!-- What follows is written by python -m evaluations.paper -->\n"
 GPUS = ("H100", "H200")
-LOGNORMAL = {"weighting": "lognormal"}
-LONG = {**LOGNORMAL, "max_train_steps": 2_000_000}
+LONG = {"max_train_steps": 2_000_000}
 RECIPES = {  # what those of class-conditional flow models train with
-    "bash script/base/train.sh": {"model": "DeepFlow-B/2", **LOGNORMAL},
-    "bash script/large/train.sh": {"model": "DeepFlow-L/2", **LOGNORMAL},
+    "bash script/base/train.sh": {"model": "DeepFlow-B/2"},
+    "bash script/large/train.sh": {"model": "DeepFlow-L/2"},
     "bash script/xlarge/train.sh": {"model": "DeepFlow-XL/2", **LONG},
     "bash script/xlarge/train_512.sh": {"model": "DeepFlow-XL/2", **LONG, **AT_512},
-    **{f"SIZE={s} bash script/sit/train.sh": {"model": f"SiT-{s}/2", **LOGNORMAL} for s in ("B", "L", "XL")},
+    **{f"SIZE={s} bash script/sit/train.sh": {"model": f"SiT-{s}/2"} for s in ("B", "L", "XL")},
 }
 FOLDERS = {"B": "base", "L": "large", "XL": "xlarge"}
 LAST_STEP = {"xlarge/eval": 2_000_000, "guided": 2_000_000}  # that a recipe measures; others: 400,000

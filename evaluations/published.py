@@ -8,8 +8,8 @@ import functools
 
 from common.flags import shown
 from models import PRESETS, model_config
-from models.codec import LatentSpec
 from models.presets import spaced_key_layers
+from models.specs import LatentSpec
 from training.config import FlowMapConfig, TextTrainConfig, TrainConfig
 
 CONFIGS = {config.kind: config for config in (TrainConfig, FlowMapConfig, TextTrainConfig)}

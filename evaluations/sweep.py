@@ -1,6 +1,6 @@
 """Guidance scale × interval × steps over one checkpoint: samples each setting, measures it, writes a table and a plot.
 
-    python -m evaluations.sweep --ckpt CKPT --ref REF.npz --out results/sweep --num-samples 5000 \\
+    python -m evaluations.sweep --ckpt CKPT --ref REF.npz --out results/sweep --num-fid-samples 5000 \\
         --cfg-scale 1.0 1.3 1.6 --interval 0,1 0.3,0.7 --num-steps 50 250 -- --mode ode --heun
 
 What follows `--` goes to generate.py. A setting that has been measured is not measured again: run the same command to
@@ -16,18 +16,18 @@ from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable, write_atomically, write_json
-from common.flags import IMAGES, ROOT, SAMPLER_STEPS, WORKERS, FlagTextError, flag, parse_flags, required, shown
-from common.pictures import save_lines
-from common.processes import Processes
-from evaluations.evaluator import EvaluatorFlags, check_inputs, label
-from evaluations.metrics.features import features_name
-from evaluations.metrics.results import Result, markdown
-from models.checkpoints import find_checkpoint
-from samplers import Guidance
-from sampling.manifest import check_settings
-
-RECORD = "sweep.json"  # in --out: flags common to all settings
-SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
+from common.flags import (
+    IMAGES,
+    ROOT,
+    SAMPLER_STEPS,
+    WORKERS,
+    FlagTextError,
+    flag,
+    parse_early,
+    parse_flags,
+    required,
+    shown,
+)
 
 
 def interval(text):
@@ -44,7 +44,7 @@ class SweepFlags:
     ckpt: str = required("checkpoint", group="model")
     ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
     out: str = required("folder for samples, results, table.md, best.txt, plot.png", group="output")
-    num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling")
+    num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling", name="--num-fid-samples")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
     num_steps: list = flag((250,), "sampler steps", int, range=SAMPLER_STEPS, group="sampling", nargs="+")
@@ -57,6 +57,28 @@ class SweepFlags:
     def distance(self):
         """Name of the Fréchet distance among the evaluator's metrics."""
         return f"fd_{features_name(self.features)}" if self.features else "fid"
+
+
+def split(words):
+    """(words before `--`, those after it, which generate.py gets)."""
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
+
+
+if __name__ == "__main__":
+    parse_early(SweepFlags, __doc__, argv=split(sys.argv[1:])[0])
+
+from common.pictures import save_lines
+from common.processes import Processes
+from evaluations.evaluator import EvaluatorFlags, check_inputs, label
+from evaluations.metrics.features import features_name
+from evaluations.metrics.results import Result, markdown
+from models.checkpoints import find_checkpoint
+from samplers import Guidance
+from sampling.manifest import check_settings
+
+RECORD = "sweep.json"  # in --out: flags common to all settings
+SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +197,9 @@ def check(args, generate):
 
 
 def parse(argv):
-    """(flags, words after `--`, which generate.py gets)."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    return parse_flags(SweepFlags, argv[:cut], __doc__), argv[cut + 1 :]
+    """(flags, words for generate.py)."""
+    own, generate = split(argv)
+    return parse_flags(SweepFlags, own, __doc__), generate
 
 
 def main(argv=None):

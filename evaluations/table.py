@@ -11,17 +11,29 @@ import collections
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from common.errors import exit_on_input_error, note
 from common.files import check_writable
-from common.flags import BLOCKS, flag, parse_flags, required, shown
-from common.pictures import save_lines
+from common.flags import BLOCKS, flag, parse_early, parse_flags, required, shown
 from common.records import check_record, read_record
+
+
+@dataclasses.dataclass
+class TableFlags:
+    results: list = required("JSON files that the evaluators, or digits.report, wrote", positional=True, nargs="+")
+    plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
+    plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
+
+
+if __name__ == "__main__":
+    parse_early(TableFlags, __doc__)
+
+import torch
+
+from common.pictures import save_lines
 from evaluations.metrics.results import Result, markdown
 from evaluations.published import PUBLISHED, STEPS_PER_EPOCH
-from models.codec import LatentSpec
-from models.presets import IMAGENET, NETWORKS, build, constructor_defaults, kind_of
+from models.presets import IMAGENET, build, constructor_defaults, kind_of
+from models.specs import LatentSpec
 from sampling.manifest import SampleManifest
 from training.settings import settings
 
@@ -32,13 +44,6 @@ FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a mode
 REMEDY = "pass files that the evaluators or digits.report wrote"
 UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of unusual settings
 UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  # flags that the table shows otherwise
-
-
-@dataclasses.dataclass
-class TableFlags:
-    results: list = required("JSON files that the evaluators, or digits.report, wrote", positional=True, nargs="+")
-    plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
-    plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
 
 
 def made(result):
@@ -74,7 +79,7 @@ def published_cells(row, metrics):
 
 def network(options):
     """Constructor arguments as they are compared; those that an older file lacks have their defaults."""
-    known = {**constructor_defaults(NETWORKS[kind_of(options)]), **options}
+    known = {**constructor_defaults(kind_of(options)), **options}
     known = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items() if name not in FREE}
     return {**known, "qk_norm": bool(known["qk_norm"]), "z_dims": known["z_dims"] if known["ssl_align"] else None}
 

@@ -12,8 +12,7 @@ from common.errors import InputError
 from common.files import read_bytes
 from common.flags import CLASSES
 from common.records import Count, FileName, Whole, parse_record
-from models.codec import LatentSpec
-from models.text import TextSpec
+from models.specs import LatentSpec, TextSpec
 
 MANIFEST = "manifest.json"
 LABELS_JSON = "dataset.json"  # folder layout: {"labels": [[name, label], …]}

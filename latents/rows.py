@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from common.errors import InputError, first_line, system_fault
 from common.files import map_file, read_bytes
@@ -129,6 +128,8 @@ class StoredRows:
 
     def gather(self, indices, flip, pool, pin):
         """Tensor of the rows `indices`, int64 (B,), those where `flip` is true of the twin; pin: page-locked memory."""
+        import torch  # what writes and checks rows needs none
+
         dtype = torch.from_numpy(np.empty(0, self.rows.dtype)).dtype
         out = torch.empty((len(indices), *self.rows.shape), dtype=dtype, pin_memory=pin)
         for rows, chosen in ((self.rows, ~flip), (self.mirror, flip)):
@@ -145,6 +146,8 @@ class ImageFiles:
 
     def gather(self, indices, flip, pool):
         """uint8 images (B, 3, R, R); rows where `flip` is true are mirrored, as their moments are."""
+        import torch
+
         return torch.from_numpy(np.stack(list(pool.map(self.load, indices, flip))))
 
     def load(self, index, flip):

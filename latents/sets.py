@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+import models
 from common.errors import InputError, note
 from common.flags import CLASSES
 from latents.manifest import CHECK, IMAGES, LABELS, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, PREPARE, DataManifest
 from latents.names import Names, read_label_list, walk_files
 from latents.rows import FolderRows, ImageFiles, PackedRows, StoredRows, read_array
-from models.codec import LatentCodec, LatentSpec, resolve_vae, vae_family
+from models.specs import LatentSpec, resolve_vae, vae_family
 
 PARTIAL = ".partial"  # folder in a set that is not finished
 
@@ -163,7 +164,7 @@ def spec_of_vae(name):
     path = resolve_vae(name)
     if vae_family(path) == LatentSpec.family and not Path(path).is_dir():
         return LatentSpec(vae=path)
-    return LatentCodec.load(name).spec
+    return models.codec.LatentCodec.load(name).spec
 
 
 def check_labels(labels, num_classes, where):

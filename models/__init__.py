@@ -2,10 +2,11 @@
 
     from models import DeepFlow, create_model, load_model
 
-Names are imported on first use, so that a program that needs one module of this package does not load the others.
+Names and modules are imported on first use: `import models` and `models.deepflow.DeepFlow` in a function costs nothing
+until it is called.
 """
 
-import importlib
+import importlib.util
 
 HOMES = {
     "DeepFlow": "deepflow",
@@ -21,7 +22,9 @@ __all__ = list(HOMES)
 
 
 def __getattr__(name):
-    """Import a public name from its module."""
-    if name not in HOMES:
+    """Import a public name from its module, or a module."""
+    if name in HOMES:
+        return getattr(importlib.import_module(f"models.{HOMES[name]}"), name)
+    if name.startswith("_") or importlib.util.find_spec(f"models.{name}") is None:
         raise AttributeError(f"module 'models' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"models.{HOMES[name]}"), name)
+    return importlib.import_module(f"models.{name}")

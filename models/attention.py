@@ -42,12 +42,11 @@ FLASH_PACKAGES = {  # --attn-func → (module, how to install it)
     "fa2": ("flash_attn", "pip install flash-attn"),
     "fa3": ("flash_attn_interface", "install the hopper/ folder of the flash-attention repository"),
 }
-ATTENTION = ("auto", "base", "torch_sdpa", "fa2", "fa3")
 _state = {"kernel": fused, "differentiating": False}
 
 
 def set_attention(name):
-    """Choose the process's kernel, one of ATTENTION; auto is torch's. Raises InputError for a missing package."""
+    """Choose the process's kernel as --attn-func names it; auto: torch's. Raises InputError for a missing package."""
     if name in FLASH_PACKAGES:
         module, remedy = FLASH_PACKAGES[name]
         try:

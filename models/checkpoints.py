@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import torch
-from pydantic import Field, Strict
+from pydantic import Strict
 from safetensors.torch import load_file
 
 from common.errors import InputError, first_line, note, system_fault, unreadable
@@ -23,20 +23,14 @@ from common.flags import shown
 from common.records import Whole, check_record, read_record
 from models.deepflow import DeepFlow
 from models.paths import PATHS
-from models.presets import NETWORKS, build, constructor_defaults, kind_of, parse_df_idxs
+from models.presets import build, constructor_defaults, kind_of, parse_df_idxs
 from models.published import from_published
+from models.specs import Options
 
 REMEDY = "copy it again, or name another"
 STEP = re.compile("[0-9]{1,18}")
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
-# What of a run's configuration bears on its numbers, beside the model; exported folders and samples' manifests keep it.
-TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
-TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
-TRAINING += ("changes",)
-Size = Annotated[int, Field(ge=1, le=1 << 20)]  # a larger one would only fail on allocation
-Word = Annotated[str, Field(max_length=100)]
-Options = dict[str, Size | bool | Word | Annotated[list[Size], Field(max_length=1000)] | None]  # constructor arguments
 Plain = Union[(None, *(Annotated[kind, Strict()] for kind in (bool, int, float, str, list, tuple, dict)))]  # no tensors
 
 
@@ -126,7 +120,7 @@ def read_folder(folder):
     config = read_record(dict, where, remedy)
     run = check_record(dict, config.get("run", {}), f"{where}, run", remedy)
     weights = check_record(Literal[tuple(ENTRIES)], config.get("weights", "ema"), f"{where}, weights", remedy)
-    defaults = constructor_defaults(NETWORKS[kind_of(config)])
+    defaults = constructor_defaults(kind_of(config))
     options = {name: config.get(name, default) for name, default in defaults.items()}
     return {
         ENTRIES[weights]: read_weights_file(folder / WEIGHTS_FILE),

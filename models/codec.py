@@ -5,40 +5,14 @@ Letters: N batch, C latent channels, h = w latent size, f downsampling factor of
 """
 
 import dataclasses
-import re
-from pathlib import Path
 
 import torch
 
 from common.errors import InputError
-from common.flags import ROOT
 from common.records import Count, Finite, Positive, check_record
 from models.hub import fetching
-from models.identity import Identity, check_complete, content_sha256, variant_of
-
-DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
-SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentSpec(Identity):
-    """What a set of latents was made with; travels in the data manifest and in the checkpoint."""
-
-    KIND, NAME, FLAG, SETTINGS = "VAE", "vae", "--vae", ("scale", "shift", "channels")
-
-    vae: str = DEFAULT_VAE
-    family: str = "sd-vae-ft"
-    scale: Positive = 0.18215
-    shift: Finite = 0.0
-    channels: Count = 4
-    factor: Count = 8
-    encoder_sha256: str | None = None  # of the encoder's weights, which sd-vae-ft-ema and -mse share
-    decoder_sha256: str | None = None  # of the decoder's weights
-
-    def sample(self, moments, noise):
-        """The network's latents (mean + std·ε − shift)·scale, (N, C, h, w): moments (N, 2C, h, w), ε (N, C, h, w)."""
-        mean, std = moments.chunk(2, dim=1)
-        return (mean + std * noise - self.shift) * self.scale
+from models.identity import check_complete, content_sha256, variant_of
+from models.specs import DEFAULT_VAE, SHORT_NAMES, LatentSpec, resolve_vae, vae_family
 
 
 @dataclasses.dataclass
@@ -51,24 +25,6 @@ class VaeConfig:
     shift_factor: Finite | None = None
     latents_mean: None = None  # per-channel statistics, which would replace the scale
     latents_std: None = None
-
-
-def vae_family(name):
-    """Name of the encoder family of a VAE; sd-vae-ft-ema and -mse share their encoder."""
-    if any(re.fullmatch(r"(.*--)?sd-vae-ft-(ema|mse)", part) for part in Path(str(name)).parts):  # also in a hub cache
-        return LatentSpec.family
-    return Path(str(name)).name
-
-
-def resolve_vae(name):
-    """Full name of a VAE: a short name (`ema`, `mse`), a hub id, or a folder (also relative to the repository).
-
-    For the folder of a whole pipeline, its subfolder `vae`.
-    """
-    name = SHORT_NAMES.get(str(name), str(name))
-    folder = next((folder for folder in (Path(name), ROOT / name) if folder.is_dir()), None)
-    is_pipeline = folder and not (folder / "config.json").exists() and (folder / "vae/config.json").is_file()
-    return str(folder / "vae" if is_pipeline else folder or name)
 
 
 def to_uint8(images):

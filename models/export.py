@@ -10,13 +10,26 @@ of the training data. `load_model(DIR)`, `generate.py --ckpt DIR` and `DeepFlow.
 import dataclasses
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from common.errors import InputError, exit_on_input_error
 from common.files import whole_folder, write_json
-from common.flags import flag, parse_flags, required
-from models.checkpoints import CONFIG_FILE, TRAINING, WEIGHTS_FILE, load_checkpoint
-from models.published import PublishedFlags
+from common.flags import flag, parse_early, parse_flags, required
+from models.flags import PublishedFlags
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExportFlags(PublishedFlags):
+    ckpt: str = required("checkpoint of ours, or a published file", positional=True)
+    dir: str = required("folder to write, which must not exist", positional=True)
+    weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
+
+
+if __name__ == "__main__":
+    parse_early(ExportFlags, __doc__)
+
+from safetensors.torch import save_file
+
+from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from models.specs import TRAINING
 
 # What sampling and its manifest need; paths of the training machine are left out.
 RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
@@ -37,13 +50,6 @@ def export(path, folder, weights="ema", **overrides):
         state = {name: tensor.contiguous().clone() for name, tensor in checkpoint.model.state_dict().items()}
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})
-
-
-@dataclasses.dataclass(kw_only=True)
-class ExportFlags(PublishedFlags):
-    ckpt: str = required("checkpoint of ours, or a published file", positional=True)
-    dir: str = required("folder to write, which must not exist", positional=True)
-    weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
 
 
 def main(argv=None):

@@ -4,19 +4,17 @@ import dataclasses
 import inspect
 import re
 
+import models  # the networks are imported on first use: the table itself needs no torch
 from common.errors import InputError
-from models.deepflow import DeepFlow
-from models.flow_map import FlowMap
-from models.mmdit import MMDiT
 
-NETWORKS = {network.kind: network for network in (DeepFlow, FlowMap, MMDiT)}
+NETWORKS = {"flow": "DeepFlow", "flow map": "FlowMap", "text": "MMDiT"}  # by kind
 
 
 def kind_of(options):
     """The kind of network that takes these constructor arguments (a dict): "flow", "flow map" or "text"."""
     if options.get("dmf_depth") is not None:
-        return FlowMap.kind
-    return MMDiT.kind if options.get("context_dim") is not None else DeepFlow.kind
+        return "flow map"
+    return "text" if options.get("context_dim") is not None else "flow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +103,16 @@ def spaced_key_layers(depth, num_branches):
     return tuple(range(depth // num_branches, depth, depth // num_branches))
 
 
-def constructor_defaults(network):
-    """{argument: default} of DeepFlow or a subclass."""
-    arguments = {**inspect.signature(DeepFlow).parameters, **inspect.signature(network).parameters}
+def network_of(kind):
+    """The class of the networks of a kind."""
+    return getattr(models, NETWORKS[kind])
+
+
+def constructor_defaults(kind):
+    """{argument: default} of the networks of a kind."""
+    arguments = {**inspect.signature(models.DeepFlow).parameters, **inspect.signature(network_of(kind)).parameters}
     defaults = {name: a.default for name, a in arguments.items() if a.default is not a.empty}
-    if network is MMDiT:
+    if kind == "text":
         del defaults["num_classes"]
     return defaults
 
@@ -122,7 +125,7 @@ def model_config(name, **overrides):
     if name not in PRESETS:
         raise InputError(f"--model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    config = constructor_defaults(NETWORKS[preset.kind])
+    config = constructor_defaults(preset.kind)
     given = {key: value for key, value in overrides.items() if value is not None}
     if unknown := given.keys() - config.keys():
         raise TypeError(f"unknown model option {min(unknown)!r}")
@@ -145,4 +148,4 @@ def create_model(name, **overrides):
 
 def build(options):
     """The freshly initialised model with these constructor arguments, as `model_config` returns them."""
-    return NETWORKS[kind_of(options)](**options)
+    return network_of(kind_of(options))(**options)

@@ -14,7 +14,7 @@ import torch
 from pydantic import BeforeValidator
 
 from common.errors import InputError, note
-from common.flags import Range, flag, shown
+from common.flags import shown
 from common.records import Count, check_record
 from models.layers import TimestepEmbedder, frequencies
 from models.presets import FLOW_MAPS, PRESETS, Preset, kind_of, parse_df_idxs, spaced_key_layers
@@ -22,32 +22,7 @@ from models.presets import FLOW_MAPS, PRESETS, Preset, kind_of, parse_df_idxs, s
 RMS_NORM = "blocks.0.attn.q_norm.scale"  # Decoupled MeanFlow's QK norm, in its flow models too
 TEXT = "context_embedder.weight"  # only text-to-image has it
 SIT_PATHS = {"Linear": "linear", "GVP": "cosine"}  # SiT's names; REPA and its successors use ours
-CONVENTIONS = ("repa", "sit")  # REPA, DeepFlow and Decoupled MeanFlow: t = 0 is data; SiT: t = 1 is data
 KeyLayers = Annotated[tuple[int, ...], BeforeValidator(parse_df_idxs)]
-
-
-@dataclasses.dataclass(kw_only=True)
-class ConventionFlag:
-    """The direction of time, for published files that leave it open."""
-
-    convention: str | None = flag(
-        None, "of a published file: t = 0 (repa) or t = 1 (sit) is data", str, choices=CONVENTIONS, group="model"
-    )
-
-
-@dataclasses.dataclass(kw_only=True)
-class PublishedFlags(ConventionFlag):
-    """Settings that published files may leave open; default: the file's, else its preset's."""
-
-    df_idxs: list | None = flag(None, "blocks that end a branch: [8,16], 8,16 or 8 16", str, nargs="+", group="model")
-    dmf_depth: int | None = flag(
-        None, "number of blocks that see t, of a published flow map", int, range=Range(low=1), group="model"
-    )
-    legacy_scaling: bool | None = flag(None, "clamp the time-gap scale to [-5, 5], as published", bool, group="model")
-
-    def published(self):
-        """{name: value} of these flags, for load_checkpoint."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(PublishedFlags)}
 
 
 @dataclasses.dataclass

@@ -3,38 +3,14 @@
 Letters: N captions, L tokens (a caption is padded or cut to L), W width of the features.
 """
 
-import dataclasses
-import re
 from pathlib import Path
 
 import torch
 
 from common.errors import InputError, note
-from common.records import Count
 from models.hub import fetching
-from models.identity import Identity, check_complete, content_sha256, variant_of
-
-DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
-
-
-def encoder_family(name):
-    """Last part of a text encoder's name or folder; for a folder in a hub cache, of its name on the hub."""
-    parts = Path(str(name)).parts
-    cached = [part for part in parts if re.fullmatch(r"models--.+--.+", part)]
-    return cached[-1].split("--")[-1] if cached else Path(str(name)).name
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSpec(Identity):
-    """What a set of text features was made with; travels in the data manifest and in the checkpoint."""
-
-    KIND, NAME, FLAG, SETTINGS = "text encoder", "encoder", "--text-encoder", ("tokens", "width")
-
-    encoder: str = DEFAULT_TEXT_ENCODER
-    family: str = encoder_family(DEFAULT_TEXT_ENCODER)
-    tokens: Count = 77
-    width: Count = 768
-    encoder_sha256: str | None = None  # of the network and its tokenizer
+from models.identity import check_complete, content_sha256, variant_of
+from models.specs import DEFAULT_TEXT_ENCODER, TextSpec, encoder_family
 
 
 def import_transformers(flag):

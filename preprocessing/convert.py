@@ -1,12 +1,10 @@
 """convert: any folder or zip of images → square RGB images of one size, with the published names and labels."""
 
 import concurrent.futures
-import dataclasses
 import functools
 import io
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
@@ -17,16 +15,13 @@ from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import regular, write_atomically
-from common.flags import WORKERS, FlagTextError, flag, required
-from common.look_ahead import ordered_map
-from common.processes import cores_of_process
+from common.look_ahead import cores_of_process, ordered_map
 from common.versions import versions
 from latents.manifest import LABELS_JSON, MANIFEST, NAMES, DataManifest
 from latents.names import NO_LABEL, label_json, pack_names, walk
 from preprocessing.jobs import Job, batches_of
-from preprocessing.options import ImageFlags
 from preprocessing.sources import ImageSource
-from preprocessing.transforms import DEFAULT, TRANSFORMS, make_transform
+from preprocessing.transforms import DEFAULT, make_transform
 
 CHUNK = 64  # images that one worker finishes before they are noted as done
 TOO_SMALL = "too small for the transform"
@@ -36,27 +31,6 @@ FORMATS = {  # measured on 256² photographs: level 1 halves level 0 and writes 
     "jpeg": (".jpg", {"format": "JPEG", "quality": 95, "subsampling": 0}),
     "webp-lossless": (".webp", {"format": "WEBP", "lossless": True, "quality": 0, "method": 0}),
 }
-
-
-def width_height(text):
-    """'256x256' or '256,256' → (256, 256)."""
-    match = re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", text)
-    if not match or 0 in (size := tuple(map(int, match.groups()))):
-        raise FlagTextError(f"{text!r} is not WIDTHxHEIGHT, for example 256x256")
-    return size
-
-
-@dataclasses.dataclass
-class ConvertFlags(ImageFlags):
-    """images of any size → square RGB images of one size"""
-
-    source: str = required("class folders, or a zip of them; also ZIP:FOLDER", metavar="DIR|ZIP", group="data")
-    dest: str = required("new or empty folder, or a .zip to make", metavar="DIR|ZIP", group="output")
-    resolution: tuple | None = flag(None, "for example 256x256", width_height, metavar="WxH", group="output")
-    transform: str | None = flag(None, f"default: {DEFAULT}", str, choices=sorted(TRANSFORMS), group="output")
-    _: dataclasses.KW_ONLY
-    format: str = flag("png", "jpeg loses detail", choices=sorted(FORMATS), group="output")
-    workers: int = flag(cores_of_process(), "processes", range=WORKERS, group="precision and speed")
 
 
 def image_name(index, image_format):
@@ -81,7 +55,7 @@ def convert(options):
     if not zipped and job.begin():
         side = options.resolution[0] if options.resolution else images.first_width(options.skip_bad)
         task = functools.partial(_convert_chunk, images, job, transform, side, options)
-        _convert_images(images, job, task, options.workers)
+        _convert_images(images, job, task, options.workers or cores_of_process())
         _finish(images, job, side, options)
     elif zipped or not to_zip:
         note(f"{dest} is complete: nothing to do")

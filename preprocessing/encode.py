@@ -2,54 +2,22 @@
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
-import torch
 
 from common.errors import InputError, note
-from common.flags import flag, required
+from common.precision import DTYPES
 from common.processes import Processes
 from common.records import Count, read_record
 from latents.manifest import LABELS_JSON, NAMES
 from latents.names import label_json, pack_names
-from models.codec import DEFAULT_VAE, LatentCodec, resolve_vae
+from models.codec import LatentCodec, resolve_vae
 from models.encoders import ENCODERS, STRIDE, Encoder, parse_enc_ckpt, parse_enc_type, weights_id
 from preprocessing.fill import ImageRows, fill, ticket
 from preprocessing.jobs import Job, to_npy
-from preprocessing.options import ImageFlags, NetworkFlags
 from preprocessing.packed import ShardWriter
 
 TRAINED_ON = "trained_on.json"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclasses.dataclass
-class EncodeFlags(NetworkFlags, ImageFlags):
-    """converted images → moments (mean and std) of a VAE; also under torchrun"""
-
-    mirror: ClassVar = False
-    vae: str = flag(DEFAULT_VAE, "name or folder", also=("--model-url",), group="model")
-    _: dataclasses.KW_ONLY
-    dtype: str = flag("fp32", "of the VAE's arithmetic", choices=sorted(DTYPES), group="precision and speed")
-    packed: bool = flag(False, "write memory-mapped shards instead of a file per image", group="output")
-
-
-@dataclasses.dataclass
-class MirrorFlags(EncodeFlags):
-    """encode the horizontally flipped images, as a second set beside the first (DATA/vae-sd-mirror)"""
-
-    mirror: ClassVar = True
-
-
-@dataclasses.dataclass
-class FeatureFlags(NetworkFlags, ImageFlags):
-    """patch features of an alignment encoder as a packed set, so that training needs no encoder"""
-
-    enc_type: str = required("one of " + ", ".join(ENCODERS), metavar="NAME", group="model")
-    enc_ckpt: str | None = flag(None, "authors' or timm's weights; default: hub", str, metavar="FILE", group="model")
-    _: dataclasses.KW_ONLY
-    mirror: bool = flag(False, "of the flipped images (DATA/features-NAME-mirror)", group="data")
 
 
 def latent_name(index):

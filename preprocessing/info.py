@@ -44,3 +44,10 @@ def write_grid(data_dir, path, vae=None, columns=8):
         rows.read(index, out)
     latents = spec.sample(values, torch.zeros_like(values[:, : spec.channels]))
     save_grid(codec.decode(latents).numpy(), columns, path)
+
+
+def run(options):
+    """Print the lines, write the picture."""
+    print("\n".join(describe(options.data_dir)))
+    if options.grid:
+        write_grid(options.data_dir, options.grid, options.vae)

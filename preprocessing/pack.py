@@ -9,29 +9,15 @@ from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import sha256_of_files
-from common.flags import CLASSES, WORKERS, flag, required
 from common.versions import versions
 from dataset import open_dataset
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, DataManifest
 from latents.names import check_names
 from latents.sets import check_unpacked, images_by_order, is_set, open_set
 from preprocessing.jobs import Job, batches_of
-from preprocessing.options import StoredFlags
 from preprocessing.packed import ShardWriter
 
 BATCH = 512  # rows that are noted as done together
-
-
-@dataclasses.dataclass
-class PackFlags(StoredFlags):
-    """moments of either layout → memory-mapped shards with checksums"""
-
-    source: str = required("data folder, or one set of it", metavar="DIR", group="data")
-    dest: str = required("new or empty folder of the same kind", metavar="DIR", group="output")
-    _: dataclasses.KW_ONLY
-    vae: str | None = flag(None, "the VAE of a source without a manifest", str, group="data")
-    num_classes: int | None = flag(None, "classes of such a source", int, range=CLASSES, group="data")
-    workers: int = flag(8, "threads that read files", range=WORKERS, group="precision and speed")
 
 
 def pack(options):

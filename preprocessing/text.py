@@ -7,28 +7,15 @@ import json
 import numpy as np
 
 from common.errors import InputError, note
-from common.flags import BATCH, flag, required
 from common.processes import Processes
 from latents.captions import CAPTIONS, EMPTY, read_annotations
 from latents.manifest import CHECK, NAMES
 from latents.names import Names, is_data, pack_names
-from models.text import DEFAULT_TEXT_ENCODER, TextEncoder
+from models.text import TextEncoder
 from preprocessing.fill import fill, ticket
 from preprocessing.jobs import Job, to_npy
-from preprocessing.options import SetFlags, StoredFlags
 from preprocessing.packed import ShardWriter
 from preprocessing.sources import ImageSource
-
-
-@dataclasses.dataclass
-class CaptionFlags(StoredFlags, SetFlags):
-    """captions of the images → features of a text encoder, as a packed set with the captions beside it"""
-
-    annotations: str = required("COCO's captions, or {file name: [captions]}", metavar="JSON", group="data")
-    text_encoder: str = flag(DEFAULT_TEXT_ENCODER, "name or folder", group="model")
-    _: dataclasses.KW_ONLY
-    batch_size: int = flag(64, "captions per batch and process", range=BATCH, group="precision and speed")
-    device: str | None = flag(None, "cuda or cpu; default: cuda if present", str, group="precision and speed")
 
 
 def sha256_of(content):

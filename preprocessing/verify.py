@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from latents.manifest import AGAIN, IMAGES, LABELS_JSON, MANIFEST, MAX_CLASSES, 
 from latents.names import Names, read_label_list, walk, walk_files
 from latents.rows import ImageFiles
 from latents.sets import Moments, is_unfinished, list_sets, open_set
-from models.codec import LatentCodec, LatentSpec, vae_family
+from models.codec import LatentCodec
+from models.specs import LatentSpec, vae_family
 from preprocessing.jobs import batches_of
 from preprocessing.sources import class_of, is_image_name
 
@@ -241,3 +243,11 @@ def _check_vae(folder, codec, report):
             if not error < REENCODED:
                 fault = f"row {index} is not what {names[index]} encodes to (difference {error:.2f})"
                 raise InputError(f"{folder}: {fault}")
+
+
+def run(options):
+    """Print faults and end with exit code 1 if there are any."""
+    report = verify(options.data_dir, options.vae, options.decode)
+    print("\n".join(report.lines() or [f"{options.data_dir}: no fault found"]))
+    if report.faults:
+        sys.exit(1)

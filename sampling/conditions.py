@@ -15,11 +15,11 @@ import torch
 from common.errors import InputError, system_fault
 from common.files import read_lines, regular, sha256_of_files
 from common.pictures import classes_of_rows
+from common.precision import DTYPES
 from common.records import check_record, read_record_lines
 from latents.captions import read_annotations
 from models.text import TextEncoder, TextSpec
 from samplers import sample_labels
-from sampling.flags import DTYPES
 from sampling.stores import GenEvalFiles, PngFiles
 
 

@@ -1,24 +1,26 @@
-"""The flags that sampling of classes and of prompts share."""
+"""The flags of generate.py and generate_t2i.py."""
 
 import dataclasses
 import re
 from pathlib import Path
 
-import torch
-
 from common.errors import InputError
-from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, SIDE, Range, flag, required
-from models import PRESETS
-from models.paths import PATHS
-from models.published import PublishedFlags
-from samplers import SAMPLERS, Guidance
+from common.flags import BATCH, BLOCKS, CLASSES, HIDDEN, IMAGES, SAMPLER_STEPS, SEED, SIDE, Range, flag, required
+from models.flags import PublishedFlags
+from models.presets import PRESETS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MODES = [name for name in SAMPLERS if name != "ode-heun"]
+DTYPES = ["bf16", "fp16", "fp32"]
+MODES = ["sde", "ode", "euler", "restart"]
 MODE = "sampler; euler and restart are for flow maps; default: sde, or euler for flow maps"
-STEPS = "number of steps; default: " + ", ".join(f"{SAMPLERS[mode].num_steps} for {mode}" for mode in MODES)
+STEPS = "number of steps; default: 250 for sde, 50 for ode, 4 for euler, 4 for restart"
 SAMPLE_DIR = "parent folder of the results; default: RUN/generated of a run's checkpoint, else samples"
 MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "output"
+
+GENEVAL_IMAGES = 4  # of each prompt
+PROMPTS = (
+    "prompts ('' is no text at all), or one file: text with a prompt per line, COCO's captions .json (one caption per "
+    "image, drawn by the seed), GenEval's .jsonl (its folder layout is written)"
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -31,8 +33,10 @@ class SamplingFlags(PublishedFlags):
     trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS, group=MODEL)
     qk_norm: bool | None = flag(None, "normalised queries and keys", bool, group=MODEL)
     ssl_align: bool | None = flag(None, "the model was trained with SSL alignment", bool, group=MODEL)
-    projector_embed_dims: str | None = flag(None, "accepted for published scripts, unused", str, group=MODEL)
-    path_type: str | None = flag(None, "default: the checkpoint's, else linear", str, choices=[*PATHS], group=MODEL)
+    projector_embed_dims: str | None = flag(None, HIDDEN, str, group=MODEL)
+    path_type: str | None = flag(
+        None, "default: the checkpoint's, else linear", str, choices=["linear", "cosine"], group=MODEL
+    )
     resolution: int | None = flag(None, "image size", int, range=SIDE, group=MODEL)
     vae: str | None = flag(None, "ema, mse, a hub name or a folder; default: the training data's", str, group=MODEL)
 
@@ -43,18 +47,22 @@ class SamplingFlags(PublishedFlags):
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none", group=SAMPLING)
     guidance_low: float = flag(0.0, "guide only at t >= this (t = 0 is data)", group=SAMPLING)
     guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)", group=SAMPLING)
-    global_seed: int = flag(0, "image i depends on it and on i", range=SEED, also=["--seed"], group=SAMPLING)
+    global_seed: int = flag(
+        0, "image i depends on it and on i; --seed is the same", range=SEED, also=["--seed"], group=SAMPLING
+    )
 
-    dtype: str = flag("fp32", "precision of the network; the state is float64", choices=list(DTYPES), group=SPEED)
-    vae_dtype: str = flag("fp32", "precision of the decoder", choices=list(DTYPES), group=SPEED)
-    tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", group=SPEED)
+    dtype: str = flag("fp32", "precision of the network; the state is float64", choices=DTYPES, group=SPEED)
+    vae_dtype: str = flag("fp32", "precision of the decoder", choices=DTYPES, group=SPEED)
+    tf32: bool = flag(True, "TF32 matrix products on GPUs that have them", also=["--allow-tf32"], group=SPEED)
     fused_attn: bool = flag(True, "fused attention kernels", group=SPEED)
     compile: bool = flag(False, "compile the network's blocks at the start, for faster steps", group=SPEED)
-    per_proc_batch_size: int = flag(32, "images per forward pass and process", range=BATCH, group=SPEED)
+    per_proc_batch_size: int = flag(
+        32, "images per forward pass and process", range=BATCH, also=["--batch-size"], group=SPEED
+    )
     decode_batch_size: int = flag(32, "images decoded at once", range=BATCH, group=SPEED)
 
     sample_dir: str | None = flag(None, SAMPLE_DIR, str, group=OUTPUT)
-    num_fid_samples: int = flag(50_000, "number of images", range=IMAGES, group=OUTPUT)
+    num_fid_samples: int = flag(50_000, "number of images", range=IMAGES, also=["--num-samples"], group=OUTPUT)
     format: str = flag("both", "what is written", choices=["npz", "png", "both"], group=OUTPUT)
     decode: bool = flag(True, "decode to images; --no-decode writes an npz of latents", group=OUTPUT)
     resume: bool = flag(True, "resume an interrupted run; --no-resume refuses a folder with images", group=OUTPUT)
@@ -64,10 +72,14 @@ class SamplingFlags(PublishedFlags):
     @property
     def sampler(self):
         """Row of the table of samplers."""
+        from samplers import SAMPLERS  # here, as it imports torch
+
         return SAMPLERS["ode-heun" if self.heun else self.mode]
 
     @property
     def guidance(self):
+        from samplers import Guidance
+
         return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
 
     def model_options(self):
@@ -116,3 +128,54 @@ class SamplingFlags(PublishedFlags):
             raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")
         self.guidance.check(config.sampler.times(config.num_steps, self.shift))
         return config
+
+
+@dataclasses.dataclass(kw_only=True)
+class GenerateConfig(SamplingFlags):
+    """Flags of generate.py."""
+
+    num_classes: int | None = flag(None, "number of classes", int, range=CLASSES, group=MODEL)
+    labels: str = flag("random", "random, balanced, or in turn: 207,robin or a file with one per line", group=SAMPLING)
+    classes: str | None = flag(None, "classes of the grid, 207,robin: equally many of each", str, group=OUTPUT)
+
+    def model_options(self):
+        return {**super().model_options(), "num_classes": self.num_classes}
+
+    def resolve(self):
+        """As SamplingFlags.resolve, and for --classes."""
+        config = super().resolve()
+        if config.classes and not config.grid:
+            raise InputError("--classes belongs to --grid; for many images pass --labels")
+        if config.classes and (count := len(config.classes.split(","))) > config.num_fid_samples:
+            cells = f"{count} classes for {config.num_fid_samples} images"
+            raise InputError(f"--classes names {cells}; pass a larger --grid")
+        return config
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextGenerateConfig(SamplingFlags):
+    """Flags of generate_t2i.py."""
+
+    prompts: list = required(PROMPTS, str, nargs="+", group=SAMPLING, empty=True)
+    images_per_prompt: int | None = flag(None, "default 1, for GenEval 4", int, range=IMAGES, group=SAMPLING)
+    text_encoder: str | None = flag(None, "name or folder; default: the training data's", str, group=MODEL)
+    cfg_scale: float = flag(2.0, "classifier-free guidance with the empty caption; 1.0 is none", group=SAMPLING)
+    num_fid_samples: int | None = flag(None, "default: --images-per-prompt each", int, range=IMAGES, group=OUTPUT)
+
+    def resolve(self, source):
+        """As SamplingFlags.resolve, with the number of images that a PromptList gives. Raises InputError."""
+        config, prompts = super().resolve(), len(source.texts)
+        config.images_per_prompt = config.images_per_prompt or (GENEVAL_IMAGES if source.metadata else 1)
+        most = prompts * config.images_per_prompt
+        count = config.num_fid_samples = config.num_fid_samples or most
+        if config.grid and prompts > count:
+            raise InputError(f"--grid {config.grid} has no room for {prompts} prompts; pass a larger one")
+        if count > most and not config.grid:
+            raise InputError(f"--num-fid-samples {count}: --prompts gives {most} images; raise --images-per-prompt")
+        return config
+
+    def prompt_of_each_image(self, texts):
+        """Prompts of all images: a picture has equally many of each."""
+        if self.grid:
+            return [texts[index * len(texts) // self.num_fid_samples] for index in range(self.num_fid_samples)]
+        return [texts[index // self.images_per_prompt] for index in range(self.num_fid_samples)]

@@ -4,13 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
-
 from common.errors import InputError
 from common.records import check_record, read_record
 from common.versions import versions
 from latents.manifest import AGAIN, ENCODERS
-from models.checkpoints import TRAINING
+from models.specs import TRAINING
 
 SETTINGS = "settings.json"
 SEALED = "sealed"  # entry: whether all files have seals; those of earlier versions do not
@@ -83,6 +81,8 @@ class SampleManifest:
 
 def build_manifest(sampler):
     """SampleManifest of what an ImageSampler makes as its configuration says."""
+    import torch  # readers of manifests need none
+
     config, checkpoint, cost = sampler.config, sampler.checkpoint, sampler.cost
     flags = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(SampleManifest)}
     found = {

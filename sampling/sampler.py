@@ -9,13 +9,14 @@ import torch
 from common.errors import InputError
 from common.flags import shown
 from common.look_ahead import ordered_map
+from common.precision import DTYPES
 from common.records import check_record
 from models import PRESETS, load_checkpoint
-from models.codec import LatentCodec, LatentSpec
+from models.codec import LatentCodec
 from models.compiling import compile_blocks
 from models.paths import PATHS
+from models.specs import LatentSpec
 from samplers import GuidedVelocity, integrate, sample_noise
-from sampling.flags import DTYPES
 
 
 class ImageSampler:

@@ -26,7 +26,6 @@ from common.look_ahead import ordered_map
 from latents.names import walk
 from sampling.manifest import SEALED, SETTINGS, check_settings
 
-GENEVAL_IMAGES = 4  # of each prompt
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 REMEDY = "run the same again"
 

@@ -10,7 +10,7 @@ SWEEP=${SWEEP:-$OUTPUT_DIR/$EXP_NAME/sweep-$(basename "$CKPT" .pt)} # its folder
 check_adm
 need_folder "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/guided}"
 [ "$REF" != none ] || fail "REF=none leaves nothing to choose the guidance by; pass REF=FILE"
-python -m evaluations.sweep --ckpt "$CKPT" --ref "$REF" --out "$SWEEP" --num-samples "${SWEEP_SAMPLES:-5000}" \
+python -m evaluations.sweep --ckpt "$CKPT" --ref "$REF" --out "$SWEEP" --num-fid-samples "${SWEEP_SAMPLES:-5000}" \
     --cfg-scale ${SCALES:-1.2 1.4 1.6 1.8} --interval ${INTERVALS:-0,1 0,0.7 0.3,0.7} --num-steps ${STEPS:-250} \
     --processes "$NUM_GPUS" ${weights[@]+"${weights[@]}"} -- "${fast[@]}" "$@"
 read -ra best <"$SWEEP/best.txt"

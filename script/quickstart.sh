@@ -30,7 +30,7 @@ python -m preprocessing.dataset_tools convert --source "$WORK/digits" --dest "$W
 
 step "3/6 encode with assets/tiny-vae: $WORK/data/vae-sd"
 python -m preprocessing.dataset_tools encode --source "$WORK/data/images" --dest "$WORK/data/vae-sd" \
-    --vae assets/tiny-vae --batch-size 64
+    --vae assets/tiny-vae --per-proc-batch-size 64
 
 step "4/6 train DeepFlow-Ti/2, $STEPS steps: $WORK/exps/digits"
 train train.py --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \

@@ -26,9 +26,9 @@ step "2/5 images, latents and text features: $WORK/data"
 python -m preprocessing.dataset_tools convert --source "$WORK/digits" --dest "$WORK/data/images" \
     --resolution 32x32 --transform center-crop
 python -m preprocessing.dataset_tools encode --source "$WORK/data/images" --dest "$WORK/data/vae-sd" \
-    --vae assets/tiny-vae --batch-size 64 --packed
+    --vae assets/tiny-vae --per-proc-batch-size 64 --packed
 python -m preprocessing.dataset_tools captions --source "$WORK/data/images" --annotations "$WORK/text/captions.json" \
-    --dest "$WORK/data/text" --text-encoder "$WORK/text/encoder" --batch-size 256
+    --dest "$WORK/data/text" --text-encoder "$WORK/text/encoder" --per-proc-batch-size 256
 
 step "3/5 train DeepFlow-MMDiT-Ti/2, $STEPS steps: $WORK/exps/digits"
 train train_t2i.py --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \

@@ -19,18 +19,18 @@ import small_disk
 
 DISKS = __name__ == "__main__" and small_disk.allow()  # before anything starts a thread
 
-import argparse  # noqa: E402
-import collections  # noqa: E402
-import contextlib  # noqa: E402
-import os  # noqa: E402
-import random  # noqa: E402
-import signal  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
+import argparse
+import collections
+import contextlib
+import os
+import random
+import signal
+import tempfile
+import time
 
-import programs  # noqa: E402
-from attack_commands import COMMANDS, PRINTS, copy_of, environment, make_workspace, results  # noqa: E402
-from attack_kinds import FREE, KINDS, Plan, Skip  # noqa: E402
+import programs
+from attack_commands import COMMANDS, PRINTS, copy_of, environment, make_workspace, results
+from attack_kinds import FREE, KINDS, Plan, Skip
 
 TIME_LIMIT = 120  # seconds per program; each takes a few
 SEED = 1_000_000  # numbers of attempts between those of two seeds

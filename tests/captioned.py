@@ -16,9 +16,10 @@ import generate_t2i
 from common.flags import parse_flags
 from models import create_model, model_config
 from models.text import TextSpec
-from preprocessing.convert import ConvertFlags, convert
-from preprocessing.encode import EncodeFlags, encode
-from preprocessing.text import CaptionFlags, write_captions
+from preprocessing.convert import convert
+from preprocessing.encode import encode
+from preprocessing.options import CaptionFlags, ConvertFlags, EncodeFlags
+from preprocessing.text import write_captions
 
 PHOTOS = {
     "astronaut.png": ["an astronaut in an orange suit", "a smiling woman before a flag"],

@@ -24,7 +24,8 @@ from models import create_model, encoders, load_model
 from models.encoders import Encoder
 from models.paths import PATHS
 from preprocessing import dataset_tools
-from preprocessing.pack import PackFlags, pack
+from preprocessing.options import PackFlags
+from preprocessing.pack import pack
 from preprocessing.sources import ImageSource
 from training import alignment
 from training.checkpoint import checkpoint_path

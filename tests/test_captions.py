@@ -17,7 +17,8 @@ from common.errors import InputError
 from dataset import open_captions
 from models.text import TextEncoder, TextSpec, encoder_family
 from preprocessing.info import describe, write_grid
-from preprocessing.text import CaptionFlags, Captions, write_captions
+from preprocessing.options import CaptionFlags
+from preprocessing.text import Captions, write_captions
 from preprocessing.verify import verify
 from training.loader import LatentLoader, SeekableSampler
 

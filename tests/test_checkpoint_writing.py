@@ -11,10 +11,9 @@ import tiny
 import torch
 
 import train
-from common.errors import InputError
+from common.errors import EXIT_STOPPED, InputError
 from training import checkpoint
 from training.checkpoint import CheckpointWriter, checkpoint_path, existing_steps, on_host, save_checkpoint
-from training.stop import EXIT_STOPPED
 
 
 class Log:

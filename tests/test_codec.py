@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.errors import InputError
+from common.flags import ROOT
 from models.codec import (
     DEFAULT_VAE,
-    ROOT,
     LatentCodec,
     LatentSpec,
     resolve_vae,

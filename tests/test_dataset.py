@@ -15,7 +15,8 @@ from dataset import open_dataset
 from latents.names import pack_names
 from latents.sets import check_labels
 from models.codec import LatentSpec
-from preprocessing.pack import PackFlags, pack
+from preprocessing.options import PackFlags
+from preprocessing.pack import pack
 from training.loader import CopyToGPU, LatentLoader, SeekableSampler
 
 COUNT = 12

@@ -3,6 +3,10 @@
 import ast
 import dataclasses
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,12 +16,17 @@ import generate_t2i
 import train
 import train_dmf
 import train_t2i
+from common import precision
 from common.errors import InputError
 from common.flags import LARGEST, Range, flag, parse_flags, shown
 from digits import train_vae
 from evaluations import calculate_metrics, clip_score, count_flops, evaluator, feature_distance, geneval, sweep
-from models import export
+from evaluations.metrics import precision_recall
+from models import attention, deepflow, encoders, export, mmdit, paths
+from models.flags import ENCODERS
+from preprocessing import convert, transforms
 from preprocessing.dataset_tools import COMMANDS
+from samplers import SAMPLERS
 
 PROGRAMS = [train.TrainConfig, train_dmf.FlowMapConfig, train_t2i.TextTrainConfig, generate.GenerateConfig]
 PROGRAMS += [
@@ -84,3 +93,88 @@ def test_no_program_needs_its_docstring_or_an_assertion():
             assert not isinstance(node, ast.Assert), f"{path}:{node.lineno}"
             of_doc = isinstance(node, ast.Attribute | ast.Subscript) and ast.unparse(node.value).endswith("__doc__")
             assert not of_doc, f"{path}:{node.lineno}"
+
+
+# ------------------------------------------------------------------------------------------------- before torch
+
+ROOMS = ("training", "preprocessing", "evaluations", "digits", "models")
+HEAVY = "torch torchvision scipy sklearn matplotlib diffusers accelerate timm transformers safetensors".split()
+ANSWER = """
+import runpy, sys
+for words in {commands}:
+    sys.argv = words
+    try:
+        run = runpy.run_path if words[0].endswith(".py") else runpy.run_module
+        run(words[0], run_name="__main__")
+    except SystemExit as end:
+        print("ends:", *words, end.code, *sys.modules.keys() & set({heavy}))
+"""
+
+
+def answers(commands):
+    """What each command ends with: words, exit code, slow packages imported so far; and the lines of all errors."""
+    code = ANSWER.format(commands=commands, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tiny.ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return re.findall("^ends: (.*)$", done.stdout, re.MULTILINE), done.stderr.splitlines()
+
+
+def programs():
+    """Every program with flags of its own, as python starts it."""
+    files = [*tiny.ROOT.glob("*.py"), *(path for room in ROOMS for path in (tiny.ROOT / room).glob("*.py"))]
+    parsing = re.compile(r"^    (.* = parse_(flags|commands)|parse_early)\(", re.MULTILINE)
+    files = [path.relative_to(tiny.ROOT) for path in files if parsing.search(path.read_text("utf-8"))]
+    return [str(path) if path.parent == Path() else ".".join(path.with_suffix("").parts) for path in sorted(files)]
+
+
+def test_help_is_printed_before_slow_packages_are_imported():
+    names = programs()
+    assert {"train.py", "generate_t2i.py", "evaluations.evaluator", "training.plot"} < {*names}
+    lines, _ = answers([[name, "--help"] for name in names])
+    assert lines == [f"{name} --help 0" for name in names]
+
+
+def test_mistakes_are_answered_before_slow_packages_are_imported():
+    commands = [["train.py", "--weighting", "log-normal"], ["generate.py", "--ckpt", "x", "--num_step", "3"]]
+    commands += [["train_t2i.py", "--seed", "x"], ["evaluations.table"], ["preprocessing.dataset_tools", "convrt"]]
+    lines, errors = answers(commands)
+    assert lines == [" ".join([*words, "2"]) for words in commands]
+    expected = ["mean lognormal", "mean --num-steps", "--seed x", "required: results", "mean convert"]
+    for part, line in zip(expected, errors, strict=True):
+        assert line.startswith("error: ") and part in line
+
+
+def declared(cls, name):
+    """What a flag is declared with: help, choices, …"""
+    return next(field for field in dataclasses.fields(cls) if field.name == name).metadata
+
+
+def choices(cls, name):
+    return {*declared(cls, name)["choices"]}
+
+
+def test_flags_name_what_there_is():
+    """They say it in their own words, as the tables import torch."""
+    generating, training, mapping = generate.GenerateConfig, train.TrainConfig, train_dmf.FlowMapConfig
+    assert choices(generating, "mode") == SAMPLERS.keys() - {"ode-heun"}
+    assert choices(generating, "path_type") == choices(training, "path_type") == {*paths.PATHS}
+    assert choices(mapping, "attn_func") == {"auto", "base", "torch_sdpa", *attention.FLASH_PACKAGES}
+    assert choices(train_t2i.TextTrainConfig, "init") == {*mmdit.INITIALISATIONS}
+    assert choices(evaluator.EvaluatorFlags, "precision") == {*precision_recall.PRECISIONS}
+    converting, encoding = (COMMANDS[name][0] for name in ("convert", "encode"))
+    assert choices(converting, "transform") == {*transforms.TRANSFORMS}
+    assert choices(converting, "format") == {*convert.FORMATS}
+    for cls, name in ((generating, "dtype"), (generating, "vae_dtype"), (encoding, "dtype")):
+        assert choices(cls, name) == {*precision.DTYPES}
+    vera = declared(training, "vera")["help"]
+    assert all(step in vera for step in deepflow.VERA_STEPS)
+    families = re.findall(r"([\w-]+)(?:\{([\w,]+)\})?", re.sub(r", ", " ", ENCODERS))
+    assert {stem + size for stem, sizes in families for size in sizes.split(",")} == {*encoders.ENCODERS}
+
+
+def test_defaults_of_samplers_are_those_of_the_help():
+    words = next(field for field in dataclasses.fields(generate.GenerateConfig) if field.name == "num_steps").metadata[
+        "help"
+    ]
+    for name, sampler in SAMPLERS.items():
+        assert name == "ode-heun" or f"{sampler.num_steps} for {name}" in words

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models import PRESETS, create_model
-from models.flops import PEAK_FLOPS, count_flops, peak_of
+from models.flops import count_flops
+from models.gpus import PEAK_FLOPS, peak_of
 
 
 def meta_model(name, **overrides):

@@ -17,9 +17,10 @@ from common.errors import InputError
 from dataset import open_dataset
 from models.codec import LatentCodec, LatentSpec
 from models.text import TextEncoder, TextSpec
-from preprocessing.encode import EncodeFlags, encode
-from preprocessing.pack import PackFlags, pack
-from preprocessing.text import CaptionFlags, write_captions
+from preprocessing.encode import encode
+from preprocessing.options import CaptionFlags, EncodeFlags, PackFlags
+from preprocessing.pack import pack
+from preprocessing.text import write_captions
 from preprocessing.verify import verify
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

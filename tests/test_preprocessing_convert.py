@@ -18,8 +18,9 @@ import preprocessing.sources
 import preprocessing.transforms
 from common.errors import InputError
 from latents.names import NO_LABEL
-from preprocessing.convert import ConvertFlags, convert
+from preprocessing.convert import convert
 from preprocessing.jobs import Job
+from preprocessing.options import ConvertFlags
 from preprocessing.sources import ImageSource
 from preprocessing.transforms import center_crop, center_crop_wide, plain_resize
 

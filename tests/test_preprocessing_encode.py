@@ -14,10 +14,11 @@ from common.errors import InputError
 from dataset import open_dataset
 from latents.sets import open_set
 from models.codec import LatentCodec
-from preprocessing.convert import ConvertFlags, convert
-from preprocessing.encode import EncodeFlags, MirrorFlags, encode
+from preprocessing.convert import convert
+from preprocessing.encode import encode
 from preprocessing.info import describe, write_grid
-from preprocessing.pack import PackFlags, pack
+from preprocessing.options import ConvertFlags, EncodeFlags, MirrorFlags, PackFlags
+from preprocessing.pack import pack
 
 ROOT = Path(__file__).parent.parent
 COUNT = 18

@@ -20,9 +20,10 @@ import preprocessing.convert
 import preprocessing.pack
 from common.files import locked
 from models.text import TextEncoder
-from preprocessing.convert import ConvertFlags, convert
-from preprocessing.pack import PackFlags, pack
-from preprocessing.text import CaptionFlags, write_captions
+from preprocessing.convert import convert
+from preprocessing.options import CaptionFlags, ConvertFlags, PackFlags
+from preprocessing.pack import pack
+from preprocessing.text import write_captions
 
 TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"
 IMAGES = 300

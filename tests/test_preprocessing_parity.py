@@ -10,7 +10,8 @@ from parity import FIXTURES, OWN_FIXTURES, evaluation_inputs
 from PIL import Image
 
 from common.errors import InputError
-from preprocessing.convert import ConvertFlags, convert
+from preprocessing.convert import convert
+from preprocessing.options import ConvertFlags
 from preprocessing.sources import ImageSource, decode
 from preprocessing.transforms import center_crop_dhariwal
 

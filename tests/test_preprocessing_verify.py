@@ -12,9 +12,10 @@ from data_helpers import photo, tiny_vae, write_class_folders, write_folder_layo
 
 from common.errors import InputError
 from common.files import sha256_of_files
-from preprocessing.convert import ConvertFlags, convert
-from preprocessing.encode import EncodeFlags, MirrorFlags, encode
-from preprocessing.pack import PackFlags, pack
+from preprocessing.convert import convert
+from preprocessing.encode import encode
+from preprocessing.options import ConvertFlags, EncodeFlags, MirrorFlags, PackFlags
+from preprocessing.pack import pack
 from preprocessing.verify import verify
 
 TOOL = Path(__file__).parent.parent / "preprocessing/dataset_tools.py"

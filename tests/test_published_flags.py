@@ -11,7 +11,7 @@ import torch
 
 import train
 import train_dmf
-from common.errors import InputError
+from common.errors import InputError, exit_on_input_error
 from common.flags import parse_commands, parse_flags, shown
 from common.published_flags import OURS, REFUSED, UNUSED
 from dataset import open_dataset
@@ -62,9 +62,26 @@ def refusal(cls, *words):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("typed", ["--seed", "--global-seed"])
+def test_an_error_names_the_flag_that_was_typed(typed, capsys):
+    with pytest.raises(SystemExit) as end, exit_on_input_error():
+        parse_flags(GenerateConfig, ["--ckpt", "x", typed, "-1"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {typed} -1 is out of range")
+
+
+def test_an_error_names_a_published_flag_that_was_typed(capsys):
+    with pytest.raises(SystemExit), exit_on_input_error():
+        parse_flags(TrainConfig, ["--image-size", "0"])
+    assert "--image-size 0" in capsys.readouterr().err
+
+
 def test_sit_training():
     config = parse_flags(TrainConfig, SIT_TRAIN.split())
     holds(config, data_dir="/path/to/imagenet/train", output_dir="out", resolution=256, batch_size=128, seed=3)
+    holds(config, weighting="uniform")
+    holds(parse_flags(TrainConfig, [*SIT_TRAIN.split(), "--weighting", "lognormal"]), weighting="lognormal")
+    holds(parse_flags(TrainConfig, SIT_TRAIN.replace("--data-path", "--data-dir").split()), weighting="lognormal")
     holds(
         config, checkpointing_steps=50_000, sampling_steps=5000, report_to="wandb", path_type="linear", prediction="v"
     )

@@ -81,7 +81,7 @@ def test_a_run_without_a_name_says_which_it_has(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
     line = tiny.train_flags(data, tmp_path / "exps", max_train_steps=2)[2:]
     done = programs.run("train.py", *line)
-    name = "deepflow-ti-2t-16-d2-uniform-bs4-lr0.001"
+    name = "deepflow-ti-2t-16-d2-bs4-lr0.001"
     assert done.returncode == 0, done.stderr
     assert f"results: {tmp_path}/exps/{name}\n" in done.stdout
     assert tiny.load(checkpoint_path(tmp_path / "exps" / name, 2))["config"]["exp_name"] == name

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 import train
-from common.errors import InputError
+from common.errors import EXIT_STOPPED, InputError
 from common.files import locked
 from training.checkpoint import existing_steps
-from training.stop import EXIT_STOPPED, SIGNALS, StopRequest
+from training.stop import SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,9 @@ import torch
 from common.errors import InputError
 from common.files import write_atomically, write_json
 from common.records import Count, Whole, check_record, read_record
-from models.checkpoints import STEP, Options, Plain, checkpoint_path, existing_steps, is_plain, read_file
-from models.codec import LatentSpec
+from models.checkpoints import STEP, Plain, checkpoint_path, existing_steps, is_plain, read_file
 from models.presets import PRESETS
-from models.text import TextSpec
+from models.specs import LatentSpec, Options, TextSpec
 
 REMEDY = "choose a checkpoint of a run to resume from"
 OURS_ALONE = (

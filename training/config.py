@@ -11,19 +11,12 @@ import functools
 import re
 from pathlib import Path
 
-import torch
-
-from common.errors import InputError, note
+import models  # its modules are imported on first use
+from common.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, note
 from common.flags import BATCH, BLOCKS, CLASSES, SEED, SIDE, WORKERS, Range, flag
-from loss import GUIDED_VELOCITIES, WEIGHTINGS
-from models.attention import ATTENTION
-from models.deepflow import VERA_STEPS
-from models.encoders import ENCODERS, parse_enc_ckpt, parse_enc_type
-from models.flops import MFU, PEAK_FLOPS
-from models.mmdit import INITIALISATIONS
-from models.paths import PATHS
+from models.flags import ENCODERS, ConventionFlag
+from models.gpus import MFU, PEAK_FLOPS
 from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
-from models.published import ConventionFlag
 from training.settings import run_name
 
 GROUPS = ("model", "loss", "data", "optimisation", "precision and speed", "output")
@@ -34,7 +27,19 @@ output_flag = functools.partial(output_flag, free=True)
 
 AT_LEAST_0, AT_LEAST_1, POSITIVE, FINITE = Range(low=0), Range(low=1), Range(above=0), Range()
 PROBABILITY, DECAY = Range(low=0, high=1), Range(low=0, below=1)
+ATTENTION = ["auto", "base", "torch_sdpa", "fa2", "fa3"]
 PROGRAMS = {"flow": "train.py", "flow map": "train_dmf.py", "text": "train_t2i.py"}  # of each kind of model
+EXIT_CODES = (
+    "On SIGTERM, SIGUSR1 and Ctrl-C the step is finished, a checkpoint is written and the exit code\n"
+    f"is {EXIT_STOPPED}: the same command with --resume auto continues. A second Ctrl-C ends at once, with\n"
+    f"{EXIT_INTERRUPTED}. 0: the run is complete; 2: a mistake, named by a line 'error: ...'."
+)
+
+
+def has_gpu():
+    import torch  # seconds, and --help does not need it
+
+    return torch.cuda.is_available()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,7 +52,7 @@ class RunFlags:
     qk_norm: bool = model_flag(False, "normalise queries and keys")
     legacy_scaling: bool = model_flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
 
-    path_type: str = loss_flag("linear", "probability path", choices=list(PATHS))
+    path_type: str = loss_flag("linear", "probability path", choices=["linear", "cosine"])
     prediction: str = loss_flag("v", "what the network predicts; v is the only choice", choices=["v"])
     scale_weight: float = loss_flag(
         None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+", range=FINITE
@@ -59,7 +64,12 @@ class RunFlags:
     resolution: int = data_flag(None, "image size; checked against the data", int, range=SIDE, free=True)
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
     num_workers: int = data_flag(
-        None, "threads that read; default: 4, for images one per core", int, range=Range(0, WORKERS.high), free=True
+        None,
+        "threads that read; default: 4, for images one per core",
+        int,
+        range=Range(0, WORKERS.high),
+        free=True,
+        also=["--workers"],
     )
 
     batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=BATCH)
@@ -77,7 +87,7 @@ class RunFlags:
     seed: int = optim_flag(0, "seed of everything random", range=SEED)
 
     mixed_precision: str = speed_flag(None, "autocast; default: bf16 on GPU", str, choices=["no", "fp16", "bf16"])
-    allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them", free=True)
+    allow_tf32: bool = speed_flag(True, "TF32 matrix products on GPUs that have them", free=True, name="--tf32")
     fused_attn: bool = speed_flag(True, "fused attention kernels", free=True)
     gradient_checkpointing: bool = speed_flag(False, "recompute activations in backward, saving memory", free=True)
     compile: bool = speed_flag(False, "compile each kind of block: a slower start, faster steps", free=True)
@@ -128,7 +138,7 @@ class RunFlags:
 
     def resolve(self):
         """A copy in which defaults that depend on the machine are filled in."""
-        precision = self.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+        precision = self.mixed_precision or ("bf16" if has_gpu() else "no")
         return dataclasses.replace(self, mixed_precision=precision)
 
     def named(self, resolution):
@@ -152,7 +162,7 @@ class RunFlags:
             raise InputError(f"--exp-name {name!r} must name a folder: no slash, colon or line break, no dot in front")
         if self.prediction != "v":
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
-        if self.mixed_precision == "fp16" and not (torch.cuda.is_available() or self.dry_run):
+        if self.mixed_precision == "fp16" and not (has_gpu() or self.dry_run):
             raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
 
 
@@ -160,9 +170,9 @@ class RunFlags:
 class BranchFlags:
     """What leads from branch to branch, and how the branches' times are drawn."""
 
-    vera: str = model_flag("full", "what leads from branch to branch, as in Table 7a: " + ", ".join(VERA_STEPS))
+    vera: str = model_flag("full", "between branches, as in Table 7a: none, gap, acceleration or full")
     acc_mlp: int = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=Range(1, 2**16), nargs="+")
-    weighting: str = loss_flag("uniform", "distribution of t", choices=list(WEIGHTINGS))
+    weighting: str = loss_flag("lognormal", "distribution of t", choices=["uniform", "lognormal"])
     tg_upper_bound: float = loss_flag(
         None, "upper bound of branches' time gap (alpha); default: 0.01, --vera none: 0", float, range=PROBABILITY
     )
@@ -192,7 +202,7 @@ ALIGN = (
     "align if --enc-type or --encoder-depth is given, as in REPA"
 )
 ENCODER = "dinov2-vit-b"
-ENCODER_NAMES = f"alignment encoders, None or comma-separated of {', '.join(ENCODERS)}; default: {ENCODER}"
+ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; default: {ENCODER}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -209,7 +219,7 @@ class AlignmentFlags(RunFlags):
         """As in the base class; without --ssl-align, REPA's own flags switch on alignment for a single-branch model."""
         config, aligned = super().resolve(), self.ssl_align
         if aligned is None:  # a resumed run's settings have it
-            named = bool(self.enc_type and parse_enc_type(self.enc_type))
+            named = bool(self.enc_type and models.encoders.parse_enc_type(self.enc_type))
             one_branch = not (self.df_idxs or getattr(PRESETS.get(self.model), "df_idxs", ()))
             aligned = one_branch and (named or (self.encoder_depth is not None and not self.enc_type))
             if named and not aligned:
@@ -218,13 +228,14 @@ class AlignmentFlags(RunFlags):
 
     def model_flags(self):
         """As of every run, and what alignment adds."""
-        widths = [ENCODERS[name].width for name in self.encoders()]
+        widths = [models.encoders.ENCODERS[name].width for name in self.encoders()]
         return {**super().model_flags(), "ssl_align": bool(widths), "z_dims": widths or None}
 
     def encoders(self):
         """{name: weights file, or None for the hub's}; empty without --ssl-align. Raises InputError."""
-        names = parse_enc_type(self.enc_type or ENCODER)  # typos are refused even without --ssl-align
-        return dict(zip(names, parse_enc_ckpt(self.enc_ckpt, names), strict=True)) if self.ssl_align else {}
+        names = models.encoders.parse_enc_type(self.enc_type or ENCODER)  # typos are refused even without --ssl-align
+        files = models.encoders.parse_enc_ckpt(self.enc_ckpt, names)
+        return dict(zip(names, files, strict=True)) if self.ssl_align else {}
 
     def check(self):
         super().check()
@@ -250,7 +261,8 @@ class TextTrainConfig(BranchFlags, AlignmentFlags):
     kind = "text"
 
     model: str = model_flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
-    init: str = model_flag(None, "initialisation (repa: PyTorch's); default: preset's", str, choices=INITIALISATIONS)
+    init: str = model_flag(None, "initialisation (repa: PyTorch's); default: preset's", str, choices=["dit", "repa"])
+    weighting: str = loss_flag("uniform", "distribution of t", choices=["uniform", "lognormal"])
     cfg_prob: float = loss_flag(0.1, "probability that a caption becomes the empty one", range=PROBABILITY)
     data_dir: str = data_flag("data/coco256/train", "folder that holds vae-sd/ and text/, or U-ViT's", free=True)
     max_train_steps: int = optim_flag(150_000, "optimizer steps", range=AT_LEAST_1, free=True)
@@ -271,9 +283,11 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
     weights: str = model_flag("ema", "which weights of --pretrained and --teacher", choices=["ema", "raw"])
     from_scratch: bool = model_flag(False, "start from random weights instead of --pretrained")
     dmf_depth: int = model_flag(None, "number of blocks that see t; the later ones see r", int, range=BLOCKS)
-    attn_func: str = speed_flag("auto", "attention outside the derivative", choices=list(ATTENTION), free=True)
+    attn_func: str = speed_flag("auto", "attention outside the derivative", choices=ATTENTION, free=True)
 
-    g_type: str = loss_flag("mg", "guidance: none, by the network itself, by a teacher", choices=GUIDED_VELOCITIES)
+    g_type: str = loss_flag(
+        "mg", "guidance: none, by the network itself, by a teacher", choices=["default", "mg", "distill"]
+    )
     teacher: str = loss_flag(None, "frozen flow model of --g-type distill; default: --pretrained", str)
     omega: float = loss_flag(0.6, "guidance weight", range=AT_LEAST_0)
     g_min: float = loss_flag(0.0, "guide only at t >= this (t = 0 is data)", range=PROBABILITY)

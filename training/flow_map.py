@@ -8,9 +8,9 @@ from common.records import check_record
 from loss import GuidedTarget
 from models import PRESETS, create_model, load_checkpoint, model_config
 from models.attention import set_attention
-from models.codec import LatentSpec
 from models.compiling import compile_blocks
 from models.flow_map import FlowMap, to_flow_map
+from models.specs import LatentSpec
 
 TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
 

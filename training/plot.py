@@ -7,17 +7,9 @@ import dataclasses
 import re
 from pathlib import Path
 
-import numpy as np
-
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines, write_atomically
-from common.flags import Range, flag, parse_flags, required
-from training.logs import parse_line, resumed_steps
-
-FINAL = "loss_v, final"  # of the last branch, whatever its number
-DRAWN = ("loss_v", "loss_a", "loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # prefixes
-COLUMNS = 3
-FEW = 30  # curves with at most this many points get markers
+from common.flags import Range, flag, parse_early, parse_flags, required
 
 
 @dataclasses.dataclass
@@ -29,6 +21,19 @@ class PlotFlags:
     x: str = flag("step", "horizontal axis; hours exclude pauses between runs", choices=["step", "epoch", "hours"])
     smooth: int = flag(1, "draw means over this many log lines, each line and those before it", range=Range(low=1))
     log_axis: bool = flag(False, "logarithmic vertical axes for panels with only positive values")
+
+
+if __name__ == "__main__":
+    parse_early(PlotFlags, __doc__)
+
+import numpy as np
+
+from training.logs import parse_line, resumed_steps
+
+FINAL = "loss_v, final"  # of the last branch, whatever its number
+DRAWN = ("loss_v", "loss_a", "loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # prefixes
+COLUMNS = 3
+FEW = 30  # curves with at most this many points get markers
 
 
 def read_curves(log, x="step"):

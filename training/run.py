@@ -10,22 +10,23 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, say
+from common.errors import EXIT_STOPPED, InputError, say
 from common.files import check_writable
 from common.flags import shown
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
-from models.codec import LatentCodec, LatentSpec
+from models.codec import LatentCodec
 from models.compiling import keep_compiled
-from models.flops import count_flops, gpu_hours
+from models.flops import count_flops
+from models.gpus import gpu_hours
 from models.presets import COCO, IMAGENET
+from models.specs import LatentSpec
 from training.alignment import describe_alignment, find_caches
 from training.checkpoint import find_resume
 from training.config import RunFlags
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import BLOCK
 from training.loader import SeekableSampler
-from training.stop import EXIT_STOPPED
 from training.trackers import check_tracker
 from training.trainer import Trainer
 
@@ -136,10 +137,11 @@ def given_flags(config):
     for f in dataclasses.fields(config):
         if (value := getattr(config, f.name)) == f.default:
             continue
+        name = f.metadata.get("name", shown(f.name))
         if isinstance(value, bool):
-            words += [shown(f.name) if value else f"--no-{shown(f.name)[2:]}"]
+            words += [name if value else f"--no-{name[2:]}"]
         else:
-            words += [shown(f.name), *map(str, value if isinstance(value, list | tuple) else [value])]
+            words += [name, *map(str, value if isinstance(value, list | tuple) else [value])]
     return f"flags: {shlex.join(words) or 'all at their defaults'}"
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 import re
 
+import models
 from common.errors import InputError
 from common.flags import shown
-from models.deepflow import acc_widths
 from models.presets import PRESETS, model_config, spaced_key_layers
 
 COUNTS = {"count": "number of images in --data-dir", "captions": "number of captions in --data-dir"}
@@ -13,7 +13,7 @@ COUNTS = {"count": "number of images in --data-dir", "captions": "number of capt
 FAMILIES = {"DeepFlow-MMDiT": "deepflow-t2i"}  # others in lower case
 UNMARKED_SIZES = ("DeepFlow-MMDiT-L/2", "MMDiT-L/2")  # the only ones of Table 6
 USUAL = {  # by kind of model, or kind and resolution: the papers' settings where they differ from the flags' defaults
-    "flow": {"weighting": "lognormal", "enc_type": "None"},
+    "flow": {"enc_type": "None"},
     "text": {"enc_type": "None"},
     ("flow map", 512): {"qk_norm": True, "g_max": 0.8},
 }
@@ -40,7 +40,7 @@ LABELS = {  # in this order, before others; "": the value tells enough
 def settings(config, options):
     """{flag: value} of the flags that are not free, filled in from `options`, the model's constructor arguments."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
-    acc_mlp = list(acc_widths(options["acc_mlp"], options["projector_dim"]))
+    acc_mlp = list(models.deepflow.acc_widths(options["acc_mlp"], options["projector_dim"]))
     encoders = ",".join(config.encoders())
     filled = {**options, "trans_depth": options["depth"], "acc_mlp": acc_mlp, "enc_type": encoders}
     values.update({name: filled[name] for name in values.keys() & filled.keys()})

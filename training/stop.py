@@ -12,12 +12,6 @@ from training.distributed import STALL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO = 0.3  # seconds: terminal and launcher may both pass on one Ctrl-C
-EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
-EXIT_CODES = (
-    "On SIGTERM, SIGUSR1 and Ctrl-C the step is finished, a checkpoint is written and the exit code\n"
-    f"is {EXIT_STOPPED}: the same command with --resume auto continues. A second Ctrl-C ends at once, with\n"
-    f"{EXIT_INTERRUPTED}. 0: the run is complete; 2: a mistake, named by a line 'error: ...'."
-)
 
 
 class StopRequest:

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.errors import InputError, first_line, system_fault
-from common.flags import flag
 from evaluations.metrics.frechet import RunningStatistics
-from evaluations.metrics.results import ResultFlags, SampleFlags
 from models.checkpoints import check_sums
 from models.encoders import IMAGENET_STATISTICS
 from models.hub import fetching
@@ -24,22 +22,6 @@ from models.hub import fetching
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")  # suffixes of files
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
-
-
-@dataclasses.dataclass(kw_only=True)
-class NetworkFlags(SampleFlags):
-    """Flags of the programs that run images through a network."""
-
-    inception_weights: str | None = flag(None, "file; default: torch-fidelity's", str, group="features", metavar="FILE")
-    features: str | None = flag(None, "timm model or TorchScript file instead", str, group="features", metavar="NAME")
-
-
-@dataclasses.dataclass(kw_only=True)
-class MeasureFlags(NetworkFlags, ResultFlags):
-    """Flags of the programs that compare images with a reference."""
-
-    sqrtm: bool = flag(False, "published arithmetic of the Fréchet distance (scipy's sqrtm)", group="distances")
-    other_size: bool = flag(False, "allow a reference of another resolution", group="distances")
 
 
 @dataclasses.dataclass

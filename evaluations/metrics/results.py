@@ -11,9 +11,12 @@ from common.files import check_writable, sha256_of_files, write_json
 from common.flags import flag
 from common.records import Finite, check_record, read_record
 from common.versions import versions
-from models.checkpoints import Options
+from models.specs import Options
+from sampling.flags import GENEVAL_IMAGES
 from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_manifest
-from sampling.stores import GENEVAL_IMAGES, GenEvalFiles, PngFiles
+from sampling.stores import GenEvalFiles, PngFiles
+
+BATCHES, SPEED = "--per-proc-batch-size", "precision and speed"  # name and group of flags
 
 
 @dataclasses.dataclass
@@ -127,3 +130,19 @@ class ResultFlags(SampleFlags):
         path = Path(self.json or f"results/{Path(samples).name.removesuffix('.npz')}{suffix}.json")
         check_writable(path, "--json")
         return path
+
+
+@dataclasses.dataclass(kw_only=True)
+class NetworkFlags(SampleFlags):
+    """Flags of the programs that run images through a network."""
+
+    inception_weights: str | None = flag(None, "file; default: torch-fidelity's", str, group="features", metavar="FILE")
+    features: str | None = flag(None, "timm model or TorchScript file instead", str, group="features", metavar="NAME")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeasureFlags(NetworkFlags, ResultFlags):
+    """Flags of the programs that compare images with a reference."""
+
+    sqrtm: bool = flag(False, "published arithmetic of the Fréchet distance (scipy's sqrtm)", group="distances")
+    other_size: bool = flag(False, "allow a reference of another resolution", group="distances")

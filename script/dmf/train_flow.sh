@@ -6,5 +6,5 @@ SIZE=${SIZE:-XL}
 RESOLUTION=${RESOLUTION:-256}
 DATA_DIR=${DATA_DIR:-data/imagenet$RESOLUTION}
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-train train.py --model "SiT-$SIZE/2" --resolution "$RESOLUTION" --weighting lognormal --adam-beta2 0.95 \
+train train.py --model "SiT-$SIZE/2" --resolution "$RESOLUTION" --adam-beta2 0.95 \
     --ssl-align --enc-type dinov2-vit-b --max-train-steps $((4000000 * 256 / RESOLUTION)) "$@"

@@ -3,4 +3,4 @@
 #   bash script/large/train.sh [more flags of train.py, e.g. --tg-upper-bound 0.05]
 # The baseline: bash script/large/train.sh --model SiT-L/2
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-train train.py --model DeepFlow-L/2 --weighting lognormal --checkpointing-steps 100000 "$@"
+train train.py --model DeepFlow-L/2 --checkpointing-steps 100000 "$@"

@@ -4,4 +4,4 @@
 # The paper's longest is XL's, 800 epochs: --max-train-steps 4000000. Measured by EXP_NAME=sit-b bash script/base/eval.sh.
 SIZE=${SIZE:-XL} # S, B, L or XL
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-train train.py --model "SiT-$SIZE/2" --weighting lognormal --checkpointing-steps 100000 "$@"
+train train.py --model "SiT-$SIZE/2" --checkpointing-steps 100000 "$@"

@@ -21,7 +21,7 @@ export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} WORLD_SIZE=$SLURM_NTASKS OM
 # No launcher in between: srun starts every process, passes on the signals it gets, and waits as long as it takes.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train.py \
     ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "${OUTPUT_DIR:-exps}" --data-dir "${DATA_DIR:-data/imagenet256}" \
-    --resume auto --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 --compile "$@" &
+    --resume auto --model DeepFlow-XL/2 --max-train-steps 2000000 --compile "$@" &
 step=$!
 out_of_time=no
 trap 'out_of_time=yes; kill -USR1 "$step"' USR1

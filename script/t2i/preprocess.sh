@@ -26,7 +26,7 @@ prepare() { # SPLIT COUNT
     tool convert --source "$COCO/${1}2014" --dest "$dest/images" --resolution 256x256 --transform center-crop
     check_count "$dest/images" "$2"
     launch -m preprocessing.dataset_tools encode --source "$dest/images" --dest "$dest/vae-sd" --vae "$VAE" \
-        --batch-size 64 --packed
+        --per-proc-batch-size 64 --packed
     launch -m preprocessing.dataset_tools captions --source "$dest/images" --dest "$dest/text" \
         --annotations "$COCO/annotations/captions_${1}2014.json" --text-encoder "$TEXT_ENCODER" --stored-dtype "$STORED_DTYPE"
     tool verify "$dest"

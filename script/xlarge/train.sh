@@ -3,4 +3,4 @@
 #   bash script/xlarge/train.sh [more flags of train.py, e.g. --tg-upper-bound 0.05]
 # The baseline: bash script/xlarge/train.sh --model SiT-XL/2
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-train train.py --model DeepFlow-XL/2 --weighting lognormal --max-train-steps 2000000 "$@"
+train train.py --model DeepFlow-XL/2 --max-train-steps 2000000 "$@"

@@ -4,4 +4,4 @@
 # Measured by script/xlarge/eval.sh and script/guided.sh, EXP_NAME=deepflow-xl-3t-512 REF=VIRTUAL_imagenet512.npz.
 DATA_DIR=${DATA_DIR:-data/imagenet512}
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-train train.py --model DeepFlow-XL/2 --resolution 512 --weighting lognormal --max-train-steps 2000000 "$@"
+train train.py --model DeepFlow-XL/2 --resolution 512 --max-train-steps 2000000 "$@"
