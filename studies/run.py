@@ -19,7 +19,7 @@ from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable
 from common.flags import WORKERS, Range, flag, parse_flags, required
 from common.look_ahead import ordered_map
-from models.flops import MFU, PEAK_FLOPS, gpu_hours
+from models.gpus import MFU, PEAK_FLOPS, gpu_hours
 from models.presets import model_config
 from studies.study import read_study
 from studies.summary import flops_per_step, summarise
