@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.errors import InputError, exit_on_input_error, note
+from common.errors import EXIT_STOPPED, InputError, exit_on_input_error, note
 from common.files import check_writable
 from common.flags import WORKERS, Range, flag, parse_flags, required
 from common.look_ahead import ordered_map
@@ -24,7 +24,6 @@ from models.presets import model_config
 from studies.study import read_study
 from studies.summary import flops_per_step, summarise
 from training.run import open_data
-from training.stop import EXIT_STOPPED
 
 OUTPUT = "study.txt"  # in the folder of a run: what its commands print
 
