@@ -62,11 +62,17 @@ class RunFlags:
         None, "threads that read; default: 4, for images one per core", int, range=Range(0, WORKERS.high), free=True
     )
 
-    holdout: str = data_flag(None, "measure the error on a like folder, or on this fraction, not trained on", str)
-    holdout_every: int = data_flag(
-        None, "interval of that, in steps; default: 2 %% of the training's FLOPs", int, range=AT_LEAST_1, free=True
+    holdout: str = data_flag(
+        None, "another data folder, or the share of DATA_DIR that is not trained on, to measure the error on", str
     )
-    holdout_count: int = data_flag(None, "images of it; default: all that are held out", int, range=IMAGES, free=True)
+    holdout_every: int = data_flag(
+        None,
+        "interval of that, in steps; default: such that it costs 2 %% of training",
+        int,
+        range=AT_LEAST_1,
+        free=True,
+    )
+    holdout_count: int = data_flag(None, "images to measure; default: all held-out ones", int, range=IMAGES, free=True)
 
     batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=BATCH)
     gradient_accumulation_steps: int = optim_flag(1, "micro-batches per step and process", range=BATCH, free=True)

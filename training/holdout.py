@@ -76,8 +76,9 @@ def open_other(config, dataset, open_folder):
             raise InputError(f"--holdout {place} {fault}; write them with preprocessing.dataset_tools features")
     try:
         other = open_folder(place)
-    except InputError as error:  # it takes the folder for --data-dir
-        raise InputError(f"--holdout: {str(error).replace('--data-dir', '--holdout')}") from None
+    except InputError as error:
+        fault = str(error).replace("--data-dir", "--holdout")
+        raise InputError(fault if "--holdout" in fault else f"--holdout: {fault}") from None
     dataset.info.spec.check_same(other.info.spec, "--data-dir", f"--holdout {place}")
     if hasattr(dataset.info, "text"):
         dataset.info.text.check_same(other.info.text, "--data-dir", f"--holdout {place}")
