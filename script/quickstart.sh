@@ -40,7 +40,7 @@ train train.py --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/dat
     --model DeepFlow-Ti/2 --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
     --batch-size 64 --learning-rate 4e-3 --adam-beta2 0.99 --ema-decay 0.998 \
     --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --log-every 50 \
-    --holdout "$WORK/data-held-out" --holdout-every 500
+    --holdout "$WORK/data-held-out" --holdout-every 1000
 
 step "5/6 sample 400 digits: $WORK/samples"
 sample generate.py --ckpt "$(checkpoint "$WORK/exps/digits" "$STEPS")" --sample-dir "$WORK/samples" \

@@ -512,6 +512,15 @@ def test_a_folder_of_other_data(data, tmp_path, options, culprit):
     assert "\n" not in str(caught.value) and not (tmp_path / "exps").exists()
 
 
+def test_folders_without_a_manifest(tmp_path):
+    data, held = (tiny.data_folder(tmp_path / name, manifest=False) for name in ("data", "held"))
+    few = tiny.data_folder(tmp_path / "few", 4, manifest=False, labels=[0, 1, 0, 1])
+    assert held_lines(tiny.run_train(data, tmp_path / "a", holdout=held, max_train_steps=1))
+    with pytest.raises(InputError, match=r"--holdout .*/few: num_classes is 2, that of --data-dir 3; .*--num-classes"):
+        tiny.run_train(data, tmp_path / "b", holdout=few)
+    assert held_lines(tiny.run_train(data, tmp_path / "c", holdout=few, num_classes=3, max_train_steps=1))
+
+
 def test_a_dry_run_needs_no_held_out_images(tmp_path, capsys):
     tiny.run_train(tmp_path / "nowhere", tmp_path, dry_run=True, holdout=0.1)
     assert '"holdout": "0.1"' in capsys.readouterr().out

@@ -130,12 +130,12 @@ class HeldOut:
         with torch.compiler.set_stance("force_eager"):  # compiling for its batches would take longer
             for tensors, normals in ordered_map(self.prepare, self.batches):
                 moments, y, images, *features = (t if t is None else t.to(device) for t in tensors)
-                batch = Batch(0, moments, y, images, tuple(features))
+                batch, normals = Batch(0, moments, y, images, tuple(features)), normals.to(device)
                 if self.run.targets:  # once for all times
                     batch = dataclasses.replace(batch, images=None, features=tuple(self.run.targets(batch)))
                 for weights in WEIGHTS:
                     with contextlib.nullcontext() if weights else ema.swapped_into(model):
-                        for name, errors in self.errors(model, batch, normals.to(device)).items():
+                        for name, errors in self.errors(model, batch, normals).items():
                             sums[weights + name] = sums[weights + name] + len(y) * np.array(errors)  # float64
         means = collections.defaultdict(float)  # {name: (8,)}
         for part in gather_object([dict(sums)]):

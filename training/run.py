@@ -135,10 +135,8 @@ def open_data(config):
     caches = find_caches(config)
     shared = {"features": tuple(caches), "data_vae": config.data_vae, "workers": config.num_workers}
     shared["images"] = len(caches) < len(config.encoders())
-    open_folder, mirror = functools.partial(open_captions, **shared), {}
-    if not text:
-        open_folder = functools.partial(open_dataset, num_classes=config.num_classes, **shared)
-        mirror = {"mirror": config.mirror}
+    classes, mirror = ({}, {}) if text else ({"num_classes": config.num_classes}, {"mirror": config.mirror})
+    open_folder = functools.partial(open_captions if text else open_dataset, **classes, **shared)
     dataset, held = hold_out(config, open_folder(config.data_dir, **mirror), open_folder)
     return dataset.info, dataset, held
 
