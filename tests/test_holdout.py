@@ -350,6 +350,17 @@ def test_a_flow_map_has_its_errors_and_the_same_steps(data, held, tmp_path, guid
     assert line["holdout_error_flow"] == pytest.approx(line["holdout_v2"] * pixels, rel=1e-5)
 
 
+def test_the_mean_flow_part_leads_to_half_the_time_and_is_guided_as_in_training(data, held, tmp_path, monkeypatch):
+    def look(trainer):
+        return [trainer.held_out.draws(index, torch.zeros(17, 2, *LATENT)) for index in range(len(TIMES))]
+
+    changes = {"holdout": held, "g_min": 0.1, "g_max": 0.5}
+    draws = probe(monkeypatch, look, tiny.run_train_dmf, data, tmp_path, None, **changes)
+    assert [d.times[:, 0].tolist() for d in draws] == [[t, t, t / 2] for t in TIMES]
+    assert [d.guided.all().item() for d in draws] == [d.guided.any().item() for d in draws]
+    assert [d.guided.all().item() for d in draws] == [0.1 <= t <= 0.5 for t in TIMES]
+
+
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory):
     return captioned.data_folder(tmp_path_factory.mktemp("t2i"))
