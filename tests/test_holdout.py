@@ -23,7 +23,8 @@ from latents.names import pack_names
 from models.deepflow import DeepFlowOutput
 from models.encoders import Encoder
 from models.flow_map import FlowMap
-from preprocessing.pack import PackFlags, pack
+from preprocessing.options import PackFlags
+from preprocessing.pack import pack
 from training.checkpoint import checkpoint_path
 from training.config import TrainConfig
 from training.ema import EMA

@@ -303,7 +303,17 @@ def test_the_ladder_on_digits_has_the_flags_of_the_quickstart(tmp_path):
     _, runs = read_study(tiny.ROOT / "studies/digits_ladder.toml", tmp_path)
     (full,) = (of for of in runs if of.name == "full-learning-rate0.004-seed0")
     text = (tiny.ROOT / "script/quickstart.sh").read_text()
-    free = {"exp-name", "output-dir", "data-dir", "resume", "max-train-steps", "checkpointing-steps", "sampling-steps"}
+    free = {
+        "exp-name",
+        "output-dir",
+        "data-dir",
+        "holdout",
+        "holdout-every",
+        "resume",
+        "max-train-steps",
+        "checkpointing-steps",
+        "sampling-steps",
+    }
     words = shlex.split(text[text.index("train train.py") : text.index("sample generate.py")].partition("\nstep")[0])
     given = {name: value for name, value in itertools.pairwise(words) if name.startswith("--")}
     config = vars(full.config)
