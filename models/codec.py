@@ -38,7 +38,8 @@ def import_autoencoder():
 
     Neither is needed for it, nor is diffusers for training without grids.
     """
-    absent = {"transformers", "scipy"} - sys.modules.keys()
+    decided = {"diffusers", "transformers"} & sys.modules.keys()  # what diffusers has found, or transformers has
+    absent = set() if decided else {"transformers", "scipy"} - sys.modules.keys()
     sys.modules.update(dict.fromkeys(absent))  # None: there is no such module
     try:
         from diffusers import AutoencoderKL
