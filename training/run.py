@@ -15,6 +15,7 @@ from common.files import check_writable
 from common.flags import shown
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
+from models.checkpoints import checkpoint_path
 from models.codec import LatentCodec
 from models.compiling import keep_compiled
 from models.flops import count_flops
@@ -105,8 +106,8 @@ def run_task(config, task):
     run.accelerator.print(f"{given}\n{describe(run)}")
     if config.dry_run:
         return run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")
-    grids = None  # the main process draws them
-    if config.sampling_steps and run.accelerator.is_main_process:
+    grids, complete = None, resumed is not None and resumed.stem == checkpoint_path("", run.stop_step).stem
+    if config.sampling_steps and run.accelerator.is_main_process and not complete:  # the main process draws them
         codec = LatentCodec.load(config.vae or info.spec.vae, device=run.accelerator.device)
         grids = task.grids(codec, dataset, config.folder, config.seed)
     torch.manual_seed(config.seed)
