@@ -109,9 +109,10 @@ def compare(reference, sample, extractor, args, device):
     return dict(zip(LABELS, numbers, strict=False))
 
 
-def label(name, extractor):
-    """A metric's name as ADM's evaluator prints it; those of other features with their extractor."""
-    return LABELS.get(name) or f"{OTHER[name.removesuffix(f'_{extractor.name}')]} ({extractor.name})"
+def label(name, features=None):
+    """A metric's name as ADM's evaluator prints it; those of other features with the name of their extractor."""
+    other = OTHER.get(name.removesuffix(f"_{features}"))
+    return LABELS.get(name) or (f"{other} ({features})" if other else name)
 
 
 def open_network(args, sides, device):
@@ -152,7 +153,7 @@ def evaluate(args, processes):
     except ValueError as error:
         raise InputError(f"{args.reference} and {args.samples} cannot be compared: {error}") from None
     for name, value in metrics.items():
-        say(f"{label(name, extractor)}: {value}")
+        say(f"{label(name, extractor.name)}: {value}")
     kept = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size")
     settings = {name: getattr(args, name) for name in kept}
     settings |= {"features": extractor.name, "inception_weights": args.inception_weights}

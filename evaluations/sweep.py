@@ -1,15 +1,21 @@
-"""Guidance scale × interval × steps over one checkpoint: samples each setting, measures it, writes a table and a plot.
+"""Guidance × steps × use of the branches: samples each setting, measures it, writes a table and a plot.
 
     python -m evaluations.sweep --ckpt CKPT --ref REF.npz --out results/sweep --num-fid-samples 5000 \\
         --cfg-scale 1.0 1.3 1.6 --interval 0,1 0.3,0.7 --num-steps 50 250 -- --mode ode --heun
+    python -m evaluations.sweep --ckpt SEED_0 SEED_1 SEED_2 --ref digits --out results/ig --ig-scale 1 1.5 2
 
 What follows `--` goes to generate.py. A setting that has been measured is not measured again: run the same command to
-go on after an interruption. The metrics are those of evaluations.evaluator; the plot shows the Fréchet distance.
-best.txt holds generate.py's flags of the setting where that is lowest: script/guided.sh goes on with them.
+go on after an interruption. Several checkpoints, say of several seeds, give means ± standard errors, and differences
+from the first setting, checkpoint by checkpoint. The metrics are those of evaluations.evaluator, or of digits.report
+with `--ref digits`; the plot shows the Fréchet distance. best.txt holds generate.py's flags of the setting where that
+is lowest: script/guided.sh goes on with them.
 """
 
 import dataclasses
 import itertools
+import math
+import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +23,7 @@ from pathlib import Path
 from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable, write_atomically, write_json
 from common.flags import (
+    BLOCKS,
     IMAGES,
     ROOT,
     SAMPLER_STEPS,
@@ -28,6 +35,10 @@ from common.flags import (
     required,
     shown,
 )
+from sampling.flags import BRANCH_FLAGS, GenerateConfig, gap
+
+DIGITS = "digits"  # as --ref
+AS_THERE = "as in generate.py"
 
 
 def interval(text):
@@ -41,13 +52,19 @@ def interval(text):
 
 @dataclasses.dataclass(kw_only=True)
 class SweepFlags:
-    ckpt: str = required("checkpoint", group="model")
-    ref: str = required("reference of evaluations.evaluator", metavar="NPZ")
+    ckpt: list = required("checkpoint, or several to take the mean of", nargs="+", group="model")
+    ref: str = required("reference of evaluations.evaluator, or the word digits", metavar="NPZ")
     out: str = required("folder for samples, results, table.md, best.txt, plot.png", group="output")
     num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling", name="--num-fid-samples")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
     num_steps: list = flag((250,), "sampler steps", int, range=SAMPLER_STEPS, group="sampling", nargs="+")
+    ig_scale: list = flag((), AS_THERE, float, group="branches", nargs="+")
+    ig_branch: list = flag((), AS_THERE, int, range=BLOCKS, group="branches", nargs="+")
+    cfg_exit: list = flag((), AS_THERE, int, range=BLOCKS, group="branches", nargs="+")
+    exit_branch: list = flag((), AS_THERE, int, range=BLOCKS, group="branches", nargs="+")
+    exit_schedule: list = flag((), AS_THERE, str, group="branches", nargs="+")
+    branch_gap: list = flag((), AS_THERE, gap, group="branches", nargs="+")
     processes: int = flag(1, "processes for sampling and measuring", range=WORKERS, group="precision and speed")
     inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
     features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
@@ -55,8 +72,14 @@ class SweepFlags:
 
     @property
     def distance(self):
-        """Name of the Fréchet distance among the evaluator's metrics."""
+        """Name of the Fréchet distance among the metrics."""
+        if self.ref == DIGITS:
+            return "Fréchet distance of digits"
         return f"fd_{features_name(self.features)}" if self.features else "fid"
+
+    def label(self, metric):
+        """A metric's name as its program prints it."""
+        return label(metric, self.features and features_name(self.features))
 
 
 def split(words):
@@ -76,6 +99,8 @@ from evaluations.metrics.results import Result, markdown
 from models.checkpoints import find_checkpoint
 from samplers import Guidance
 from sampling.manifest import check_settings
+from sampling.results import rounded
+from sampling.sampler import open_checkpoint
 
 RECORD = "sweep.json"  # in --out: flags common to all settings
 SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
@@ -83,12 +108,13 @@ SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One cell of the sweep; guided while low ≤ t ≤ high."""
+    """One cell of the sweep; guided while low ≤ t ≤ high; branches: (name, value) of BRANCH_FLAGS."""
 
     num_steps: int
     cfg_scale: float
     low: float = 0.0
     high: float = 1.0
+    branches: tuple = ()
 
     @property
     def guided(self):
@@ -97,19 +123,35 @@ class Setting:
     @property
     def name(self):
         guidance = f"{self.cfg_scale}-{self.low}-{self.high}" if self.guided else "1.0"
-        return f"steps-{self.num_steps}-cfg-{guidance}"
+        branches = "".join(f"{shown(name)[1:]}-{value}" for name, value in self.branches)
+        return re.sub(r"[^\w.+-]+", "-", f"steps-{self.num_steps}-cfg-{guidance}{branches}")
 
     @property
     def flags(self):
         """Of generate.py."""
         guidance = ["--cfg-scale", self.cfg_scale, "--guidance-low", self.low, "--guidance-high", self.high]
-        return ["--num-steps", self.num_steps, *guidance]
+        branches = [word for name, value in self.branches for word in (shown(name), value)]
+        return ["--num-steps", self.num_steps, *guidance, *branches]
+
+    @property
+    def cells(self):
+        """{column: value} of table and plot."""
+        interval = {"interval": f"[{self.low}, {self.high}]"} if self.guided else {}
+        branches = {shown(name)[2:]: value for name, value in self.branches}
+        return {"steps": self.num_steps, "guidance": self.cfg_scale, **interval, **branches}
 
 
 def settings(args):
-    """Every combination; without guidance the interval does not matter, so there is one."""
-    combinations = itertools.product(args.num_steps, args.cfg_scale, args.interval)
-    found = (Setting(steps, scale, *(() if scale == 1 else times)) for steps, scale, times in combinations)
+    """Every combination; what does not matter without guidance, or without internal guidance, is not repeated there."""
+    axes = {name: values for name in BRANCH_FLAGS if (values := getattr(args, name, ()))}
+    found = []
+    for steps, scale, times, *values in itertools.product(
+        args.num_steps, args.cfg_scale, args.interval, *axes.values()
+    ):
+        branches = dict(zip(axes, values, strict=True))
+        idle = ["cfg_exit"] * (scale == 1) + ["ig_branch"] * (branches.get("ig_scale") == 1)
+        branches = tuple((name, value) for name, value in branches.items() if name not in idle)
+        found.append(Setting(steps, scale, *(() if scale == 1 else times), branches=branches))
     return list(dict.fromkeys(found))
 
 
@@ -140,7 +182,10 @@ def measure(setting, args, generate):
         found = list(folder.glob("*.npz"))
         if len(found) != 1:
             raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
-        run_python(args.processes, "-m", "evaluations.evaluator", *measuring(args, found[0]), "--json", path)
+        if args.ref == DIGITS:
+            run_python(1, "-m", "digits.report", "--samples", found[0], "--out", path)
+        else:
+            run_python(args.processes, "-m", "evaluations.evaluator", *measuring(args, found[0]), "--json", path)
     return read_result(path, setting, args)
 
 
@@ -149,7 +194,7 @@ def read_result(path, setting, args):
     remedy = "delete it to measure this setting again"
     result = Result.read(path, remedy)
     about = {"num_steps": setting.num_steps, "cfg_scale": setting.cfg_scale, "num_fid_samples": args.num_samples}
-    for name, value in about.items():
+    for name, value in {**about, **dict(setting.branches)}.items():
         if (found := getattr(result.manifest, name, None)) not in (None, value):
             raise InputError(f"{path} has a different {name} ({found}); {remedy}")
     if args.distance not in result.metrics:
@@ -157,43 +202,86 @@ def read_result(path, setting, args):
     return result
 
 
-def build_table(rows, metrics):
-    """Markdown of [(setting, Result)]."""
-    cells = []
-    for setting, result in rows:
-        where = f"[{setting.low}, {setting.high}]" if setting.guided else ""
-        calls = getattr(result.manifest, "model_evaluations", "")
-        values = (f"{result.metrics[name]:.4g}" if name in result.metrics else "" for name in metrics)
-        cells.append([setting.num_steps, setting.cfg_scale, where, calls, *values])
-    return markdown(["steps", "guidance", "interval", "evaluations", *map(label, metrics)], cells)
+def estimate(numbers):
+    """`0.0681`, or `0.0681 ± 0.0012` of several: mean and standard error."""
+    error = statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None
+    return f"{statistics.fmean(numbers):.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def save_plot(rows, metric, path):
-    """Write a PNG: the metric over the guidance scale, a line for every number of steps and interval."""
-    guided = [row for row in rows if row[0].guided]
+def values(results, metric):
+    """The metric's value for each checkpoint; [] unless all have it."""
+    found = [result.metrics.get(metric) for result in results]
+    return [] if None in found else found
+
+
+def build_table(rows, args):
+    """Markdown of [(Setting, Results of the checkpoints)]; several: with differences of the distance from the first."""
+    columns = list(dict.fromkeys(["steps", "guidance", "interval", *(name for row in rows for name in row[0].cells)]))
+    metrics, first, cells = list(rows[0][1][0].metrics), values(rows[0][1], args.distance), []
+    for setting, results in rows:
+        evaluations = getattr(results[0].manifest, "model_evaluations", None)
+        found = [setting.cells.get(column, "") for column in columns]
+        found.append("" if evaluations is None else rounded(evaluations))
+        found += [estimate(numbers) if (numbers := values(results, name)) else "" for name in metrics]
+        pairs = zip(values(results, args.distance), first, strict=True)
+        cells.append([*found, *([estimate([ours - theirs for ours, theirs in pairs])] if len(results) > 1 else [])])
+    header = [*columns, "evaluations", *map(args.label, metrics), *["difference"] * (len(first) > 1)]
+    return markdown(header, cells)
+
+
+def save_plot(rows, args, path):
+    """Write a PNG: the metric over the first of guidance scale, branch settings and steps that has several values."""
+    cells = [setting.cells for setting, _ in rows]
+    names = dict.fromkeys(
+        ["guidance", *(name for of in cells for name in of if name not in ("steps", "interval")), "steps"]
+    )
+    x = next((name for name in names if len({of[name] for of in cells if name in of}) > 1), "guidance")
+    means = [statistics.fmean(values(results, args.distance)) for _, results in rows]
+    rest = [{name: value for name, value in of.items() if name != x}.items() for of in cells]
+    words = any(isinstance(of.get(x), str) for of in cells)
     lines = {}
-    for steps, low, high in sorted({(setting.num_steps, setting.low, setting.high) for setting, _ in guided or rows}):
-        lines[f"{steps} steps, [{low}, {high}]"] = sorted(
-            (setting.cfg_scale, result.metrics[metric])
-            for setting, result in rows
-            if setting.num_steps == steps and (not setting.guided or (setting.low, setting.high) == (low, high))
-        )
-    save_lines(lines, path, marker="o", xlabel="guidance scale", ylabel=label(metric))
+    for line in (of for of in rest if not any(of < other for other in rest)):  # others are points of several lines
+        points = [(of[x], mean) for of, own, mean in zip(cells, rest, means, strict=True) if own <= line and x in of]
+        points = [(str(at), mean) for at, mean in points] if words else sorted(points)
+        lines[", ".join(f"{name} {value}" for name, value in line)] = points
+    save_lines(lines, path, marker="o", xlabel=x, ylabel=args.label(args.distance))
 
 
-def check(args, generate):
+def check(sweeps, generate):
     """Raise InputError, before the first setting, for anything that would fail a later one or mix two sweeps."""
-    for name in ("ckpt", "ref"):
-        if not Path(getattr(args, name)).exists():
-            raise InputError(f"{shown(name)} {getattr(args, name)} does not exist")
+    args, about = sweeps[0], {}
+    inputs = [("--ckpt", each.ckpt) for each in sweeps] + [("--ref", args.ref)] * (args.ref != DIGITS)
+    if missing := [f"{flag} {path}" for flag, path in inputs if not Path(path).exists()]:
+        raise InputError(f"{missing[0]} does not exist")
     for setting in settings(args):
         Guidance(setting.cfg_scale, setting.low, setting.high).check([setting.low] * 2)  # for any sampler's times
-    out, about = Path(args.out), {**{name: getattr(args, name) for name in SAME}, "generate": generate}
-    check_writable(out / "table.md", "--out:")
-    if (out / RECORD).exists():
-        check_settings(out, about, RECORD, "name another --out")
-    check_inputs(parse_flags(EvaluatorFlags, measuring(args, "samples")), Processes.join("cpu"))
-    write_json(out / RECORD, about)
+    for each in sweeps:
+        about[each.out] = {**{name: getattr(each, name) for name in SAME}, "generate": generate}
+        check_writable(Path(each.out, "table.md"), "--out:")
+        if Path(each.out, RECORD).exists():
+            check_settings(Path(each.out), about[each.out], RECORD, "name another --out")
+        check_branches(each, generate)
+    if args.ref != DIGITS:
+        check_inputs(parse_flags(EvaluatorFlags, measuring(args, "samples")), Processes.join("cpu"))
+    for out, content in about.items():
+        write_json(Path(out, RECORD), content)
+
+
+def check_branches(args, generate):
+    """Raise InputError for settings that do not fit the branches of the checkpoint."""
+    lines = [["--ckpt", args.ckpt, *map(str, of.flags), *generate] for of in settings(args) if of.branches]
+    configs = [parse_flags(GenerateConfig, line).resolve() for line in lines]
+    model = open_checkpoint(configs[0])[0].model if configs else None
+    for config in configs:
+        config.for_model(model.kind, model.num_branches)
+
+
+def per_checkpoint(args):
+    """The flags of each checkpoint alone; several have a folder each. Raises InputError."""
+    ckpts = [str(find_checkpoint(ckpt)) for ckpt in args.ckpt]  # fixed for all settings, as training may continue
+    several = len(ckpts) > 1
+    outs = [str(Path(args.out, f"checkpoint-{number}")) if several else args.out for number, _ in enumerate(ckpts, 1)]
+    return [dataclasses.replace(args, ckpt=ckpt, out=out) for ckpt, out in zip(ckpts, outs, strict=True)]
 
 
 def parse(argv):
@@ -202,16 +290,22 @@ def parse(argv):
     return parse_flags(SweepFlags, own, __doc__), generate
 
 
+def measure_all(args, generate):
+    """Results of all settings, of one checkpoint. Raises InputError."""
+    results = [measure(setting, args, generate) for setting in settings(args)]
+    if len({getattr(result.manifest, "weights_sha256", None) for result in results}) > 1:
+        raise InputError(f"{args.out} holds results of weights other than --ckpt {args.ckpt}; name another --out")
+    return results
+
+
 def main(argv=None):
     args, generate = parse(sys.argv[1:] if argv is None else argv)
-    args.ckpt = str(find_checkpoint(args.ckpt))  # fixed for all settings, as training may continue
-    check(args, generate)
-    rows = [(setting, measure(setting, args, generate)) for setting in settings(args)]
-    if len({getattr(result.manifest, "weights_sha256", None) for _, result in rows}) > 1:
-        raise InputError(f"{args.out} holds results of weights other than --ckpt {args.ckpt}; name another --out")
-    table = build_table(rows, list(rows[0][1].metrics))
-    save_plot(rows, args.distance, Path(args.out, "plot.png"))
-    best, _ = min(rows, key=lambda row: row[1].metrics[args.distance])
+    sweeps = per_checkpoint(args)
+    check(sweeps, generate)
+    rows = list(zip(settings(args), zip(*(measure_all(each, generate) for each in sweeps), strict=True), strict=True))
+    table = build_table(rows, args)
+    save_plot(rows, args, Path(args.out, "plot.png"))
+    best, _ = min(rows, key=lambda row: statistics.fmean(values(row[1], args.distance)))
     words = " ".join(map(str, best.flags))
     for name, text in (("table.md", table), ("best.txt", words)):
         write_atomically(Path(args.out, name), lambda file, text=text: file.write(f"{text}\n".encode()))

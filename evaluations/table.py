@@ -47,13 +47,14 @@ UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  #
 
 
 def made(result):
-    """Describe what was measured: `sde, 250 steps, cfg 1.5 in [0.3, 0.7], ema, 50000 images`."""
+    """Describe what was measured: `sde, 250 steps, cfg 1.5 in [0.3, 0.7], cfg exit 1, ema, 50000 images`."""
     manifest, words = result.manifest, ["no manifest"]
     if manifest:
         interval = [manifest.guidance_low, manifest.guidance_high]
         guidance = f"cfg {manifest.cfg_scale}{f' in {interval}' if interval != [0.0, 1.0] else ''}"
         guidance = guidance if is_guided(manifest) else "no guidance"
-        words = [manifest.mode, f"{manifest.num_steps} steps", guidance, manifest.weights]
+        branches = [f"{name.replace('_', ' ')} {value}" for name, value in manifest.branch_settings().items()]
+        words = [manifest.mode, f"{manifest.num_steps} steps", guidance, *branches, manifest.weights]
     return ", ".join(filter(None, [*words, result.count is not None and f"{result.count} images"]))
 
 
@@ -102,6 +103,7 @@ def is_counterpart(row, result):
         and (step is None or abs(step - row.steps) <= 0.01 * row.steps)
         and all(latents.get(name, spec[name]) == spec[name] for name in ("family", "factor"))
         and row.guided in (None, is_guided(manifest))
+        and not manifest.branch_settings()
         and all(getattr(manifest, name) == value for name, value in sampler.items())
     )
 
@@ -154,7 +156,7 @@ def curves(results, table, of_row, of_manifest):
     for name, result in results.items():
         manifest = result.manifest or SampleManifest()
         where = of_manifest(manifest)
-        if "fid" not in result.metrics or is_guided(manifest) or where is None:
+        if "fid" not in result.metrics or is_guided(manifest) or manifest.branch_settings() or where is None:
             note(f"{name} is not drawn: no FID without guidance of a model whose size, steps and batch are known")
         else:
             lines[f"{manifest.run or name}: {made(result)}"].append((where, result.metrics["fid"]))

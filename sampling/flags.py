@@ -14,13 +14,21 @@ MODES = ["sde", "ode", "euler", "restart"]
 MODE = "sampler; euler and restart are for flow maps; default: sde, or euler for flow maps"
 STEPS = "number of steps; default: 250 for sde, 50 for ode, 4 for euler, 4 for restart"
 SAMPLE_DIR = "parent folder of the results; default: RUN/generated of a run's checkpoint, else samples"
-MODEL, SAMPLING, SPEED, OUTPUT = "model", "sampling", "precision and speed", "output"
+MODEL, SAMPLING, BRANCHES, SPEED, OUTPUT = "model", "sampling", "branches", "precision and speed", "output"
 
 GENEVAL_IMAGES = 4  # of each prompt
 PROMPTS = (
     "prompts ('' is no text at all), or one file: text with a prompt per line, COCO's captions .json (one caption per "
     "image, drawn by the seed), GenEval's .jsonl (its folder layout is written)"
 )
+
+
+def gap(text):
+    """A number, or a word, which BranchOptions judges."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,6 +57,23 @@ class SamplingFlags(PublishedFlags):
     guidance_high: float = flag(1.0, "guide only at t <= this (t = 1 is noise)", group=SAMPLING)
     global_seed: int = flag(
         0, "image i depends on it and on i; --seed is the same", range=SEED, also=["--seed"], group=SAMPLING
+    )
+
+    ig_scale: float = flag(1.0, "internal guidance, from a branch to the last; 1.0 is none", group=BRANCHES)
+    ig_branch: int | None = flag(
+        None, "that branch; default: the one before the last", int, range=BLOCKS, group=BRANCHES
+    )
+    ig_low: float = flag(0.0, "guide internally only at t >= this", group=BRANCHES)
+    ig_high: float = flag(1.0, "guide internally only at t <= this", group=BRANCHES)
+    cfg_exit: int | None = flag(
+        None, "the unconditional half of --cfg-scale ends after this branch", int, range=BLOCKS, group=BRANCHES
+    )
+    exit_branch: int | None = flag(None, "every step ends after this branch", int, range=BLOCKS, group=BRANCHES)
+    exit_schedule: str | None = flag(
+        None, "0.8:1,0.3:2: from noise to t = 0.8 after branch 1, to 0.3 after 2", str, group=BRANCHES
+    )
+    branch_gap: float | str = flag(
+        0.0, "time from a branch to the next, from -1 to 1, or dt: the last is where the step ends", gap, group=BRANCHES
     )
 
     dtype: str = flag("fp32", "precision of the network; the state is float64", choices=DTYPES, group=SPEED)
@@ -82,6 +107,21 @@ class SamplingFlags(PublishedFlags):
 
         return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
 
+    @property
+    def branches(self):
+        """BranchOptions. Raises InputError for text that is none."""
+        from samplers import BranchOptions, InternalGuidance
+
+        internal = InternalGuidance(self.ig_scale, self.ig_low, self.ig_high, self.ig_branch)
+        return BranchOptions(internal, self.cfg_exit, self.exit_branch, self.exit_schedule, self.branch_gap)
+
+    def branch_settings(self):
+        """{name: value} of the BRANCH_FLAGS that are set and have an effect."""
+        idle = [name for name in BRANCH_FLAGS if name.startswith("ig_") and self.ig_scale == 1.0]
+        idle += ["cfg_exit"] * (self.cfg_scale == 1.0)
+        found = {name: getattr(self, name) for name in BRANCH_FLAGS if name not in idle}
+        return {name: value for name, value in found.items() if value != BRANCH_FLAGS[name]}
+
     def model_options(self):
         """Constructor arguments and path that flags give, for a file that does not hold them."""
         names = ("df_idxs", "dmf_depth", "legacy_scaling", "ssl_align", "convention", "path_type")
@@ -109,14 +149,15 @@ class SamplingFlags(PublishedFlags):
             raise InputError("--out belongs to --grid; for many images pass --sample-dir")
         if self.out and Path(self.out).suffix.lower() != ".png":
             raise InputError(f"--out {self.out} must end in .png; its manifest lies beside it in a .json")
+        _ = self.branches  # what can be read without a model
         config = dataclasses.replace(self)
         if config.grid:
             rows, columns = config.grid_size()
             config.num_fid_samples, config.out = rows * columns, config.out or "grid.png"
         return config
 
-    def for_model(self, kind):
-        """A copy with default mode and number of steps for a kind of model if not given. Raises InputError."""
+    def for_model(self, kind, k=1):
+        """A copy with default mode and number of steps for a kind of model, of k branches. Raises InputError."""
         config = dataclasses.replace(self, mode=self.mode or ("euler" if kind == "flow map" else "sde"))
         config.num_steps = self.num_steps or config.sampler.num_steps
         if config.sampler.is_map and kind != "flow map":
@@ -126,8 +167,15 @@ class SamplingFlags(PublishedFlags):
             )
         if self.shift != 1.0 and not config.sampler.is_map:
             raise InputError("--shift moves the times of flow maps; pass --mode euler or restart")
-        self.guidance.check(config.sampler.times(config.num_steps, self.shift))
+        times = config.sampler.times(config.num_steps, self.shift)
+        self.guidance.check(times)
+        self.branches.check(k, times, kind)
         return config
+
+
+BRANCH_FLAGS = {  # {name: default} of the flags that need branches
+    field.name: field.default for field in dataclasses.fields(SamplingFlags) if field.metadata["group"] == BRANCHES
+}
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from common.records import check_record, read_record
 from common.versions import versions
 from latents.manifest import AGAIN, ENCODERS
 from models.specs import TRAINING
+from sampling.flags import BRANCH_FLAGS
 
 SETTINGS = "settings.json"
 SEALED = "sealed"  # entry: whether all files have seals; those of earlier versions do not
@@ -22,7 +23,7 @@ OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
 class SampleManifest:
     """The JSON beside a result. None: not known, in files of older versions and of other programs.
 
-    The same command gives the same manifest. OF_PROMPTS are written for prompts only.
+    The same command gives the same manifest. OF_PROMPTS are written for prompts only, BRANCH_FLAGS where they are set.
     """
 
     ckpt: str | None = None
@@ -38,6 +39,14 @@ class SampleManifest:
     cfg_scale: float | None = None
     guidance_low: float | None = None
     guidance_high: float | None = None
+    ig_scale: float | None = None
+    ig_branch: int | None = None
+    ig_low: float | None = None
+    ig_high: float | None = None
+    cfg_exit: int | None = None
+    exit_branch: int | None = None
+    exit_schedule: str | None = None
+    branch_gap: float | str | None = None
     global_seed: int | None = None
     labels: list | None = None  # class or prompt of each image
     dtype: str | None = None
@@ -57,7 +66,7 @@ class SampleManifest:
     training: dict | None = None  # what of the run's configuration bears on its numbers
     step: int | None = None
     weights_sha256: str | None = None
-    model_evaluations: int | None = None  # of an image
+    model_evaluations: int | float | None = None  # of an image; parts of a pass count as parts
     forward_passes: int | None = None  # of a batch
     guided_passes: int | None = None  # those of 2N rows
     versions: dict | None = None
@@ -71,7 +80,12 @@ class SampleManifest:
     def to_json(self):
         """The content of the file."""
         content = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in the file
-        return {name: value for name, value in content.items() if self.text or name not in OF_PROMPTS}
+        left_out = {*(() if self.text else OF_PROMPTS), *BRANCH_FLAGS} - self.branch_settings().keys()
+        return {name: value for name, value in content.items() if name not in left_out}
+
+    def branch_settings(self):
+        """{field: value} of the BRANCH_FLAGS that are set."""
+        return {name: value for name in BRANCH_FLAGS if (value := getattr(self, name)) is not None}
 
     def settings(self, kept_as):
         """What decides the images and how unfinished work is kept (a store's `kind`), flags first."""
@@ -89,6 +103,8 @@ def build_manifest(sampler):
         "model": checkpoint.run.get("model") or config.model,
         "path_type": sampler.path.name,
         "vae": sampler.spec.vae,
+        **dict.fromkeys(BRANCH_FLAGS),
+        **config.branch_settings(),
         **sampler.condition.facts(),
         "model_options": checkpoint.options,
         "latents": dataclasses.asdict(sampler.spec),

@@ -31,7 +31,7 @@ def save_picture(sampler, processes):
         _, columns = config.grid_size()
         save_grid(np.concatenate(images), columns, config.out, **sampler.condition.words(columns))
         write_json(record, manifest.to_json())
-    say(f"{config.out}: {config.grid} images, {sampler.cost.evaluations} model evaluations each")
+    say(f"{config.out}: {config.grid} images, {rounded(sampler.cost.evaluations)} model evaluations each")
     return Path(config.out)
 
 
@@ -97,9 +97,10 @@ class Result:
         self.is_packed = self.has_npz()
         missing = set() if self.is_packed else set(self.store.missing(count))
         if missing:
+            settings = ", ".join([config.mode, *branch_words(config)])
             say(
                 f"{config.ckpt} ({config.weights} weights, step {self.sampler.checkpoint.steps}): {count} images, "
-                f"{len(missing)} of them missing, {config.mode}, {cost.calls} forward passes per batch, "
+                f"{len(missing)} of them missing, {settings}, {cost.calls} forward passes per batch, "
                 f"{cost.guided_calls} of them guided -> {self.store.folder}"
             )
         counts = [len(missing.intersection(batch)) for batch in config.batches()]
@@ -135,9 +136,20 @@ class Result:
     def say_cost(self, made, seconds):
         """One line: how many images, at what cost, in what time, where; or that all were there before."""
         evaluations, duration = self.sampler.cost.evaluations, datetime.timedelta(seconds=round(seconds))
-        cost = f"{made} images in {duration}, {evaluations} model evaluations each ({made * evaluations} in all)"
+        each, all_ = rounded(evaluations), rounded(made * evaluations)
+        cost = f"{made} images in {duration}, {each} model evaluations each ({all_} in all)"
         places = ", ".join(str(path) for path in (self.store.folder, self.target, self.record) if path.exists())
         say(f"{cost if made else f'finished before: {self.config.num_fid_samples} images'}; {places}")
+
+
+def rounded(evaluations):
+    """Model evaluations as they are printed: 6, 5.33."""
+    return f"{evaluations:.2f}".rstrip("0").rstrip(".")
+
+
+def branch_words(config):
+    """`ig-scale 1.5`, … of the BRANCH_FLAGS that are set."""
+    return [f"{name.replace('_', '-')} {value}" for name, value in config.branch_settings().items()]
 
 
 def default_folder(ckpt):
@@ -159,6 +171,7 @@ def result_name(sampler):
         f"shift-{config.shift}" * (config.shift != 1.0),
         f"cfg-{config.cfg_scale}" * guided,
         f"interval-{low}-{high}" * (guided and (low, high) != (0.0, 1.0)),
+        *branch_words(config),
         f"seed-{config.global_seed}",
         "latents" * (not config.decode),
     ]

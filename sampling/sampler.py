@@ -16,7 +16,7 @@ from models.codec import LatentCodec
 from models.compiling import compile_blocks
 from models.paths import PATHS
 from models.specs import LatentSpec
-from samplers import GuidedVelocity, integrate, sample_noise
+from samplers import BranchVelocity, GuidedVelocity, integrate, sample_noise
 
 
 class ImageSampler:
@@ -28,30 +28,53 @@ class ImageSampler:
     def __init__(self, config, make_condition, device):
         self.device = device
         self.checkpoint, self.path, self.spec = open_checkpoint(config)
-        self.config = config = config.for_model(self.checkpoint.model.kind)
+        model = self.checkpoint.model
+        self.config = config = config.for_model(model.kind, model.num_branches)
         options = self.checkpoint.options
         self.shape = (options["in_channels"], options["input_size"], options["input_size"])
         self.condition = make_condition(config, self.checkpoint, device)
         self.times = config.sampler.times(config.num_steps, config.shift)
-        self.cost, self.draws = try_out(config, self.path, self.times)
+        self.ends = model.ends if config.branch_settings() else None  # None: only the last branch is used
+        self.cost, self.draws = self.try_out()
         self.codec = None
         if config.decode:
             self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
             self.spec.check_same(self.codec.spec, config.ckpt, "--vae")
             self.spec = self.codec.spec
         self.weights_sha256 = self.checkpoint.weights_sha256()  # of the file's, before they are rounded to --dtype
-        model = self.checkpoint.model.to(device, DTYPES[config.dtype])
+        model.to(device, DTYPES[config.dtype])
         if config.compile:
             compile_blocks(model)
-        self.network = model.average_velocity if config.sampler.is_map else model.velocity
+        velocity = model.velocities if self.ends else model.velocity
+        self.network = model.average_velocity if config.sampler.is_map else velocity
 
     def latents(self, indices, noise):
         """Latents (N, C, h, w), float32, of the images `indices`; noise: iterator of their draws, on the device."""
-        config = self.config
-        y, y_null = self.condition.of(indices)
-        velocity = GuidedVelocity(self.network, y, y_null, config.guidance, DTYPES[config.dtype])
-        step = config.sampler.step(self.path, lambda _: next(noise))
+        velocity = self.velocity(self.network, *self.condition.of(indices))
+        step = self.config.sampler.step(self.path, lambda _: next(noise))
         return integrate(step, velocity, next(noise), self.times).float()
+
+    def velocity(self, network, y, y_null):
+        """What the steps of a batch call, from a network."""
+        arguments = network, y, y_null, self.config.guidance, DTYPES[self.config.dtype]
+        if self.ends is None:
+            return GuidedVelocity(*arguments)
+        return BranchVelocity(*arguments, options=self.config.branches, ends=self.ends)
+
+    def try_out(self):
+        """(GuidedVelocity that counted its calls, number of noise arrays) of a batch, from sampling a scalar."""
+        zero, y, asked = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), []
+
+        def noise(index):
+            asked.append(index)
+            return zero
+
+        def network(x, *arguments):
+            return [x] * len(arguments[-1]) if self.ends else x
+
+        velocity = self.velocity(network, y, y)
+        integrate(self.config.sampler.step(self.path, noise), velocity, zero, self.times)
+        return velocity, 1 + len(asked)
 
     def batches(self, batches):
         """Yield (indices, wait) for every batch; wait() → uint8 images (N, R, R, 3), float32 latents with --no-decode.
@@ -138,16 +161,3 @@ def batch_noise(seed, batches, draws, shape, device):
 
     for noise in ordered_map(draw, itertools.product(batches, range(draws))):
         yield noise.to(device, non_blocking=True)
-
-
-def try_out(config, path, times):
-    """(GuidedVelocity that counted its calls, number of noise arrays) of a batch, from sampling a scalar."""
-    zero, y, asked = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long), []
-
-    def noise(index):
-        asked.append(index)
-        return zero
-
-    velocity = GuidedVelocity(lambda x, *_: x, y, y, config.guidance)
-    integrate(config.sampler.step(path, noise), velocity, zero, times)
-    return velocity, 1 + len(asked)

@@ -225,6 +225,14 @@ def test_counts_are_equal_on_both_sides(split, held_images):
     assert report["frechet"]["images_a_side"] == 400 and report["agreement"]["samples"]["of"] == 800
 
 
+def test_many_samples_are_compared_in_sets_of_400(split, held_images):
+    labels = split[1].labels
+    good, bad = held_images, held_images // 2
+    one = [judge.build_report(images, labels)["frechet"]["samples"] for images in (good, bad)]
+    both = judge.build_report(np.concatenate([good, bad]), np.concatenate([labels, labels]))["frechet"]["samples"]
+    assert both == pytest.approx(sum(one) / 2)
+
+
 def test_stratified_rows():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
     rows = judge.stratified_rows(labels, 23)

@@ -125,7 +125,7 @@ def test_guided_evaluation_searches_then_measures_the_best_setting(environment, 
     assert check == sample_check and check.endswith("--check-only")
     args, generate = sweep.parse(search.removeprefix("python -m evaluations.sweep ").split())
     assert (args.cfg_scale, args.interval, args.num_steps, args.num_samples) == ([1.5, 2.0], [(0.0, 0.7)], [250], 40)
-    assert (args.ckpt, args.ref, args.processes) == (str(tmp_path / "step.pt"), str(tmp_path / "ref.npz"), 2)
+    assert (args.ckpt, args.ref, args.processes) == ([str(tmp_path / "step.pt")], str(tmp_path / "ref.npz"), 2)
     made = parse_flags(GenerateConfig, ["--ckpt", "x", *generate])
     assert (made.compile, made.dtype, made.vae_dtype, made.per_proc_batch_size, made.mode) == (*FAST, "ode")
     config = sampled(sample)

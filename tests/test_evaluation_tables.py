@@ -103,6 +103,13 @@ def test_a_result_stands_beside_the_published_rows_about_the_same(tmp_path, caps
     ]
 
 
+def test_samples_from_the_branches_stand_beside_no_published_row(tmp_path, capsys):
+    table.main([result(tmp_path / "b.json", ig_scale=1.5, branch_gap="dt")])
+    assert "sde, 250 steps, no guidance, ig scale 1.5, branch gap dt, ema, 50000 images" in capsys.readouterr().out
+    table.main([result(tmp_path / "b.json", exit_branch=1)])
+    assert papers(capsys) == ["| *no published row* |  |  |  |  |  |  |"]
+
+
 def test_kid_has_its_columns_where_it_is_measured(tmp_path, capsys):
     table.main([result(tmp_path / "b.json", metrics={"fid": 23.5, "kid": 0.00123456, "kid_standard_error": 0.0001})])
     lines = capsys.readouterr().out.splitlines()
