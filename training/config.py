@@ -26,6 +26,7 @@ model_flag, loss_flag, data_flag, optim_flag, speed_flag, output_flag = (
 output_flag = functools.partial(output_flag, free=True)
 
 AT_LEAST_0, AT_LEAST_1, POSITIVE, FINITE = Range(low=0), Range(low=1), Range(above=0), Range()
+THREADS = Range(low=0, high=WORKERS.high)
 PROBABILITY, DECAY = Range(low=0, high=1), Range(low=0, below=1)
 ATTENTION = ["auto", "base", "torch_sdpa", "fa2", "fa3"]
 PROGRAMS = {"flow": "train.py", "flow map": "train_dmf.py", "text": "train_t2i.py"}  # of each kind of model
@@ -64,23 +65,11 @@ class RunFlags:
     resolution: int = data_flag(None, "image size; checked against the data", int, range=SIDE, free=True)
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
     num_workers: int = data_flag(
-        None,
-        "threads that read; default: 4, for images one per core",
-        int,
-        range=Range(0, WORKERS.high),
-        free=True,
-        also=["--workers"],
+        None, "reading threads; default: 4, for images 1 per core", int, range=THREADS, free=True, also=["--workers"]
     )
-
-    holdout: str = data_flag(
-        None, "another data folder, or the share of DATA_DIR that is not trained on, to measure the error on", str
-    )
+    holdout: str = data_flag(None, "error on another data folder, or on this share of DATA_DIR, not trained on", str)
     holdout_every: int = data_flag(
-        None,
-        "interval of that, in steps; default: such that it costs 2 %% of training",
-        int,
-        range=AT_LEAST_1,
-        free=True,
+        None, "its interval in steps; default: such that it costs 2 %% of training", int, range=AT_LEAST_1, free=True
     )
     holdout_count: int = data_flag(None, "images to measure; default: all held-out ones", int, range=IMAGES, free=True)
 
