@@ -11,6 +11,7 @@ Letters: N images, B rows of a batch, C latent channels, h = w latent size, R im
 the width of their features, T tokens of an encoder and Z the width of theirs.
 """
 
+import copy
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,10 +91,14 @@ class Batch:
 
 
 class LatentDataset:
-    """Moments with labels, and images and features {encoder: StoredRows} where asked for; made by open_dataset."""
+    """Moments with labels, and images and features {encoder: StoredRows} where asked for; made by open_dataset.
 
-    def __init__(self, info, rows, labels, images=None, mirror=None, features=None, workers=None):
+    names: of all images; rows: which of them this dataset holds, int64 (N,), all unless `only` restricts it.
+    """
+
+    def __init__(self, info, rows, labels, names, images=None, mirror=None, features=None, workers=None):
         self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
+        self.names, self.rows = names, np.arange(info.count)
         self.features = features or {}
         self._moments = StoredRows(rows, mirror)
         usual = max(4, cores_of_process() if images else 0)  # decoding an image takes milliseconds of a core
@@ -103,24 +108,34 @@ class LatentDataset:
     def __len__(self):
         return self.info.count
 
+    def only(self, indices):
+        """The part of this dataset with these indices, int64; it shares files and threads with the whole."""
+        part = copy.copy(self)
+        part.rows, part.info = self.rows[indices], dataclasses.replace(self.info, count=len(indices))
+        return part
+
     def gather_step(self, sampler, step, rows, pin=False):
         """gather of the given rows (array) of the global batch of a step."""
         flip = sampler.flips(step)[rows] if self.mirror is not None else None
         return self.gather(sampler.batch(step)[rows], flip, pin)
 
     def gather(self, indices, flip=None, pin=False, condition=None):
-        """Moments, labels, images and features of rows `indices`, as in Batch.
+        """Moments, labels (or the first captions), images and features of rows `indices`, as in Batch.
 
         flip: optional bool (B,), true where the mirrored set is meant; pin: into page-locked memory; condition: instead
         of the labels.
         """
-        indices = np.asarray(indices, dtype=np.int64)
+        indices = self.rows[np.asarray(indices, dtype=np.int64)]
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
         moments = self._moments.gather(indices, flip, self._pool, pin)
         features = [stored.gather(indices, flip, self._pool, pin) for stored in self.features.values()]
-        condition = torch.from_numpy(self.labels[indices]) if condition is None else condition
+        condition = self.first_condition(indices, pin) if condition is None else condition
         images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist(), self._pool)
         return moments, condition, images, *features
+
+    def first_condition(self, rows, pin):
+        """Labels of rows of the folder."""
+        return torch.from_numpy(self.labels[rows])
 
     def drop(self, condition, dropped):
         """Labels (B,) with the null class where `dropped` (B,) is true."""
@@ -135,16 +150,26 @@ class LatentDataset:
 class CaptionDataset(LatentDataset):
     """Moments with the features of a caption in place of the label; of an image's captions each step draws one."""
 
-    def __init__(self, info, rows, text, images=None, features=None, workers=None):
-        super().__init__(info, rows, None, images, features=features, workers=workers)
+    def __init__(self, info, rows, text, names, images=None, features=None, workers=None):
+        super().__init__(info, rows, None, names, images, features=features, workers=workers)
         self.text, self._text_rows = text, StoredRows(text.rows)
         self._empty = text.empty
+
+    def only(self, indices):
+        """As of every dataset; captions are counted anew."""
+        part = super().only(indices)
+        captions = int((self.text.starts[part.rows + 1] - self.text.starts[part.rows]).sum())
+        part.info = dataclasses.replace(part.info, captions=captions)
+        return part
 
     def gather_step(self, sampler, step, rows, pin=False):
         """gather of the given rows of the global batch of a step, with captions that the step draws."""
         indices = sampler.batch(step)[rows]
-        chosen = self.text.choose(indices, sampler.uniforms(step)[rows])
+        chosen = self.text.choose(self.rows[indices], sampler.uniforms(step)[rows])
         return self.gather(indices, pin=pin, condition=self.context(chosen, pin))
+
+    def first_condition(self, rows, pin):
+        return self.context(self.text.starts[rows], pin)
 
     def context(self, rows, pin=False):
         """Features (B, L, W) of captions by row, in the precision in which they are stored."""
@@ -157,7 +182,7 @@ class CaptionDataset(LatentDataset):
 
     def conditions(self, n):
         """Features of the first captions of n images, of the empty caption n times, and the captions."""
-        rows = self.text.starts[np.arange(n) * len(self) // n]
+        rows = self.text.starts[self.rows[np.arange(n) * len(self) // n]]
         texts = [self.text.captions[row] for row in rows.tolist()]
         return self.context(rows).float(), self.text.empty.expand(n, -1, -1), texts
 
@@ -180,7 +205,7 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
     files = open_images(moments) if images else None
     mirrored = open_mirror(moments) if mirror else None
     stored = {name: open_features(data_dir, name, moments, mirror) for name in features}
-    return LatentDataset(info, rows, moments.labels, files, mirrored, stored, workers)
+    return LatentDataset(info, rows, moments.labels, moments.row_names, files, mirrored, stored, workers)
 
 
 def _count_classes(moments, num_classes):
@@ -208,7 +233,7 @@ def open_captions(data_dir, *, images=False, features=(), data_vae=None, workers
     rows, spec = moments.rows, moments.spec
     info = CaptionInfo(len(rows), 0, spec, rows.shape, moments.resolution, captions=len(text.rows), text=text.spec)
     stored = {name: open_features(data_dir, name, moments) for name in features}
-    return CaptionDataset(info, rows, text, files, stored, workers)
+    return CaptionDataset(info, rows, text, moments.row_names, files, stored, workers)
 
 
 def open_foreign(folder, data_vae):

@@ -19,7 +19,6 @@ from loss import alignment_loss, deepflow_loss
 from models import model_config
 from models.encoders import check_grid
 from models.paths import PATHS
-from training.alignment import Targets
 from training.draws import draw_step
 from training.grids import GridSampler
 from training.run import Task, run_task
@@ -54,8 +53,8 @@ def start(config, info, resumed):
 
 
 def objective_of(run):
-    targets = Targets(run) if run.config.encoders() else None
-    return functools.partial(objective, config=run.config, dataset=run.dataset, weights=run.weights, targets=targets)
+    shared = {"config": run.config, "dataset": run.dataset, "weights": run.weights}
+    return functools.partial(objective, **shared, targets=run.targets)
 
 
 def draw(run, step):

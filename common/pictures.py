@@ -80,13 +80,16 @@ def save_grid(images, columns, path, captions=None, row_names=(), column_names=(
 
 
 def save_lines(lines, path, marker=None, **axes):
-    """Write a PNG of {label: [(x, y)]}; axes: what matplotlib's Axes.set takes."""
+    """Write a PNG of {label: [(x, y)]}, or [(x, y, half the width of a band)]; axes: as of matplotlib's Axes.set."""
     from matplotlib.figure import Figure  # a second to import, and few pictures need it
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
     for label, points in lines.items():
-        plot.plot(*zip(*points, strict=True), marker=marker, label=label)
+        x, y, *width = map(np.array, zip(*points, strict=True))
+        (line,) = plot.plot(x, y, marker=marker, label=label)
+        for half in width:
+            plot.fill_between(x, y - half, y + half, alpha=0.2, color=line.get_color(), linewidth=0)
     plot.set(**axes)
     plot.grid(alpha=0.3)
     plot.legend()

@@ -1,9 +1,9 @@
 """Handwritten digits as real images that come with a dependency: scikit-learn's 1,797 scans of 8×8 pixels.
 
-    python -m digits.data --dest data/digits/raw
+    python -m digits.data --dest data/digits/raw --held-out data/digits/held-out
 
-writes the training digits as an image folder, one subfolder per class; the held-out digits never leave this module
-as files, so nothing is trained on them by accident. Letters: N images, R resolution.
+writes the training digits as an image folder, one subfolder per class, and the held-out digits as another, for
+--holdout. Letters: N images, R resolution.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.errors import InputError, exit_on_input_error
 from common.files import whole_folder
-from common.flags import parse_flags, required
+from common.flags import flag, parse_flags, required
 from preprocessing.sources import BadImageError, decode
 from preprocessing.transforms import center_crop_dhariwal
 
@@ -56,8 +56,11 @@ def upsample(images, resolution=RESOLUTION):
     return np.stack([np.asarray(center_crop_dhariwal(picture, resolution, resolution)) for picture in pictures])
 
 
-def write_image_folder(digits, dest):
-    """Write 8×8 RGB PNGs DEST/CLASS/INDEX.png; False when they are all there already. Raises InputError."""
+def write_image_folder(digits, dest, name="--dest"):
+    """Write 8×8 RGB PNGs DEST/CLASS/INDEX.png; False when they are all there already. Raises InputError.
+
+    name: the flag that gave DEST.
+    """
     dest = Path(dest)
     names = (f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True))
     pictures = dict(zip(names, digits.images, strict=True))
@@ -67,8 +70,8 @@ def write_image_folder(digits, dest):
         return False
     if found or dest.is_file():
         fault = f"is a file, or holds other or damaged ones ({min(others, default='and lacks some')})"
-        raise InputError(f"--dest {dest} {fault}; name a new folder")
-    with whole_folder(dest, "--dest") as partial:
+        raise InputError(f"{name} {dest} {fault}; name a new folder")
+    with whole_folder(dest, name) as partial:
         for name, image in pictures.items():
             (partial / name).parent.mkdir(exist_ok=True)
             Image.fromarray(image).convert("RGB").save(partial / name)
@@ -86,13 +89,17 @@ def shows(path, image):
 @dataclasses.dataclass
 class DigitsFlags:
     dest: str = required("image folder to make, with one subfolder per class")
+    held_out: str | None = flag(None, "image folder to make of the held-out digits", str, metavar="DIR")
 
 
 def main(argv=None):
     args = parse_flags(DigitsFlags, argv, __doc__)
     train, held_out = load_digits_split()
+    if args.held_out:
+        write_image_folder(held_out, args.held_out, "--held-out")
     state = "wrote" if write_image_folder(train, args.dest) else "already there:"
-    print(f"{state} {len(train.labels)} digits in {args.dest} ({len(held_out.labels)} more are held out)")
+    where = f" in {args.held_out}" if args.held_out else ""
+    print(f"{state} {len(train.labels)} digits in {args.dest} ({len(held_out.labels)} more are held out{where})")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,11 @@ class Moments:
         return self.rows.shape[1] * self.spec.factor
 
     @property
+    def row_names(self):
+        """Names of the images, or of the latents' files where nothing tells the images'."""
+        return self.rows.names if self.names is None else self.names
+
+    @property
     def labels_file(self):
         """Where the labels are."""
         return self.folder / (LABELS if self.manifest.is_packed else LABELS_JSON)

@@ -10,15 +10,10 @@ SECONDS=0
 # On CPU everywhere, so that the numbers are the same; two processes of one thread beat one of two on small tensors.
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning}
 PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer OMP_NUM_THREADS
-several=()
-[ "$PROCESSES" -gt 1 ] && several=(--multi_gpu --main_process_port 0) # accelerate's name for several processes, on CPU too
 
 step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
 
-train() { # PROGRAM [flags]
-    accelerate launch --num_processes "$PROCESSES" ${several[@]+"${several[@]}"} --num_machines 1 --mixed_precision no \
-        --dynamo_backend no --num_cpu_threads_per_process 1 "$@" || other_settings $?
-}
+train() { sample "$@" || other_settings $?; } # PROGRAM [flags]
 other_settings() { # EXIT CODE
     echo "$0: other settings need another folder: WORK=OTHER bash $0" >&2
     exit "$1"

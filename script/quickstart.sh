@@ -21,22 +21,27 @@ WORK=${WORK:-quickstart}
 STEPS=${STEPS:-3000}
 CKPT=$(checkpoint "$WORK/exps/digits" "$STEPS")
 
-step "1/6 handwritten digits as an image folder: $WORK/digits"
-python -m digits.data --dest "$WORK/digits"
+step "1/6 handwritten digits as image folders: $WORK/digits, $WORK/digits-held-out"
+python -m digits.data --dest "$WORK/digits" --held-out "$WORK/digits-held-out"
 
-step "2/6 convert to 32x32: $WORK/data/images"
-python -m preprocessing.dataset_tools convert --source "$WORK/digits" --dest "$WORK/data/images" \
-    --resolution 32x32 --transform center-crop-dhariwal
+step "2/6 convert to 32x32: $WORK/data/images, $WORK/data-held-out/images"
+for set in "" -held-out; do
+    python -m preprocessing.dataset_tools convert --source "$WORK/digits$set" --dest "$WORK/data$set/images" \
+        --resolution 32x32 --transform center-crop-dhariwal
+done
 
-step "3/6 encode with assets/tiny-vae: $WORK/data/vae-sd"
-python -m preprocessing.dataset_tools encode --source "$WORK/data/images" --dest "$WORK/data/vae-sd" \
-    --vae assets/tiny-vae --per-proc-batch-size 64
+step "3/6 encode with assets/tiny-vae: $WORK/data/vae-sd, $WORK/data-held-out/vae-sd"
+for set in "" -held-out; do
+    python -m preprocessing.dataset_tools encode --source "$WORK/data$set/images" --dest "$WORK/data$set/vae-sd" \
+        --vae assets/tiny-vae --per-proc-batch-size 64
+done
 
 step "4/6 train DeepFlow-Ti/2, $STEPS steps: $WORK/exps/digits"
 train train.py --exp-name digits --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
     --model DeepFlow-Ti/2 --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
     --batch-size 64 --learning-rate 4e-3 --adam-beta2 0.99 --ema-decay 0.998 \
-    --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --log-every 50
+    --max-train-steps "$STEPS" --checkpointing-steps 1000 --sampling-steps 1000 --log-every 50 \
+    --holdout "$WORK/data-held-out" --holdout-every 1000
 
 step "5/6 sample 400 digits: $WORK/samples"
 sample generate.py --ckpt "$CKPT" --sample-dir "$WORK/samples" \
@@ -50,7 +55,7 @@ cat <<EOF
 
 done in $SECONDS s. Look at:
   $WORK/grid.png      samples, one class per row
-  $WORK/curve.png     the loss of each part
+  $WORK/curve.png     the loss of each part, and the error on held-out digits
   $WORK/report.json   the numbers above
   $WORK/exps/digits   configuration, log, checkpoints, sample grids
 Next: edit a flag in script/quickstart.sh (--tg-upper-bound, --weighting, --model SiT-Ti/2) and run it with WORK=other,

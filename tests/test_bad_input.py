@@ -166,7 +166,7 @@ def test_truncated_checkpoint(run, data, tmp_path):
 
 def test_checkpoint_with_python_objects(run, data, tmp_path):
     torch.save({"model": tiny.SPEC}, run)
-    refused_on_resume(data, tmp_path, r"0000002.pt holds the Python object models.codec.LatentSpec")
+    refused_on_resume(data, tmp_path, r"0000002.pt holds the Python object models.specs.LatentSpec")
 
 
 def test_checkpoint_that_is_not_of_a_run(run, data, tmp_path):

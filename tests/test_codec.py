@@ -240,3 +240,10 @@ def test_truncated_weights_are_one_line(folder, tmp_path, kept):
 def test_importing_the_codec_does_not_import_diffusers():
     code = "import sys, models.codec; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_vae_is_loaded_whatever_is_imported_before(folder):
+    """diffusers looks for transformers when it is imported, and may be before or after it."""
+    for first in ("diffusers", "transformers"):
+        code = f"import {first}; from models.codec import LatentCodec; LatentCodec.load({str(folder)!r})"
+        subprocess.run([sys.executable, "-c", f"{code}; import transformers.models"], check=True, cwd=ROOT)

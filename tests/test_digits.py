@@ -85,6 +85,16 @@ def test_command_writes_the_training_digits_once(tmp_path, split):
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
+def test_command_writes_the_held_out_digits_apart(tmp_path, split):
+    result = run("-m", "digits.data", "--dest", tmp_path / "raw", "--held-out", tmp_path / "held")
+    assert result.returncode == 0, result.stderr
+    held, trained = ({path.stem for path in (tmp_path / name).rglob("*.png")} for name in ("held", "raw"))
+    assert held == {f"{index:04d}" for index in split[1].indices} and not held & trained
+    (tmp_path / "held/notes.txt").write_text("mine")
+    result = run("-m", "digits.data", "--dest", tmp_path / "raw", "--held-out", tmp_path / "held")
+    assert result.returncode == 2 and "--held-out" in result.stderr and "notes.txt" in result.stderr
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, split):
     few = split[0].take(np.arange(5))
     broken = dataclasses.replace(few, images=[*few.images[:4], np.zeros((8, 8), dtype=complex)])

@@ -41,6 +41,17 @@ def test_the_final_velocity_loss_has_one_name_and_panels_one_order(tmp_path):
     assert order == ["loss", plot.FINAL, *list(branches)[:-1], "loss_a2", "grad_norm"]
 
 
+def test_of_held_out_errors_the_averaged_weights_final_ones_are_drawn(tmp_path):
+    velocities = {"holdout_v1": 1, "holdout_v10": 10, "holdout_raw_v10": 3, "holdout_v10_t0.0625": 4, "holdout_a1": 5}
+    held_out = {"step": 2, **velocities, "holdout_error_map": 6, "holdout_raw_error_map": 7, "holdout_proj": 8}
+    run = write_log(tmp_path / "a", {"step": 1, "loss": 1, "loss_v1": 2, "loss_v10": 2, "error_map": 3}, held_out)
+    curves = plot.read_curves(run / "log.jsonl")
+    assert curves[plot.HELD_OUT] == ([2], [10]) and curves["held-out error_map"] == ([2], [6])
+    order = ["loss", plot.FINAL, plot.HELD_OUT, "held-out error_map", "loss_v1", "error_map"]
+    assert sorted(curves.keys() - {"step"}, key=plot.panel_order) == order
+    plot.save_curves([run], tmp_path / "curves.png")
+
+
 def test_curves_over_steps_epochs_and_hours(tmp_path):
     lines = [{"step": 10, "epoch": 0.5, "steps_per_s": 0.1, "loss": 1}, {"step": 30, "loss": 1, "steps_per_s": 0.2}]
     run = write_log(tmp_path / "a", *lines)

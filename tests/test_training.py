@@ -450,11 +450,13 @@ def test_mfu_is_flops_done_by_flops_promised(tmp_path, monkeypatch):
 
 def test_tensorboard_gets_every_number_of_the_log(data, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run_dir = tiny.run_train(data, tmp_path, report_to="tensorboard", logging_dir="tracked")
+    flags = {"report_to": "tensorboard", "logging_dir": "tracked", "holdout": 0.3}
+    run_dir = tiny.run_train(data, tmp_path, **flags)
     (file,) = run_dir.glob("tracked/deepflow/events.out.tfevents.*")
     events = accumulator.EventAccumulator(str(file)).Reload()
-    lines = tiny.log_lines(run_dir)
-    assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step"}
+    *lines, held_out = tiny.log_lines(run_dir)
+    assert set(events.Tags()["scalars"]) == (lines[0].keys() | held_out.keys()) - {"step"}
+    assert events.Scalars("holdout_v2")[0].value == pytest.approx(held_out["holdout_v2"], rel=1e-6)
     for name in ("loss", "loss_v1", "loss_a1", "grad_norm", "learning_rate", "images_per_s", "bad_steps"):
         written = [(event.step, event.value) for event in events.Scalars(name)]
         assert written == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name

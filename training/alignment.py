@@ -75,6 +75,8 @@ class Targets:
 
     def __call__(self, batch):
         """List of features of a Batch, without gradient."""
+        if batch.images is None:
+            return list(batch.features)
         stored = iter(batch.features)
         with self.autocast():
             return [encoder(batch.images) if encoder else next(stored) for encoder in self.encoders.values()]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import models  # its modules are imported on first use
 from common.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, note
-from common.flags import BATCH, BLOCKS, CLASSES, SEED, SIDE, WORKERS, Range, flag
+from common.flags import BATCH, BLOCKS, CLASSES, IMAGES, SEED, SIDE, WORKERS, Range, flag
 from models.flags import ENCODERS, ConventionFlag
 from models.gpus import MFU, PEAK_FLOPS
 from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
-from training.settings import run_name
+from training.settings import holdout_fraction, run_name
 
 GROUPS = ("model", "loss", "data", "optimisation", "precision and speed", "output")
 model_flag, loss_flag, data_flag, optim_flag, speed_flag, output_flag = (
@@ -72,6 +72,18 @@ class RunFlags:
         also=["--workers"],
     )
 
+    holdout: str = data_flag(
+        None, "another data folder, or the share of DATA_DIR that is not trained on, to measure the error on", str
+    )
+    holdout_every: int = data_flag(
+        None,
+        "interval of that, in steps; default: such that it costs 2 %% of training",
+        int,
+        range=AT_LEAST_1,
+        free=True,
+    )
+    holdout_count: int = data_flag(None, "images to measure; default: all held-out ones", int, range=IMAGES, free=True)
+
     batch_size: int = optim_flag(256, "samples per step, over all processes and micro-batches", range=BATCH)
     gradient_accumulation_steps: int = optim_flag(1, "micro-batches per step and process", range=BATCH, free=True)
     max_train_steps: int = optim_flag(400_000, "optimizer steps", range=AT_LEAST_1, free=True)
@@ -115,10 +127,12 @@ class RunFlags:
         names = ("df_idxs", "qk_norm", "legacy_scaling", "dmf_depth", "encoder_depth", "init", "vera", "acc_mlp")
         return {"depth": self.trans_depth, **{name: getattr(self, name) for name in names if hasattr(self, name)}}
 
+    forward_passes = 1  # of each image in a training step
+
     @property
     def passes(self):
         """Cost of a training step in forward passes of each image; the backward pass costs two."""
-        return 1 + 2
+        return self.forward_passes + 2
 
     def branch_weights(self, num_branches):
         """β of each branch: as given, else 0.2 … 0.2 1.0. Raises InputError when the count does not fit."""
@@ -164,6 +178,9 @@ class RunFlags:
             raise InputError(f"--prediction {self.prediction} is unknown; the objective is defined for v")
         if self.mixed_precision == "fp16" and not (has_gpu() or self.dry_run):
             raise InputError("--mixed-precision fp16 needs a GPU; use no or bf16 on CPU")
+        holdout_fraction(self.holdout)
+        if self.holdout is None and (self.holdout_every or self.holdout_count):
+            raise InputError("--holdout-every and --holdout-count need --holdout; give it a folder or a fraction")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -301,9 +318,14 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
     deep_supervision: bool = loss_flag(True, "with a DeepFlow backbone: keep its branches' losses for the flow part")
 
     @property
+    def forward_passes(self):
+        """Of each image: both parts, a derivative, guidance of 3 in 4 rows, as published."""
+        return 2 + 2 + {"default": 0, "mg": 3, "distill": 3.5}[self.g_type]
+
+    @property
     def passes(self):
-        """Forward passes per image: both parts with backward, a derivative, guidance of 3 in 4 rows, as published."""
-        return 2 * (1 + 2) + 2 + {"default": 0, "mg": 3, "distill": 3.5}[self.g_type]
+        """As of every run; both parts have a backward pass."""
+        return self.forward_passes + 2 * 2
 
     def resolve(self):
         """As of every run; distillation drops no labels."""

@@ -12,7 +12,7 @@ import torch
 from loss import flow_map_times, guided_samples, sample_times
 from models.paths import PATHS
 
-STREAM, NORMALS = 1, 4  # the data order draws from streams 0, 2 and 3 of the same seed
+STREAM, NORMALS, HELD_OUT = 1, 4, 5  # the data order draws from streams 0, 2 and 3 of the same seed
 BLOCK = 16  # rows: few, as a rank draws whole blocks; enough that making a generator takes only 2 % of the time
 SAMPLES_SECOND = ("times", "guided")  # draws that have the samples in their second dimension
 ON_CPU = ("guided",)  # draws that decide what is run; on the CPU nothing has to wait for them

@@ -108,12 +108,16 @@ class RunLog:
             self.say(f"step {step:,} of {self.total:,}: {speed}, {left} left")
         if means:
             self._warn_of_spike(record, step)
+        self.record(record)
+
+    def record(self, record):
+        """Write a line of JSON, {name: number} with `step`, and send it to the tracker; on the main process."""
         if self.accelerator.is_main_process:
             with self.reporting_disk_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             if self.send:
                 with self.reporting_disk_errors(self.config.logging_dir):
-                    self.send({name: value for name, value in record.items() if name != "step"}, step)
+                    self.send({name: value for name, value in record.items() if name != "step"}, record["step"])
 
     def _speed(self):
         """Steps and images per second since the last line, MFU where the GPU's peak is known, memory (this process)."""

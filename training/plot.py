@@ -31,7 +31,11 @@ import numpy as np
 from training.logs import parse_line, resumed_steps
 
 FINAL = "loss_v, final"  # of the last branch, whatever its number
-DRAWN = ("loss_v", "loss_a", "loss", "error_", "du_dt_norm", "log_variance", "grad_norm", "images_per_s")  # prefixes
+HELD_OUT = "held-out v, final"  # likewise
+DRAWN = (  # prefixes, in this order
+    *("held-out", "loss_v", "loss_a", "loss", "error_"),
+    *("du_dt_norm", "log_variance", "grad_norm", "images_per_s"),
+)
 COLUMNS = 3
 FEW = 30  # curves with at most this many points get markers
 
@@ -50,22 +54,27 @@ def read_curves(log, x="step"):
         place = {"hours": hours, **record}.get(x)
         if place is None:
             raise InputError(f"{log}, line {number}: '{x}' is missing; leave --x {x} out")
-        for name in ("step", *(key for key in record if key.startswith(DRAWN))):
-            places, values = curves.setdefault(name, ([], []))
-            places.append(place)
-            values.append(record[name])
-    if velocities := [name for name in curves if re.fullmatch(r"loss_v\d+", name)]:
-        curves[FINAL] = curves.pop(max(velocities, key=panel_order))
+        for key, value in record.items():
+            name = re.sub(r"^holdout_(?=(v\d+|error_\w+)$)", "held-out ", key)  # of averaged weights, over all times
+            if name == "step" or name.startswith(DRAWN):
+                places, values = curves.setdefault(name, ([], []))
+                places.append(place)
+                values.append(value)
+    for begin, final in (("loss_v", FINAL), ("held-out v", HELD_OUT)):
+        if velocities := [name for name in curves if re.fullmatch(rf"{begin}\d+", name)]:
+            curves[final] = curves.pop(max(velocities, key=panel_order))
+    for name in [name for name in curves if re.fullmatch(r"held-out v\d+", name)]:
+        del curves[name]
     if not any(name.startswith("loss") for name in curves):
         raise InputError(f"{log}: no line has a key that begins with 'loss'; pass the log.jsonl of a run")
     return curves
 
 
 def panel_order(name):
-    """Sort key of a curve: the total loss, the final velocity loss, then as in DRAWN; branches by number."""
+    """Sort key of a curve: the total loss, the final velocity's losses, then as in DRAWN; branches by number."""
     word, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
     group = next(place for place, begin in enumerate(DRAWN) if name.startswith(begin))
-    return name != "loss", name != FINAL, group, word, int(number or 0)
+    return name != "loss", name != FINAL, name != HELD_OUT, group, word, int(number or 0)
 
 
 def smoothed(values, count):

@@ -15,17 +15,19 @@ from common.files import check_writable
 from common.flags import shown
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
+from models.checkpoints import checkpoint_path
 from models.codec import LatentCodec
 from models.compiling import keep_compiled
 from models.flops import count_flops
 from models.gpus import gpu_hours
 from models.presets import COCO, IMAGENET
 from models.specs import LatentSpec
-from training.alignment import describe_alignment, find_caches
+from training.alignment import Targets, describe_alignment, find_caches
 from training.checkpoint import find_resume
 from training.config import RunFlags
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import BLOCK
+from training.holdout import describe_holdout, hold_out
 from training.loader import SeekableSampler
 from training.trackers import check_tracker
 from training.trainer import Trainer
@@ -50,7 +52,8 @@ class Run:
     config: RunFlags
     accelerator: object
     info: DataInfo
-    dataset: object  # None in a dry run without data
+    dataset: object  # to train on; None in a dry run without data
+    held: object  # the dataset of --holdout, or None
     options: dict  # constructor arguments of the model
     model: torch.nn.Module | None = None  # made last
 
@@ -67,6 +70,11 @@ class Run:
         self.parameters, self.flops = sum(p.numel() for p in model.parameters()), count_flops(model)
         self.flops_per_image = config.passes * 2 * self.flops.total_macs  # of a training step
 
+    @functools.cached_property
+    def targets(self):
+        """The features to align with, as a function of a batch; None without alignment."""
+        return Targets(self) if self.config.encoders() else None
+
     def saved(self):
         """What checkpoints and config.json record, JSON-like: flags, model, and data (classes, VAE, shapes)."""
         facts = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self.info).items()}
@@ -81,7 +89,7 @@ def run_task(config, task):
     config.check()
     if not config.dry_run:
         check_tracker(config.report_to)
-    info, dataset = open_data(config)
+    info, dataset, held = open_data(config)
     if config.resolution not in (None, info.resolution):
         holds = f"which holds latents of {info.resolution}x{info.resolution} images"
         raise InputError(f"--resolution {config.resolution} contradicts --data-dir {config.data_dir}, {holds}")
@@ -94,12 +102,12 @@ def run_task(config, task):
         if config.compile:
             keep_compiled(config.folder)
     options, model = task.start(config, info, resumed)
-    run = Run(config, start_accelerator(config), info, dataset, options)
+    run = Run(config, start_accelerator(config), info, dataset, held, options)
     run.accelerator.print(f"{given}\n{describe(run)}")
     if config.dry_run:
         return run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")
-    grids = None  # the main process draws them
-    if config.sampling_steps and run.accelerator.is_main_process:
+    grids, complete = None, resumed is not None and resumed.stem == checkpoint_path("", run.stop_step).stem
+    if config.sampling_steps and run.accelerator.is_main_process and not complete:  # the main process draws them
         codec = LatentCodec.load(config.vae or info.spec.vae, device=run.accelerator.device)
         grids = task.grids(codec, dataset, config.folder, config.seed)
     torch.manual_seed(config.seed)
@@ -113,7 +121,10 @@ def run_task(config, task):
 
 
 def open_data(config):
-    """DataInfo and dataset; a dry run may go without one (None) and then assumes ImageNet's, or COCO's captions."""
+    """DataInfo, dataset and held-out dataset or None.
+
+    A dry run may go without any (None) and then assumes ImageNet's, or COCO's captions.
+    """
     text = config.kind == "text"
     if config.dry_run and not Path(config.data_dir).exists():
         name, known = ("COCO", COCO) if text else ("ImageNet", IMAGENET)
@@ -121,14 +132,15 @@ def open_data(config):
         spec, resolution = LatentSpec(), config.resolution or known["resolution"]
         facts = (spec, (2 * spec.channels, *[resolution // spec.factor] * 2), resolution)
         if text:
-            return CaptionInfo(known["count"], 0, *facts), None
-        return DataInfo(known["count"], config.num_classes or known["num_classes"], *facts), None
+            return CaptionInfo(known["count"], 0, *facts), None, None
+        return DataInfo(known["count"], config.num_classes or known["num_classes"], *facts), None, None
     caches = find_caches(config)
     shared = {"features": tuple(caches), "data_vae": config.data_vae, "workers": config.num_workers}
     shared["images"] = len(caches) < len(config.encoders())
-    classes = {} if text else {"mirror": config.mirror, "num_classes": config.num_classes}
-    dataset = (open_captions if text else open_dataset)(config.data_dir, **classes, **shared)
-    return dataset.info, dataset
+    classes, mirror = ({}, {}) if text else ({"num_classes": config.num_classes}, {"mirror": config.mirror})
+    open_folder = functools.partial(open_captions if text else open_dataset, **classes, **shared)
+    dataset, held = hold_out(config, open_folder(config.data_dir, **mirror), open_folder)
+    return dataset.info, dataset, held
 
 
 def given_flags(config):
@@ -157,6 +169,7 @@ def describe(run):
         f"mixed precision {config.mixed_precision}",
         f"results: {config.folder}",
         *describe_alignment(config),
+        *describe_holdout(run),
     ]
     if config.hours_on:
         hours = gpu_hours(run.flops_per_image, steps * config.batch_size, config.hours_on, config.mfu)

@@ -37,12 +37,25 @@ LABELS = {  # in this order, before others; "": the value tells enough
 }
 
 
+def holdout_fraction(text):
+    """The number that --holdout gives; None for a folder or nothing. Raises InputError for one outside (0, 1)."""
+    try:
+        fraction = float(text)
+    except (TypeError, ValueError):
+        return None
+    if not 0 < fraction < 1:
+        range = "a fraction must be greater than 0 and less than 1"
+        raise InputError(f"--holdout {text} is out of range: {range}; a folder of that name is ./{text}")
+    return fraction
+
+
 def settings(config, options):
     """{flag: value} of the flags that are not free, filled in from `options`, the model's constructor arguments."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
     acc_mlp = list(models.deepflow.acc_widths(options["acc_mlp"], options["projector_dim"]))
     encoders = ",".join(config.encoders())
     filled = {**options, "trans_depth": options["depth"], "acc_mlp": acc_mlp, "enc_type": encoders}
+    filled["holdout"] = holdout_fraction(config.holdout)  # a folder changes nothing in training
     values.update({name: filled[name] for name in values.keys() & filled.keys()})
     return {**values, "scale_weight": config.branch_weights(len(options["df_idxs"]) + 1)}
 

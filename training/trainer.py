@@ -1,6 +1,7 @@
 """The training loop of every train*.py: batches and draws in, one optimizer step, EMA, log, checkpoints, grids."""
 
 import contextlib
+import math
 
 import torch
 
@@ -11,6 +12,7 @@ from models.compiling import compile_blocks
 from training import checkpoint
 from training.ema import EMA
 from training.guard import BadSteps
+from training.holdout import HeldOut, in_short
 from training.loader import LatentLoader
 from training.logs import RunLog, add_start
 from training.settings import in_words, resumed_settings
@@ -34,6 +36,7 @@ class Trainer:
         if run.config.compile:
             compile_blocks(self.model)
         self.bad_steps = BadSteps(self.accelerator.device)
+        self.held_out = HeldOut(run, objective) if run.held else None
 
     def fit(self):
         """Train from --resume to the last step; returns whether it got there, which a signal may prevent."""
@@ -155,10 +158,20 @@ class Trainer:
                 self.log.say(f"warning: skipped, as loss or gradients were not finite: {new} of the steps up to {step}")
         stays = step % config.checkpointing_steps == 0 or last
         with self.log.paused():
+            if self.held_out and (last or (step % self.held_out.every == 0 and not stopping)):
+                self.measure(step)  # before the checkpoint: what is complete has its line
             if stays or stopping or (config.rolling_steps and step % config.rolling_steps == 0):
                 self.save(step, stays)
             if config.sampling_steps and (last or (step % config.sampling_steps == 0 and not stopping)):
                 self.sample(step)
+
+    def measure(self, step):
+        """Log the errors on the held-out images."""
+        found = self.held_out.measure(self.model, self.ema)
+        finite = {name: value for name, value in found.items() if math.isfinite(value)}
+        self.log.record({"step": step, "epoch": round(step / self.run.sampler.steps_per_epoch, 4), **finite})
+        warning = "" if len(finite) == len(found) else "; those that are not finite are left out"
+        self.log.say(f"held-out errors at step {step:,}: {in_short(finite)}{warning}")
 
     def diverged(self, fault):
         """InputError naming the last checkpoint. It is good: bad steps change nothing, bad weights are not saved."""

@@ -1,0 +1,189 @@
+"""What a study found: means and standard errors over seeds, paired differences, as a table, JSON and plots."""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+from common.errors import InputError
+from common.files import read_lines, write_atomically, write_json
+from common.pictures import save_lines
+from common.records import read_record
+from common.versions import versions
+from evaluations.metrics.results import Result, markdown
+from models import checkpoints
+from models.flops import count_flops
+from models.presets import build
+from training.logs import parse_line
+from training.plot import read_curves
+
+COST = ("training FLOPs", "hours")  # columns that every study has
+
+
+@dataclasses.dataclass
+class Measured:
+    """The numbers of a finished run."""
+
+    variant: str
+    axis: dict  # {its flag: value}; {} without one
+    seed: int
+    numbers: dict  # {column of the tables: number}
+    curves: dict  # {field of the log: [(step, training FLOPs, number)]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error, None of a single number."""
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, numbers):
+        return cls(fmean(numbers), stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None)
+
+    def __str__(self):
+        return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+
+
+def flops_per_step(config, options):
+    """FLOPs of a training step; options: the model's constructor arguments."""
+    return config.passes * 2 * _macs(json.dumps(options)) * config.batch_size
+
+
+@functools.cache
+def _macs(options):
+    with torch.device("meta"):
+        return count_flops(build(json.loads(options))).total_macs
+
+
+def read_curve(log, field, last):
+    """[(step, number)] up to the step `last` of a field of log.jsonl. Raises InputError if there is none.
+
+    `*` stands for the largest number that is there: loss_v* is loss_v2 of a run with two branches.
+    """
+    records = [parse_line(line, f"{log}, line {number}") for number, line in read_lines(log)]
+    pattern = re.compile(re.escape(field).replace(r"\*", r"(\d+)"))
+    found = {tuple(map(int, match.groups())): name for r in records for name in r if (match := pattern.fullmatch(name))}
+    name = found[max(found)] if found else None
+    points = [(int(record["step"]), record[name]) for record in records if name in record and record["step"] <= last]
+    if not points:
+        raise InputError(f"{log} has no field {field}; correct `fields` in the study file, or the flags that log it")
+    return points
+
+
+def measured(run):
+    """The Measured of a finished Run. Raises InputError for one that is not finished, or whose files are damaged."""
+    for _, _, check in run.stages():
+        check()
+    log, last = run.folder / "log.jsonl", run.config.max_train_steps
+    options = read_record(checkpoints.Run, run.folder / "config.json", "move the run away").model_options
+    per_step = flops_per_step(run.config, options)
+    curves = {field: read_curve(log, field, last) for field in run.study.fields}
+    numbers = {field: points[-1][1] for field, points in curves.items()}
+    for measure, path in run.results.items():
+        numbers |= {f"{measure}: {name}": number for name, number in Result.read(path).metrics.items()}
+    numbers |= zip(COST, (per_step * last, read_curves(log, "hours")["step"][0][-1]), strict=True)
+    curves = {field: [(step, step * per_step, number) for step, number in of] for field, of in curves.items()}
+    return Measured(run.variant, dict.fromkeys(run.study.axis, run.value), run.seed, numbers, curves)
+
+
+def rows_of(groups, columns, baseline=None):
+    """[{variant, value of the axis, number of seeds, column: Estimate, …}] of {(variant, value): [Measured]}.
+
+    baseline: of the differences from that variant instead, over the pairs of the same value and seed.
+    """
+    rows = []
+    for (variant, value), runs in groups.items():
+        others = {run.seed: run.numbers for run in groups.get((baseline, value), [])}
+        if baseline is None:
+            others = {run.seed: dict.fromkeys(columns, 0) for run in runs}
+        pairs = [(run.numbers, others[run.seed]) for run in runs if run.seed in others]
+        if pairs and variant != baseline:
+            found = {
+                column: Estimate.of([ours[column] - theirs[column] for ours, theirs in pairs]) for column in columns
+            }
+            rows.append({"variant": variant, **runs[0].axis, "seeds": len(pairs), **found})
+    return rows
+
+
+def at_best(groups, field):
+    """{(variant, None): its runs at the value of the axis that gives the lowest mean of a field}."""
+    order = sorted(groups, key=lambda key: fmean(run.numbers[field] for run in groups[key]), reverse=True)
+    best = {variant: groups[variant, value] for variant, value in order}
+    return {(variant, None): best[variant] for variant, _ in groups}
+
+
+def mean_curve(runs, field):
+    """[(step, training FLOPs, mean, standard error)] over the seeds, at the steps that all of them have."""
+    curves = [{step: (flops, number) for step, flops, number in run.curves[field]} for run in runs]
+    steps = sorted(set.intersection(*map(set, curves)))
+    means = [Estimate.of([curve[step][1] for curve in curves]) for step in steps]
+    return [(step, curves[0][step][0], of.mean, of.error or 0) for step, of in zip(steps, means, strict=True)]
+
+
+def save_plots(study, groups, rows, columns, out):
+    """Write PNGs: each field over steps and FLOPs, one for each value of the axis; each column over the axis.
+
+    Bands are standard errors.
+    """
+
+    def save(lines, y, x, of="", **axes):
+        name = re.sub(r"[^\w.-]+", "-", f"{y} over {x} {of}").strip("-")
+        save_lines(lines, Path(out, f"{name}.png"), xlabel=x, ylabel=y, title=of, **axes)
+
+    axis = next(iter(study.axis), None)
+    for value in dict.fromkeys(value for _, value in groups):
+        of = f"{axis} {value}" if axis else ""
+        for field in study.fields:
+            curves = {variant: mean_curve(runs, field) for (variant, at), runs in groups.items() if at == value}
+            for place, x in enumerate(("steps", "training FLOPs")):
+                lines = {variant: [(point[place], *point[2:]) for point in curve] for variant, curve in curves.items()}
+                save(lines, field, x, of)
+    if axis and all(isinstance(row[axis], int | float) and row[axis] > 0 for row in rows):
+        for column in (column for column in columns if column not in COST):
+            lines = collections.defaultdict(list)
+            for row in rows:
+                lines[row["variant"]].append((row[axis], row[column].mean, row[column].error or 0))
+            save(lines, column, axis, marker="o", xscale="log")
+
+
+def summarise(study, runs, out, failed):
+    """Print a table, and write table.md, results.json and plots of the finished runs into `out`.
+
+    failed: {name of a run: what failed}.
+    """
+    groups, missing = collections.defaultdict(list), {}
+    for run in runs:
+        try:
+            found = measured(run)
+        except InputError as error:
+            missing[run.name] = failed.get(run.name, str(error))
+        else:
+            groups[run.variant, run.value].append(found)
+    done = [run for of in groups.values() for run in of]
+    columns = [name for name in (done[0].numbers if done else ()) if all(name in run.numbers for run in done)]
+    tables = {
+        "Mean ± standard error over seeds": (rows := rows_of(groups, columns)),
+        f"Difference from {study.baseline} with the same seed": rows_of(groups, columns, study.baseline),
+    }
+    for axis in study.axis if done else ():
+        best, at = at_best(groups, study.fields[0]), f"at the {axis} with the lowest {study.fields[0]}"
+        tables[f"Each variant {at}"] = rows_of(best, columns)
+        tables[f"Difference from {study.baseline}, each {at}"] = rows_of(best, columns, study.baseline)
+    parts = [
+        f"{title}:\n\n{markdown(found[0], [row.values() for row in found])}" for title, found in tables.items() if found
+    ]
+    parts += ["Not finished:\n\n" + "\n".join(f"- {name}: {why}" for name, why in missing.items())] if missing else []
+    text = "\n\n".join([*filter(None, [study.about.strip()]), *parts])
+    save_plots(study, groups, rows, columns, out)
+    content = {"study": study, "runs": done, "tables": tables, "not finished": missing, "versions": versions("torch")}
+    write_json(out / "results.json", json.loads(json.dumps(content, default=vars)))
+    write_atomically(out / "table.md", lambda file: file.write(f"{text}\n".encode()))
+    print(f"{text}\n\nin {out}: table.md, results.json, plots")
