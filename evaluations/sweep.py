@@ -13,9 +13,7 @@ is lowest: script/guided.sh goes on with them.
 
 import dataclasses
 import itertools
-import math
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +93,7 @@ from common.pictures import save_lines
 from common.processes import Processes
 from evaluations.evaluator import EvaluatorFlags, check_inputs, label
 from evaluations.metrics.features import features_name
-from evaluations.metrics.results import Result, markdown
+from evaluations.metrics.results import Estimate, Result, markdown
 from models.checkpoints import find_checkpoint
 from samplers import Guidance
 from sampling.manifest import check_settings
@@ -202,12 +200,6 @@ def read_result(path, setting, args):
     return result
 
 
-def estimate(numbers):
-    """`0.0681`, or `0.0681 ± 0.0012` of several: mean and standard error."""
-    error = statistics.stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None
-    return f"{statistics.fmean(numbers):.4g}" + ("" if error is None else f" ± {error:.2g}")
-
-
 def values(results, metric):
     """The metric's value for each checkpoint; [] unless all have it."""
     found = [result.metrics.get(metric) for result in results]
@@ -222,27 +214,34 @@ def build_table(rows, args):
         evaluations = getattr(results[0].manifest, "model_evaluations", None)
         found = [setting.cells.get(column, "") for column in columns]
         found.append("" if evaluations is None else rounded(evaluations))
-        found += [estimate(numbers) if (numbers := values(results, name)) else "" for name in metrics]
+        found += [Estimate.of(numbers) if (numbers := values(results, name)) else "" for name in metrics]
         pairs = zip(values(results, args.distance), first, strict=True)
-        cells.append([*found, *([estimate([ours - theirs for ours, theirs in pairs])] if len(results) > 1 else [])])
+        cells.append([*found, *([Estimate.of([ours - theirs for ours, theirs in pairs])] if len(results) > 1 else [])])
     header = [*columns, "evaluations", *map(args.label, metrics), *["difference"] * (len(first) > 1)]
     return markdown(header, cells)
 
 
 def save_plot(rows, args, path):
-    """Write a PNG: the metric over the first of guidance scale, branch settings and steps that has several values."""
+    """Write a PNG: the distance over the first of guidance scale, branch settings and steps that has several values.
+
+    Bands are standard errors over the checkpoints.
+    """
     cells = [setting.cells for setting, _ in rows]
     names = dict.fromkeys(
         ["guidance", *(name for of in cells for name in of if name not in ("steps", "interval")), "steps"]
     )
     x = next((name for name in names if len({of[name] for of in cells if name in of}) > 1), "guidance")
-    means = [statistics.fmean(values(results, args.distance)) for _, results in rows]
+    found = [Estimate.of(values(results, args.distance)) for _, results in rows]
     rest = [{name: value for name, value in of.items() if name != x}.items() for of in cells]
     words = any(isinstance(of.get(x), str) for of in cells)
     lines = {}
     for line in (of for of in rest if not any(of < other for other in rest)):  # others are points of several lines
-        points = [(of[x], mean) for of, own, mean in zip(cells, rest, means, strict=True) if own <= line and x in of]
-        points = [(str(at), mean) for at, mean in points] if words else sorted(points)
+        points = [
+            (str(of[x]) if words else of[x], y.mean, y.error or 0)
+            for of, own, y in zip(cells, rest, found, strict=True)
+            if own <= line and x in of
+        ]
+        points = points if words else sorted(points)
         lines[", ".join(f"{name} {value}" for name, value in line)] = points
     save_lines(lines, path, marker="o", xlabel=x, ylabel=args.label(args.distance))
 
@@ -305,7 +304,7 @@ def main(argv=None):
     rows = list(zip(settings(args), zip(*(measure_all(each, generate) for each in sweeps), strict=True), strict=True))
     table = build_table(rows, args)
     save_plot(rows, args, Path(args.out, "plot.png"))
-    best, _ = min(rows, key=lambda row: statistics.fmean(values(row[1], args.distance)))
+    best, _ = min(rows, key=lambda row: Estimate.of(values(row[1], args.distance)).mean)
     words = " ".join(map(str, best.flags))
     for name, text in (("table.md", table), ("best.txt", words)):
         write_atomically(Path(args.out, name), lambda file, text=text: file.write(f"{text}\n".encode()))

@@ -4,10 +4,9 @@ import collections
 import dataclasses
 import functools
 import json
-import math
 import re
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 
@@ -16,7 +15,7 @@ from common.files import read_lines, write_atomically, write_json
 from common.pictures import save_lines
 from common.records import read_record
 from common.versions import versions
-from evaluations.metrics.results import Result, markdown
+from evaluations.metrics.results import Estimate, Result, markdown
 from models import checkpoints
 from models.flops import count_flops
 from models.presets import build
@@ -35,21 +34,6 @@ class Measured:
     seed: int
     numbers: dict  # {column of the tables: number}
     curves: dict  # {field of the log: [(step, training FLOPs, number)]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error, None of a single number."""
-
-    mean: float
-    error: float | None
-
-    @classmethod
-    def of(cls, numbers):
-        return cls(fmean(numbers), stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None)
-
-    def __str__(self):
-        return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
 
 
 def flops_per_step(config, options):

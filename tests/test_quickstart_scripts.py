@@ -1,10 +1,15 @@
 """script/quickstart*.sh: STEPS and WORK, with stand-ins for what they start."""
 
 import os
+import re
 import subprocess
 
 import pytest
 import tiny
+
+from common.flags import parse_flags
+from evaluations import sweep
+from sampling.flags import GenerateConfig
 
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -78,3 +83,31 @@ def test_refused_settings_name_work(run, tmp_path, script):
     done, calls = run(script, TRAINED="2")
     assert done.returncode == 2 and "WORK=OTHER" in done.stderr.splitlines()[-1]
     assert not any(" generate" in call for call in calls)
+
+
+def test_the_study_of_branches_measures_the_quickstarts_model(run, tmp_path):
+    (tmp_path / "data/vae-sd").mkdir(parents=True)
+    done, calls = run("branches_study", DATA=str(tmp_path / "data"), SEEDS="0 4", LENGTHS="500 1000", SAMPLES="40")
+    assert done.returncode == 0, done.stderr
+    scripts = [(tiny.ROOT / f"script/{name}.sh").read_text() for name in ("quickstart", "branches_study")]
+    quickstarts, own = (re.search("--model .*?--max-train-steps", text, re.DOTALL)[0].split() for text in scripts)
+    assert own == quickstarts
+    trained = [call for call in calls if " train.py" in call]
+    assert [f"--seed {seed} " in call for seed, call in zip((0, 4), trained, strict=True)] == [True, True]
+    sweeps = [call.partition("evaluations.sweep ")[2].split() for call in calls if "evaluations.sweep" in call]
+    outs = []
+    for words in sweeps:
+        args, generate = sweep.parse(words)
+        outs.append(args.out.removeprefix(f"{tmp_path}/work/"))
+        length = int(outs[-1].split("/")[0])
+        assert args.ckpt == [f"{tmp_path}/work/exps/seed-{seed}/checkpoints/{length:07d}.pt" for seed in (0, 4)]
+        for setting in sweep.settings(args):
+            config = parse_flags(GenerateConfig, ["--ckpt", "x", *map(str, setting.flags), *generate])
+            config.resolve().for_model("flow", 2)
+    curves = ("internal", "exits", "gaps", "single", "both", "cheap")
+    assert outs == [f"{length}/{curve}" for length in (500, 1000) for curve in curves]
+
+
+def test_a_study_without_data_names_them(run, tmp_path):
+    done, _ = run("branches_study", DATA=str(tmp_path / "none"))
+    assert done.returncode == 2 and f"{tmp_path}/none" in done.stderr and "DATA=" in done.stderr

@@ -51,7 +51,8 @@ def test_several_checkpoints_give_means_standard_errors_and_differences(tmp_path
         "| 5 | 1.0 |  | 1.0 | 5 | 0.5 ± 0 | 2 ± 1 | 0 ± 0 |",
         "| 5 | 1.0 |  | 2.0 | 5 | 0.5 ± 0 | 2.6 ± 1.1 | 0.6 ± 0.1 |",
     ]
-    assert drawn == {"steps 5, guidance 1.0": [(1.0, 2.0), (2.0, pytest.approx(2.6))]}
+    ((plain, guided),) = drawn.values()
+    assert plain == (1.0, 2.0, pytest.approx(1.0)) and guided == (2.0, pytest.approx(2.6), pytest.approx(1.1))
     assert (tmp_path / "out/best.txt").read_text().endswith("--ig-scale 1.0\n")
     result_of(folder, "steps-5-cfg-1.0-ig-scale-2.0", 1.0, **{**cost, "ig_scale": 3.0})
     with pytest.raises(InputError, match=r"ig_scale \(3.0\).*delete it"):
@@ -65,7 +66,7 @@ def test_the_plot_is_over_what_varies(tmp_path, monkeypatch):
         args, _ = sweep.parse(["--ckpt", "x", "--ref", "digits", "--out", "z", "--num-steps", "5", *axes])
         result = Result({args.distance: 1.0})
         sweep.save_plot([(setting, [result]) for setting in sweep.settings(args)], args, tmp_path)
-        return {label: [x for x, _ in points] for label, points in drawn.pop().items()}
+        return {label: [x for x, *_ in points] for label, points in drawn.pop().items()}
 
     drawn = []
     monkeypatch.setattr(sweep, "save_lines", lambda lines, path, **axes: drawn.append(lines))

@@ -1,7 +1,9 @@
 """Results as JSON files: the numbers, how they were computed, and the manifest of the samples they are about."""
 
 import dataclasses
+import math
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated
 
 from pydantic import Field
@@ -57,6 +59,21 @@ class Result:
             raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
         weights = manifest.get("weights")  # printed because REPA's text-to-image sampler uses raw ones
         note(f"wrote {path}" + (f" (samples of the {weights} weights)" if weights else ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error, None of a single number."""
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, numbers):
+        return cls(fmean(numbers), stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None)
+
+    def __str__(self):
+        return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
 
 
 def sample_manifest(samples):

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# What sampling from the branches is worth on the quickstart's digits.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: bash script/branches_study.sh [--help]
+
+Trains the quickstart's model with several seeds on the quickstart's data (run script/quickstart.sh first) and measures
+internal guidance, exits, gaps and both guidances at equal cost: docs/branches.md. Takes hours on two CPU cores; start
+it again after an interruption. Everything goes to branches/ (another folder: WORK=...), curve by curve as table.md and
+plot.png: means and standard errors over the seeds.
+Environment: DATA       folder of the quickstart's data (quickstart/data)
+             SEEDS      of the runs ("0 1 2")
+             LENGTHS    training steps that are measured ("500 1000 3000"): the last, and multiples of 500
+             SAMPLES    images of a point (2000)
+             SDE_STEPS  of a curve (50); at equal cost as many, 4/3 and twice as many
+             CURVES     ("internal exits gaps single both cheap")
+END
+}
+source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"
+WORK=${WORK:-branches}
+DATA=${DATA:-quickstart/data}
+N=${SDE_STEPS:-50}
+read -ra lengths <<<"${LENGTHS:-500 1000 3000}"
+read -ra seeds <<<"${SEEDS:-0 1 2}"
+[ -d "$DATA/vae-sd" ] || fail "$DATA has no latents; run script/quickstart.sh first, or name its folder with DATA=FOLDER"
+
+for seed in "${seeds[@]}"; do
+    step "train DeepFlow-Ti/2, ${lengths[-1]} steps, seed $seed: $WORK/exps/seed-$seed"
+    train train.py --exp-name "seed-$seed" --output-dir "$WORK/exps" --data-dir "$DATA" --resume auto --seed "$seed" \
+        --model DeepFlow-Ti/2 --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
+        --batch-size 64 --learning-rate 4e-3 --adam-beta2 0.99 --ema-decay 0.998 \
+        --max-train-steps "${lengths[-1]}" --checkpointing-steps 500 --sampling-steps 0 --log-every 50
+done
+
+curve() { # NAME SDE_STEPS [flags of evaluations.sweep]: of the checkpoints of $length
+    [[ " ${CURVES:-internal exits gaps single both cheap} " = *" $1 "* ]] || return 0
+    step "$1 after $length training steps: $WORK/$length/$1"
+    python -m evaluations.sweep --ckpt "${ckpts[@]}" --ref digits --out "$WORK/$length/$1" --processes "$PROCESSES" \
+        --num-fid-samples "${SAMPLES:-2000}" --num-steps "$2" "${@:3}" \
+        -- --mode sde --labels balanced --per-proc-batch-size 50 --format npz
+}
+
+for length in "${lengths[@]}"; do
+    ckpts=()
+    for seed in "${seeds[@]}"; do ckpts+=("$(printf '%s/checkpoints/%07d.pt' "$WORK/exps/seed-$seed" "$length")"); done
+    # one evaluation a step, or less: SDE_STEPS evaluations an image at most
+    curve internal "$N" --ig-scale 1 1.25 1.5 2 2.5 3
+    curve exits "$N" --exit-schedule 0.5:2 0.9:1 0.7:1 0.5:1 0.3:1 0:1 0.7:2,0:1 0.3:2,0:1 # the first is no exit
+    curve gaps "$N" --branch-gap 0 -0.02 -0.01 0.01 0.02 0.05 dt
+    # at the equal cost of 2 * SDE_STEPS evaluations: without cfg, with it, and with a cheap unconditional half
+    curve single $((2 * N)) --ig-scale 1 1.25 1.5 2
+    curve both "$N" --cfg-scale 1.25 1.5 2 3 --ig-scale 1 1.25 1.5
+    curve cheap $((4 * N / 3)) --cfg-scale 1.25 1.5 2 3 --cfg-exit 1 --ig-scale 1 1.25 1.5
+done
+
+echo "done in $SECONDS s: $(printf '%s ' "$WORK"/*/*/table.md)"
