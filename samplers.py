@@ -56,7 +56,7 @@ class Guidance:
 
 @dataclasses.dataclass
 class InternalGuidance(Guidance):
-    """v_i + scale·(v_k − v_i) of an intermediate branch i and the last (arXiv 2512.24176); by default i = k − 1."""
+    """v_i + scale·(v_k − v_i), from an intermediate branch i to the last (arXiv 2512.24176); by default i = k − 1."""
 
     FLAGS = "--ig-scale", "--ig-low", "--ig-high"
 
@@ -65,13 +65,13 @@ class InternalGuidance(Guidance):
 
 @dataclasses.dataclass
 class BranchOptions:
-    """What is read from the k branches of a network, counted from 1: by default the last velocity, at one time t."""
+    """How the k branches of a network, counted from 1, are used: by default the last velocity, all at one time t."""
 
     internal: InternalGuidance = dataclasses.field(default_factory=InternalGuidance)
     cfg_exit: int | None = None  # the unconditional half of a guided call ends after this branch
-    exit_branch: int | None = None  # all ends after this branch
+    exit_branch: int | None = None  # every call ends after this branch
     exit_schedule: str | None = None  # "0.8:1,0.3:2": after branch 1 from noise down to t = 0.8, after 2 down to 0.3
-    gap: float | str = 0.0  # from each branch's time to the next one's, or "dt": the last sees the end of the step
+    gap: float | str = 0.0  # from each branch's time to the next one's; "dt": the last is at the end of the step
 
     def __post_init__(self):
         if self.exit_schedule is not None and self.exit_branch is not None:
@@ -157,7 +157,7 @@ class GuidedVelocity:
 
     @torch.no_grad()
     def __call__(self, x, *times, start=None, end=None):
-        """start, end: of the step, if they are not the first of `times`; settings that depend on t go by its start."""
+        """start, end: of the step, if not the first of `times`; settings that depend on t use its start."""
         start, end = (float(times[0] if time is None else time) for time in (start, end))
         is_guided = self.guidance.active(start)
         self.calls += 1
@@ -169,7 +169,7 @@ class GuidedVelocity:
         return self.guidance.extrapolate(unconditional, conditional) if is_guided else conditional
 
     def halves(self, rows, times, y, x, _start, _end):
-        """Velocities with the condition and without (no rows if unguided) of x, whose rows are given to the network."""
+        """Conditional and unconditional (no rows if unguided) velocities of x; rows: what the network gets."""
         times = [self.spread(t, rows) for t in times]
         return self.network(rows, *times, y).to(x.dtype).tensor_split([len(x)])
 
@@ -180,7 +180,7 @@ class GuidedVelocity:
 
 
 class BranchVelocity(GuidedVelocity):
-    """A GuidedVelocity from the branches of a network, as `options` say; unless they say anything, it is the same.
+    """A GuidedVelocity that uses the branches of a network as `options` say; by default it equals GuidedVelocity.
 
     network(x, t, y, branches): DeepFlow.velocities; ends: the network's blocks after which its k branches end.
     """
@@ -188,15 +188,15 @@ class BranchVelocity(GuidedVelocity):
     def __init__(self, network, y, y_null, guidance=None, dtype=torch.float32, *, options, ends):
         super().__init__(network, y, y_null, guidance, dtype)
         self.options, self.ends = options, ends
-        self.blocks = 0  # run for N rows
+        self.blocks = 0  # run so far, for N rows each
 
     @property
     def evaluations(self):
-        """Model evaluations per image; one that ends early counts as its share of the blocks."""
+        """Model evaluations per image; one that exits early counts as its fraction of the blocks."""
         return self.blocks / self.ends[-1]
 
     def halves(self, rows, times, y, x, start, end):
-        """As without branches: one pass, from which the unconditional half may leave after a branch."""
+        """One pass, as without branches; the unconditional half may exit early."""
         n, k, options, is_guided = len(x), len(self.ends), self.options, len(rows) > len(x)
         last = options.last(start, k)
         left = min(options.cfg_exit or last, last) if is_guided else last

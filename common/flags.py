@@ -96,7 +96,7 @@ EARLY = {}  # {(flags, words): result} of parse_early
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError, in one line."""
+    """An ArgumentParser that raises a one-line InputError."""
 
     def error(self, message):
         text = message.removeprefix("argument ")
@@ -112,9 +112,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_early(flags, description=None, epilog=None, argv=None):
-    """Parse a program's command line before its slow imports: --help is answered, and a mistake ends the program.
+    """Parse a program's command line before its slow imports: --help and mistakes end the program at once.
 
-    flags: as of parse_flags or of parse_commands, which then return the result for the same words.
+    flags: as for parse_flags or parse_commands, which then return this result for the same words.
     """
     words = sys.argv[1:] if argv is None else argv
     with exit_on_input_error():
@@ -126,7 +126,7 @@ def parse_early(flags, description=None, epilog=None, argv=None):
 def parse_flags(cls, argv=None, description=None, epilog=None):
     """Parse the command line into a dataclass of `flag` fields; published flags (published_flags.py) are accepted too.
 
-    Raises InputError for an unknown flag, and for a value that cannot be read or is outside its range.
+    Raises InputError for an unknown flag and for a value that cannot be read or is out of range.
     """
     words = sys.argv[1:] if argv is None else argv
     if parsed := EARLY.pop(repr((cls, words)), None):

@@ -234,15 +234,15 @@ class DeepFlow(nn.Module, HubModel):
         return DeepFlowOutput(velocities, accelerations, projections)
 
     def velocity(self, x, t, y, branch=None):
-        """Velocity, (N, C, H, W), of one branch, counted from 1, by default the last: see `velocities`."""
+        """Velocity, (N, C, H, W), of one branch, counted from 1; by default the last. See `velocities`."""
         return self.velocities(x, t, y, [self.num_branches if branch is None else branch])[0]
 
     def velocities(self, x, t, y, branches=None):
         """Velocities, (N, C, H, W) each, of all branches or of those numbered in `branches`, in order; one pass.
 
-        x (N, C, H, W); t (N,) or a number, or k of them, one per branch; y (N,). A branch whose t has fewer rows, and
-        those after it, run the first rows alone. Nothing is run beyond the last branch that is asked for. Raises
-        InputError for branches or labels out of range; labels on a GPU, which it has to wait for, only for numbers t.
+        x (N, C, H, W); t (N,) or a number, or k of them, one per branch; y (N,). A branch whose t has fewer rows runs
+        only the first rows, and so do those after it. Nothing is run beyond the last branch requested. Raises
+        InputError for branches or labels out of range; labels on a GPU, which cause a wait, only if t are numbers.
         """
         numbers = range(1, self.num_branches + 1)
         if wrong := [branch for branch in branches or () if branch not in numbers]:
@@ -254,7 +254,7 @@ class DeepFlow(nn.Module, HubModel):
     def run_branches(self, x, t, y):
         """Run the blocks and yield a Branch wherever one ends; arguments as those of `velocities`.
 
-        VeRA runs when the next Branch is asked for, and only then completes the one before.
+        VeRA runs when the next Branch is requested, and completes the previous one only then.
         """
         patches = tokens = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         conditions, gaps, text = self.embed(t, y)  # one condition (N, D) per block, one gap (N, W) per VeRA block

@@ -1,7 +1,7 @@
 """What images are made of: class labels, or prompts.
 
 A condition is made of (config, Checkpoint, device). It gives y and the null condition of image indices, the manifest's
-facts, the words of a picture (arguments of save_grid), and the store that its images go to.
+facts, the words in a picture (arguments of save_grid), and the store that its images go to.
 """
 
 import dataclasses

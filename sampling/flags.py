@@ -24,7 +24,7 @@ PROMPTS = (
 
 
 def gap(text):
-    """A number, or a word, which BranchOptions judges."""
+    """A number, or text that BranchOptions checks."""
     try:
         return float(text)
     except ValueError:
@@ -109,7 +109,7 @@ class SamplingFlags(PublishedFlags):
 
     @property
     def branches(self):
-        """BranchOptions. Raises InputError for text that is none."""
+        """The BranchOptions. Raises InputError for text that cannot be read."""
         from samplers import BranchOptions, InternalGuidance
 
         internal = InternalGuidance(self.ig_scale, self.ig_low, self.ig_high, self.ig_branch)
@@ -149,7 +149,7 @@ class SamplingFlags(PublishedFlags):
             raise InputError("--out belongs to --grid; for many images pass --sample-dir")
         if self.out and Path(self.out).suffix.lower() != ".png":
             raise InputError(f"--out {self.out} must end in .png; its manifest lies beside it in a .json")
-        _ = self.branches  # what can be read without a model
+        _ = self.branches  # checks what needs no model
         config = dataclasses.replace(self)
         if config.grid:
             rows, columns = config.grid_size()
@@ -223,7 +223,7 @@ class TextGenerateConfig(SamplingFlags):
         return config
 
     def prompt_of_each_image(self, texts):
-        """Prompts of all images: a picture has equally many of each."""
+        """Prompts of all images: a picture has equally many images of each."""
         if self.grid:
             return [texts[index * len(texts) // self.num_fid_samples] for index in range(self.num_fid_samples)]
         return [texts[index // self.images_per_prompt] for index in range(self.num_fid_samples)]

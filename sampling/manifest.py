@@ -23,7 +23,7 @@ OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
 class SampleManifest:
     """The JSON beside a result. None: not known, in files of older versions and of other programs.
 
-    The same command gives the same manifest. OF_PROMPTS are written for prompts only, BRANCH_FLAGS where they are set.
+    The same command gives the same manifest. OF_PROMPTS are written only for prompts, BRANCH_FLAGS only if set.
     """
 
     ckpt: str | None = None
@@ -66,7 +66,7 @@ class SampleManifest:
     training: dict | None = None  # what of the run's configuration bears on its numbers
     step: int | None = None
     weights_sha256: str | None = None
-    model_evaluations: int | float | None = None  # of an image; parts of a pass count as parts
+    model_evaluations: int | float | None = None  # per image; partial passes count as fractions
     forward_passes: int | None = None  # of a batch
     guided_passes: int | None = None  # those of 2N rows
     versions: dict | None = None

@@ -134,7 +134,7 @@ class Result:
         self.store.finish(count)
 
     def say_cost(self, made, seconds):
-        """One line: how many images, at what cost, in what time, where; or that all were there before."""
+        """One line: how many images, at what cost, in what time, where; or that all were finished before."""
         evaluations, duration = self.sampler.cost.evaluations, datetime.timedelta(seconds=round(seconds))
         each, all_ = rounded(evaluations), rounded(made * evaluations)
         cost = f"{made} images in {duration}, {each} model evaluations each ({all_} in all)"
@@ -153,14 +153,14 @@ def branch_words(config):
 
 
 def default_folder(ckpt):
-    """Parent folder of the results of a checkpoint: in its run, whose `samples` are the grids of its training."""
+    """Parent folder of a checkpoint's results; inside its run, whose `samples` holds the grids from training."""
     folder = Path(ckpt).parent
     in_run = folder.name == "checkpoints" and (folder.parent / CONFIG_FILE).is_file()
     return str(folder.parent / "generated") if in_run else "samples"
 
 
 def result_name(sampler):
-    """RUN-STEP-MODE-STEPS-…-seed-N, of what differs most often; the manifest has all."""
+    """RUN-STEP-MODE-STEPS-…-seed-N, of the settings that differ most often; the manifest has all."""
     config, found, ckpt = sampler.config, sampler.checkpoint, Path(sampler.config.ckpt)
     low, high, guided = config.guidance_low, config.guidance_high, config.cfg_scale != 1.0
     words = [

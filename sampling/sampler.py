@@ -55,7 +55,7 @@ class ImageSampler:
         return integrate(step, velocity, next(noise), self.times).float()
 
     def velocity(self, network, y, y_null):
-        """What the steps of a batch call, from a network."""
+        """The velocity function that the steps of a batch call."""
         arguments = network, y, y_null, self.config.guidance, DTYPES[self.config.dtype]
         if self.ends is None:
             return GuidedVelocity(*arguments)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What sampling from the branches is worth on the quickstart's digits.
+# Measures how much sampling from the branches helps on the quickstart's digits.
 set -euo pipefail
 
 usage() {
@@ -45,11 +45,11 @@ curve() { # NAME SDE_STEPS [flags of evaluations.sweep]: of the checkpoints of $
 for length in "${lengths[@]}"; do
     ckpts=()
     for seed in "${seeds[@]}"; do ckpts+=("$(printf '%s/checkpoints/%07d.pt' "$WORK/exps/seed-$seed" "$length")"); done
-    # one evaluation a step, or less: SDE_STEPS evaluations an image at most
+    # at most one evaluation per step: at most SDE_STEPS evaluations per image
     curve internal "$N" --ig-scale 1 1.25 1.5 2 2.5 3
-    curve exits "$N" --exit-schedule 0.5:2 0.9:1 0.7:1 0.5:1 0.3:1 0:1 0.7:2,0:1 0.3:2,0:1 # the first is no exit
+    curve exits "$N" --exit-schedule 0.5:2 0.9:1 0.7:1 0.5:1 0.3:1 0:1 0.7:2,0:1 0.3:2,0:1 # the first has no early exit
     curve gaps "$N" --branch-gap 0 -0.02 -0.01 0.01 0.02 0.05 dt
-    # at the equal cost of 2 * SDE_STEPS evaluations: without cfg, with it, and with a cheap unconditional half
+    # at the same cost, 2 * SDE_STEPS evaluations: without cfg, with it, and with a cheap unconditional half
     curve single $((2 * N)) --ig-scale 1 1.25 1.5 2
     curve both "$N" --cfg-scale 1.25 1.5 2 3 --ig-scale 1 1.25 1.5
     curve cheap $((4 * N / 3)) --cfg-scale 1.25 1.5 2 3 --cfg-exit 1 --ig-scale 1 1.25 1.5

@@ -55,7 +55,7 @@ make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is n
     if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi
 }
 
-result_of() { # NPZ [SUFFIX]: file of its result; the npz may tell the run already
+result_of() { # NPZ [SUFFIX]: file of its result; the npz's name may already contain the run's
     local name
     name=$(basename "$1" .npz)
     echo "$RESULTS/$EXP_NAME-${name#"$EXP_NAME-"}${2:-}.json"

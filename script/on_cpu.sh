@@ -20,7 +20,7 @@ other_settings() { # EXIT CODE
 }
 
 sample() { torchrun --standalone --nproc-per-node "$PROCESSES" "$@"; } # PROGRAM [flags]
-checkpoint() { # RUN STEP: its path; an error where the run has gone further and not kept this step
+checkpoint() { # RUN STEP: its path; fails if the run has gone past this step without keeping it
     local wanted last
     wanted=$(printf '%s/checkpoints/%07d.pt' "$1" "$2")
     last=$(ls "$1"/checkpoints/*.pt 2>/dev/null | tail -n 1)

@@ -1,10 +1,10 @@
-"""Train, sample and measure every run of a study that is not finished, then write a table and plots.
+"""Train, sample and measure the unfinished runs of a study, then write tables and plots.
 
     python -m studies.run studies/digits_ladder.toml --jobs 2
     python -m studies.run studies/digits_ladder.toml --print > lines.txt
 
-Start it in the repository. Kill it and start it again at will: every run is an ordinary run folder that is resumed, and
-what is finished is left alone. The failure of a run does not stop the others.
+Start it from the repository's root. It can be killed and started again at any time: every run is an ordinary run folder
+that is resumed, and finished parts are left alone. If a run fails, the others continue.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from studies.study import read_study
 from studies.summary import flops_per_step, summarise
 from training.run import open_data
 
-OUTPUT = "study.txt"  # in the folder of a run: what its commands print
+OUTPUT = "study.txt"  # in the folder of a run: the output of its commands
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -42,16 +42,16 @@ class StudyFlags:
 
 
 class Shell:
-    """Runs shell lines in process groups of their own, so that `stop` ends them once, whoever got the signal."""
+    """Runs shell lines in their own process groups: each is signalled once, by `stop`, whoever got the signal."""
 
     def __init__(self):
         self.processes, self.stopped = set(), False
 
     def run(self, line, output):
-        """Run a line, what it prints added to the file `output`; returns the exit code."""
+        """Run a line, appending its output to the file `output`; returns the exit code."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         options = {"shell": True, "start_new_session": True, "env": {**os.environ, "PATH": path}}
-        line = f"trap 'exit {EXIT_STOPPED}' TERM; {line}"  # the shell, too, waits for what saves its work
+        line = f"trap 'exit {EXIT_STOPPED}' TERM; {line}"  # so that the shell waits while a program saves its work
         with open(output, "ab") as file:
             process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **options)
         self.processes.add(process)
@@ -60,7 +60,7 @@ class Shell:
         return code
 
     def stop(self, *_):
-        """Signal handler. train*.py write a checkpoint and end."""
+        """Signal handler: train*.py write a checkpoint and end."""
         self.stopped = True
         for process in list(self.processes):
             with contextlib.suppress(ProcessLookupError):
@@ -90,14 +90,14 @@ def finish_all(runs, jobs):
     """Finish all runs, `jobs` side by side; returns {name: what failed}."""
     shell = Shell()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+        if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
             signal.signal(number, shell.stop)
     faults = ordered_map(lambda run: finish(run, shell), runs, ahead=len(runs), threads=jobs)
     return {run.name: fault for run, fault in zip(runs, faults, strict=True) if fault}
 
 
 def training_flops(runs):
-    """Training FLOPs of all runs; one whose data are not there is taken as one on ImageNet."""
+    """Training FLOPs of all runs; a run whose data are missing counts as one on ImageNet."""
     total = 0
     for run in runs:
         info = open_data(dataclasses.replace(run.config, dry_run=True))[0]

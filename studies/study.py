@@ -1,4 +1,4 @@
-"""A study file (TOML): variants of a training run, seeds, what is measured. docs/studies.md explains the keys."""
+"""A study file (TOML): variants of a training run, seeds, measurements. docs/studies.md explains the keys."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ class Study:
     variants: Annotated[dict[FileName, Flags], Field(min_length=1)]
     baseline: str  # the variant that the others are compared with
     seeds: Annotated[list[Whole], Field(min_length=1)]
-    fields: Annotated[list[str], Field(min_length=1)]  # of log.jsonl; of the first, lower is better
+    fields: Annotated[list[str], Field(min_length=1)]  # of log.jsonl; for the first, lower is better
     about: str = ""  # printed above the tables
     launch: str = "python"  # what starts the program
     program: Literal[tuple(CONFIGS)] = "train.py"
@@ -51,7 +51,7 @@ class Study:
 
 
 def read_study(path, out):
-    """(Study, its Runs, in the folder `out`) of a TOML file. Raises InputError naming file and key."""
+    """(Study, its Runs in the folder `out`) from a TOML file. Raises InputError naming file and key."""
     try:
         content = tomllib.loads(read_bytes(path, "name a study file").decode())
     except ValueError as error:
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def flags(self):
-        """{flag: value}: a variant's replace the common ones, and the axis' both."""
+        """{flag: value}: those of the variant override the common ones, and the axis overrides both."""
         parts = (self.study.flags, self.study.variants[self.variant], dict.fromkeys(self.study.axis, self.value))
         return {shown(name): value for part in parts for name, value in part.items()}
 
@@ -120,14 +120,14 @@ class Run:
 
     @property
     def results(self):
-        """{measurement: its JSON file}; other commands write another file."""
+        """{measurement: its JSON file}, whose name depends on the commands."""
         digests = {name: hashlib.sha256(json.dumps(lines).encode()) for name, lines in self.study.measure.items()}
         place = self.folder / "measured" / self.ckpt.stem
         return {name: place / f"{name}-{digest.hexdigest()[:8]}.json" for name, digest in digests.items()}
 
     def stages(self):
-        """Yield (name, shell line, function that raises InputError unless what the line makes is there)."""
-        long = ["--epochs", str(self.config.max_train_steps)]  # of a step at least: they do not end the run
+        """Yield (name, shell line, function that raises InputError unless the line's result exists)."""
+        long = ["--epochs", str(self.config.max_train_steps)]  # of at least one step each: they never end the run
         yield "train", shlex.join([*self.study.launch.split(), self.study.program, *self.words, *long]), self.check
         for name, result in self.results.items():
             line = " && ".join(self.study.measure[name])
@@ -137,7 +137,7 @@ class Run:
             yield name, line, functools.partial(Result.read, result, "measure it again")
 
     def unfinished(self):
-        """[(name, line, check)] of the stages whose results are not there, or cannot be read."""
+        """[(name, line, check)] of the stages whose results are missing or cannot be read."""
         found = []
         for name, line, check in self.stages():
             try:
@@ -147,13 +147,13 @@ class Run:
         return found
 
     def check(self):
-        """Raise InputError unless the last checkpoint is there and was trained with the flags of the study."""
+        """Raise InputError unless the last checkpoint exists and was trained with the flags of the study."""
         if not self.ckpt.is_file():
             raise InputError(f"{self.ckpt} is not there; start the study again")
         saved = read_record(dict, self.folder / "config.json", "move the run away")
         now = json.loads(json.dumps(dataclasses.asdict(self.config)))
         free = {field.name for field in dataclasses.fields(self.config) if field.metadata["free"]}
-        free |= {"mixed_precision"} - {name for name in now if shown(name) in self.flags}  # the machine's
+        free |= {"mixed_precision"} - {name for name in now if shown(name) in self.flags}  # depends on the machine
         if changed := [name for name in now.keys() - free if name in saved and saved[name] != now[name]]:
             change = f"{shown(changed[0])} {saved[changed[0]]}, now {now[changed[0]]}"
             raise InputError(f"{self.folder} was trained with other flags ({change}); move it away")

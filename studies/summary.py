@@ -1,4 +1,4 @@
-"""What a study found: means and standard errors over seeds, paired differences, as a table, JSON and plots."""
+"""Results of a study: means and standard errors over seeds, paired differences; as tables, JSON and plots."""
 
 import collections
 import dataclasses
@@ -48,9 +48,9 @@ def _macs(options):
 
 
 def read_curve(log, field, last):
-    """[(step, number)] up to the step `last` of a field of log.jsonl. Raises InputError if there is none.
+    """[(step, number)] of a field of log.jsonl, up to the step `last`. Raises InputError if there is none.
 
-    `*` stands for the largest number that is there: loss_v* is loss_v2 of a run with two branches.
+    `*` stands for the largest number in the log: loss_v* is loss_v2 for a run with two branches.
     """
     records = [parse_line(line, f"{log}, line {number}") for number, line in read_lines(log)]
     pattern = re.compile(re.escape(field).replace(r"\*", r"(\d+)"))
@@ -63,7 +63,7 @@ def read_curve(log, field, last):
 
 
 def measured(run):
-    """The Measured of a finished Run. Raises InputError for one that is not finished, or whose files are damaged."""
+    """The Measured of a finished Run. Raises InputError if it is not finished, or its files are damaged."""
     for _, _, check in run.stages():
         check()
     log, last = run.folder / "log.jsonl", run.config.max_train_steps
@@ -79,9 +79,9 @@ def measured(run):
 
 
 def rows_of(groups, columns, baseline=None):
-    """[{variant, value of the axis, number of seeds, column: Estimate, …}] of {(variant, value): [Measured]}.
+    """[{variant, axis value, number of seeds, column: Estimate, …}] of {(variant, value): [Measured]}.
 
-    baseline: of the differences from that variant instead, over the pairs of the same value and seed.
+    baseline: estimate the differences from this variant instead, over pairs of the same axis value and seed.
     """
     rows = []
     for (variant, value), runs in groups.items():
@@ -98,14 +98,14 @@ def rows_of(groups, columns, baseline=None):
 
 
 def at_best(groups, field):
-    """{(variant, None): its runs at the value of the axis that gives the lowest mean of a field}."""
+    """{(variant, None): its runs at the axis value with the lowest mean of a field}."""
     order = sorted(groups, key=lambda key: fmean(run.numbers[field] for run in groups[key]), reverse=True)
     best = {variant: groups[variant, value] for variant, value in order}
     return {(variant, None): best[variant] for variant, _ in groups}
 
 
 def mean_curve(runs, field):
-    """[(step, training FLOPs, mean, standard error)] over the seeds, at the steps that all of them have."""
+    """[(step, training FLOPs, mean, standard error)] over the seeds, at the steps that all seeds share."""
     curves = [{step: (flops, number) for step, flops, number in run.curves[field]} for run in runs]
     steps = sorted(set.intersection(*map(set, curves)))
     means = [Estimate.of([curve[step][1] for curve in curves]) for step in steps]
@@ -113,7 +113,7 @@ def mean_curve(runs, field):
 
 
 def save_plots(study, groups, rows, columns, out):
-    """Write PNGs: each field over steps and FLOPs, one for each value of the axis; each column over the axis.
+    """Write PNGs: each field over steps and FLOPs, one per axis value; each column over the axis.
 
     Bands are standard errors.
     """

@@ -1,7 +1,7 @@
-"""The error on held-out images: the training objective's parts at fixed times, with fixed noise and without dropping.
+"""Held-out error: the parts of the training objective at fixed times, with fixed noise and no label dropout.
 
---holdout FRACTION holds out images of --data-dir by a hash of their names, --holdout DIR another folder's. Letters: B
-rows of a batch, C latent channels, h = w latent size.
+--holdout FRACTION holds out images of --data-dir by a hash of their names; --holdout DIR uses those of another folder.
+Letters: B rows of a batch, C latent channels, h = w latent size.
 """
 
 import collections
@@ -26,16 +26,16 @@ from training.draws import HELD_OUT, FlowMapDraws, StepDraws
 from training.settings import holdout_fraction
 
 TIMES = [(2 * i + 1) / 16 for i in range(8)]
-SHARE = 0.02  # of the training's FLOPs that measuring may take unless --holdout-every says otherwise
-WEIGHTS = ("", "raw_")  # in the names of errors; "": averaged weights (EMA)
-MEASURED = ("loss_v", "loss_a", "loss_proj", "error_")  # names that begin so, among the parts of an objective
-BY_TIME = ("v", "error_")  # likewise, of errors that are also given at each time
+SHARE = 0.02  # of the training FLOPs that measuring may add, unless --holdout-every is given
+WEIGHTS = ("", "raw_")  # prefixes of the errors' names; "": averaged weights (EMA)
+MEASURED = ("loss_v", "loss_a", "loss_proj", "error_")  # prefixes of the objective's parts that are measured
+BY_TIME = ("v", "error_")  # prefixes of errors that are also logged at each time
 
 
 def hold_out(config, dataset, open_folder):
-    """(dataset to train on, held-out dataset or None), as --holdout says; open_folder(DIR): as --data-dir is opened.
+    """(dataset to train on, held-out dataset or None), as --holdout says; open_folder(DIR): like --data-dir.
 
-    Raises InputError for a folder of other data, and if nothing is held out or nothing is left.
+    Raises InputError if the folder's data do not match, if nothing is held out, or if nothing is left to train on.
     """
     if config.holdout is None:
         return dataset, None
@@ -50,20 +50,20 @@ def hold_out(config, dataset, open_folder):
     count, of = config.holdout_count or len(held), len(held)
     if count > of:
         raise InputError(f"--holdout-count {count}: only {of} images are held out; take fewer")
-    return dataset, held.only(np.arange(count) * of // count)  # of every class, where they are sorted by class
+    return dataset, held.only(np.arange(count) * of // count)  # evenly spaced: every class, if they are sorted by class
 
 
 def is_held_out(name, fraction):
-    """Whether a fraction holds out the image: by its name alone, so that runs of the same data agree.
+    """Whether the fraction holds out an image; depends only on its name, so that runs on the same data agree.
 
-    The name of its latents' file counts as that of the image, as tools pair them; the suffix does not count.
+    The name of a latent file counts as that of its image, as the tools pair them; the suffix is ignored.
     """
     key = os.path.splitext(name)[0].replace("img-mean-std-", "img").encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") < fraction * 2**64
 
 
 def open_other(config, dataset, open_folder):
-    """The dataset of the folder --holdout. Raises InputError unless it is like --data-dir's."""
+    """The dataset of the folder --holdout. Raises InputError unless it matches --data-dir."""
     place, ours = Path(config.holdout), Path(config.data_dir)
     if not place.is_dir():
         raise InputError(f"--holdout {place} does not exist; name a data folder, or a fraction of --data-dir")
@@ -91,20 +91,20 @@ def open_other(config, dataset, open_folder):
 
 
 def cost(run):
-    """Training steps that cost as many FLOPs as measuring once."""
+    """Number of training steps that cost as many FLOPs as one measurement."""
     config = run.config
     passes = len(run.held) * len(TIMES) * len(WEIGHTS) * config.forward_passes
     return passes / (config.batch_size * config.passes)
 
 
 def interval(run):
-    """Steps between measurements: --holdout-every, or the least multiple of --log-every at which they cost SHARE."""
+    """Steps between measurements: --holdout-every, or the least multiple of --log-every that adds at most SHARE."""
     unit = run.config.log_every
     return run.config.holdout_every or math.ceil(cost(run) / SHARE / unit) * unit
 
 
 def describe_holdout(run):
-    """A line on what is held out, and how often it is measured; none without."""
+    """[line saying what is held out and how often it is measured]; [] without --holdout."""
     if run.held is None:
         return []
     every, of = interval(run), f"{len(run.held):,} images ({run.config.holdout})"
@@ -112,7 +112,7 @@ def describe_holdout(run):
 
 
 class HeldOut:
-    """Measures a Run's held-out error, each process its part of the batches; objective: as in Task."""
+    """Measures a Run's held-out errors; each process takes a part of the batches. objective: as in Task."""
 
     def __init__(self, run, objective):
         self.run, self.objective, self.every = run, objective, interval(run)
@@ -122,12 +122,12 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model, ema):
-        """{name: mean over images} for the log, the same on all processes, with EMA and with raw weights.
+        """{name: mean over images} for the log, with EMA and with raw weights; the same on all processes.
 
-        holdout_v2, holdout_raw_v2: of branch 2, mean over TIMES; holdout_v2_t0.0625: at one time, of EMA weights.
+        holdout_v2, holdout_raw_v2: branch 2, mean over TIMES; holdout_v2_t0.0625: at one time. raw: without EMA.
         """
         sums, device = collections.defaultdict(float), self.run.accelerator.device
-        with torch.compiler.set_stance("force_eager"):  # compiling for its batches would take longer
+        with torch.compiler.set_stance("force_eager"):  # compiling for these batch sizes would take longer
             for tensors, normals in ordered_map(self.prepare, self.batches):
                 moments, y, images, *features = (t if t is None else t.to(device) for t in tensors)
                 batch, normals = Batch(0, moments, y, images, tuple(features)), normals.to(device)
@@ -150,8 +150,8 @@ class HeldOut:
     def prepare(self, indices):
         """Moments, conditions, images, features of held-out images, and normals (1 + 8 or 16, B, C, h, w), on the CPU.
 
-        An image's normals follow from the seed and its row in its folder: for its posterior, the eight times, and the
-        mean-flow part at these.
+        An image's normals depend only on the seed and its row in the folder. They are for its posterior, the eight
+        times, and the mean-flow part at these times.
         """
         run, held = self.run, self.run.held
         size = (1 + len(TIMES) * (2 if run.config.kind == "flow map" else 1), *run.latent_shape)
@@ -160,7 +160,7 @@ class HeldOut:
         return held.gather(indices), torch.from_numpy(normals)
 
     def errors(self, model, batch, normals):
-        """{name: batch means at each of TIMES} of the objective's MEASURED parts; the model is the bare one."""
+        """{name: batch means at each of TIMES} of the objective's MEASURED parts; model: the unwrapped one."""
 
         def network(*inputs):
             with self.run.accelerator.autocast():
@@ -174,7 +174,7 @@ class HeldOut:
         return dict(zip(parts, torch.stack(found, dim=1).tolist(), strict=True))
 
     def draws(self, index, normals):
-        """Draws at TIMES[index] for all branches; a flow map's mean-flow part leads from there to half that time."""
+        """Draws at TIMES[index] for all branches; a flow map's mean-flow part goes from there to half that time."""
         n, config, device = normals.shape[1], self.run.config, normals.device
         time, drop = torch.full((1, n), TIMES[index]), torch.zeros(n, dtype=torch.bool)
         latents = normals[0], normals[1 + index]
@@ -186,6 +186,6 @@ class HeldOut:
 
 
 def in_short(found):
-    """The means of averaged weights in words: `v1 0.5123, v2 0.5012`."""
+    """The means for the averaged weights, as text: `v1 0.5123, v2 0.5012`."""
     names = [name for name in found if not name.startswith("holdout_raw_") and "." not in name]
     return ", ".join(f"{name.removeprefix('holdout_')} {found[name]:.4f}" for name in names)

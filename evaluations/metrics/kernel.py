@@ -1,4 +1,4 @@
-"""Kernel distance between two sets of features; of InceptionV3's it is KID (Bińkowski et al. 2018).
+"""Kernel distance between two sets of features; with InceptionV3's, it is KID (Bińkowski et al. 2018).
 
 Letters: N and M rows, D dimensions.
 """
@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 
-SIZE = 1000  # rows of a block, as published, and of the part of a kernel matrix that is held at once
-BLOCKS = 10  # at least, of fewer rows where there are few: the standard error is over them
+SIZE = 1000  # rows of a block, as published, and of the tile of a kernel matrix held in memory at once
+BLOCKS = 10  # at least, smaller if there are few rows: the standard error is over blocks
 FEWEST = 4  # rows: two blocks of two
 
 
@@ -20,7 +20,7 @@ def kernel_sum(x, y):
 
 
 def squared_mmd(x, y):
-    """Unbiased MMD² of rows (N, D) and (M, D) in all pairs (Gretton et al. 2012, Eq. 3); it may be below 0."""
+    """Unbiased MMD² of rows (N, D) and (M, D) over all pairs (Gretton et al. 2012, Eq. 3); it can be negative."""
 
     def within(rows):
         itself = (rows.double().square().mean(dim=1) + 1).pow(3).sum().item()
@@ -32,8 +32,8 @@ def squared_mmd(x, y):
 def kernel_distance(reference, sample, seed=0):
     """(mean, standard error) of the unbiased MMD² over disjoint random blocks of features (N, D) and (M, D).
 
-    There is a block for every SIZE rows of the smaller set, and at least BLOCKS where it has two rows for each; both
-    sets are divided among them. Torch or numpy. Raises ValueError for fewer than FEWEST rows.
+    There is one block for every SIZE rows of the smaller set, but at least BLOCKS if it has two rows for each. Both
+    sets are split into that many. Torch or numpy. Raises ValueError for fewer than FEWEST rows.
     """
     fewest = min(len(reference), len(sample))
     if fewest < FEWEST:
