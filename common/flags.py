@@ -193,6 +193,6 @@ def check_checkout():
     """Raise InputError if a program of one checkout would run with the installed modules of another."""
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).resolve()
     own = next((folder for folder in script.parents if (folder / "common" / "flags.py").is_file()), ROOT)
-    if own != ROOT:
+    if own != ROOT and not script.is_relative_to(Path(sys.prefix).resolve()):  # where pytest lies, and other tools
         remedy = f"run pip install -e {own}, or start it as python -m from {own}"
         raise InputError(f"{script} would run with the modules of {ROOT}, which is installed here; {remedy}")

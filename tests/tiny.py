@@ -220,7 +220,8 @@ def file_bytes(folder):
 
 def run_command(*command, **environment):
     """Run a command in the repository with one thread per process; returns the completed process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
     return subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
