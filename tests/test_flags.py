@@ -186,3 +186,26 @@ def test_defaults_of_samplers_are_those_of_the_help():
     ]
     for name, sampler in SAMPLERS.items():
         assert name == "ode-heun" or f"{sampler.num_steps} for {name}" in words
+
+
+PROGRAM = """import dataclasses
+from common.errors import exit_on_input_error
+from common.flags import flag, parse_flags
+
+@dataclasses.dataclass
+class Flags:
+    steps: int = flag(1, "steps")
+
+with exit_on_input_error():
+    print(parse_flags(Flags))
+"""
+
+
+def test_a_program_of_another_checkout_does_not_run_with_these_modules(tmp_path):
+    for name, text in {"common/flags.py": "", "evaluations/program.py": PROGRAM, "tools/program.py": PROGRAM}.items():
+        path = tmp_path / ("other" if name != "tools/program.py" else "") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    done = tiny.run_python(tmp_path / "other/evaluations/program.py")
+    assert done.returncode == 2 and str(tmp_path / "other") in done.stderr and "pip install -e" in done.stderr
+    assert tiny.run_python(tmp_path / "tools/program.py").returncode == 0
