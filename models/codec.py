@@ -5,7 +5,6 @@ Letters: N batch, C latent channels, h = w latent size, f downsampling factor of
 """
 
 import dataclasses
-import sys
 
 import torch
 
@@ -33,22 +32,6 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def import_autoencoder():
-    """diffusers' AutoencoderKL, imported as where transformers and scipy are not installed, which would take seconds.
-
-    Neither is needed for it, nor is diffusers for training without grids.
-    """
-    decided = {"diffusers", "transformers"} & sys.modules.keys()  # what diffusers has found, or transformers has
-    absent = set() if decided else {"transformers", "scipy"} - sys.modules.keys()
-    sys.modules.update(dict.fromkeys(absent))  # None: there is no such module
-    try:
-        from diffusers import AutoencoderKL
-    finally:
-        for name in absent:
-            del sys.modules[name]
-    return AutoencoderKL
-
-
 class LatentCodec:
     """A VAE with its spec: images ↔ moments ↔ latents."""
 
@@ -59,10 +42,12 @@ class LatentCodec:
     @classmethod
     def load(cls, name=DEFAULT_VAE, device="cpu", dtype=torch.float32):
         """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
+        from diffusers import AutoencoderKL  # takes seconds, and training without grids never needs it
+
         name, place = SHORT_NAMES.get(str(name), str(name)), resolve_vae(name)
         with fetching(f"the VAE '{name}'", place, "pass --vae with a folder that holds a diffusers AutoencoderKL"):
             options = {"torch_dtype": torch.float32, "variant": variant_of(place), "output_loading_info": True}
-            vae, loading_info = import_autoencoder().from_pretrained(place, **options)
+            vae, loading_info = AutoencoderKL.from_pretrained(place, **options)
             check_complete(loading_info, f"the VAE '{name}'")
         remedy = "name a VAE with a scaling_factor above 0, and without latents_mean and latents_std"
         config = check_record(VaeConfig, dict(vae.config), f"--vae {name}: config.json", remedy)

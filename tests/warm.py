@@ -1,6 +1,7 @@
 """What programs import, and torch on first use: imported once, by the process that tests/programs.py forks."""
 
 import accelerate  # noqa: F401
+import diffusers  # noqa: F401
 import pytest  # noqa: F401
 import scipy.linalg  # noqa: F401
 
@@ -8,8 +9,6 @@ import generate_t2i  # noqa: F401
 import train_dmf  # noqa: F401
 import train_t2i  # noqa: F401
 from models import create_model
-from models.codec import import_autoencoder
 from models.flops import count_flops
 
 count_flops(create_model("DeepFlow-Ti/2", input_size=4, depth=1, df_idxs=()))
-import_autoencoder()
