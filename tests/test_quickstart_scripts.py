@@ -67,7 +67,7 @@ def test_kept_steps_and_further_ones_are_trained_and_sampled(run, tmp_path, scri
     assert done.returncode == 0, done.stderr
     started = {word: [call for call in calls if f" {word}" in call] for word in ("train", "generate")}
     assert f"--max-train-steps {steps} " in started["train"][-1]
-    ckpt = f"{tmp_path}/work/exps/{RUNS[script]}/checkpoints/{int(steps):07d}.pt "
+    ckpt = f"{tmp_path / 'work'}/exps/{RUNS[script]}/checkpoints/{int(steps):07d}.pt "
     assert any(f"--ckpt {ckpt}" in call for call in started["generate"])
 
 
@@ -98,9 +98,9 @@ def test_the_study_of_branches_measures_the_quickstarts_model(run, tmp_path):
     outs = []
     for words in sweeps:
         args, generate = sweep.parse(words)
-        outs.append(args.out.removeprefix(f"{tmp_path}/work/"))
+        outs.append(args.out.removeprefix(f"{tmp_path / 'work'}/"))
         length = int(outs[-1].split("/")[0])
-        assert args.ckpt == [f"{tmp_path}/work/exps/seed-{seed}/checkpoints/{length:07d}.pt" for seed in (0, 4)]
+        assert args.ckpt == [f"{tmp_path / 'work'}/exps/seed-{seed}/checkpoints/{length:07d}.pt" for seed in (0, 4)]
         for setting in sweep.settings(args):
             config = parse_flags(GenerateConfig, ["--ckpt", "x", *map(str, setting.flags), *generate])
             config.resolve().for_model("flow", 2)
