@@ -1,0 +1,31 @@
+"""How alike two representations of the same images are.
+
+Letters: N images, D and Z dimensions of their features, k neighbours.
+"""
+
+import torch
+import torch.nn.functional as F
+
+NEIGHBOURS = 10  # k, as REPA has it
+
+
+def nearest(features, k):
+    """Each row's k nearest others by cosine: (numbers (N, k), cosines less the mean of the row's (N, k))."""
+    unit = F.normalize(features.double(), dim=1)
+    cosines = unit @ unit.T
+    means = cosines.mean(dim=1, keepdim=True)
+    values, numbers = cosines.fill_diagonal_(-torch.inf).topk(k, dim=1)
+    return numbers, values - means
+
+
+def cknna(x, y, k=NEIGHBOURS):
+    """Centred kernel nearest-neighbour alignment of x (N, D) and y (N, Z), N > k; 1: alike, about k/N: independent.
+
+    Kernel alignment over the pairs that are k nearest neighbours in both (Huh et al. 2024, appendix A; in REPA, Yu et
+    al. 2025): A(x, y) / √(A(x, x)·A(y, y)), A the sum over such pairs of products of kernels centred by row. Rows are
+    scaled to length 1 first, as in Huh et al. 0 if all rows of x or y are the same.
+    """
+    (i, of_x), (j, of_y) = nearest(x, k), nearest(y, k)
+    both = i[:, :, None] == j[:, None, :]  # (N, k, k)
+    shared = (of_x[:, :, None] * of_y[:, None, :])[both].sum()
+    return (shared / (of_x.square().sum() * of_y.square().sum()).sqrt()).nan_to_num(0).item()
