@@ -93,7 +93,7 @@ def open_parts(args):
     if len({*fit.labels[fit.rows].tolist()}) < 2:
         raise InputError(f"--data-dir {args.data_dir} has images of one class; a classifier needs two")
     if names and len(held) <= NEIGHBOURS:
-        fault = f"--holdout {args.holdout} gives {len(held)} images, CKNNA needs more than {NEIGHBOURS}"
+        fault = f"--holdout {args.holdout}: CKNNA needs more than {NEIGHBOURS} images, not {len(held)}"
         raise InputError(f"{fault}; hold out more, or pass --features without names")
     return fit, held
 

@@ -106,6 +106,10 @@ COMMANDS = {  # name: (command line, patterns of the files that it reads)
         f"-m evaluations.feature_distance --ckpt {CKPT} --num-samples 2 --num-steps 2 --out {{w}}/distance.json",
         "exps/run/checkpoints/*",
     ),
+    "probe": (
+        f"-m evaluations.probe --ckpt {CKPT} --data-dir {{w}}/data --holdout 0.4 --times 0.5 --out {{w}}/results/probe",
+        "exps/run/checkpoints/* data/vae-sd/*",
+    ),
     "export": (f"-m models.export {CKPT} {{w}}/new-export", "exps/run/checkpoints/*"),
     "plot": ("-m training.plot {w}/exps/run --out {w}/curves.png", "exps/run/log.jsonl exps/run/config.json"),
     "flops": ("-m evaluations.count_flops DeepFlow-Ti/2", ""),
