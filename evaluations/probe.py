@@ -15,6 +15,7 @@ Letters: N images, B of a batch, C latent channels, h = w latent size, T = g² t
 
 import collections
 import dataclasses
+import functools
 from pathlib import Path
 from typing import ClassVar
 
@@ -56,6 +57,7 @@ from common.processes import device_of_process
 from dataset import open_dataset
 from evaluations.metrics.alignment import NEIGHBOURS, cknna
 from evaluations.metrics.results import Result, markdown
+from latents.manifest import CHECK
 from latents.sets import find_features, is_set
 from samplers import sample_noise
 from sampling.flags import SamplingFlags
@@ -91,7 +93,8 @@ def open_parts(args):
 
     fit, held = (spaced(part, args.max_images) for part in hold_out(args, open_folder(args.data_dir), open_folder))
     if len({*fit.labels[fit.rows].tolist()}) < 2:
-        raise InputError(f"--data-dir {args.data_dir} has images of one class; a classifier needs two")
+        fault = f"--data-dir {args.data_dir}: the images to fit to are of one class, a classifier needs two"
+        raise InputError(f"{fault}; name other data, or raise --max-images")
     if names and len(held) <= NEIGHBOURS:
         fault = f"--holdout {args.holdout}: CKNNA needs more than {NEIGHBOURS} images, not {len(held)}"
         raise InputError(f"{fault}; hold out more, or pass --features without names")
@@ -104,10 +107,13 @@ def batches(data, size):
 
 
 def targets(data, size):
-    """Labels, int64 (N,), and {encoder: features, mean over tokens, float32 (N, Z)} of a dataset."""
+    """Labels, int64 (N,), and {encoder: features, mean over tokens, float64 (N, Z)} of a dataset. Raises InputError."""
     gathered = [data.gather(rows)[3:] for rows in batches(data, size)] if data.features else []
-    features = (torch.cat([part.float().mean(dim=1) for part in parts]) for parts in zip(*gathered, strict=True))
-    return data.labels[data.rows], dict(zip(data.features, features, strict=True))
+    features = (torch.cat([part.double().mean(dim=1) for part in parts]) for parts in zip(*gathered, strict=True))
+    features = dict(zip(data.features, features, strict=True))
+    if odd := [name for name, rows in features.items() if not rows.isfinite().all()]:
+        raise InputError(f"--features {odd[0]}: the set holds values that are not finite; write it again")
+    return data.labels[data.rows], features
 
 
 class Probe:
@@ -124,13 +130,10 @@ class Probe:
         if self.blocks[-1] > depth:
             raise InputError(f"--blocks {self.blocks[-1]} is out of range; {args.ckpt} has blocks 1 to {depth}")
         for number in self.blocks:
-            self.model.blocks[number - 1].register_forward_hook(self.keep(number))
+            self.model.blocks[number - 1].register_forward_hook(functools.partial(self.keep, number))
 
-    def keep(self, number):
-        def hook(_block, _inputs, output):
-            self.tokens[number], _text = output
-
-        return hook
+    def keep(self, number, _block, _inputs, output):
+        self.tokens[number], _text = output
 
     def check_data(self, info):
         """Raise InputError unless the network fits the DataInfo's latents; their classes may be others."""
@@ -150,7 +153,8 @@ class Probe:
             x = self.path.interpolate(x0, noise, time).to(self.device)
             self.model.velocity(x, t, torch.full((len(x),), self.model.num_classes, device=self.device))
             if odd := [number for number, tokens in self.tokens.items() if not tokens.isfinite().all()]:
-                raise InputError(f"{self.args.ckpt} gives tokens that are not finite (block {odd[0]}); name another")
+                fault = f"{self.args.ckpt} gives tokens that are not finite (block {odd[0]})"
+                raise InputError(f"{fault}; the weights are damaged or diverged, or the latents: {CHECK}")
             yield x, self.tokens
 
     def pooled(self, data, t, draw):

@@ -207,6 +207,8 @@ def test_mistakes_are_named(place, tmp_path):
     small = tiny.data_folder(tmp_path / "small", 30, shape=(8, 4, 4))
     alike = tiny.data_folder(tmp_path / "alike", 30, labels=[1] * 30)
     other = tiny.data_folder(tmp_path / "encoded", 30, dataclasses.replace(tiny.SPEC, family="other"))
+    odd = tiny.data_folder(tmp_path / "odd", 40)
+    write_features(odd, "odd", np.full((40, 1, 3), np.nan, np.float32))
     nan = tiny.load(place / "SiT.pt")
     nan["ema"]["blocks.1.mlp.fc1.bias"][:] = torch.nan
     torch.save(nan, tmp_path / "nan.pt")
@@ -219,7 +221,8 @@ def test_mistakes_are_named(place, tmp_path):
         r"--holdout 0.4: CKNNA .*, not 10; hold out more, or pass --features": {"max_images": 10},
         r"--holdout .*lacks features-": {"holdout": other},
         r"--data-dir .*small has moments \(8, 4, 4\)": {"data_dir": small},
-        r"--data-dir .*images of one class": {"data_dir": alike},
+        r"--data-dir .*of one class": {"data_dir": alike},
+        r"--features odd: .*not finite": {"data_dir": odd},
         r"VAE mismatch: .*--data-dir": {"data_dir": other},
         r"nan.pt gives tokens that are not finite \(block 2\)": {"ckpt": tmp_path / "nan.pt"},
         r"--ckpt .*text.pt is a text-to-image model; name": {"ckpt": text},
