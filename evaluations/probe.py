@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.pictures import enlarged, save_grid, save_lines
+from common.pictures import classes_of_rows, enlarged, save_grid, save_lines
 from common.precision import set_math
 from common.processes import device_of_process
 from dataset import open_dataset
@@ -108,9 +108,9 @@ def batches(data, size):
 
 def targets(data, size):
     """Labels, int64 (N,), and {encoder: features, mean over tokens, float64 (N, Z)} of a dataset. Raises InputError."""
-    gathered = [data.gather(rows)[3:] for rows in batches(data, size)] if data.features else []
-    features = (torch.cat([part.double().mean(dim=1) for part in parts]) for parts in zip(*gathered, strict=True))
-    features = dict(zip(data.features, features, strict=True))
+    rows = batches(data, size) if data.features else []
+    means = [[part.double().mean(dim=1) for part in data.gather(indices)[3:]] for indices in rows]
+    features = dict(zip(data.features, map(torch.cat, zip(*means, strict=True)), strict=True))
     if odd := [name for name, rows in features.items() if not rows.isfinite().all()]:
         raise InputError(f"--features {odd[0]}: the set holds values that are not finite; write it again")
     return data.labels[data.rows], features
@@ -169,7 +169,7 @@ class Probe:
         columns = [colours(x.flatten(2).mT)]
         columns += [colours(torch.cat([found[number] for found in tokens])) for number in self.blocks]
         images = np.stack([enlarged(column, side) for column in columns], axis=1)  # (N, columns, h, w, 3)
-        rows = [[str(names[label] if names else label)] for label in data.labels[data.rows].tolist()]
+        rows = classes_of_rows(data.labels[data.rows].tolist(), 1, names)
         titles = [f"t = {t:g}", *(f"block {number}" for number in self.blocks)]
         save_grid(images.reshape(-1, *images.shape[2:]), len(columns), path, row_names=rows, column_names=titles)
 
