@@ -46,7 +46,7 @@ class DataInfo:
 
     def __str__(self):
         what, spec = self.conditions(), self.spec
-        return f"{self.count:,} latents {self.moments_shape}, {what}, VAE {spec.vae} at scale {spec.scale}"
+        return f"{self.count:,} latents {self.moments_shape}, {what}, VAE {spec.vae} at {spec.normalization}"
 
     def conditions(self):
         """What the latents are conditioned on, in words."""
@@ -245,7 +245,8 @@ def open_foreign(folder, data_vae):
     if len(contexts.shape) != 2:
         raise InputError(f"{folder}: features of captions have shape {contexts.shape}, not (L, W); {PREPARE}")
     text_spec = TextSpec(tokens=contexts.shape[0], width=contexts.shape[1])
-    note(f"warning: {folder} does not say its encoders; taken as {spec.vae} at {spec.scale} and {text_spec.encoder}")
+    encoders = f"{spec.vae} at {spec.normalization} and {text_spec.encoder}"
+    note(f"warning: {folder} does not say its encoders; taken as {encoders}")
     starts = np.searchsorted([i for i, _ in pairs], np.arange(count + 1))
     empty = read_empty(find_empty(folder), contexts.shape)
     text = CaptionRows(contexts, starts, CaptionFiles(folder, pairs), empty, text_spec)

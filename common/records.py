@@ -65,7 +65,7 @@ def _named_fault(where, remedy):
         yield
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        key = ".".join(map(str, fault["loc"]))  # shards.0.count
+        key = ".".join(map(str, fault["loc"])).replace(".constrained-float", "")  # shards.0.count; one of two types
         found = "" if fault["type"] == "missing" else f" is {' '.join(reprlib.repr(fault['input']).split())}:"
         raise InputError(f"{where}{f': {key!r:.100}' if key else ''}{found} {fault['msg']}; {remedy}") from None
     except (ValueError, RecursionError) as error:

@@ -101,7 +101,7 @@ def is_counterpart(row, result):
         same
         and not run.get("changes")  # of settings, in the middle of the run
         and (step is None or abs(step - row.steps) <= 0.01 * row.steps)
-        and all(latents.get(name, spec[name]) == spec[name] for name in ("family", "factor"))
+        and all(latents.get(name, spec[name]) == spec[name] for name in ("family", "factor", "scale"))
         and row.guided in (None, is_guided(manifest))
         and not manifest.branch_settings()
         and all(getattr(manifest, name) == value for name, value in sampler.items())

@@ -158,7 +158,7 @@ def open_moments(data_dir, data_vae=None):
     given = spec_of_vae(data_vae) if data_vae else None
     spec = manifest.moments_spec() if manifest is not None else given or LatentSpec()
     if given:
-        spec.check_same(given, str(folder), "--data-vae")
+        spec.check_same(given.scaled_as(spec), str(folder), "--data-vae")
     elif manifest is None:
         note(f"warning: {folder} has no {MANIFEST}; taken as {spec.family} at scale {spec.scale} (others: --data-vae)")
     return Moments(folder, manifest or DataManifest(count=len(rows)), rows, labels, names, spec)
@@ -190,7 +190,7 @@ def open_mirror(moments):
     if found != expected:
         raise InputError(f"{folder} holds rows of {found}, {MOMENTS} of {expected}; encode it again")
     if manifest is not None:
-        moments.spec.check_same(manifest.moments_spec(), MOMENTS, str(folder))
+        moments.spec.check_same(manifest.moments_spec().scaled_as(moments.spec), MOMENTS, str(folder))
     return rows
 
 

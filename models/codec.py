@@ -14,6 +14,8 @@ from models.hub import fetching
 from models.identity import check_complete, content_sha256, variant_of
 from models.specs import DEFAULT_VAE, SHORT_NAMES, LatentSpec, resolve_vae, vae_family
 
+REMEDY = "name a VAE with a scaling_factor above 0, and with both or none of latents_mean and latents_std"
+
 
 @dataclasses.dataclass
 class VaeConfig:
@@ -23,8 +25,19 @@ class VaeConfig:
     latent_channels: Count
     block_out_channels: list[Count]
     shift_factor: Finite | None = None
-    latents_mean: None = None  # per-channel statistics, which would replace the scale
-    latents_std: None = None
+    latents_mean: tuple[Finite, ...] | None = None  # of each channel; scaling_factor multiplies what they normalize
+    latents_std: tuple[Positive, ...] | None = None
+
+    def normalization(self, name):
+        """Scale and shift of a LatentSpec. Raises InputError for statistics of other channels."""
+        statistics = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+        given = {key: value for key, value in statistics.items() if value is not None}
+        if not given:
+            return self.scaling_factor, self.shift_factor or 0.0
+        if [len(value) for value in given.values()] != [self.latent_channels] * 2:
+            fault = f"'{next(iter(given))}' and its counterpart must have {self.latent_channels} numbers each"
+            raise InputError(f"--vae {name}: config.json: {fault}; {REMEDY}")
+        return tuple(self.scaling_factor / std for std in self.latents_std), self.latents_mean
 
 
 def to_uint8(images):
@@ -49,14 +62,14 @@ class LatentCodec:
             options = {"torch_dtype": torch.float32, "variant": variant_of(place), "output_loading_info": True}
             vae, loading_info = AutoencoderKL.from_pretrained(place, **options)
             check_complete(loading_info, f"the VAE '{name}'")
-        remedy = "name a VAE with a scaling_factor above 0, and without latents_mean and latents_std"
-        config = check_record(VaeConfig, dict(vae.config), f"--vae {name}: config.json", remedy)
+        config = check_record(VaeConfig, dict(vae.config), f"--vae {name}: config.json", REMEDY)
+        scale, shift = config.normalization(name)
         facts = {key: vae.config[key] for key in ("act_fn", "norm_num_groups")}
         spec = LatentSpec(
             vae=name,
             family=vae_family(name),
-            scale=config.scaling_factor,
-            shift=config.shift_factor or 0.0,
+            scale=scale,
+            shift=shift,
             channels=config.latent_channels,
             factor=2 ** (len(config.block_out_channels) - 1),
             encoder_sha256=content_sha256(vae, ("encoder.", "quant_conv."), facts),
@@ -67,6 +80,11 @@ class LatentCodec:
         if dtype != torch.float32:  # the layout of fast GPU convolutions; float32 keeps its rounding
             vae.decoder.to(memory_format=torch.channels_last)
         return cls(vae, spec)
+
+    def fit(self, spec, whose):
+        """Decode latents with this LatentSpec, `whose` it is for the message. Raises InputError for another VAE's."""
+        self.spec = self.spec.scaled_as(spec)
+        spec.check_same(self.spec, whose, "--vae")
 
     @torch.no_grad()
     def encode(self, images):
@@ -87,7 +105,7 @@ class LatentCodec:
     @torch.no_grad()
     def start_decoding(self, latents, chunk=32):
         """The images of `decode`, and a 0-d bool tensor for `check`: all values are finite. Does not wait for a GPU."""
-        z, images, finite = latents.to(self.vae.device) / self.spec.scale + self.spec.shift, [], []
+        z, images, finite = self.spec.restore(latents.to(self.vae.device)), [], []
         for part in z.split(chunk):
             decoded = self.vae.decode(part.to(self.vae.dtype)).sample
             finite.append(decoded.isfinite().all())

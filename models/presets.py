@@ -19,7 +19,7 @@ def kind_of(options):
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A row of the table; `parameters`: at 32×32×4 latents and 1000 classes; for text-to-image without `pos_embed`."""
+    """A row of the table; `parameters`: at its latents and 1000 classes; for text-to-image without `pos_embed`."""
 
     depth: int
     hidden_size: int
@@ -32,6 +32,8 @@ class Preset:
     dmf_depth: int | None = None  # flow maps: number of blocks that see t
     context_dim: int | None = None  # text-to-image: width of the text features
     init: str = "dit"  # text-to-image: initialisation
+    input_size: int = 32  # of the latents of 256² images, unless data say otherwise
+    in_channels: int = 4
 
     @property
     def kind(self):
@@ -42,9 +44,10 @@ class Preset:
 IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
 COCO = {"count": 82_783, "resolution": 256}  # text-to-image: the training images of 2014
 CLIP_WIDTH = 768  # width of CLIP ViT-L/14's text features
+F16 = {"input_size": 16, "in_channels": 32}  # latents of VAEs with factor 16
 REPA = {"context_dim": CLIP_WIDTH, "init": "repa"}
 
-# Ti is ours, for laptops and tests, and so are DeepFlow's and MMDiT's S. The others are the papers'.
+# Ti is ours, for laptops and tests, and so are DeepFlow's and MMDiT's S and patches of 1. The others are the papers'.
 PRESETS = {
     #                      depth  width heads patch key layers  parameters
     "DeepFlow-Ti/2": Preset(4, 128, 4, 2, (2,), 2_262_064, projector_dim=256),
@@ -65,6 +68,14 @@ PRESETS = {
     "SiT-XL/2": Preset(28, 1152, 16, 2, (), 675_111_184),
     "SiT-XL/4": Preset(28, 1152, 16, 4, (), 675_000_640),
     "SiT-XL/8": Preset(28, 1152, 16, 8, (), 675_387_904),
+    "DeepFlow-S/1": Preset(12, 384, 6, 1, (6,), 55_391_328, **F16),
+    "DeepFlow-B/1": Preset(12, 768, 12, 1, (6,), 166_250_592, **F16),
+    "DeepFlow-L/1": Preset(18, 1024, 16, 1, (6, 12), 433_504_352, **F16),
+    "DeepFlow-XL/1": Preset(24, 1152, 16, 1, (8, 16), 681_633_120, **F16),
+    "SiT-S/1": Preset(12, 384, 6, 1, (), 32_969_504, **F16),
+    "SiT-B/1": Preset(12, 768, 12, 1, (), 130_524_704, encoder_depth=4, **F16),
+    "SiT-L/1": Preset(24, 1024, 16, 1, (), 458_119_200, **F16),
+    "SiT-XL/1": Preset(28, 1152, 16, 1, (), 675_148_064, **F16),
     "DMFT-Ti/2": Preset(4, 128, 4, 2, (), 1_435_153, dmf_depth=3),
     "DMFT-S/2": Preset(12, 384, 6, 2, (), 32_957_457, dmf_depth=8),
     "DMFT-B/2": Preset(12, 768, 12, 2, (), 130_500_369, dmf_depth=8),

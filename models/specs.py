@@ -1,6 +1,7 @@
 """What manifests and checkpoints say of models and encoders, as plain data."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Annotated
@@ -56,17 +57,50 @@ class LatentSpec(Identity):
 
     vae: str = DEFAULT_VAE
     family: str = "sd-vae-ft"
-    scale: Positive = 0.18215
-    shift: Finite = 0.0
+    scale: Positive | tuple[Positive, ...] = 0.18215  # of all channels, or of each: 1/std of the data's latents
+    shift: Finite | tuple[Finite, ...] = 0.0
     channels: Count = 4
     factor: Count = 8
     encoder_sha256: str | None = None  # of the encoder's weights, which sd-vae-ft-ema and -mse share
     decoder_sha256: str | None = None  # of the decoder's weights
 
+    def __post_init__(self):
+        for value in (self.scale, self.shift):
+            if isinstance(value, tuple) and len(value) != self.channels:
+                raise ValueError(f"scale or shift has {len(value)} numbers for {self.channels} channels")
+
+    @property
+    def normalization(self):
+        """Scale and shift, in words."""
+        return "a scale per channel" if isinstance(self.scale, tuple) else f"scale {self.scale}"
+
+    def scaled_as(self, data):
+        """A VAE's spec with the scale and shift of the LatentSpec `data`, if these were measured per channel."""
+        if not isinstance(data.scale, tuple) or data.channels != self.channels:
+            return self
+        return dataclasses.replace(self, scale=data.scale, shift=data.shift)
+
     def sample(self, moments, noise):
         """The network's latents (mean + std·ε − shift)·scale, (N, C, h, w): moments (N, 2C, h, w), ε (N, C, h, w)."""
         mean, std = moments.chunk(2, dim=1)
-        return (mean + std * noise - self.shift) * self.scale
+        z = mean + std * noise
+        return (z - _broadcast(self.shift, z)) * _broadcast(self.scale, z)
+
+    def restore(self, latents):
+        """The decoder's input for network latents (N, C, h, w)."""
+        return latents / _broadcast(self.scale, latents) + _broadcast(self.shift, latents)
+
+
+def _broadcast(value, like):
+    """A number as it is; one for each channel as a tensor for arithmetic with `like`, (N, C, h, w)."""
+    return _on_device(value, like.dtype, like.device) if isinstance(value, tuple) else value
+
+
+@functools.lru_cache  # a copy in every step would wait for the device
+def _on_device(values, dtype, device):
+    import torch  # flags are declared without
+
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)

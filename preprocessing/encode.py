@@ -82,8 +82,9 @@ def encode(options):
         shape = (2 * spec.channels, side, side)
         what = {"kind": "moments", "latents": dataclasses.asdict(spec), "flipped": options.mirror}
         what["arithmetic"] = options.dtype
+        asked = {**what, "normalize": options.normalize}
         layout = {"layout": "packed", **options.stored()} if options.packed else {"layout": "folder"}
-        job = Job(options.dest, ticket("encode", rows, options, {**what, **layout}), rows.made_from)
+        job = Job(options.dest, ticket("encode", rows, options, {**asked, **layout}), rows.made_from)
         writer = ShardWriter(job, shape, options) if options.packed else FolderWriter(job)
         fill(writer, rows, codec.encode, processes, {**what, "moments_shape": shape}, "diffusers")
 

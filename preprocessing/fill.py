@@ -77,10 +77,11 @@ def fill(writer, rows, function, processes, manifest, package, files=None):
     with tqdm(total=total, initial=done, unit=rows.unit, desc="encode", disable=not processes.is_main) as bar:
         inputs = rows.read([batches[number] for number in mine])
         for number, (batch, left_out) in zip(mine, inputs, strict=True):
-            positions = [index for index in batches[number] if index not in left_out]
+            positions, values = [index for index in batches[number] if index not in left_out], ()
             if positions:  # a row keeps the place of its image until the end
-                writer.write(positions, function(batch).float().cpu().numpy(), rows.names)
-            job.record(number, left_out)
+                values = function(batch).float().cpu().numpy()
+                writer.write(positions, values, rows.names)
+            job.record(number, left_out, values)
             bar.update(min(len(batches[number]) * processes.world, bar.total - bar.n))
     processes.barrier()
     if processes.is_main:

@@ -37,7 +37,7 @@ def write_grid(data_dir, path, vae=None, columns=8):
     moments = open_moments(data_dir)  # captions can replace labels
     rows, spec = moments.rows, moments.spec
     codec = LatentCodec.load(vae or spec.vae)
-    spec.check_same(codec.spec, str(data_dir), "--vae")
+    codec.fit(spec, data_dir)
     indices = np.linspace(0, len(rows) - 1, min(columns**2, len(rows))).astype(int)
     values = torch.empty(len(indices), *rows.shape)
     for index, out in zip(indices, values.numpy(), strict=True):

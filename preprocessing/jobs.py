@@ -22,6 +22,8 @@ from common.records import check_record, parse_record, read_record
 from latents.manifest import AGAIN, ENCODERS, FORMAT, MANIFEST, VERSION, DataManifest
 from latents.names import is_data, walk
 from latents.sets import PARTIAL
+from models.specs import LatentSpec
+from preprocessing.channels import ChannelSums, normalizing
 
 TICKET = "job.json"
 OWN = re.compile(r"\d{5,}/img(-mean-std-)?\d{8,}\.\w+|rows-\d{5,}\.bin")  # names of the files that the commands write
@@ -52,6 +54,7 @@ class Finished:
     batch: int
     left_out: dict[int, str] = dataclasses.field(default_factory=dict)  # {position: reason}
     made_from: tuple[str, str] | None = None  # (name of its first image, digest)
+    sums: ChannelSums | None = None  # of its moments, with --normalize
 
     def to_line(self):
         return (json.dumps(dataclasses.asdict(self)) + "\n").encode()
@@ -102,11 +105,12 @@ class Job:
         temporary = self.partial / f"{os.getpid()}-{uuid.uuid4().hex}"  # removed with the rest if the process is killed
         write_atomically(self.dest / name, lambda file: file.write(data), durable, temporary)
 
-    def record(self, batch, left_out=None):
-        """Note in the journal that batch number `batch` is finished; left_out: {position: reason} where any was."""
+    def record(self, batch, left_out=None, rows=()):
+        """Note in the journal that batch number `batch` is finished; left_out: {position: reason}; rows: the others."""
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
-        self._journal.write(Finished(batch, left_out or {}, self._made_from(batch)).to_line())
+        sums = ChannelSums.of(rows) if self.ticket.get("normalize") and len(rows) else None
+        self._journal.write(Finished(batch, left_out or {}, self._made_from(batch), sums).to_line())
 
     def _made_from(self, batch):
         """Entry of Finished for batch number `batch`; None if there is no such batch, or the source is unknown."""
@@ -154,6 +158,10 @@ class Job:
     def finish(self, files, manifest):
         """Write the last files {name: bytes}, then the manifest, then remove what was partial."""
         content = {"format": FORMAT, "version": VERSION, **manifest, "job": self.ticket}
+        if self.ticket.get("normalize"):
+            sums = {record.batch: record.sums for record in self.records() if record.sums}
+            spec = check_record(LatentSpec, manifest["latents"], "latents", AGAIN)
+            content["latents"] = dataclasses.asdict(normalizing(spec, [sums[batch] for batch in sorted(sums)]))
         for name, data in {**files, MANIFEST: to_json(content)}.items():
             self.put(name, data, durable=True)
         if self._journal is not None:

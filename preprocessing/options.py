@@ -75,22 +75,30 @@ class ConvertFlags(ImageFlags):
     )
 
 
-@dataclasses.dataclass
-class EncodeFlags(NetworkFlags, ImageFlags):
-    """converted images → moments (mean and std) of a VAE; also under torchrun"""
+def normalize_flag():
+    """--normalize"""
+    words = "measure a scale and shift for every channel: latents have mean 0 and std 1; default: the VAE's own"
+    return flag(None, words, str, choices=["per-channel"], group="output")
 
-    mirror: ClassVar = False
+
+@dataclasses.dataclass
+class MirrorFlags(NetworkFlags, ImageFlags):
+    """encode the horizontally flipped images, as a second set beside the first (DATA/vae-sd-mirror)"""
+
+    mirror: ClassVar = True
+    normalize: ClassVar = None  # training scales both sets as the first
     vae: str = flag(DEFAULT_VAE, "name or folder", also=("--model-url",), group="model")
     _: dataclasses.KW_ONLY
     dtype: str = flag("fp32", "of the VAE's arithmetic", choices=DTYPES, group=SPEED)
     packed: bool = flag(False, "write memory-mapped shards instead of a file per image", group="output")
 
 
-@dataclasses.dataclass
-class MirrorFlags(EncodeFlags):
-    """encode the horizontally flipped images, as a second set beside the first (DATA/vae-sd-mirror)"""
+@dataclasses.dataclass(kw_only=True)
+class EncodeFlags(MirrorFlags):
+    """converted images → moments (mean and std) of a VAE; also under torchrun"""
 
-    mirror: ClassVar = True
+    mirror: ClassVar = False
+    normalize: str | None = normalize_flag()
 
 
 @dataclasses.dataclass
@@ -112,6 +120,7 @@ class PackFlags(StoredFlags):
     _: dataclasses.KW_ONLY
     vae: str | None = flag(None, "the VAE of a source without a manifest", str, group="data")
     num_classes: int | None = flag(None, "classes of such a source", int, range=CLASSES, group="data")
+    normalize: str | None = normalize_flag()
     workers: int = flag(8, "threads that read files", range=WORKERS, group=SPEED, name="--num-workers")
 
 

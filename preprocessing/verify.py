@@ -22,6 +22,7 @@ from latents.rows import ImageFiles
 from latents.sets import Moments, is_unfinished, list_sets, open_set
 from models.codec import LatentCodec
 from models.specs import LatentSpec, vae_family
+from preprocessing.channels import ChannelSums
 from preprocessing.jobs import batches_of
 from preprocessing.sources import class_of, is_image_name
 
@@ -119,7 +120,7 @@ def _check_manifest(manifest, report):
         report.add("wrong VAE", f"{path} does not say which VAE made the latents; encode again")
     if spec is not None:
         made_by = manifest.job.get("latents")
-        if made_by is not None and check_record(LatentSpec, made_by, f"{path}: 'job'", AGAIN) != spec:
+        if made_by is not None and check_record(LatentSpec, made_by, f"{path}: 'job'", AGAIN).scaled_as(spec) != spec:
             report.add("wrong VAE", f"{path}: latents is {spec}, but the job says {made_by}")
         if spec.family != vae_family(spec.vae):
             report.add("wrong VAE", f"{path}: VAE {spec.vae} is not of the family {spec.family}")
@@ -149,8 +150,9 @@ def _check_labels(folder, manifest, labels, sources, report):
 
 def _check_rows(folder, manifest, rows, report):
     """Finite values of every row, a batch at a time; mean and std of latents as the network sees them."""
-    total = square = count = 0.0
-    spec = manifest.latents
+    sums, spec = None, manifest.latents
+    if folder.name == MIRROR and spec and (beside := DataManifest.read(folder.with_name(MOMENTS))):
+        spec = spec.scaled_as(beside.latents or spec)  # as in training
     for batch in tqdm(batches_of(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
         values = np.zeros((len(batch), *rows.shape))
         for index, out in zip(batch, values, strict=True):
@@ -161,19 +163,25 @@ def _check_rows(folder, manifest, rows, report):
             name = f" ({rows.names[batch[k]]})" if hasattr(rows, "names") else ""
             report.add("not finite", f"{folder}: row {batch[k]}{name} holds NaN or inf")
         if manifest.kind == "moments":
-            mean, std = np.split(values[finite], 2, axis=1)
-            if (std < 0).any():
+            if (np.split(values, 2, axis=1)[1] < 0).any():
                 report.add("negative std", f"{folder}: a std is negative; these are not moments (mean, std)")
-            total, square, count = total + mean.sum(), square + (mean**2 + std**2).sum(), count + mean.size
-    if not count or spec is None:
-        return
-    mean = total / count
-    std = float(np.sqrt(max(square / count - mean**2, 0))) * spec.scale
-    mean = (mean - spec.shift) * spec.scale
+            if finite.any():
+                found = ChannelSums.of(values[finite])
+                sums = sums + found if sums else found
+    if sums and spec:
+        _check_statistics(folder, spec, sums, report)
+
+
+def _check_statistics(folder, spec, sums, report):
+    """Mean and std of latents as the network sees them, of all channels together; also of each if scaled by itself."""
+    means, stds = (np.array(sums.mean) - spec.shift) * spec.scale, sums.std() * spec.scale
+    mean, std = means.mean(), np.sqrt(np.mean(stds**2) + means.var())
     text = f"{folder}: scaled latents have mean {mean:.3f} and std {std:.3f}"
     print(text)
-    if not WIDE[0] < std < WIDE[1] or abs(mean) > WIDE[1] / 2:
-        report.add("statistics", f"{text}, not about 0 and 1; are {spec.vae} and its scale {spec.scale} right?")
+    checked = [(mean, std), *(zip(means, stds, strict=True) if isinstance(spec.scale, tuple) else ())]
+    if not all(WIDE[0] < std < WIDE[1] and abs(mean) <= WIDE[1] / 2 for mean, std in checked):
+        fault = "not about 0 and 1" + " in every channel" * (len(checked) > 1)
+        report.add("statistics", f"{text}, {fault}; are {spec.vae} and {spec.normalization} right?")
 
 
 def _check_images(folder, manifest, report, decode):
@@ -225,7 +233,7 @@ def _check_vae(folder, codec, report):
     if manifest.kind != "moments":
         return
     if manifest.latents is not None:
-        manifest.latents.check_same(codec.spec, str(folder), "--vae")
+        manifest.latents.check_same(codec.spec.scaled_as(manifest.latents), str(folder), "--vae")
     if not images.is_dir():
         return
     _, rows, _, sources = open_set(folder)

@@ -39,7 +39,7 @@ class ImageSampler:
         self.codec = None
         if config.decode:
             self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
-            self.spec.check_same(self.codec.spec, config.ckpt, "--vae")
+            self.codec.fit(self.spec, config.ckpt)
             self.spec = self.codec.spec
         self.weights_sha256 = self.checkpoint.weights_sha256()  # of the file's, before they are rounded to --dtype
         model.to(device, DTYPES[config.dtype])

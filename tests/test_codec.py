@@ -1,6 +1,8 @@
 """The latent codec with a tiny autoencoder of random weights, and the checks on what latents were made with."""
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 
@@ -109,6 +111,44 @@ def test_decode_undoes_scale_and_shift(codec):
     torch.testing.assert_close(seen[0], seen[1])
     assert decoded.shape == (5, 16, 16, 3) and decoded.dtype == torch.uint8
     assert (decoded.int() - expected.int()).abs().max() <= 1  # a rounding of z can cross a grey level
+
+
+def test_a_scale_per_channel_is_undone_by_decoding(codec):
+    scale, shift = (0.5, 2.0, 0.1), (1.0, 0.0, -3.0)
+    each = LatentCodec(codec.vae, dataclasses.replace(codec.spec, scale=scale, shift=shift))
+    moments, noise = codec.encode(images()), latents()
+    z = moments[:, :3] + moments[:, 3:] * noise
+    x = each.spec.sample(moments, noise)
+    for c in range(3):
+        torch.testing.assert_close(x[:, c], (z[:, c] - shift[c]) * scale[c])
+    for given in (x, x.double()):
+        torch.testing.assert_close(each.spec.restore(given), z.to(given.dtype), rtol=1e-5, atol=1e-5)
+    plain = codec.decode(codec.spec.sample(moments, noise))
+    assert (each.decode(x).int() - plain.int()).abs().max() <= 1
+    assert (codec.decode(x).int() - plain.int()).abs().max() > 1
+
+
+def test_a_vae_that_states_statistics_of_its_channels(folder, tmp_path):
+    """diffusers' pipelines decode x·std/scaling_factor + mean."""
+    shutil.copytree(folder, tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    config.update(latents_mean=[1.0, 0.0, -1.0], latents_std=[2.0, 4.0, 1.0])
+    (tmp_path / "vae/config.json").write_text(json.dumps(config))
+    spec, x = LatentCodec.load(tmp_path / "vae").spec, latents()
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(spec.restore(x), x * std / SCALE + mean)
+
+
+def test_the_scale_per_channel_of_data_replaces_that_of_their_vae_alone(codec):
+    data = dataclasses.replace(codec.spec, scale=(1.0, 2.0, 3.0), shift=(0.0, 0.0, 1.0))
+    other = LatentCodec(codec.vae, codec.spec)
+    other.fit(data, "the data")
+    assert other.spec == data
+    for unlike in ({"encoder_sha256": "1" * 64}, {"channels": 4, "scale": (1.0,) * 4, "shift": 0.0}):
+        with pytest.raises(InputError, match=r"the data has .*--vae has"):
+            LatentCodec(codec.vae, codec.spec).fit(dataclasses.replace(data, **unlike), "the data")
+    with pytest.raises(InputError, match=r"the data has scale 0.25 .*--vae has scale 0.5"):
+        LatentCodec(codec.vae, codec.spec).fit(dataclasses.replace(data, scale=0.25), "the data")
 
 
 def test_decode_takes_the_samplers_float64(codec):

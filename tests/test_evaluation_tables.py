@@ -145,6 +145,7 @@ ALIGNED = {"ssl_align": True, "enc_type": "dinov2-vit-b"}
         ({"cfg_scale": 1.5}, []),
         ({"size": 64}, []),
         ({"latents": {"factor": 8, "family": "other"}}, []),
+        ({"latents": {"factor": 8, "scale": [1.0, 1.0, 1.0, 1.0]}}, []),
         ({"options": {"num_classes": 10}}, []),
         ({"model": "SiT-XL/2"}, [13.8, 13.7]),
         ({"metrics": {"clip_score_raw": 0.3}}, []),

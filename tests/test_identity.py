@@ -121,6 +121,7 @@ def test_without_a_hash_on_either_side_the_family_decides():
 
 BAD = [{"scaling_factor": value} for value in (float("nan"), float("inf"), 0, -0.18215, None, "much", [1.0])]
 BAD += [{"shift_factor": float("nan")}, {"latents_mean": [0.0] * 4}, {"latents_std": [1.0] * 4}]
+BAD += [{"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, {"latents_std": [0.0] * 4, "latents_mean": [0.0] * 4}]
 
 
 @pytest.mark.parametrize("change", BAD, ids=str)

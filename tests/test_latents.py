@@ -121,6 +121,16 @@ def test_a_wrong_value_is_named_with_file_key_and_remedy(key):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scale", [[], [1.0] * 3, [1.0, 1.0, 1.0, 0.0], "much"])
+def test_a_scale_is_one_number_or_one_for_each_channel(scale):
+    each = {**SPEC, "scale": [1.0, 2.0, 3.0, 4.0], "shift": [0.0, 1.0, 0.0, -1.0]}
+    spec = parse(latents=each).latents
+    assert (spec.scale, spec.shift) == ((1.0, 2.0, 3.0, 4.0), (0.0, 1.0, 0.0, -1.0))
+    with pytest.raises(InputError, match=r"DATA/manifest\.json.*scale.* again") as caught:
+        parse(latents={**SPEC, "scale": scale})
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("shards", [SHARDS[:1], [SHARDS[1], SHARDS[0]], [{**SHARDS[0], "count": 5}, SHARDS[1]]])
 def test_shards_must_add_up(shards):
     with pytest.raises(InputError, match="'shards' do not add up"):

@@ -372,6 +372,15 @@ def test_dry_run_prints_the_run_and_writes_nothing(data, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("patch", "shape", "vae"), [(1, (64, 16, 16), "of factor 16"), (2, (8, 32, 32), "sd-vae-ft-ema")]
+)
+def test_a_dry_run_without_data_assumes_latents_that_suit_the_patches(patch, shape, vae, tmp_path, capsys):
+    tiny.run_train("nowhere", tmp_path, dry_run=True, model=f"DeepFlow-S/{patch}")
+    text = capsys.readouterr().out
+    assert f"latents {shape}, 1000 classes" in text and vae in text
+
+
 def test_a_start_says_what_differs_and_four_lines(data, tmp_path, capsys):
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=1, df_idxs="1", ema_decay=0.05, mirror=False)
     lines = capsys.readouterr().out.splitlines()

@@ -74,8 +74,8 @@ def moments_file(data, index):
     return Path(data) / "vae-sd" / f"img-mean-std-{index:08d}.npy"
 
 
-def vae_folder(folder, scale=0.5, blocks=2):
-    """A diffusers AutoencoderKL with random weights, 4 latent channels, factor 2^(blocks − 1); family: its folder."""
+def vae_folder(folder, scale=0.5, blocks=2, channels=4, **options):
+    """A diffusers AutoencoderKL with random weights, factor 2^(blocks − 1); its family is the folder's name."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -84,9 +84,10 @@ def vae_folder(folder, scale=0.5, blocks=2):
         up_block_types=("UpDecoderBlock2D",) * blocks,
         block_out_channels=(8,) * blocks,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         scaling_factor=scale,
+        **options,
     )
     vae.save_pretrained(folder)
     return Path(folder)

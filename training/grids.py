@@ -14,7 +14,7 @@ class GridSampler:
     """Draws the same noises and labels at every call, so that grids of different steps can be compared."""
 
     def __init__(self, codec, dataset, run_dir, seed, count=16):
-        dataset.info.spec.check_same(codec.spec, "the data", "--vae")
+        codec.fit(dataset.info.spec, "the data")
         self.codec, self.info, self.run_dir, self.seed = codec, dataset.info, run_dir, seed
         self.y, self.y_null, self.labels = dataset.conditions(count)
 

@@ -79,7 +79,7 @@ def open_other(config, dataset, open_folder):
     except InputError as error:
         fault = str(error).replace("--data-dir", "--holdout")
         raise InputError(fault if "--holdout" in fault else f"--holdout: {fault}") from None
-    dataset.info.spec.check_same(other.info.spec, "--data-dir", f"--holdout {place}")
+    dataset.info.spec.check_same(other.info.spec.scaled_as(dataset.info.spec), "--data-dir", f"--holdout {place}")
     if hasattr(dataset.info, "text"):
         dataset.info.text.check_same(other.info.text, "--data-dir", f"--holdout {place}")
     for field in ("moments_shape", "num_classes", "class_names"):

@@ -20,7 +20,7 @@ from models.codec import LatentCodec
 from models.compiling import keep_compiled
 from models.flops import count_flops
 from models.gpus import gpu_hours
-from models.presets import COCO, IMAGENET
+from models.presets import COCO, IMAGENET, PRESETS
 from models.specs import LatentSpec
 from training.alignment import Targets, describe_alignment, find_caches
 from training.checkpoint import find_resume
@@ -129,7 +129,10 @@ def open_data(config):
     if config.dry_run and not Path(config.data_dir).exists():
         name, known = ("COCO", COCO) if text else ("ImageNet", IMAGENET)
         say(f"--data-dir {config.data_dir} does not exist: {name} and the usual encoders are assumed")
-        spec, resolution = LatentSpec(), config.resolution or known["resolution"]
+        preset, resolution = PRESETS[config.model], config.resolution or known["resolution"]
+        spec, factor = LatentSpec(), known["resolution"] // preset.input_size
+        if factor != spec.factor:
+            spec = LatentSpec(f"of factor {factor}", channels=preset.in_channels, factor=factor)
         facts = (spec, (2 * spec.channels, *[resolution // spec.factor] * 2), resolution)
         if text:
             return CaptionInfo(known["count"], 0, *facts), None, None
