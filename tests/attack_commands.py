@@ -48,7 +48,7 @@ COMMANDS = {  # name: (command line, patterns of the files that it reads)
         "data/vae-sd/* exps/run/* exps/run/checkpoints/*",
     ),
     "train_dmf": (
-        f"train_dmf.py {MAP} {SHORT} --max-train-steps 2 --exp-name map --pretrained {CKPT}",
+        f"train_dmf.py {MAP} {SHORT} --max-train-steps 2 --exp-name map --init-from {CKPT}",
         "exps/run/checkpoints/*",
     ),
     "train_t2i": (
