@@ -2,6 +2,7 @@
 
     python train.py --exp-name first --model DeepFlow-B/2 --data-dir DATA
     accelerate launch train.py --exp-name b2 --model DeepFlow-B/2 --data-dir DATA --compile
+    python train.py --exp-name birds --model DeepFlow-B/2 --data-dir BIRDS --init-from exps/b2 --new-classes
 
 Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samples/.
 """

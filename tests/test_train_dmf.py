@@ -101,7 +101,7 @@ def test_a_resumed_run_needs_its_own_checkpoint_only(data, tmp_path):
     for changes, culprit in (
         ({"dmf_depth": 2}, "--dmf-depth 2 contradicts --resume"),
         ({"g_type": "distill"}, "pass --teacher, or --init-from"),
-        ({"trans_depth": 3}, "has depth 2, --model"),
+        ({"trans_depth": 3}, "has depth 2, .*--trans-depth"),
     ):
         with pytest.raises(InputError, match=culprit):
             tiny.run_train_dmf(data, tmp_path / "parts", None, **{**others, **changes})

@@ -44,7 +44,7 @@ def has_gpu():
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunFlags(ConventionFlag):
+class RunFlags:
     """The flags that all programs have. `kind` is the kind of model that a program trains, a key of PROGRAMS."""
 
     model: str
@@ -215,7 +215,7 @@ ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; def
 
 
 @dataclasses.dataclass(kw_only=True)
-class AlignmentFlags(RunFlags):
+class AlignmentFlags(ConventionFlag, RunFlags):
     """Alignment with self-supervised encoders (REPA)."""
 
     ssl_align: bool = loss_flag(None, ALIGN, bool)
@@ -279,7 +279,7 @@ class TextTrainConfig(BranchFlags, AlignmentFlags):
 
 
 @dataclasses.dataclass(kw_only=True)
-class FlowMapConfig(ClassFlags, RunFlags):
+class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
     """Flags of train_dmf.py."""
 
     kind = "flow map"

@@ -9,7 +9,7 @@ from models import PRESETS, create_model, model_config
 from models.attention import set_attention
 from models.compiling import compile_blocks
 from models.flow_map import FlowMap, to_flow_map
-from training.start import SIZES, check_equal, load_source
+from training.start import SIZES, check_arguments, load_source
 
 TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
 
@@ -57,7 +57,7 @@ def load_flow(path, config, info, name):
     """Checkpoint of a flow model, checked against the data; name: the flag that gave `path`. Raises InputError."""
     flags = {"df_idxs": config.df_idxs, "legacy_scaling": config.legacy_scaling}
     checkpoint = load_source(path, config, info, name, **flags)
-    check_equal(f"--{name} {path}", checkpoint.options, info.model_options(), "--data-dir")
+    check_arguments(f"--{name} {path}", checkpoint.options, info.model_options())
     return checkpoint
 
 
@@ -65,7 +65,7 @@ def check_preset(config, options, source):
     """Raise InputError if --model or its flags name another network than the file `source` (with its flag) holds."""
     preset = PRESETS[config.model]
     sizes = {"depth": config.trans_depth or preset.depth, **{key: getattr(preset, key) for key in SIZES}}
-    check_equal(source, options, sizes, f"--model {config.model}")
+    check_arguments(source, options, sizes)
     if bool(options["df_idxs"]) != bool(preset.df_idxs):
         kind = "DeepFlow-DMF" if options["df_idxs"] else "DMFT"
         raise InputError(f"{source} has key layers {options['df_idxs']}; choose a {kind} preset")

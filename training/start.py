@@ -12,7 +12,14 @@ from training.checkpoint import check_encoders
 
 SIZES = ("hidden_size", "patch_size", "num_heads")  # constructor arguments that only a preset sets
 BRANCHES = ("df_blocks", "dt_embedder", "final_layer", "final_acc_layer")  # parts that SiT and DeepFlow do not share
-PROJECTORS = ("ssl_align", "z_dims", "projector_dim", "df_idxs")  # arguments that projectors depend on
+BRANCHING = ("df_idxs", "vera", "legacy_scaling")  # arguments that matter between branches only
+ALIGNING = ("ssl_align", "z_dims", "projector_dim", "df_idxs", "encoder_depth")  # arguments behind the projectors
+FLAGS = {  # that change an argument, where they have another name
+    **dict.fromkeys(SIZES, "--model"),
+    "depth": "--trans-depth",
+    "num_classes": "--data-dir (or let train.py --new-classes start a label table)",
+    **dict.fromkeys(("in_channels", "input_size", "context_dim"), "--data-dir"),
+}
 CHOOSE = "choose another one"
 
 
@@ -31,11 +38,12 @@ def load_source(path, config, info, name, **flags):
     return checkpoint
 
 
-def check_equal(source, found, wanted, place, remedy=CHOOSE):
-    """Raise InputError where arguments {name: value} that `place` wants are others in `found`, of the file `source`."""
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise InputError(f"{source} has {key} {found.get(key)}, {place} has {value}; {remedy}")
+def check_arguments(source, found, wanted):
+    """Raise InputError if constructor arguments that the run wants are others in `found`, of the file `source`."""
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            fault = f"{source} has {name} {found.get(name)}, this run has {value}"
+            raise InputError(f"{fault}; change {FLAGS.get(name, shown(name))}, or name another file")
 
 
 def start_model(config, options, info):
@@ -44,19 +52,17 @@ def start_model(config, options, info):
     New weights are those of a run that starts from no file. Prints what was taken. None without --init-from. Raises
     InputError.
     """
+    fresh_labels = getattr(config, "new_classes", False)
     if not config.init_from:
-        given = {"--weights": config.weights != "ema", "--convention": config.convention}
-        given["--new-classes"] = getattr(config, "new_classes", False)
-        if unused := [name for name, is_given in given.items() if is_given]:
-            raise InputError(
-                f"{unused[0]} is about the file of --init-from, which is missing; name one, or drop the flag"
-            )
+        given = {"--weights": config.weights != "ema", "--convention": config.convention, "--new-classes": fresh_labels}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise InputError(f"{name} is about the file of --init-from, which is missing; name one, or drop the flag")
         return None
     source = f"--init-from {config.init_from}"
     checkpoint = load_source(config.init_from, config, info, "init-from")
     found = {**constructor_defaults(checkpoint.model.kind), **checkpoint.options}
     found["z_dims"] = tuple(found["z_dims"])
-    check_network(source, found, options, config, info)
+    check_network(source, found, options, config)
     torch.manual_seed(config.seed)
     model, state = build(options), checkpoint.model.state_dict()
     replaced = replaced_parts(source, checkpoint, found, options, config)
@@ -69,7 +75,7 @@ def start_model(config, options, info):
         if words:
             say(f"{source}: {word} {', '.join(words)}")
     names, known = info.class_names, checkpoint.data.get("class_names")
-    if names and known and list(names) != list(known) and not replaced.keys() & {"y_embedder"}:
+    if names and known and list(names) != list(known) and not fresh_labels:
         say(f"warning: the classes of {source} have other names than those of --data-dir; --new-classes starts afresh")
     return model
 
@@ -79,21 +85,23 @@ def part(name):
     return name.partition(".")[0]
 
 
-def check_network(source, found, options, config, info):
+def check_network(source, found, options, config):
     """Raise InputError if the network of a file (arguments: `found`) computes something else than the run's."""
-    kind, place = kind_of(found), f"--model {config.model}"
+    kind = kind_of(found)
     if kind != config.kind and (kind, config.kind) != ("flow map", "flow"):
-        raise InputError(f"{source} holds a model of kind {kind}, {place} is of kind {config.kind}; {CHOOSE}")
-    check_equal(source, found, {key: options[key] for key in SIZES}, place)
-    check_equal(source, found, {"depth": options["depth"]}, place, "choose another one, or change --trans-depth")
-    data = {key: value for key, value in info.model_options().items() if key != "input_size"}
-    classes = data.pop("num_classes", None)
-    check_equal(source, found, data, "--data-dir")
-    if classes is not None and not config.new_classes:
-        check_equal(source, found, {"num_classes": classes}, "--data-dir", "pass --new-classes for a fresh label table")
-    flags = ("qk_norm", *(("df_idxs", "vera", "legacy_scaling") if found["df_idxs"] else ()))
-    for key in flags:
-        check_equal(source, found, {key: options[key]}, shown(key), "change it or --model, or name another file")
+        fault = f"{source} holds a model of kind {kind}, --model {config.model} is of kind {config.kind}"
+        raise InputError(f"{fault}; {CHOOSE}")
+    classes = () if getattr(config, "new_classes", False) else ("num_classes",)
+    names = (
+        *SIZES,
+        "depth",
+        "in_channels",
+        "context_dim",
+        *classes,
+        "qk_norm",
+        *(BRANCHING if found["df_idxs"] else ()),
+    )
+    check_arguments(source, found, {name: options.get(name) for name in names})
 
 
 def replaced_parts(source, checkpoint, found, options, config):
@@ -103,20 +111,14 @@ def replaced_parts(source, checkpoint, found, options, config):
         parts |= dict.fromkeys(BRANCHES)
     if getattr(config, "new_classes", False):
         parts["y_embedder"] = f"{options['num_classes']} classes"
-    if not has_same_projectors(checkpoint.run, found, options, config):
+    encoders, arguments = ",".join(config.encoders()), ALIGNING[:-1] if options["df_idxs"] else ALIGNING
+    known = checkpoint.run.get("enc_type") in (None, encoders, config.enc_type)  # published files do not tell
+    if not known or any(found[name] != options[name] for name in arguments):
         parts["projectors"] = None
     before, now = (size["input_size"] // size["patch_size"] for size in (found, options))
     if before != now:
-        fixed = sincos_2d(found["hidden_size"], before)
-        if not torch.allclose(checkpoint.model.pos_embed, fixed, atol=1e-3):
+        if not torch.allclose(checkpoint.model.pos_embed, sincos_2d(found["hidden_size"], before), atol=1e-3):
             fault = "its position embedding is not the fixed one, so there is none for another resolution"
             raise InputError(f"{source}: {fault}; choose data with latents of size {found['input_size']}")
         parts["pos_embed"] = f"{now}x{now} tokens instead of {before}x{before}"
     return parts
-
-
-def has_same_projectors(run, found, options, config):
-    """Whether the projectors of a file see the same tokens and predict the features of the same encoders."""
-    names = PROJECTORS if options["df_idxs"] else (*PROJECTORS, "encoder_depth")
-    known, encoders = run.get("enc_type"), ",".join(config.encoders())
-    return all(found[name] == options[name] for name in names) and (known or encoders) in (encoders, config.enc_type)
