@@ -16,7 +16,8 @@ BRANCHING = ("df_idxs", "vera", "legacy_scaling")  # arguments that matter betwe
 ALIGNING = ("ssl_align", "z_dims", "projector_dim", "df_idxs", "encoder_depth")  # arguments behind the projectors
 FLAGS = {  # that change an argument, where they have another name
     **dict.fromkeys(SIZES, "--model"),
-    "depth": "--trans-depth",
+    "depth": "--model or --trans-depth",
+    "df_idxs": "--model or --df-idxs",
     "num_classes": "--data-dir (or let train.py --new-classes start a label table)",
     **dict.fromkeys(("in_channels", "input_size", "context_dim"), "--data-dir"),
 }
