@@ -2,6 +2,7 @@
 
     python train.py --exp-name first --model DeepFlow-B/2 --data-dir DATA
     accelerate launch train.py --exp-name b2 --model DeepFlow-B/2 --data-dir DATA --compile
+    python train.py --exp-name birds --model DeepFlow-B/2 --data-dir BIRDS --init-from exps/b2 --new-classes
 
 Writes OUTPUT_DIR/EXP_NAME: config.json, log.jsonl, checkpoints/0400000.pt, samples/.
 """
@@ -22,6 +23,7 @@ from models.paths import PATHS
 from training.draws import draw_step
 from training.grids import GridSampler
 from training.run import Task, run_task
+from training.start import start_model
 
 
 def objective(network, batch, draws, *, config, dataset, weights, targets=None):
@@ -43,13 +45,13 @@ def objective(network, batch, draws, *, config, dataset, weights, targets=None):
 
 
 def start(config, info, resumed):
-    """Constructor arguments of the run's model, from preset, flags and data, and no model: it is new."""
+    """Constructor arguments of the run's model, from preset, flags and data; the model, or None for a new one."""
     options = model_config(config.model, **config.model_flags(), **info.model_options())
     if config.encoder_depth is not None and options["df_idxs"]:
         raise InputError("--encoder-depth is for models of one branch; drop it: here VeRA's output is aligned")
     for name in config.encoders():
         check_grid(name, info.resolution, options["input_size"] // options["patch_size"])
-    return options, None
+    return options, None if resumed else start_model(config, options, info)
 
 
 def objective_of(run):

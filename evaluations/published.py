@@ -186,9 +186,9 @@ def rows():
         size = AT_512 if resolution == 512 else {}
         yield Row("DMF", {"model": "SiT-XL/2", "max_train_steps": flow_steps, **start, **size}, {}, sampler=SDE)
         for steps, fid in fids.items():
-            given = {"model": "DMFT-XL/2", "pretrained": FLOW_FILE, **flags, **size}
+            given = {"model": "DMFT-XL/2", "init_from": FLOW_FILE, **flags, **size}
             yield Row("DMF", given, {"fid": fid}, sampler={"num_steps": steps, "shift": shift})
-    yield Row("DMF", {"model": "DMFT-B/2", "pretrained": FLOW_FILE}, {}, sampler={"num_steps": 1})
+    yield Row("DMF", {"model": "DMFT-B/2", "init_from": FLOW_FILE}, {}, sampler={"num_steps": 1})
 
 
 PUBLISHED = list(rows())

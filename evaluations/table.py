@@ -43,7 +43,7 @@ ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
 REMEDY = "pass files that the evaluators or digits.report wrote"
 UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of unusual settings
-UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "pretrained")  # flags that the table shows otherwise
+UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "init_from")  # flags that the table shows otherwise
 
 
 def made(result):
@@ -88,9 +88,12 @@ def network(options):
 def is_counterpart(row, result):
     """Whether a published row is about what a result is about."""
     manifest, spec = result.manifest or SampleManifest(), dataclasses.asdict(LatentSpec())
-    options, latents, run = (found or {} for found in (manifest.model_options, manifest.latents, manifest.training))
+    options, latents, run = (
+        dict(found or {}) for found in (manifest.model_options, manifest.latents, manifest.training)
+    )
     if not options or not row.numbers.keys() & result.metrics.keys() or network(options) != network(row.options):
         return False
+    started = run.pop("init_from", None)
     config = dataclasses.replace(row.config, **{name: v for name, v in run.items() if hasattr(row.config, name)})
     step, sampler = manifest.step, row.sampler or {}
     try:
@@ -100,6 +103,7 @@ def is_counterpart(row, result):
     return (
         same
         and not run.get("changes")  # of settings, in the middle of the run
+        and (row.config.init_from or not started)
         and (step is None or abs(step - row.steps) <= 0.01 * row.steps)
         and all(latents.get(name, spec[name]) == spec[name] for name in ("family", "factor", "scale"))
         and row.guided in (None, is_guided(manifest))

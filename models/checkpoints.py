@@ -222,7 +222,7 @@ def load_strictly(model, state, path):
         model.load_state_dict(state, assign=model.pos_embed.is_meta)  # nothing can be copied into a meta tensor
     except RuntimeError as error:
         complaint = str(error).strip().splitlines()[:2][-1].strip()  # the line after torch's heading
-        raise InputError(f"{path} is of another model: {complaint[:240]}") from None
+        raise InputError(f"{path} is of another model: {complaint[:240]}; {REMEDY}") from None
 
 
 def check_counts(options, state, path):

@@ -45,6 +45,8 @@ def export(path, folder, weights="ema", **overrides):
     with whole_folder(folder, "folder") as partial:
         checkpoint = load_checkpoint(path, weights, **overrides)
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
+        if run.get("init_from"):
+            run["init_from"] = Path(run["init_from"]).name
         about = {"run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
         # safetensors rejects tensors that share memory, as those of a published file may
         state = {name: tensor.contiguous().clone() for name, tensor in checkpoint.model.state_dict().items()}

@@ -18,7 +18,7 @@ DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
 # What of a run's configuration bears on its numbers, beside the model; exported folders and samples' manifests keep it.
 TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
 TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
-TRAINING += ("changes",)
+TRAINING += ("changes", "init_from")
 Size = Annotated[int, Field(ge=1, le=1 << 20)]  # a larger one would only fail on allocation
 Word = Annotated[str, Field(max_length=100)]
 Options = dict[str, Size | bool | Word | Annotated[list[Size], Field(max_length=1000)] | None]  # constructor arguments

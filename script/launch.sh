@@ -24,5 +24,5 @@ train() { # PROGRAM [flags]
 
 train_map() { # [flags]; CKPT: the flow model to start from, ours or a published SiT, REPA or Decoupled MeanFlow file
     [ -n "${CKPT:-}" ] || fail "CKPT is not set; name the flow model to start from with CKPT=FILE"
-    train train_dmf.py --pretrained "$CKPT" "$@"
+    train train_dmf.py --init-from "$CKPT" "$@"
 }

@@ -23,7 +23,7 @@ SECONDS=0
 
 step "1/3 fine-tune the flow model into a flow map, $STEPS steps: $WORK/exps/digits-map"
 train train_dmf.py --exp-name digits-map --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
-    --model DeepFlow-DMF-Ti/2 --pretrained "$FLOW" --g-type mg --omega 0.6 --g-min 0.0 --g-max 0.7 \
+    --model DeepFlow-DMF-Ti/2 --init-from "$FLOW" --g-type mg --omega 0.6 --g-min 0.0 --g-max 0.7 \
     --batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 \
     --max-train-steps "$STEPS" --checkpointing-steps 300 --sampling-steps 300 --log-every 25
 

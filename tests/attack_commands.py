@@ -47,8 +47,12 @@ COMMANDS = {  # name: (command line, patterns of the files that it reads)
         f"train.py {TINY} {SHORT} --max-train-steps 3 --exp-name run",
         "data/vae-sd/* exps/run/* exps/run/checkpoints/*",
     ),
+    "init_from": (
+        f"train.py {TINY} {SHORT} --max-train-steps 2 --exp-name started --init-from {CKPT} --new-classes",
+        "exps/run/checkpoints/*",
+    ),
     "train_dmf": (
-        f"train_dmf.py {MAP} {SHORT} --max-train-steps 2 --exp-name map --pretrained {CKPT}",
+        f"train_dmf.py {MAP} {SHORT} --max-train-steps 2 --exp-name map --init-from {CKPT}",
         "exps/run/checkpoints/*",
     ),
     "train_t2i": (

@@ -150,6 +150,11 @@ ALIGNED = {"ssl_align": True, "enc_type": "dinov2-vit-b"}
         ({"model": "SiT-XL/2"}, [13.8, 13.7]),
         ({"metrics": {"clip_score_raw": 0.3}}, []),
         ({"model": "DMFT-XL/2", "mode": "euler", "num_steps": 1, "shift": 1.0}, [2.16]),
+        (
+            {"model": "DMFT-XL/2", "mode": "euler", "num_steps": 1, "shift": 1.0, "training": {"init_from": "a.pt"}},
+            [2.16],
+        ),
+        ({"model": "DeepFlow-B/2", "training": {"init_from": "a.pt"}}, []),
         ({"model": "DMFT-XL/2", "mode": "restart", "num_steps": 4, "shift": 1.0}, [1.51]),
         ({"model": "DMFT-XL/2", "mode": "euler", "num_steps": 4, "shift": 1.5}, []),
         ({"model": "DMFT-XL/2", "num_steps": 1, "shift": 1.0, "training": {"g_type": "distill"}}, []),

@@ -117,7 +117,7 @@ def dry_run(command, row, torchrun, tmp_path, monkeypatch):
     assert program == {"flow": "train.py", "flow map": "train_dmf.py", "text": "train_t2i.py"}[row.kind]
     given = [*words, "--dry-run", "--data-dir", str(tmp_path / "none"), "--resolution", str(row.config.resolution)]
     if row.kind == "flow map":
-        at = given.index("--pretrained")
+        at = given.index("--init-from")
         given[at : at + 2] = ["--from-scratch"]
     monkeypatch.setattr(training.run, "count_flops", lambda model: Flops(0, 0))
     monkeypatch.setattr(training.run, "create_model", lambda name, **options: shared_model(name, json.dumps(options)))

@@ -186,7 +186,7 @@ def test_unknown_flags_are_refused_with_the_closest_one():
 def test_resuming_a_published_file_says_who_resumes_and_what_reads_it(tmp_path):
     data, path = tiny.data_folder(tmp_path / "data"), tmp_path / "published.pt"
     torch.save({"ema": {"x_embedder.proj.weight": torch.zeros(4)}, "args": {"model": "SiT-XL/2"}}, path)
-    with pytest.raises(InputError, match=r"published.pt.*checkpoints of this repository.*train_dmf.py --pretrained"):
+    with pytest.raises(InputError, match=r"published.pt.*checkpoints of this repository.*--init-from"):
         tiny.run_train(data, tmp_path / "exps", resume=path)
 
 

@@ -53,12 +53,12 @@ def test_names_tell_what_differs_from_the_method(line, name):
 @pytest.mark.parametrize(
     ("line", "resolution", "name"),
     [
-        ("--pretrained x", 256, "dmft-xl"),
-        ("--pretrained x --model DeepFlow-DMF-B/2 --dmf-depth 6", 256, "deepflow-dmf-b-2t"),
-        ("--pretrained x --qk-norm --g-max 0.8", 512, "dmft-xl-512"),
-        ("--pretrained x", 512, "dmft-xl-512-no-qk-norm-g-max-0.7"),
-        ("--pretrained x --qk-norm --g-max 0.8", 256, "dmft-xl-qk-norm-g-max-0.8"),
-        ("--pretrained x --g-type distill --omega 1.5", 256, "dmft-xl-g-distill-omega1.5"),
+        ("--init-from x", 256, "dmft-xl"),
+        ("--init-from x --model DeepFlow-DMF-B/2 --dmf-depth 6", 256, "deepflow-dmf-b-2t"),
+        ("--init-from x --qk-norm --g-max 0.8", 512, "dmft-xl-512"),
+        ("--init-from x", 512, "dmft-xl-512-no-qk-norm-g-max-0.7"),
+        ("--init-from x --qk-norm --g-max 0.8", 256, "dmft-xl-qk-norm-g-max-0.8"),
+        ("--init-from x --g-type distill --omega 1.5", 256, "dmft-xl-g-distill-omega1.5"),
         ("--from-scratch --P-mean-r -1 --dmf-depth 16", 256, "dmft-xl-from-scratch-dmf-depth-16-P-mean-r--1.0"),
     ],
 )
@@ -166,8 +166,8 @@ def test_a_resumed_flow_map_may_leave_out_where_it_started(data, tmp_path):
     tiny.run_train_dmf(data, tmp_path, flow, max_train_steps=2)
     flow.unlink()
     run_dir = tiny.run_train_dmf(data, tmp_path, None, max_train_steps=3, from_scratch=False, resume="auto")
-    assert tiny.load(checkpoint_path(run_dir, 3))["config"]["pretrained"] == str(flow)
-    with pytest.raises(ValueError, match=f"--pretrained was {flow}, is {other}; start afresh"):
+    assert tiny.load(checkpoint_path(run_dir, 3))["config"]["init_from"] == str(flow)
+    with pytest.raises(ValueError, match=f"--init-from was {flow}, is {other}; start afresh"):
         tiny.run_train_dmf(data, tmp_path, other, resume="auto")
 
 

@@ -100,8 +100,8 @@ def test_a_resumed_run_needs_its_own_checkpoint_only(data, tmp_path):
     assert a["config"]["model_options"] == b["config"]["model_options"]
     for changes, culprit in (
         ({"dmf_depth": 2}, "--dmf-depth 2 contradicts --resume"),
-        ({"g_type": "distill"}, "pass --teacher, or --pretrained"),
-        ({"trans_depth": 3}, "has depth 2, --model"),
+        ({"g_type": "distill"}, "pass --teacher, or --init-from"),
+        ({"trans_depth": 3}, "has depth 2, .*--trans-depth"),
     ):
         with pytest.raises(InputError, match=culprit):
             tiny.run_train_dmf(data, tmp_path / "parts", None, **{**others, **changes})
@@ -109,7 +109,7 @@ def test_a_resumed_run_needs_its_own_checkpoint_only(data, tmp_path):
 
 def test_a_flow_model_is_nothing_to_resume_from(data, flow, tmp_path):
     message = refused(data, tmp_path, None, from_scratch=False, resume=flow)
-    assert message == f"--resume {flow} is a flow model; start a run from it with --pretrained"
+    assert message == f"--resume {flow} is a flow model; start a run from it with --init-from"
 
 
 def test_accumulation_does_not_change_the_step(data, flow, tmp_path):
@@ -166,11 +166,11 @@ def test_a_qk_norm_is_added_on_request(data, flow, tmp_path, capsys):
     run = tiny.run_train_dmf(data, tmp_path, flow, qk_norm=True, max_train_steps=1, learning_rate=1e-9)
     said = capsys.readouterr().err
     assert "is the flow model's velocity up to a relative difference of" in said
-    assert "--qk-norm adds a norm that --pretrained lacks" in said
+    assert "--qk-norm adds a norm that --init-from lacks" in said
     model = load_checkpoint(run / "checkpoints/0000001.pt").model
     torch.testing.assert_close(model.blocks[0].attn.q_norm.scale, torch.ones(32), rtol=0, atol=1e-6)
     tiny.run_train_dmf(data, tmp_path, flow, qk_norm=True, max_train_steps=2, learning_rate=1e-9, resume="auto")
-    with pytest.raises(InputError, match="--no-qk-norm contradicts --pretrained"):
+    with pytest.raises(InputError, match="--no-qk-norm contradicts --init-from"):
         tiny.run_train_dmf(data, tmp_path / "b", run / "checkpoints/0000001.pt", qk_norm=False)
 
 
@@ -181,7 +181,7 @@ def test_a_conversion_that_changes_the_flow_stops_the_run(data, flow, tmp_path, 
 
     convert = training.flow_map.to_flow_map
     monkeypatch.setattr(training.flow_map, "to_flow_map", wrong)
-    with pytest.raises(InputError, match="--pretrained is converted wrongly"):
+    with pytest.raises(InputError, match="--init-from is converted wrongly"):
         tiny.run_train_dmf(data, tmp_path, flow)
     assert not (tmp_path / "run").exists()
 
@@ -274,8 +274,8 @@ def test_flags_that_make_no_sense(data, flow, tmp_path, changes, culprit):
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [
-        ({"from_scratch": False}, "--pretrained is missing"),
-        ({"g_type": "distill"}, "pass --teacher, or --pretrained"),
+        ({"from_scratch": False}, "--init-from is missing"),
+        ({"g_type": "distill"}, "pass --teacher, or --init-from"),
         ({"g_type": "mg", "cfg_prob": 0.0}, "--g-type mg needs a null class"),
     ],
 )

@@ -99,7 +99,7 @@ def test_recipes_of_flow_maps(size, tmp_path):
     config = parse_flags(FlowMapConfig, line)
     check_common(config)
     model, dmf_depth, g_max, steps, qk_norm, data_dir = MAPS[size]
-    assert (program, config.pretrained, config.g_type) == ("train_dmf.py", "flow.pt", "mg")
+    assert (program, config.init_from, config.g_type) == ("train_dmf.py", "flow.pt", "mg")
     assert (config.model, config.qk_norm, config.data_dir) == (model, qk_norm, data_dir)
     assert config.dmf_depth in (None, dmf_depth) and model_config(model)["dmf_depth"] == dmf_depth
     assert (config.omega, config.g_min, config.g_max, config.cfg_prob) == (0.6, 0.0, g_max, 0.1)

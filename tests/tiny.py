@@ -122,7 +122,7 @@ def run_train(data, output_dir, **changes):
 
 def map_flags(data, output_dir, flow, **changes):
     """Command line of four steps of a flow map that starts from the flow model in the file `flow` (None: from none)."""
-    start = {"pretrained": flow} if flow else {"from_scratch": True}
+    start = {"init_from": flow} if flow else {"from_scratch": True}
     return train_flags(data, output_dir, **{"model": "DeepFlow-DMF-Ti/2", "dmf_depth": 1, **start, **changes})
 
 

@@ -18,8 +18,8 @@ from models.specs import LatentSpec, Options, TextSpec
 
 REMEDY = "choose a checkpoint of a run to resume from"
 OURS_ALONE = (
-    "--resume takes only checkpoints of this repository; generate.py --ckpt samples published files, and "
-    "train_dmf.py --pretrained starts from them"
+    "--resume takes only checkpoints of this repository; --init-from starts a run from a published file, and "
+    "generate.py --ckpt samples it"
 )
 
 
@@ -163,21 +163,25 @@ class CheckpointWriter:
             self.writing.result()
 
 
-def read(path, data):
-    """The Checkpoint in a file; data: that of the current run, which must be of the same kind. Raises InputError."""
+def read(path, info):
+    """The Checkpoint in a file; info: of the current run's data, which must be of the same kind. Raises InputError."""
     content = check_record(Checkpoint, read_file(path), path, OURS_ALONE)
     check_record(Settings, content.config, f"{path}, config", REMEDY)
-    for key in ("num_classes", "moments_shape"):
-        if (before := content.data.get(key)) != (now := data.get(key)):
+    for key, now in (("num_classes", info.num_classes), ("moments_shape", list(info.moments_shape))):
+        if (before := content.data.get(key)) != now:
             trained = f"{path} was trained on data with {key} {before}"
             raise InputError(f"{trained}, --data-dir has {now}; resume on the same data")
-    specs = [(LatentSpec, content.data, data)]
-    if "text" in data:
-        specs.append((TextSpec, content.data.get("text"), data["text"]))
-    for kind, before, now in specs:
-        trained = check_record(kind, before, f"{path}, data", REMEDY)
-        trained.check_same(check_record(kind, now, "--data-dir", REMEDY), path, "--data-dir")
+    check_encoders(content.data, info, path, REMEDY)
     return content
+
+
+def check_encoders(data, info, where, remedy):
+    """Raise InputError unless `data`, of the file `where`, and info, of the current run, name the same encoders."""
+    specs = [(LatentSpec, data, info.spec)]
+    if hasattr(info, "text"):
+        specs.append((TextSpec, data.get("text"), info.text))
+    for kind, found, now in specs:
+        check_record(kind, found, f"{where}, data", remedy).check_same(now, where, "--data-dir")
 
 
 def restore(content, path, model, ema, optimizer, scaler):

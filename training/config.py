@@ -52,6 +52,8 @@ class RunFlags:
     df_idxs: str = model_flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
     qk_norm: bool = model_flag(False, "normalise queries and keys")
     legacy_scaling: bool = model_flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
+    init_from: str = model_flag(None, "weights to start from: ours or a published file", str, also=["--pretrained"])
+    weights: str = model_flag("ema", "which weights of --init-from", choices=["ema", "raw"])
 
     path_type: str = loss_flag("linear", "probability path", choices=["linear", "cosine"])
     prediction: str = loss_flag("v", "what the network predicts; v is the only choice", choices=["v"])
@@ -150,8 +152,9 @@ class RunFlags:
         return dataclasses.replace(config, exp_name=self.exp_name or run_name(config))
 
     def resumed(self, before):
-        """A copy with what a resumed run may leave out as it was in `before`, the configuration that it resumes."""
-        return self
+        """A copy with what a resumed run may leave out as in `before`, which it resumes: what that run started from."""
+        names = [name for name in ("init_from", "weights", "convention", "new_classes") if hasattr(self, name)]
+        return self if self.init_from else dataclasses.replace(self, **{name: getattr(before, name) for name in names})
 
     def check(self):
         """Raise InputError for flags that contradict each other, the program or the machine."""
@@ -212,7 +215,7 @@ ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; def
 
 
 @dataclasses.dataclass(kw_only=True)
-class AlignmentFlags(RunFlags):
+class AlignmentFlags(ConventionFlag, RunFlags):
     """Alignment with self-supervised encoders (REPA)."""
 
     ssl_align: bool = loss_flag(None, ALIGN, bool)
@@ -258,6 +261,7 @@ class TrainConfig(ClassFlags, BranchFlags, AlignmentFlags):
     kind = "flow"
 
     model: str = model_flag("DeepFlow-XL/2", "preset, one of " + ", ".join(CLASS_MODELS))
+    new_classes: bool = model_flag(False, "the classes are not those of --init-from: start with a fresh label table")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -281,20 +285,19 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
     kind = "flow map"
 
     model: str = model_flag("DMFT-XL/2", "preset, one of " + ", ".join(FLOW_MAPS))
-    qk_norm: bool = model_flag(None, "normalise queries and keys; default: as in --pretrained", bool)
-    legacy_scaling: bool = model_flag(None, "clamp the time-gap scale to [-5, 5]; default: as in --pretrained", bool)
+    qk_norm: bool = model_flag(None, "normalise queries and keys; default: as in --init-from", bool)
+    legacy_scaling: bool = model_flag(None, "clamp the time-gap scale to [-5, 5]; default: as in --init-from", bool)
     adam_beta2: float = optim_flag(0.95, "second moment decay", range=DECAY)
 
-    pretrained: str = model_flag(None, "flow model to start from: a checkpoint of ours or a published file", str)
-    weights: str = model_flag("ema", "which weights of --pretrained and --teacher", choices=["ema", "raw"])
-    from_scratch: bool = model_flag(False, "start from random weights instead of --pretrained")
+    weights: str = model_flag("ema", "which weights of --init-from and --teacher", choices=["ema", "raw"])
+    from_scratch: bool = model_flag(False, "start from random weights instead of --init-from")
     dmf_depth: int = model_flag(None, "number of blocks that see t; the later ones see r", int, range=BLOCKS)
     attn_func: str = speed_flag("auto", "attention outside the derivative", choices=ATTENTION, free=True)
 
     g_type: str = loss_flag(
         "mg", "guidance: none, by the network itself, by a teacher", choices=["default", "mg", "distill"]
     )
-    teacher: str = loss_flag(None, "frozen flow model of --g-type distill; default: --pretrained", str)
+    teacher: str = loss_flag(None, "frozen flow model of --g-type distill; default: --init-from", str)
     omega: float = loss_flag(0.6, "guidance weight", range=AT_LEAST_0)
     g_min: float = loss_flag(0.0, "guide only at t >= this (t = 0 is data)", range=PROBABILITY)
     g_max: float = loss_flag(0.7, "guide only at t <= this (t = 1 is noise)", range=PROBABILITY)
@@ -321,23 +324,23 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
         config = super().resolve()
         if self.g_type != "distill":
             return config
-        return dataclasses.replace(config, cfg_prob=0.0, teacher=self.teacher or self.pretrained)
+        return dataclasses.replace(config, cfg_prob=0.0, teacher=self.teacher or self.init_from)
 
     def resumed(self, before):
-        """As of every run; a resumed one starts from its own checkpoint, whatever that run started from."""
-        if self.pretrained or self.from_scratch:
+        """As of every run; --weights and --convention are the teacher's as well."""
+        if self.init_from or self.from_scratch:
             return self
-        names = ("pretrained", "from_scratch", *(() if self.teacher else ("weights", "convention")))
-        return dataclasses.replace(self, **{name: getattr(before, name) for name in names})
+        own = {"weights": self.weights, "convention": self.convention} if self.teacher else {}
+        return dataclasses.replace(super().resumed(before), from_scratch=before.from_scratch, **own)
 
     def check(self):
         super().check()
         if self.g_min > self.g_max:
             raise InputError(f"--g-min {self.g_min} must not exceed --g-max {self.g_max}")
-        if self.pretrained and self.from_scratch:
-            raise InputError("--pretrained and --from-scratch exclude each other; pass one of them")
-        if self.g_type == "distill" and not (self.teacher or self.pretrained):
-            raise InputError("--g-type distill needs a flow model as teacher: pass --teacher, or --pretrained")
+        if self.init_from and self.from_scratch:
+            raise InputError("--init-from and --from-scratch exclude each other; pass one of them")
+        if self.g_type == "distill" and not (self.teacher or self.init_from):
+            raise InputError("--g-type distill needs a flow model as teacher: pass --teacher, or --init-from")
         if self.teacher and self.g_type != "distill":
             raise InputError(f"--teacher is for --g-type distill, not {self.g_type}; drop it")
         if self.teacher and not Path(self.teacher).exists():  # the file is read late

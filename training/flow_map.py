@@ -4,13 +4,12 @@ import torch
 
 from common.errors import InputError, note
 from common.processes import device_of_process
-from common.records import check_record
 from loss import GuidedTarget
-from models import PRESETS, create_model, load_checkpoint, model_config
+from models import PRESETS, create_model, model_config
 from models.attention import set_attention
 from models.compiling import compile_blocks
 from models.flow_map import FlowMap, to_flow_map
-from models.specs import LatentSpec
+from training.start import SIZES, check_arguments, load_source
 
 TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
 
@@ -25,10 +24,10 @@ def start(config, info, resumed):
         flags = {**config.model_flags(), "qk_norm": "rms" if config.qk_norm else False}
         options = model_config(config.model, **flags, **info.model_options())
         model = create_model(config.model, **options)
-    elif config.pretrained:
-        model, options = start_from_file(config.pretrained, config, info, "pretrained")
+    elif config.init_from:
+        model, options = start_from_file(config.init_from, config, info, "init-from")
     else:
-        raise InputError("--pretrained is missing: name the flow model to start from, or pass --from-scratch")
+        raise InputError("--init-from is missing: name the flow model to start from, or pass --from-scratch")
     model.supervise_branches(config.deep_supervision)
     if config.compile:
         model.compile_derivative()
@@ -36,48 +35,37 @@ def start(config, info, resumed):
 
 
 def start_from_file(path, config, info, name):
-    """The flow map of a file and its constructor arguments; name: the flag behind `path`, pretrained or resume."""
+    """The flow map of a file and its constructor arguments; name: the flag behind `path`, init-from or resume."""
     checkpoint, source = load_flow(path, config, info, name), f"--{name} {path}"
     check_preset(config, checkpoint.options, source)
     own = checkpoint.options.get("dmf_depth")
     if name == "resume" and checkpoint.model.kind != FlowMap.kind:
-        raise InputError(f"{source} is a flow model; start a run from it with --pretrained")
+        raise InputError(f"{source} is a flow model; start a run from it with --init-from")
     if own and checkpoint.is_ours and config.dmf_depth not in (None, own):
         raise InputError(f"--dmf-depth {config.dmf_depth} contradicts {source}, a flow map with {own}")
-    if name == "pretrained" and config.g_type == "mg" and config.cfg_prob == 0 == checkpoint.run.get("cfg_prob"):
+    if name == "init-from" and config.g_type == "mg" and config.cfg_prob == 0 == checkpoint.run.get("cfg_prob"):
         raise InputError(f"--g-type mg needs a null class, which --cfg-prob 0 never trains, nor did {source}; raise it")
     depth = config.dmf_depth or own or PRESETS[config.model].dmf_depth
-    add_qk_norm = name == "pretrained" and bool(config.qk_norm) and not checkpoint.options["qk_norm"]
+    add_qk_norm = name == "init-from" and bool(config.qk_norm) and not checkpoint.options["qk_norm"]
     model, options = to_flow_map(checkpoint.options, checkpoint.model.state_dict(), depth, add_qk_norm)
-    if name == "pretrained":
+    if name == "init-from":
         check_conversion(checkpoint.model, model, add_qk_norm)
     return model, options
 
 
 def load_flow(path, config, info, name):
     """Checkpoint of a flow model, checked against the data; name: the flag that gave `path`. Raises InputError."""
-    flags = {name: getattr(config, name) for name in ("df_idxs", "legacy_scaling", "convention")}
-    checkpoint, source = load_checkpoint(path, config.weights, **flags), f"--{name} {path}"
-    for key, wanted in info.model_options().items():
-        found = checkpoint.options.get(key)
-        if found != wanted:
-            raise InputError(f"{source} has {key} {found}, --data-dir has {wanted}; choose another")
-    path_type = checkpoint.run.get("path_type", config.path_type)
-    if path_type != config.path_type:
-        raise InputError(f"{source} was trained on another --path-type; pass --path-type {path_type}")
-    if checkpoint.data:
-        spec = check_record(LatentSpec, checkpoint.data, source, "choose another")
-        info.spec.check_same(spec, "--data-dir", source)
+    flags = {"df_idxs": config.df_idxs, "legacy_scaling": config.legacy_scaling}
+    checkpoint = load_source(path, config, info, name, **flags)
+    check_arguments(f"--{name} {path}", checkpoint.options, info.model_options())
     return checkpoint
 
 
 def check_preset(config, options, source):
     """Raise InputError if --model or its flags name another network than the file `source` (with its flag) holds."""
     preset = PRESETS[config.model]
-    for key in ("hidden_size", "patch_size", "num_heads", "depth"):
-        wanted = config.trans_depth if key == "depth" and config.trans_depth else getattr(preset, key)
-        if options[key] != wanted:
-            raise InputError(f"{source} has {key} {options[key]}, --model {config.model} {wanted}; choose another one")
+    sizes = {"depth": config.trans_depth or preset.depth, **{key: getattr(preset, key) for key in SIZES}}
+    check_arguments(source, options, sizes)
     if bool(options["df_idxs"]) != bool(preset.df_idxs):
         kind = "DeepFlow-DMF" if options["df_idxs"] else "DMFT"
         raise InputError(f"{source} has key layers {options['df_idxs']}; choose a {kind} preset")
@@ -101,16 +89,16 @@ def check_conversion(flow, model, changed, n=4):
     difference = ((model.average_velocity(x, t, t, y) - v).abs().max() / v.abs().max().clamp_min(1e-12)).item()
     note(f"u(x, t, t, y) is the flow model's velocity up to a relative difference of {difference:.1e}")
     if changed:
-        note("--qk-norm adds a norm that --pretrained lacks: training starts from another function than the flow model")
+        note("--qk-norm adds a norm that --init-from lacks: training starts from another function than the flow model")
     elif not difference <= TOLERANCE:
-        raise InputError("--pretrained is converted wrongly: u(x, t, t, y) is not its velocity; use another file")
+        raise InputError("--init-from is converted wrongly: u(x, t, t, y) is not its velocity; use another file")
 
 
 def guided_target(run):
     """The GuidedTarget of --g-type. Raises InputError for a teacher that does not fit."""
     config, source = run.config, run.model
     if config.g_type == "distill":
-        path = config.teacher or config.pretrained
+        path = config.teacher or config.init_from
         teacher = load_flow(path, config, run.info, "teacher")
         if teacher.run.get("cfg_prob") == 0 and config.omega != 1:
             raise InputError(f"--teacher {path} has no null class, it was trained with --cfg-prob 0; pass --omega 1")

@@ -17,7 +17,8 @@ USUAL = {  # by kind of model, or kind and resolution: the papers' settings wher
     "text": {"enc_type": "None"},
     ("flow map", 512): {"qk_norm": True, "g_max": 0.8},
 }
-UNNAMED = {"model", "df_idxs", "pretrained", "convention", "teacher", "enc_ckpt", "ssl_align", "mixed_precision"}
+UNNAMED = {"model", "df_idxs", "init_from", "convention", "teacher", "enc_ckpt", "ssl_align", "mixed_precision"}
+RENAMED = {"pretrained": "init_from"}  # names of flags in the files of older runs
 LABELS = {  # in this order, before others; "": the value tells enough
     "trans_depth": "d",
     "weighting": "",
@@ -66,7 +67,7 @@ def resumed_settings(run, content, path):
     Changes are {flag, or COUNTS' key: [before, now]}. Raises InputError for changes without --allow-changes, and for
     those that make another network.
     """
-    saved, kind = content.config, type(run.config)
+    saved, kind = {RENAMED.get(name, name): value for name, value in content.config.items()}, type(run.config)
     known = [f for f in dataclasses.fields(kind) if f.name in saved]
     for f in known:
         check_type(saved[f.name], f.metadata["kind"], f"{path}, config: {f.name!r}")

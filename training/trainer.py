@@ -60,7 +60,7 @@ class Trainer:
         """Restore the state of --resume; returns the step to continue from."""
         step, path = 0, checkpoint.find_resume(self.run_dir, self.config.resume)
         if path:
-            found = checkpoint.read(path, self.saved["data"])
+            found = checkpoint.read(path, self.run.info)
             self.adopt(found, path)
             checkpoint.restore(found, path, self.model, self.ema, self.optimizer, self.accelerator.scaler)
             step = found.steps
