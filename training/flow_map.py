@@ -8,6 +8,7 @@ from common.records import check_record
 from loss import GuidedTarget
 from models import PRESETS, create_model, load_checkpoint, model_config
 from models.attention import set_attention
+from models.checkpoints import find_checkpoint
 from models.compiling import compile_blocks
 from models.flow_map import FlowMap, to_flow_map
 from models.specs import LatentSpec
@@ -57,7 +58,8 @@ def start_from_file(path, config, info, name):
 def load_flow(path, config, info, name):
     """Checkpoint of a flow model, checked against the data; name: the flag that gave `path`. Raises InputError."""
     flags = {name: getattr(config, name) for name in ("df_idxs", "legacy_scaling", "convention")}
-    checkpoint, source = load_checkpoint(path, config.weights, **flags), f"--{name} {path}"
+    found, source = find_checkpoint(path, f"--{name}"), f"--{name} {path}"
+    checkpoint = load_checkpoint(found, config.weights, **flags)
     for key, wanted in info.model_options().items():
         found = checkpoint.options.get(key)
         if found != wanted:
