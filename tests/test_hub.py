@@ -9,6 +9,7 @@ import tiny
 from huggingface_hub import constants
 
 from common.errors import InputError
+from evaluations import sweep
 from evaluations.metrics.features import load_dinov2, load_features
 from evaluations.metrics.inception import Inception
 from models import hub, load_model
@@ -170,6 +171,13 @@ def test_a_repository_that_cannot_be_had_ends_in_one_line(hub_cache, name, named
     with pytest.raises(InputError, match=f"--ckpt {name}.*{named}") as caught:
         tiny.run_generate(name, tmp_path / "samples")
     assert "\n" not in str(caught.value) and not (tmp_path / "samples").exists()
+
+
+def test_a_sweep_pins_a_repository(hub_cache, tmp_path):
+    flags = ["--ref", "digits", "--out", str(tmp_path / "out"), "--exit-branch", "1"]
+    sweeps = sweep.per_checkpoint(sweep.parse(["--ckpt", "someone/tiny", *flags])[0])
+    sweep.check(sweeps, [])
+    assert COMMITS[1] in (tmp_path / "out/sweep.json").read_text()
 
 
 def test_training_from_a_repository_names_its_own_flag(tmp_path):
