@@ -145,6 +145,7 @@ class Checkpoint:
     run: dict  # the run's configuration
     data: dict  # classes, VAE and shapes of the training data
     steps: int | None
+    path: str
 
     @property
     def is_ours(self):
@@ -188,11 +189,15 @@ def load_checkpoint(path, weights="ema", **overrides):
         reason = f"DeepFlow, SiT, REPA, DMF, MMDiT; {first_line(error)[:120]}"
         raise InputError(f"{path} holds no model of a known family ({reason}); {REMEDY}") from None
     load_strictly(model, state, path)
-    return Checkpoint(model.float().eval(), options, run, data, found.steps)
+    model.about = {"options": options, "run": run, "data": data, "steps": found.steps, "path": str(path)}
+    return Checkpoint(model.float().eval(), **model.about)
 
 
 def load_model(path, weights="ema", **overrides):
-    """Model in eval mode and its constructor arguments; everything else as load_checkpoint."""
+    """Model in eval mode and its constructor arguments; everything else as load_checkpoint.
+
+    `sampling.sample` samples the model; its attribute `about` holds the other fields of its Checkpoint.
+    """
     checkpoint = load_checkpoint(path, weights, **overrides)
     return checkpoint.model, checkpoint.options
 

@@ -1,6 +1,6 @@
 """Write a checkpoint's model as a folder that others can load without this repository's checkpoints.
 
-    python -m models.export exps/xl/checkpoints/2000000.pt deepflow-xl [--weights raw]
+    python -m models.export exps/xl/checkpoints/2000000.pt deepflow-xl [--weights raw] [--half]
 
 DIR/model.safetensors holds the weights, DIR/config.json the constructor's arguments, the path, and the VAE and classes
 of the training data. `load_model(DIR)`, `generate.py --ckpt DIR` and `DeepFlow.from_pretrained(DIR)` (for a flow map,
@@ -21,6 +21,7 @@ class ExportFlags(PublishedFlags):
     ckpt: str = required("checkpoint of ours, or a published file", positional=True)
     dir: str = required("folder to write, which must not exist", positional=True)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
+    half: bool = flag(False, "store the weights in float16; they are read as float32 again")
 
 
 if __name__ == "__main__":
@@ -35,10 +36,10 @@ from models.specs import TRAINING
 RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
 
 
-def export(path, folder, weights="ema", **overrides):
+def export(path, folder, weights="ema", half=False, **overrides):
     """Write the model of checkpoint `path` to `folder`, complete or not at all. Raises InputError.
 
-    weights: "ema" or "raw"; overrides: as in load_checkpoint.
+    weights: "ema" or "raw"; half: store them in float16; overrides: as in load_checkpoint.
     """
     if Path(folder).exists():
         raise InputError(f"{folder} exists already; name a new folder")
@@ -47,14 +48,15 @@ def export(path, folder, weights="ema", **overrides):
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
         about = {"run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
         # safetensors rejects tensors that share memory, as those of a published file may
-        state = {name: tensor.contiguous().clone() for name, tensor in checkpoint.model.state_dict().items()}
+        tensors = (checkpoint.model.half() if half else checkpoint.model).state_dict()
+        state = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})
 
 
 def main(argv=None):
     flags = parse_flags(ExportFlags, argv, __doc__)
-    export(flags.ckpt, flags.dir, flags.weights, **flags.published())
+    export(flags.ckpt, flags.dir, flags.weights, flags.half, **flags.published())
     print(f"{flags.ckpt} ({flags.weights} weights) -> {flags.dir}")
 
 

@@ -161,6 +161,18 @@ def test_a_plain_safetensors_file_is_read_as_a_published_one(ckpt, tmp_path):
     assert same_weights(model, expected)
 
 
+def test_half_precision_is_half_the_file_and_read_as_float32(ckpt, folder, tmp_path):
+    main([str(ckpt), str(tmp_path / "half"), "--half"])
+    stored = load_file(tmp_path / "half/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    expected = {name: tensor.half().float() for name, tensor in load_checkpoint(ckpt).model.state_dict().items()}
+    for model in (load_model(tmp_path / "half")[0], DeepFlow.from_pretrained(tmp_path / "half")):
+        assert tiny.differences(model.state_dict(), expected) == []
+        assert model.pos_embed.dtype == torch.float32
+    whole, half = ((path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "half"))
+    assert half < 0.51 * whole
+
+
 def test_command_line_with_the_key_layers_of_a_published_file(ckpt, tmp_path, capsys):
     torch.save(load_checkpoint(ckpt).model.state_dict(), tmp_path / "published.pt")
     main([str(tmp_path / "published.pt"), str(tmp_path / "out"), "--df-idxs", "[3]", "--legacy-scaling"])
