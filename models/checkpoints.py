@@ -22,7 +22,7 @@ from common.files import regular
 from common.flags import shown
 from common.records import Whole, check_record, read_record
 from models.deepflow import DeepFlow
-from models.hub import CONFIG_FILE, WEIGHTS_FILE, download, is_on_hub, pin
+from models.hub import CONFIG_FILE, VAE_FOLDER, WEIGHTS_FILE, download, is_on_hub, pin
 from models.paths import PATHS
 from models.presets import build, constructor_defaults, kind_of, parse_df_idxs
 from models.published import from_published
@@ -126,12 +126,15 @@ def read_folder(folder):
     config = read_record(dict, where, remedy)
     run = check_record(dict, config.get("run", {}), f"{where}, run", remedy)
     weights = check_record(Literal[tuple(ENTRIES)], config.get("weights", "ema"), f"{where}, weights", remedy)
+    data = check_record(dict, config.get("data", {}), f"{where}, data", remedy)
+    if (folder / VAE_FOLDER).is_dir():
+        data["vae"] = str(folder / VAE_FOLDER)
     defaults = constructor_defaults(kind_of(config))
     options = {name: config.get(name, default) for name, default in defaults.items()}
     return {
         ENTRIES[weights]: read_weights_file(folder / WEIGHTS_FILE),
         "config": {**run, "model_options": options},
-        "data": config.get("data", {}),
+        "data": data,
         "steps": config.get("steps"),
     }
 

@@ -13,6 +13,7 @@ from common.errors import InputError, first_line, note, system_fault
 
 SECONDS = 3  # time limit for a site to answer
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of an exported folder, by the hub's convention
+VAE_FOLDER = "vae"  # of an exported folder that brings its VAE
 REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@\w[\w./-]*)?")  # user/repo or user/repo@REVISION
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # ends of names that are no repository's
 
@@ -55,7 +56,8 @@ def download(name, flag="--ckpt"):
     repo, _, revision = name.partition("@")
     wanted, remedy = [CONFIG_FILE, WEIGHTS_FILE], "check the name and HF_HUB_OFFLINE, or name what is here"
     with fetching(f"{flag} {name}, which is not here, from the hub", name, remedy):
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
+        patterns = [*wanted, f"{VAE_FOLDER}/*"]
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     if missing := [file for file in wanted if not (folder / file).is_file()]:
         remedy = "name one that holds an exported folder, or download its weights and name the file"
         raise InputError(f"{flag} {name}: the repository has no {missing[0]}; {remedy}")
