@@ -95,6 +95,7 @@ from evaluations.evaluator import EvaluatorFlags, check_inputs, label
 from evaluations.metrics.features import features_name
 from evaluations.metrics.results import Estimate, Result, markdown
 from models.checkpoints import find_checkpoint
+from models.hub import is_on_hub
 from samplers import Guidance
 from sampling.manifest import check_settings
 from sampling.results import rounded
@@ -249,7 +250,8 @@ def save_plot(rows, args, path):
 def check(sweeps, generate):
     """Raise InputError, before the first setting, for anything that would fail a later one or mix two sweeps."""
     args, about = sweeps[0], {}
-    inputs = [("--ckpt", each.ckpt) for each in sweeps] + [("--ref", args.ref)] * (args.ref != DIGITS)
+    inputs = [("--ckpt", each.ckpt) for each in sweeps if not is_on_hub(each.ckpt)]
+    inputs += [("--ref", args.ref)] * (args.ref != DIGITS)
     if missing := [f"{flag} {path}" for flag, path in inputs if not Path(path).exists()]:
         raise InputError(f"{missing[0]} does not exist")
     for setting in settings(args):

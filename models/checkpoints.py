@@ -1,7 +1,7 @@
 """Reading model files: ours and published ones, recognised by their keys. Loading is strict.
 
-A file of ours carries its configuration, and so does a folder that models/export.py wrote. What is known about a
-published one is in models/published.py.
+A file of ours carries its configuration, and so does a folder that models/export.py wrote, here or on the hub. What is
+known about a published one is in models/published.py.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from common.files import regular
 from common.flags import shown
 from common.records import Whole, check_record, read_record
 from models.deepflow import DeepFlow
+from models.hub import CONFIG_FILE, VAE_FOLDER, WEIGHTS_FILE, download, is_on_hub, pin
 from models.paths import PATHS
 from models.presets import build, constructor_defaults, kind_of, parse_df_idxs
 from models.published import from_published
@@ -30,7 +31,6 @@ from models.specs import Options
 REMEDY = "copy it again, or name another"
 STEP = re.compile("[0-9]{1,18}")
 ENTRIES = {"ema": "ema", "raw": "model"}  # --weights → entry of a file
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # a folder's, by the hub's convention
 Plain = Union[(None, *(Annotated[kind, Strict()] for kind in (bool, int, float, str, list, tuple, dict)))]  # no tensors
 
 
@@ -65,8 +65,13 @@ def existing_steps(run_dir):
     return sorted(int(path.stem) for path in files if STEP.fullmatch(path.stem) and path.is_file())
 
 
-def find_checkpoint(path):
-    """The newest checkpoint (a message names it) if the path is a run's folder, else the path. Raises InputError."""
+def find_checkpoint(path, flag="--ckpt"):
+    """A run's newest checkpoint, `user/repo@COMMIT` of a repository, or the path; a message names what was found.
+
+    flag: the one that gave `path`. Raises InputError.
+    """
+    if is_on_hub(path):
+        return pin(str(path), flag)
     if not os.path.isdir(os.path.join(path, "checkpoints")):
         return path
     if not (steps := existing_steps(path)):
@@ -78,7 +83,8 @@ def find_checkpoint(path):
 
 def read_file(path):
     """Content of a checkpoint, a .safetensors file or an exported folder. Raises InputError naming the file."""
-    return read_folder(Path(path)) if Path(path).is_dir() else read_weights_file(Path(path))
+    path = download(str(path)) if is_on_hub(path) else Path(path)
+    return read_folder(path) if path.is_dir() else read_weights_file(path)
 
 
 def read_weights_file(path):
@@ -120,12 +126,15 @@ def read_folder(folder):
     config = read_record(dict, where, remedy)
     run = check_record(dict, config.get("run", {}), f"{where}, run", remedy)
     weights = check_record(Literal[tuple(ENTRIES)], config.get("weights", "ema"), f"{where}, weights", remedy)
+    data = check_record(dict, config.get("data", {}), f"{where}, data", remedy)
+    if (folder / VAE_FOLDER).is_dir():
+        data["vae"] = str(folder / VAE_FOLDER)
     defaults = constructor_defaults(kind_of(config))
     options = {name: config.get(name, default) for name, default in defaults.items()}
     return {
         ENTRIES[weights]: read_weights_file(folder / WEIGHTS_FILE),
         "config": {**run, "model_options": options},
-        "data": config.get("data", {}),
+        "data": data,
         "steps": config.get("steps"),
     }
 
@@ -139,6 +148,7 @@ class Checkpoint:
     run: dict  # the run's configuration
     data: dict  # classes, VAE and shapes of the training data
     steps: int | None
+    path: str
 
     @property
     def is_ours(self):
@@ -182,11 +192,15 @@ def load_checkpoint(path, weights="ema", **overrides):
         reason = f"DeepFlow, SiT, REPA, DMF, MMDiT; {first_line(error)[:120]}"
         raise InputError(f"{path} holds no model of a known family ({reason}); {REMEDY}") from None
     load_strictly(model, state, path)
-    return Checkpoint(model.float().eval(), options, run, data, found.steps)
+    model.about = {"options": options, "run": run, "data": data, "steps": found.steps, "path": str(path)}
+    return Checkpoint(model.float().eval(), **model.about)
 
 
 def load_model(path, weights="ema", **overrides):
-    """Model in eval mode and its constructor arguments; everything else as load_checkpoint."""
+    """Model in eval mode and its constructor arguments; everything else as load_checkpoint.
+
+    `sampling.sample` samples the model; its attribute `about` holds the other fields of its Checkpoint.
+    """
     checkpoint = load_checkpoint(path, weights, **overrides)
     return checkpoint.model, checkpoint.options
 

@@ -82,9 +82,10 @@ class LatentCodec:
         return cls(vae, spec)
 
     def fit(self, spec, whose):
-        """Decode latents with this LatentSpec, `whose` it is for the message. Raises InputError for another VAE's."""
-        self.spec = self.spec.scaled_as(spec)
-        spec.check_same(self.spec, whose, "--vae")
+        """The codec for latents with this LatentSpec; whose: for the message. Raises InputError for another VAE's."""
+        fitting = self.spec.scaled_as(spec)
+        spec.check_same(fitting, whose, "--vae")
+        return LatentCodec(self.vae, fitting)
 
     @torch.no_grad()
     def encode(self, images):

@@ -1,10 +1,10 @@
 """Write a checkpoint's model as a folder that others can load without this repository's checkpoints.
 
-    python -m models.export exps/xl/checkpoints/2000000.pt deepflow-xl [--weights raw]
+    python -m models.export exps/xl/checkpoints/2000000.pt deepflow-xl [--weights raw] [--half] [--diffusers]
 
 DIR/model.safetensors holds the weights, DIR/config.json the constructor's arguments, the path, and the VAE and classes
-of the training data. `load_model(DIR)`, `generate.py --ckpt DIR` and `DeepFlow.from_pretrained(DIR)` (for a flow map,
-`FlowMap.from_pretrained(DIR)`) need nothing else.
+of the training data, DIR/README.md a model card. `load_model(DIR)`, `generate.py --ckpt DIR` and
+`DeepFlow.from_pretrained(DIR)` (for a flow map, `FlowMap.from_pretrained(DIR)`) need nothing else.
 """
 
 import dataclasses
@@ -21,6 +21,9 @@ class ExportFlags(PublishedFlags):
     ckpt: str = required("checkpoint of ours, or a published file", positional=True)
     dir: str = required("folder to write, which must not exist", positional=True)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
+    half: bool = flag(False, "store the weights in float16; they are read as float32 again")
+    diffusers: bool = flag(False, "also what diffusers' DiffusionPipeline.from_pretrained needs, with the VAE")
+    vae: str | None = flag(None, "with --diffusers: another name or folder of the training data's VAE", str)
 
 
 if __name__ == "__main__":
@@ -28,17 +31,32 @@ if __name__ == "__main__":
 
 from safetensors.torch import save_file
 
+from common.records import check_record
+from models.card import model_card
 from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
-from models.specs import TRAINING
+from models.codec import LatentCodec
+from models.hub import VAE_FOLDER
+from models.specs import TRAINING, LatentSpec
 
 # What sampling and its manifest need; paths of the training machine are left out.
 RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
+CODE = '''"""Runs the code of the DeepFlow repository, which has to be installed; README.md says how."""
+
+import importlib  # diffusers would take an import statement for the name of a package to install
+
+try:
+    {name} = importlib.import_module("sampling.pipeline").{name}
+except ModuleNotFoundError as error:
+    remedy = "run pip install -r requirements.txt in a checkout of the DeepFlow repository"
+    raise ImportError(f"{name} needs the code of DeepFlow ({{error}}); {{remedy}}") from error
+'''
 
 
-def export(path, folder, weights="ema", **overrides):
+def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, **overrides):
     """Write the model of checkpoint `path` to `folder`, complete or not at all. Raises InputError.
 
-    weights: "ema" or "raw"; overrides: as in load_checkpoint.
+    weights: "ema" or "raw"; half: store them in float16; diffusers: also a pipeline, with the VAE that is called `vae`
+    if not as in the checkpoint; overrides: as in load_checkpoint.
     """
     if Path(folder).exists():
         raise InputError(f"{folder} exists already; name a new folder")
@@ -47,16 +65,42 @@ def export(path, folder, weights="ema", **overrides):
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
         if run.get("init_from"):
             run["init_from"] = Path(run["init_from"]).name
-        about = {"run": run, "data": checkpoint.data, "steps": checkpoint.steps, "weights": weights}
+        data = {**checkpoint.data, **(write_pipeline(partial, checkpoint, path, vae) if diffusers else {})}
+        about = {"run": run, "data": data, "steps": checkpoint.steps, "weights": weights}
         # safetensors rejects tensors that share memory, as those of a published file may
-        state = {name: tensor.contiguous().clone() for name, tensor in checkpoint.model.state_dict().items()}
+        tensors = (checkpoint.model.half() if half else checkpoint.model).state_dict()
+        state = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})
+        card = model_card(checkpoint, path, Path(folder).name, weights, diffusers)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_pipeline(folder, checkpoint, path, vae):
+    """Write VAE, code and index of diffusers' pipeline; returns the VAE's hashes, for the data. Raises InputError."""
+    import diffusers
+
+    spec = check_record(LatentSpec, checkpoint.data, f"{path}, data", "choose another file")
+    codec = LatentCodec.load(vae or spec.vae).fit(spec, path)
+    codec.vae.save_pretrained(folder / VAE_FOLDER)
+    index = {
+        "_class_name": ["pipeline", "DeepFlowPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "transformer": ["deepflow_transformer", "DeepFlowTransformer"],  # diffusers looks for code in its own folder
+        VAE_FOLDER: ["diffusers", "AutoencoderKL"],
+    }
+    for place, (module, name) in ((".", index["_class_name"]), ("transformer", index["transformer"])):
+        (folder / place).mkdir(exist_ok=True)
+        (folder / place / f"{module}.py").write_text(CODE.format(name=name))
+    write_json(folder / "model_index.json", index)
+    return {name: getattr(codec.spec, name) for name in ("encoder_sha256", "decoder_sha256")}
 
 
 def main(argv=None):
     flags = parse_flags(ExportFlags, argv, __doc__)
-    export(flags.ckpt, flags.dir, flags.weights, **flags.published())
+    if flags.vae and not flags.diffusers:
+        raise InputError("--vae belongs to --diffusers, which copies the VAE; leave it out")
+    export(flags.ckpt, flags.dir, flags.weights, flags.half, flags.diffusers, flags.vae, **flags.published())
     print(f"{flags.ckpt} ({flags.weights} weights) -> {flags.dir}")
 
 

@@ -3,13 +3,19 @@
 import contextlib
 import functools
 import os
+import re
 import threading
+from pathlib import Path
 
-from huggingface_hub import PyTorchModelHubMixin, constants
+from huggingface_hub import PyTorchModelHubMixin, constants, snapshot_download
 
-from common.errors import InputError, first_line, system_fault
+from common.errors import InputError, first_line, note, system_fault
 
 SECONDS = 3  # time limit for a site to answer
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of an exported folder, by the hub's convention
+VAE_FOLDER = "vae"  # of an exported folder that brings its VAE
+REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@\w[\w./-]*)?")  # user/repo or user/repo@REVISION
+FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # ends of names that are no repository's
 
 
 class HubModel(PyTorchModelHubMixin):
@@ -29,6 +35,33 @@ class HubModel(PyTorchModelHubMixin):
         for name in ("run", "data", "steps", "weights"):
             kwargs.pop(name, None)
         return super()._from_pretrained(strict=strict, **kwargs)
+
+
+def is_on_hub(name):
+    """Whether a checkpoint's name is a repository's: a file or folder of that name comes first."""
+    is_name = REPOSITORY.fullmatch(str(name)) and not str(name).endswith(FILES)
+    return bool(is_name) and not os.path.exists(name)
+
+
+def pin(name, flag):
+    """`user/repo@COMMIT` of a repository, downloaded; a message says it. Raises InputError naming the flag."""
+    pinned = f"{name.partition('@')[0]}@{download(name, flag).name}"
+    if name != pinned:
+        note(f"{name}: using {pinned}")
+    return pinned
+
+
+def download(name, flag="--ckpt"):
+    """The exported folder of a repository, in the hub's cache: snapshots/COMMIT. Raises InputError naming the flag."""
+    repo, _, revision = name.partition("@")
+    wanted, remedy = [CONFIG_FILE, WEIGHTS_FILE], "check the name and HF_HUB_OFFLINE, or name what is here"
+    with fetching(f"{flag} {name}, which is not here, from the hub", name, remedy):
+        patterns = [*wanted, f"{VAE_FOLDER}/*"]
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    if missing := [file for file in wanted if not (folder / file).is_file()]:
+        remedy = "name one that holds an exported folder, or download its weights and name the file"
+        raise InputError(f"{flag} {name}: the repository has no {missing[0]}; {remedy}")
+    return folder
 
 
 @contextlib.contextmanager

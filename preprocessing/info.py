@@ -36,8 +36,7 @@ def write_grid(data_dir, path, vae=None, columns=8):
     """Decode the means of columns² evenly spaced latents into one PNG."""
     moments = open_moments(data_dir)  # captions can replace labels
     rows, spec = moments.rows, moments.spec
-    codec = LatentCodec.load(vae or spec.vae)
-    codec.fit(spec, data_dir)
+    codec = LatentCodec.load(vae or spec.vae).fit(spec, data_dir)
     indices = np.linspace(0, len(rows) - 1, min(columns**2, len(rows))).astype(int)
     values = torch.empty(len(indices), *rows.shape)
     for index, out in zip(indices, values.numpy(), strict=True):

@@ -98,15 +98,16 @@ def read_labels(text, num_classes, names=(), flag="--labels"):
 class Prompts:
     """A prompt for each image, as features of the text encoder that the model was trained with.
 
-    source: the PromptList. Raises InputError for a checkpoint of classes, and for another text encoder.
+    source: the PromptList; load: of the TextEncoder. Raises InputError for a checkpoint of classes, and for another
+    text encoder.
     """
 
-    def __init__(self, config, checkpoint, device, source):
+    def __init__(self, config, checkpoint, device, source, load=TextEncoder):
         if checkpoint.model.kind != "text":
             raise InputError(f"{config.ckpt} is a model of classes; sample it with generate.py")
         known = checkpoint.data.get("text", {"width": checkpoint.options["context_dim"]})
         trained = check_record(TextSpec, known, f"{config.ckpt}, data", "choose another file")
-        self.encoder = TextEncoder(config.text_encoder or trained.encoder, device)
+        self.encoder = load(config.text_encoder or trained.encoder, device)
         if "text" in checkpoint.data or self.encoder.spec.width != trained.width:
             trained.check_same(self.encoder.spec, config.ckpt, "--text-encoder")
         self.source, self.per_prompt, self.dtype = source, config.images_per_prompt, DTYPES[config.dtype]

@@ -22,12 +22,13 @@ from samplers import BranchVelocity, GuidedVelocity, integrate, sample_noise
 class ImageSampler:
     """A checkpoint ready to sample with the settings of a resolved SamplingFlags. Raises InputError.
 
-    make_condition: (config, Checkpoint, device) → condition, as `ClassLabels`.
+    make_condition: (config, Checkpoint, device) → condition, as `ClassLabels`; checkpoint: that of --ckpt if it is
+    read already, without the hash for a manifest; load_codec: of the LatentCodec.
     """
 
-    def __init__(self, config, make_condition, device):
+    def __init__(self, config, make_condition, device, checkpoint=None, load_codec=LatentCodec.load):
         self.device = device
-        self.checkpoint, self.path, self.spec = open_checkpoint(config)
+        self.checkpoint, self.path, self.spec = open_checkpoint(config, checkpoint)
         model = self.checkpoint.model
         self.config = config = config.for_model(model.kind, model.num_branches)
         options = self.checkpoint.options
@@ -38,10 +39,11 @@ class ImageSampler:
         self.cost, self.draws = self.try_out()
         self.codec = None
         if config.decode:
-            self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
-            self.codec.fit(self.spec, config.ckpt)
+            self.codec = load_codec(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
+            self.codec = self.codec.fit(self.spec, config.ckpt)
             self.spec = self.codec.spec
-        self.weights_sha256 = self.checkpoint.weights_sha256()  # of the file's, before they are rounded to --dtype
+        # of the file's, before they are rounded to --dtype
+        self.weights_sha256 = None if checkpoint else self.checkpoint.weights_sha256()
         model.to(device, DTYPES[config.dtype])
         if config.compile:
             compile_blocks(model)
@@ -116,10 +118,13 @@ def start_copy(*tensors):
     return copied, copies
 
 
-def open_checkpoint(config):
+def open_checkpoint(config, checkpoint=None):
     """(Checkpoint, its path, LatentSpec of its data) of --ckpt. Raises InputError if flags contradict the file."""
-    checkpoint = load_checkpoint(config.ckpt, config.weights, **config.model_options())
+    checkpoint = checkpoint or load_checkpoint(config.ckpt, config.weights, **config.model_options())
     check_model(config, checkpoint)
+    if config.cfg_scale != 1.0 and checkpoint.model.kind == "flow" and checkpoint.run.get("cfg_prob") == 0:
+        fault = f"{config.ckpt} has no null class, it was trained with --cfg-prob 0"
+        raise InputError(f"--cfg-scale {config.cfg_scale}: {fault}; pass --cfg-scale 1")
     spec = check_record(LatentSpec, checkpoint.data, f"{config.ckpt}, data", "choose another file")
     path_type = checkpoint.run.get("path_type") or config.path_type or "linear"
     answers = {

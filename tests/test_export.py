@@ -3,10 +3,12 @@
 import json
 import os
 
+import captioned
 import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
@@ -37,12 +39,39 @@ def same_weights(model, other):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_folder_has_the_two_files_of_the_hub(folder):
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
+def test_the_folder_has_the_files_of_the_hub(folder):
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     config = json.loads((folder / "config.json").read_text())
     assert (config["hidden_size"], config["df_idxs"], config["legacy_scaling"]) == (128, [2], True)
     assert config["run"] == {"model": "DeepFlow-Ti/2", "exp_name": "tiny", "path_type": "linear"}
     assert (config["steps"], config["weights"], config["data"]["family"]) == (3, "ema", "tiny-vae")
+
+
+def test_the_card_says_what_it_is_and_how_to_sample(ckpt, tmp_path):
+    content = tiny.load(ckpt)
+    content["config"] |= {"batch_size": 96, "weighting": "lognormal"}
+    content["data"]["class_names"] = ["owl", "robin", "wren"]
+    torch.save(content, tmp_path / "named.pt")
+    export(tmp_path / "named.pt", tmp_path / "birds", "raw")
+    card = ModelCard.load(tmp_path / "birds/README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("cc-by-nc-4.0", "unconditional-image-generation")
+    named = ("DeepFlow-Ti/2", "step 3", "3: owl, robin, wren", "16 × 16", "12 images", "| batch_size | 96 |", "BY-NC")
+    for words in (*named, "generate.py --ckpt USER/birds --weights raw --classes 0"):
+        assert words in card.text
+    assert "diffusers" not in card.content
+
+
+def test_the_card_of_a_published_file_leaves_its_licence_open(ckpt, tmp_path):
+    torch.save(load_checkpoint(ckpt).model.state_dict(), tmp_path / "published.pt")
+    export(tmp_path / "published.pt", tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.license == "other" and "records none" in card.text and "BY-NC" not in card.text
+
+
+def test_the_card_of_a_text_model_has_a_prompt(tmp_path):
+    export(captioned.checkpoint(tmp_path / "t2i.pt", tmp_path), tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.pipeline_tag == "text-to-image" and "generate_t2i.py" in card.text and "--prompts" in card.text
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
@@ -159,6 +188,18 @@ def test_a_plain_safetensors_file_is_read_as_a_published_one(ckpt, tmp_path):
     save_file(expected.state_dict(), tmp_path / "model.safetensors")
     model, _ = load_model(tmp_path / "model.safetensors", legacy_scaling=True)
     assert same_weights(model, expected)
+
+
+def test_half_precision_is_half_the_file_and_read_as_float32(ckpt, folder, tmp_path):
+    main([str(ckpt), str(tmp_path / "half"), "--half"])
+    stored = load_file(tmp_path / "half/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    expected = {name: tensor.half().float() for name, tensor in load_checkpoint(ckpt).model.state_dict().items()}
+    for model in (load_model(tmp_path / "half")[0], DeepFlow.from_pretrained(tmp_path / "half")):
+        assert tiny.differences(model.state_dict(), expected) == []
+        assert model.pos_embed.dtype == torch.float32
+    whole, half = ((path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "half"))
+    assert half < 0.51 * whole
 
 
 def test_command_line_with_the_key_layers_of_a_published_file(ckpt, tmp_path, capsys):

@@ -1,19 +1,26 @@
-"""Look-ups on the hub without network: the file that can be given instead is named, within seconds."""
+"""What comes from the hub: its cache; without network, the file that can be given instead is named, within seconds."""
 
 import threading
 import types
 
+import numpy as np
 import pytest
+import tiny
 from huggingface_hub import constants
 
 from common.errors import InputError
+from evaluations import sweep
 from evaluations.metrics.features import load_dinov2, load_features
 from evaluations.metrics.inception import Inception
-from models import hub
+from models import hub, load_model
+from models.checkpoints import find_checkpoint
 from models.codec import LatentCodec
 from models.deepflow import DeepFlow
 from models.encoders import Encoder
+from models.export import export
 from models.text import TextEncoder
+
+COMMITS = "1" * 40, "2" * 40
 
 
 class Site:
@@ -101,3 +108,79 @@ def test_what_a_library_raises_ends_in_one_line(site, error, named):
 
 def test_offline_mode_asks_nobody():
     assert not hub.answers(constants.ENDPOINT)
+
+
+@pytest.fixture
+def hub_cache(ckpt, tmp_path, monkeypatch):
+    """A hub's cache, offline, with two commits of the repository someone/tiny: raw weights, then (`main`) EMA."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo = tmp_path / "cache/models--someone--tiny"
+    for commit, weights in zip(COMMITS, ("raw", "ema"), strict=True):
+        export(ckpt, repo / "snapshots" / commit, weights)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(COMMITS[1])
+    (repo / "refs/first").write_text(COMMITS[0])
+    return repo
+
+
+def test_a_repository_is_sampled_and_the_manifest_names_its_commit(hub_cache, reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, images, manifest = tiny.run_generate("someone/tiny", "samples")
+    assert np.array_equal(images, reference[1])
+    assert manifest["ckpt"] == f"someone/tiny@{COMMITS[1]}"
+    assert manifest["weights_sha256"] == reference[2]["weights_sha256"]
+    again = tiny.run_generate(manifest["ckpt"], "again")[2]
+    assert again == manifest
+
+
+@pytest.mark.parametrize(("revision", "commit"), [("first", 0), ("main", 1), (COMMITS[0], 0)])
+def test_a_revision_is_pinned(hub_cache, ckpt, revision, commit, capsys):
+    assert find_checkpoint(f"someone/tiny@{revision}") == f"someone/tiny@{COMMITS[commit]}"
+    assert (COMMITS[commit] in capsys.readouterr().err) == (revision != COMMITS[commit])
+    weights = ("raw", "ema")[commit]
+    model, _ = load_model(f"someone/tiny@{revision}", weights)
+    assert not tiny.differences(model.state_dict(), load_model(ckpt, weights)[0].state_dict())
+
+
+def test_what_lies_here_comes_first(hub_cache, ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export(ckpt, "someone/tiny", "raw")
+    assert find_checkpoint("someone/tiny") == "someone/tiny"
+    load_model("someone/tiny", "raw")
+    assert find_checkpoint("someone/tiny@main").endswith(COMMITS[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["exps/0001000.pt", "a.safetensors", "/exps/run", "../run", "a/b/c", "run", "exps/run/"]
+)
+def test_paths_are_not_looked_up(name):
+    assert not hub.is_on_hub(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("someone/other", "not here"),
+        ("someone/tiny@second", "not here"),
+        ("someone/ti--ny", "not here"),
+        (f"someone/tiny@{COMMITS[0]}", "has no model.safetensors"),
+    ],
+)
+def test_a_repository_that_cannot_be_had_ends_in_one_line(hub_cache, name, named, tmp_path):
+    (hub_cache / "snapshots" / COMMITS[0] / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=f"--ckpt {name}.*{named}") as caught:
+        tiny.run_generate(name, tmp_path / "samples")
+    assert "\n" not in str(caught.value) and not (tmp_path / "samples").exists()
+
+
+def test_a_sweep_pins_a_repository(hub_cache, tmp_path):
+    flags = ["--ref", "digits", "--out", str(tmp_path / "out"), "--exit-branch", "1"]
+    sweeps = sweep.per_checkpoint(sweep.parse(["--ckpt", "someone/tiny", *flags])[0])
+    sweep.check(sweeps, [])
+    assert COMMITS[1] in (tmp_path / "out/sweep.json").read_text()
+
+
+def test_training_from_a_repository_names_its_own_flag(tmp_path):
+    data = tiny.data_folder(tmp_path / "data")
+    with pytest.raises(InputError, match="--pretrained someone/flow"):
+        tiny.run_train_dmf(data, tmp_path / "exps", "someone/flow")

@@ -14,8 +14,8 @@ class GridSampler:
     """Draws the same noises and labels at every call, so that grids of different steps can be compared."""
 
     def __init__(self, codec, dataset, run_dir, seed, count=16):
-        codec.fit(dataset.info.spec, "the data")
-        self.codec, self.info, self.run_dir, self.seed = codec, dataset.info, run_dir, seed
+        self.codec = codec.fit(dataset.info.spec, "the data")
+        self.info, self.run_dir, self.seed = dataset.info, run_dir, seed
         self.y, self.y_null, self.labels = dataset.conditions(count)
 
     def __call__(self, model, step):

@@ -5,7 +5,7 @@ import torch
 from common.errors import InputError, say
 from common.flags import shown
 from models import load_checkpoint
-from models.checkpoints import load_strictly
+from models.checkpoints import find_checkpoint, load_strictly
 from models.layers import sincos_2d
 from models.presets import build, constructor_defaults, kind_of
 from training.checkpoint import check_encoders
@@ -29,6 +29,7 @@ def load_source(path, config, info, name, **flags):
 
     name: the flag that gave `path`; flags: what the file may leave open, for load_checkpoint. Raises InputError.
     """
+    path = find_checkpoint(path, f"--{name}")
     checkpoint = load_checkpoint(path, config.weights, convention=config.convention, **flags)
     source = f"--{name} {path}"
     path_type = checkpoint.run.get("path_type", config.path_type)

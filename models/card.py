@@ -1,0 +1,116 @@
+"""The model card of an exported folder: README.md, headed by the YAML that the Hugging Face hub reads."""
+
+import dataclasses
+import os
+
+from huggingface_hub import ModelCardData
+
+from common.records import Whole, check_record
+from models.specs import TRAINING, LatentSpec
+
+CARD = """---
+{header}
+---
+# {name}
+
+A {kind}, made with DeepFlow, a PyTorch reproduction of
+[Deeply Supervised Flow-Based Generative Models](https://arxiv.org/abs/2503.14494).
+
+{facts}
+
+## Training data
+
+{data}. The checkpoint does not say what they show or where they come from: add it here.
+
+## Training settings
+
+{settings}
+
+## Sampling
+
+In a checkout of the DeepFlow repository, after `pip install -r requirements.txt` (`USER/{name}` is the name on the hub;
+a local folder will do as well):
+
+```bash
+python {program} --ckpt USER/{name}{weights} {condition} --grid 2x4 --out grid.png
+```
+{pipeline}
+## Licence
+
+{licence} The licences of the training data and of the VAE hold as well.
+"""
+OURS = """DeepFlow's code is under [CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), and so are these
+weights, unless their author says otherwise here."""
+PUBLISHED = "These weights were published by others: add their licence here, and at the top of this file."
+PIPELINE = """
+With diffusers, where that repository is installed, as `pipeline.py` runs its code; a seed gives the same images:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("USER/{name}", trust_remote_code=True)
+images = pipe({condition}, generator=torch.manual_seed(0)).images
+```
+"""
+WORDS = {  # by kind of model: what it is, the hub's task, generate's program and condition, the pipeline's condition
+    "flow": ("class-conditional flow model", "unconditional-image-generation", "generate.py", "--classes 0"),
+    "flow map": ("flow map for few-step sampling", "unconditional-image-generation", "generate.py", "--classes 0"),
+    "text": ("text-to-image flow model", "text-to-image", "generate_t2i.py", '--prompts "a red bus"'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData(LatentSpec):
+    """What a card says of a checkpoint's data."""
+
+    count: Whole | None = None
+    class_names: list[str] | None = None
+
+
+def model_card(checkpoint, path, name, weights, has_pipeline=False):
+    """README.md of an exported folder `name`. Raises InputError naming the `path` of the checkpoint."""
+    data = check_record(TrainingData, checkpoint.data, f"{path}, data", "choose another file")
+    kind, task, program, condition = WORDS[checkpoint.model.kind]
+    call = 'prompt=["a red bus"] * 8' if program == "generate_t2i.py" else "class_labels=[0] * 8"
+    library = "diffusers" if has_pipeline else "deepflow"
+    licence, words = ("cc-by-nc-4.0", OURS) if checkpoint.run.get("model") else ("other", PUBLISHED)
+    tags = ["deepflow", "flow-matching"]
+    header = ModelCardData(license=licence, library_name=library, pipeline_tag=task, tags=tags)
+    settings = {key: checkpoint.run[key] for key in TRAINING if checkpoint.run.get(key) is not None}
+    return CARD.format(
+        header=header.to_yaml(),
+        name=name,
+        kind=kind,
+        facts=table(facts(checkpoint, data, weights)),
+        data=f"{data.count:,} images" if data.count else "Images whose number the checkpoint does not say",
+        settings=table(settings) if settings else "The checkpoint records none.",
+        program=program,
+        weights=" --weights raw" * (weights == "raw"),
+        condition=condition,
+        pipeline=PIPELINE.format(name=name, condition=call) if has_pipeline else "",
+        licence=words,
+    )
+
+
+def facts(checkpoint, data, weights):
+    """{fact: text} about a model."""
+    options, model = checkpoint.options, checkpoint.model
+    side = options["input_size"] * data.factor
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    sizes = f"{options['depth']} blocks of width {options['hidden_size']}, branches: {model.num_branches}"
+    found = {
+        "model": f"{checkpoint.run.get('model') or 'published file'}: {sizes}, {millions:.1f} M parameters",
+        "weights": f"{'EMA' if weights == 'ema' else weights}, step {checkpoint.steps}",
+        "images": f"{side} × {side} pixels",
+        "VAE": data.family if os.path.isabs(data.vae) else data.vae,
+    }
+    if model.kind != "text":
+        names = ", ".join((data.class_names or [])[:20])
+        found["classes"] = f"{options['num_classes']}{names and f': {names}'}{' …' * (options['num_classes'] > 20)}"
+    return found
+
+
+def table(rows):
+    """Markdown of {name: value}."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

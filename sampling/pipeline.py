@@ -1,0 +1,77 @@
+"""A DeepFlow model as a pipeline of diffusers: what the folders of `python -m models.export --diffusers` load.
+
+pipe = DiffusionPipeline.from_pretrained("deepflow-xl", trust_remote_code=True)
+images = pipe(class_labels=[207, 360], generator=torch.manual_seed(0)).images
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from PIL import Image
+
+from common.errors import InputError
+from common.records import check_record, read_record
+from models import load_model
+from models.codec import LatentCodec
+from models.hub import CONFIG_FILE
+from models.specs import LatentSpec
+from sampling import sample
+
+OUTPUTS = ("pil", "np", "latent")
+
+
+class DeepFlowTransformer(ModelMixin):
+    """The network of an exported folder, as a component; diffusers looks for it in the folder's `transformer`."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    @classmethod
+    def from_pretrained(cls, folder, torch_dtype=None, **_):
+        """As load_model of the folder that holds `folder`. Raises InputError."""
+        parent = Path(folder).parent
+        config = read_record(dict, parent / CONFIG_FILE, "export the model again")
+        network, _ = load_model(parent, config.get("weights", "ema"))
+        return cls(network.to(torch_dtype or torch.float32))
+
+    def save_pretrained(self, folder, **_):
+        """Raises InputError: the network alone would lack the pipeline's other files."""
+        raise InputError(f"{folder} is not written: copy the folder that the pipeline was loaded from")
+
+
+class DeepFlowPipeline(DiffusionPipeline):
+    """Images of classes, or of prompts with a text-to-image model, as generate*.py make them."""
+
+    def __init__(self, transformer, vae):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+
+    def __call__(
+        self,
+        class_labels=None,
+        prompt=None,
+        num_inference_steps=None,
+        guidance_scale=None,
+        generator=None,
+        output_type="pil",
+        return_dict=True,
+        **settings,
+    ):
+        """ImagePipelineOutput of an image per class or prompt: "pil", "np" (N, R, R, 3) in [0, 1], or "latent".
+
+        generator: its initial seed is what --seed is to generate.py, 0 by default. settings: further ones of
+        `sampling.sample`, such as mode="ode". Raises InputError.
+        """
+        if output_type not in OUTPUTS:
+            raise InputError(f"output_type {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
+        given = {"steps": num_inference_steps, "cfg_scale": guidance_scale, **settings}
+        seed = generator.initial_seed() if generator else 0
+        network = self.transformer.network
+        images = sample(network, class_labels, prompts=prompt, seed=seed, decode=False, **given)
+        if output_type != "latent":
+            spec = check_record(LatentSpec, network.about["data"], "the model's data", "export it again")
+            images = LatentCodec(self.vae, spec).decode(torch.from_numpy(images)).cpu().numpy()
+            images = images.astype("float32") / 255 if output_type == "np" else [*map(Image.fromarray, images)]
+        return ImagePipelineOutput(images) if return_dict else (images,)
