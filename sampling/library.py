@@ -70,7 +70,7 @@ def condition_of(kind, classes, prompts, checkpoint, settings):
     if kind == "text":
         wanted, unwanted, given = "prompts", classes, prompts
     if given is None or unwanted is not None:
-        raise InputError(f"{checkpoint.path} is sampled with {wanted}; pass {wanted}=[…] and no other")
+        raise InputError(f"{checkpoint.path} is sampled with {wanted}; pass {wanted}=[…] alone")
     if not (words := texts(given)):
         raise InputError(f"{wanted} is empty; pass at least one")
     line = flags_of({"ckpt": checkpoint.path, "dtype": dtype_of(checkpoint.model), **settings})
@@ -79,7 +79,8 @@ def condition_of(kind, classes, prompts, checkpoint, settings):
         config = parse_flags(TextGenerateConfig, [*line, "--prompts="]).resolve(source)
         return config, functools.partial(Prompts, source=source, load=load_encoder)
     config = parse_flags(GenerateConfig, line).resolve()
-    return dataclasses.replace(config, classes=",".join(words), num_fid_samples=len(words)), ClassLabels
+    joined = ",".join(words)  # a text may name several, as on the command line
+    return dataclasses.replace(config, classes=joined, num_fid_samples=joined.count(",") + 1), ClassLabels
 
 
 def texts(values):

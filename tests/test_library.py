@@ -66,6 +66,7 @@ def test_forms_of_a_model_and_of_classes(files):
     one = sample(loaded[0], classes=2, steps=1)
     assert one.shape == (1, 16, 16, 3) and np.array_equal(sample(loaded, classes=torch.tensor([2]), steps=1), one)
     many = sample(loaded[0], classes=np.array([2, 1]), steps=1)
+    assert np.array_equal(sample(loaded[0], classes="2,1", steps=1), many)
     assert np.abs(many[:1].astype(int) - one).max() <= 1  # another batch
     small = load_model(SMALL)[0]
     assert np.array_equal(sample(small, classes=["7", "0"], steps=1), sample(small, classes=[7, 0], steps=1))
