@@ -141,14 +141,12 @@ def test_a_vae_that_states_statistics_of_its_channels(folder, tmp_path):
 
 def test_the_scale_per_channel_of_data_replaces_that_of_their_vae_alone(codec):
     data = dataclasses.replace(codec.spec, scale=(1.0, 2.0, 3.0), shift=(0.0, 0.0, 1.0))
-    other = LatentCodec(codec.vae, codec.spec)
-    other.fit(data, "the data")
-    assert other.spec == data
+    assert codec.fit(data, "the data").spec == data
     for unlike in ({"encoder_sha256": "1" * 64}, {"channels": 4, "scale": (1.0,) * 4, "shift": 0.0}):
         with pytest.raises(InputError, match=r"the data has .*--vae has"):
-            LatentCodec(codec.vae, codec.spec).fit(dataclasses.replace(data, **unlike), "the data")
+            codec.fit(dataclasses.replace(data, **unlike), "the data")
     with pytest.raises(InputError, match=r"the data has scale 0.25 .*--vae has scale 0.5"):
-        LatentCodec(codec.vae, codec.spec).fit(dataclasses.replace(data, scale=0.25), "the data")
+        codec.fit(dataclasses.replace(data, scale=0.25), "the data")
 
 
 def test_decode_takes_the_samplers_float64(codec):
