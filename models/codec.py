@@ -4,27 +4,12 @@ Letters: N batch, C latent channels, h = w latent size, f downsampling factor of
 "Moments" are mean and std of the VAE posterior, concatenated on the channel axis: (N, 2C, h, w).
 """
 
-import dataclasses
-
 import torch
 
 from common.errors import InputError
-from common.records import Count, Finite, Positive, check_record
 from models.hub import fetching
-from models.identity import check_complete, content_sha256, variant_of
-from models.specs import DEFAULT_VAE, SHORT_NAMES, LatentSpec, resolve_vae, vae_family
-
-
-@dataclasses.dataclass
-class VaeConfig:
-    """The entries of a diffusers `AutoencoderKL`'s config.json that are used."""
-
-    scaling_factor: Positive
-    latent_channels: Count
-    block_out_channels: list[Count]
-    shift_factor: Finite | None = None
-    latents_mean: None = None  # per-channel statistics, which would replace the scale
-    latents_std: None = None
+from models.identity import check_complete, parameters_of, variant_of
+from models.specs import DEFAULT_VAE, resolve_vae, vae_spec
 
 
 def to_uint8(images):
@@ -44,24 +29,12 @@ class LatentCodec:
         """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
         from diffusers import AutoencoderKL  # takes seconds, and training without grids never needs it
 
-        name, place = SHORT_NAMES.get(str(name), str(name)), resolve_vae(name)
+        place = resolve_vae(name)
         with fetching(f"the VAE '{name}'", place, "pass --vae with a folder that holds a diffusers AutoencoderKL"):
             options = {"torch_dtype": torch.float32, "variant": variant_of(place), "output_loading_info": True}
             vae, loading_info = AutoencoderKL.from_pretrained(place, **options)
             check_complete(loading_info, f"the VAE '{name}'")
-        remedy = "name a VAE with a scaling_factor above 0, and without latents_mean and latents_std"
-        config = check_record(VaeConfig, dict(vae.config), f"--vae {name}: config.json", remedy)
-        facts = {key: vae.config[key] for key in ("act_fn", "norm_num_groups")}
-        spec = LatentSpec(
-            vae=name,
-            family=vae_family(name),
-            scale=config.scaling_factor,
-            shift=config.shift_factor or 0.0,
-            channels=config.latent_channels,
-            factor=2 ** (len(config.block_out_channels) - 1),
-            encoder_sha256=content_sha256(vae, ("encoder.", "quant_conv."), facts),
-            decoder_sha256=content_sha256(vae, ("decoder.", "post_quant_conv."), facts),
-        )
+        spec = vae_spec(name, dict(vae.config), parameters_of(vae))
         for part in vae.children():  # diffusers warns if the whole model is given a dtype
             part.to(device, dtype)
         if dtype != torch.float32:  # the layout of fast GPU convolutions; float32 keeps its rounding

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field
 
 from common.flags import ROOT
-from common.records import Count, Finite, Positive
-from models.identity import Identity
+from common.records import Count, Finite, Positive, check_record, read_record
+from models.identity import Identity, content_sha256
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -67,6 +67,54 @@ class LatentSpec(Identity):
         """The network's latents (mean + std·ε − shift)·scale, (N, C, h, w): moments (N, 2C, h, w), ε (N, C, h, w)."""
         mean, std = moments.chunk(2, dim=1)
         return (mean + std * noise - self.shift) * self.scale
+
+
+@dataclasses.dataclass
+class VaeConfig:
+    """The entries of a diffusers `AutoencoderKL`'s config.json that are used."""
+
+    scaling_factor: Positive
+    latent_channels: Count
+    block_out_channels: list[Count]
+    act_fn: str
+    norm_num_groups: Count
+    shift_factor: Finite | None = None
+    latents_mean: None = None  # per-channel statistics, which would replace the scale
+    latents_std: None = None
+
+
+def vae_spec(name, config, weights):
+    """LatentSpec of a VAE: its config.json as a dict, and its weights {name: tensor or array}. Raises InputError."""
+    remedy = "name a VAE with a scaling_factor above 0, and without latents_mean and latents_std"
+    config = check_record(VaeConfig, config, f"--vae {name}: config.json", remedy)
+    facts = {"act_fn": config.act_fn, "norm_num_groups": config.norm_num_groups}
+    name = SHORT_NAMES.get(str(name), str(name))
+    return LatentSpec(
+        vae=name,
+        family=vae_family(name),
+        scale=config.scaling_factor,
+        shift=config.shift_factor or 0.0,
+        channels=config.latent_channels,
+        factor=2 ** (len(config.block_out_channels) - 1),
+        encoder_sha256=content_sha256(weights, ("encoder.", "quant_conv."), facts),
+        decoder_sha256=content_sha256(weights, ("decoder.", "post_quant_conv."), facts),
+    )
+
+
+def recognise_vae(name, spec):
+    """LatentSpec of the VAE in a folder if its files hold the one of `spec`, None if only loading it can tell.
+
+    Takes no import of torch or diffusers. Other files, older names of weights and defaults in config.json give None.
+    """
+    from safetensors.numpy import load_file
+
+    folder = Path(resolve_vae(name))
+    try:
+        config = read_record(dict, folder / "config.json", "copy it again")
+        found = vae_spec(name, config, load_file(folder / "diffusion_pytorch_model.safetensors"))
+    except Exception:  # whatever it is, loading meets it again and says so
+        return None
+    return found if dataclasses.replace(found, vae=spec.vae, family=spec.family) == spec else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from models import PRESETS, load_checkpoint
 from models.codec import LatentCodec
 from models.compiling import compile_blocks
 from models.paths import PATHS
-from models.specs import LatentSpec
+from models.specs import LatentSpec, recognise_vae
 from samplers import BranchVelocity, GuidedVelocity, integrate, sample_noise
 
 
@@ -36,17 +36,24 @@ class ImageSampler:
         self.times = config.sampler.times(config.num_steps, config.shift)
         self.ends = model.ends if config.branch_settings() else None  # None: only the last branch is used
         self.cost, self.draws = self.try_out()
-        self.codec = None
         if config.decode:
-            self.codec = LatentCodec.load(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
-            self.spec.check_same(self.codec.spec, config.ckpt, "--vae")
-            self.spec = self.codec.spec
+            spec = recognise_vae(config.vae or self.spec.vae, self.spec) or self.codec.spec
+            self.spec.check_same(spec, config.ckpt, "--vae")
+            self.spec = spec
         self.weights_sha256 = self.checkpoint.weights_sha256()  # of the file's, before they are rounded to --dtype
         model.to(device, DTYPES[config.dtype])
         if config.compile:
             compile_blocks(model)
         velocity = model.velocities if self.ends else model.velocity
         self.network = model.average_velocity if config.sampler.is_map else velocity
+
+    @functools.cached_property
+    def codec(self):
+        """The LatentCodec; None with --no-decode. Loaded when images are made, which takes seconds."""
+        config = self.config
+        if not config.decode:
+            return None
+        return LatentCodec.load(config.vae or self.spec.vae, self.device, DTYPES[config.vae_dtype])
 
     def latents(self, indices, noise):
         """Latents (N, C, h, w), float32, of the images `indices`; noise: iterator of their draws, on the device."""
