@@ -31,8 +31,9 @@ from common.flags import ROOT
 from common.precision import DTYPES
 from common.versions import versions as package_versions
 from models import create_model, model_config
-from models.codec import LatentCodec, LatentSpec
+from models.codec import LatentCodec
 from models.compiling import compile_blocks
+from models.specs import LatentSpec
 from training.logs import parse_line
 
 # What one H200 is expected to do, compiled bf16; see docs/benchmarks.md.

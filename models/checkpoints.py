@@ -23,6 +23,7 @@ from common.flags import shown
 from common.records import Whole, check_record, read_record
 from models.deepflow import DeepFlow
 from models.hub import CONFIG_FILE, VAE_FOLDER, WEIGHTS_FILE, download, is_on_hub, pin
+from models.layers import DrawsNothing
 from models.paths import PATHS
 from models.presets import build, constructor_defaults, kind_of, parse_df_idxs
 from models.published import from_published
@@ -184,7 +185,7 @@ def load_checkpoint(path, weights="ema", **overrides):
             run = {"path_type": path_type} if path_type else {}
         options = check_overrides(options, overrides, path)
         check_counts(options, state, path)
-        with torch.device("meta"):  # spends no time on initial weights
+        with torch.device("meta"), DrawsNothing():  # spends no time on initial weights
             model = build(options)
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None

@@ -4,40 +4,12 @@ Letters: N batch, C latent channels, h = w latent size, f downsampling factor of
 "Moments" are mean and std of the VAE posterior, concatenated on the channel axis: (N, 2C, h, w).
 """
 
-import dataclasses
-
 import torch
 
 from common.errors import InputError
-from common.records import Count, Finite, Positive, check_record
 from models.hub import fetching
-from models.identity import check_complete, content_sha256, variant_of
-from models.specs import DEFAULT_VAE, SHORT_NAMES, LatentSpec, resolve_vae, vae_family
-
-REMEDY = "name a VAE with a scaling_factor above 0, and with both or none of latents_mean and latents_std"
-
-
-@dataclasses.dataclass
-class VaeConfig:
-    """The entries of a diffusers `AutoencoderKL`'s config.json that are used."""
-
-    scaling_factor: Positive
-    latent_channels: Count
-    block_out_channels: list[Count]
-    shift_factor: Finite | None = None
-    latents_mean: tuple[Finite, ...] | None = None  # of each channel; scaling_factor multiplies what they normalize
-    latents_std: tuple[Positive, ...] | None = None
-
-    def normalization(self, name):
-        """Scale and shift of a LatentSpec. Raises InputError for statistics of other channels."""
-        statistics = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
-        given = {key: value for key, value in statistics.items() if value is not None}
-        if not given:
-            return self.scaling_factor, self.shift_factor or 0.0
-        if [len(value) for value in given.values()] != [self.latent_channels] * 2:
-            fault = f"'{next(iter(given))}' and its counterpart must have {self.latent_channels} numbers each"
-            raise InputError(f"--vae {name}: config.json: {fault}; {REMEDY}")
-        return tuple(self.scaling_factor / std for std in self.latents_std), self.latents_mean
+from models.identity import check_complete, parameters_of, variant_of
+from models.specs import DEFAULT_VAE, resolve_vae, vae_spec
 
 
 def to_uint8(images):
@@ -57,24 +29,12 @@ class LatentCodec:
         """Load a diffusers `AutoencoderKL` by name or folder. Raises InputError if that fails."""
         from diffusers import AutoencoderKL  # takes seconds, and training without grids never needs it
 
-        name, place = SHORT_NAMES.get(str(name), str(name)), resolve_vae(name)
+        place = resolve_vae(name)
         with fetching(f"the VAE '{name}'", place, "pass --vae with a folder that holds a diffusers AutoencoderKL"):
             options = {"torch_dtype": torch.float32, "variant": variant_of(place), "output_loading_info": True}
             vae, loading_info = AutoencoderKL.from_pretrained(place, **options)
             check_complete(loading_info, f"the VAE '{name}'")
-        config = check_record(VaeConfig, dict(vae.config), f"--vae {name}: config.json", REMEDY)
-        scale, shift = config.normalization(name)
-        facts = {key: vae.config[key] for key in ("act_fn", "norm_num_groups")}
-        spec = LatentSpec(
-            vae=name,
-            family=vae_family(name),
-            scale=scale,
-            shift=shift,
-            channels=config.latent_channels,
-            factor=2 ** (len(config.block_out_channels) - 1),
-            encoder_sha256=content_sha256(vae, ("encoder.", "quant_conv."), facts),
-            decoder_sha256=content_sha256(vae, ("decoder.", "post_quant_conv."), facts),
-        )
+        spec = vae_spec(name, dict(vae.config), parameters_of(vae))
         for part in vae.children():  # diffusers warns if the whole model is given a dtype
             part.to(device, dtype)
         if dtype != torch.float32:  # the layout of fast GPU convolutions; float32 keeps its rounding

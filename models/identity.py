@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from common.errors import InputError
 
 
@@ -51,14 +53,20 @@ def check_complete(loading_info, what):
         raise InputError(f"{what} lacks {len(missing)} weights, {missing[0]} for one; copy or download it again")
 
 
-def content_sha256(network, prefixes, facts):
-    """Hex sha256 of a network's parameters whose names begin with one of `prefixes`, and of JSON-like `facts`.
+def parameters_of(network):
+    """{name: tensor on the CPU} of a network, for content_sha256."""
+    return {name: parameter.detach().cpu() for name, parameter in network.named_parameters()}
 
-    Parameters are hashed as float16, so that full- and half-precision files give the same hash.
+
+def content_sha256(weights, prefixes, facts):
+    """Hex sha256 of weights {name: tensor or array} whose names begin with one of `prefixes`, and JSON-like `facts`.
+
+    They are hashed as float16, so that full- and half-precision files give the same hash.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, parameter in sorted(network.named_parameters()):
+    for name in sorted(weights):
         if name.startswith(prefixes):
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().half().flatten().cpu().numpy())
+            digest.update(f"{name} {tuple(weights[name].shape)}".encode())
+            with np.errstate(over="ignore"):
+                digest.update(np.ascontiguousarray(weights[name], np.float16))
     return digest.hexdigest()

@@ -9,11 +9,21 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
 from models.attention import attention, differentiating
 
 LN_EPS = 1e-6
+
+
+class DrawsNothing(TorchFunctionMode):
+    """A context for networks on the meta device, which have no values: to draw none, torch imports its compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.init.normal_:
+            return (*args, *kwargs.values())[0]
+        return func(*args, **(kwargs or {}))
 
 
 def modulate(h, shift, scale):
@@ -27,10 +37,12 @@ def sincos_2d(width, grid):
     [sin(p·ω), cos(p·ω)], ω_j = 10000^(−4j/width), of the column p in the first half of the channels, of the row in the
     second.
     """
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    with torch.device("cpu"):  # on the meta device, arange imports torch's compiler, which takes seconds
+        omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+        row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
     x, y = (position.flatten()[:, None] * omega for position in (column, row))  # (T, width/4) each
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float().unsqueeze(0)
+    embedding = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float().unsqueeze(0)
+    return embedding.to(torch.empty(0).device)
 
 
 class PatchEmbed(nn.Module):

@@ -8,12 +8,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from common.errors import InputError
 from common.flags import ROOT
-from common.records import Count, Finite, Positive
-from models.identity import Identity
+from common.records import Count, Finite, Positive, check_record, read_record
+from models.identity import Identity, content_sha256
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+VAE_REMEDY = "name a VAE with a scaling_factor above 0, and with both or none of latents_mean and latents_std"
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
 # What of a run's configuration bears on its numbers, beside the model; exported folders and samples' manifests keep it.
 TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
@@ -101,6 +103,65 @@ def _on_device(values, dtype, device):
     import torch  # flags are declared without
 
     return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+@dataclasses.dataclass
+class VaeConfig:
+    """The entries of a diffusers `AutoencoderKL`'s config.json that are used."""
+
+    scaling_factor: Positive
+    latent_channels: Count
+    block_out_channels: list[Count]
+    act_fn: str
+    norm_num_groups: Count
+    shift_factor: Finite | None = None
+    latents_mean: tuple[Finite, ...] | None = None  # of each channel; scaling_factor multiplies what they normalize
+    latents_std: tuple[Positive, ...] | None = None
+
+    def normalization(self, name):
+        """Scale and shift of a LatentSpec. Raises InputError for statistics of other channels."""
+        statistics = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+        given = {key: value for key, value in statistics.items() if value is not None}
+        if not given:
+            return self.scaling_factor, self.shift_factor or 0.0
+        if [len(value) for value in given.values()] != [self.latent_channels] * 2:
+            fault = f"'{next(iter(given))}' and its counterpart must have {self.latent_channels} numbers each"
+            raise InputError(f"--vae {name}: config.json: {fault}; {VAE_REMEDY}")
+        return tuple(self.scaling_factor / std for std in self.latents_std), self.latents_mean
+
+
+def vae_spec(name, config, weights):
+    """LatentSpec of a VAE: its config.json as a dict, and its weights {name: tensor or array}. Raises InputError."""
+    config = check_record(VaeConfig, config, f"--vae {name}: config.json", VAE_REMEDY)
+    scale, shift = config.normalization(name)
+    facts = {"act_fn": config.act_fn, "norm_num_groups": config.norm_num_groups}
+    name = SHORT_NAMES.get(str(name), str(name))
+    return LatentSpec(
+        vae=name,
+        family=vae_family(name),
+        scale=scale,
+        shift=shift,
+        channels=config.latent_channels,
+        factor=2 ** (len(config.block_out_channels) - 1),
+        encoder_sha256=content_sha256(weights, ("encoder.", "quant_conv."), facts),
+        decoder_sha256=content_sha256(weights, ("decoder.", "post_quant_conv."), facts),
+    )
+
+
+def recognise_vae(name, spec):
+    """LatentSpec of the VAE in a folder if its files hold the one of `spec`, None if only loading it can tell.
+
+    Takes no import of torch or diffusers. Other files, older names of weights and defaults in config.json give None.
+    """
+    from safetensors.numpy import load_file
+
+    folder = Path(resolve_vae(name))
+    try:
+        config = read_record(dict, folder / "config.json", "copy it again")
+        found = vae_spec(name, config, load_file(folder / "diffusion_pytorch_model.safetensors"))
+    except Exception:  # whatever it is, loading meets it again and says so
+        return None
+    return found if dataclasses.replace(found.scaled_as(spec), vae=spec.vae, family=spec.family) == spec else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from common.errors import InputError, note
 from models.hub import fetching
-from models.identity import check_complete, content_sha256, variant_of
+from models.identity import check_complete, content_sha256, parameters_of, variant_of
 from models.specs import DEFAULT_TEXT_ENCODER, TextSpec, encoder_family
 
 
@@ -77,7 +77,7 @@ class TextEncoder:
         self.tokens = Tokens(tokenizer, config.max_position_embeddings)
         facts = {key: getattr(config, key) for key in ("hidden_act", "layer_norm_eps", "num_attention_heads")}
         network = getattr(self.model, "text_model", self.model)  # transformers 4 nests all weights in it
-        sha256 = content_sha256(network, "", {**facts, **self.tokens.facts()})
+        sha256 = content_sha256(parameters_of(network), "", {**facts, **self.tokens.facts()})
         self.spec = TextSpec(str(name), encoder_family(name), self.tokens.length, config.hidden_size, sha256)
 
     @torch.no_grad()

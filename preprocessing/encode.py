@@ -1,19 +1,18 @@
 """encode, mirror, features: images of one size → one row per image (VAE moments, or features of an encoder)."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
 
+import models  # its modules are imported on first use: a set that is complete needs no torch
 from common.errors import InputError, note
-from common.precision import DTYPES
-from common.processes import Processes
 from common.records import Count, read_record
-from latents.manifest import LABELS_JSON, NAMES
+from latents.manifest import LABELS_JSON, NAMES, DataManifest
 from latents.names import label_json, pack_names
-from models.codec import LatentCodec, resolve_vae
-from models.encoders import ENCODERS, STRIDE, Encoder, parse_enc_ckpt, parse_enc_type, weights_id
-from preprocessing.fill import ImageRows, fill, ticket
+from models.specs import recognise_vae, resolve_vae
+from preprocessing.fill import ImageRows, begin, fill, ticket
 from preprocessing.jobs import Job, to_npy
 from preprocessing.packed import ShardWriter
 
@@ -72,25 +71,48 @@ def warn_of_other_images(options, rows):
 def encode(options):
     """Encode images to VAE moments (mean and std, neither sampled nor scaled) in either layout."""
     rows = ImageRows(options)
+    if is_complete(options, rows):
+        return
+    from common.precision import DTYPES
+    from common.processes import Processes
+
     with Processes.join(options.device) as processes:
-        codec = LatentCodec.load(options.vae, processes.device, DTYPES[options.dtype])
+        codec = models.codec.LatentCodec.load(options.vae, processes.device, DTYPES[options.dtype])
         warn_of_other_images(options, rows)
         spec = codec.spec
         side, rest = divmod(rows.side, spec.factor)
         if rest:
             raise InputError(f"--source {options.source}: {rows.side} pixels are no multiple of --vae's {spec.factor}")
-        shape = (2 * spec.channels, side, side)
-        what = {"kind": "moments", "latents": dataclasses.asdict(spec), "flipped": options.mirror}
-        what["arithmetic"] = options.dtype
-        asked = {**what, "normalize": options.normalize}
-        layout = {"layout": "packed", **options.stored()} if options.packed else {"layout": "folder"}
-        job = Job(options.dest, ticket("encode", rows, options, {**asked, **layout}), rows.made_from)
+        shape, what = (2 * spec.channels, side, side), made_with(spec, options)
+        job = moments_job(rows, what, options)
         writer = ShardWriter(job, shape, options) if options.packed else FolderWriter(job)
         fill(writer, rows, codec.encode, processes, {**what, "moments_shape": shape}, "diffusers")
 
 
+def is_complete(options, rows):
+    """True, and says so, where one process finds the moments of these images, VAE and flags; else `fill` decides."""
+    manifest = DataManifest.read(options.dest) if os.environ.get("WORLD_SIZE", "1") == "1" else None
+    spec = manifest and manifest.latents and recognise_vae(options.vae, manifest.latents)
+    return bool(spec) and not begin(moments_job(rows, made_with(spec, options), options))
+
+
+def made_with(spec, options):
+    """Entries of the manifest: how the moments of a VAE are computed."""
+    what = {"kind": "moments", "latents": dataclasses.asdict(spec), "flipped": options.mirror}
+    return {**what, "arithmetic": options.dtype}
+
+
+def moments_job(rows, what, options):
+    layout = {"layout": "packed", **options.stored()} if options.packed else {"layout": "folder"}
+    asked = {**what, "normalize": options.normalize, **layout}
+    return Job(options.dest, ticket("encode", rows, options, asked), rows.made_from)
+
+
 def write_features(options):
     """Write patch features of an alignment encoder as a packed set: one row (T, Z) per image."""
+    from common.processes import Processes
+    from models.encoders import ENCODERS, STRIDE, Encoder, parse_enc_ckpt, parse_enc_type, weights_id
+
     names = parse_enc_type(options.enc_type)
     if len(names) != 1:
         raise InputError(f"--enc-type {options.enc_type}: a set holds the features of one encoder; run it for each")

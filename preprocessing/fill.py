@@ -6,7 +6,6 @@ Batches are fixed by index and dealt to the processes in turn, so what is writte
 import itertools
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common.errors import InputError, note
@@ -38,6 +37,8 @@ class ImageRows:
 
     def read(self, batches):
         """For each batch of positions: (images, {position: reason} of those left out); the next is read meanwhile."""
+        import torch  # a set that is complete needs none
+
         ahead = max(self.options.batch_size, self.options.workers)
         results = ordered_map(self._read, itertools.chain.from_iterable(batches), ahead, self.options.workers)
         for batch in batches:
@@ -62,14 +63,20 @@ def ticket(command, rows, options, what):
     return {"command": command, "source": rows.fingerprint, "batch_size": options.batch_size, **what}
 
 
+def begin(job):
+    """As Job.begin, and says so if everything is there."""
+    if not (is_open := job.begin()):
+        note(f"{job.dest} is complete: nothing to do")
+    return is_open
+
+
 def fill(writer, rows, function, processes, manifest, package, files=None):
     """Run this process's share of the batches of `rows` through function: a batch → (B, …), into the set of `writer`.
 
     manifest: what was computed; package: its version is recorded; files: {name: bytes}, additional files.
     """
     job, total = writer.job, len(rows.names)
-    if not processes.share("begun", processes.is_main and job.begin()):
-        note(f"{job.dest} is complete: nothing to do")
+    if not processes.share("begun", processes.is_main and begin(job)):
         return
     batches = batches_of(total, job.ticket["batch_size"])
     todo, done = job.unfinished(batches)

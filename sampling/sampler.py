@@ -15,7 +15,7 @@ from models import PRESETS, load_checkpoint
 from models.codec import LatentCodec
 from models.compiling import compile_blocks
 from models.paths import PATHS
-from models.specs import LatentSpec
+from models.specs import LatentSpec, recognise_vae
 from samplers import BranchVelocity, GuidedVelocity, integrate, sample_noise
 
 
@@ -27,7 +27,7 @@ class ImageSampler:
     """
 
     def __init__(self, config, make_condition, device, checkpoint=None, load_codec=LatentCodec.load):
-        self.device = device
+        self.device, self.load_codec = device, load_codec
         self.checkpoint, self.path, self.spec = open_checkpoint(config, checkpoint)
         model = self.checkpoint.model
         self.config = config = config.for_model(model.kind, model.num_branches)
@@ -37,11 +37,9 @@ class ImageSampler:
         self.times = config.sampler.times(config.num_steps, config.shift)
         self.ends = model.ends if config.branch_settings() else None  # None: only the last branch is used
         self.cost, self.draws = self.try_out()
-        self.codec = None
         if config.decode:
-            self.codec = load_codec(config.vae or self.spec.vae, device, DTYPES[config.vae_dtype])
-            self.codec = self.codec.fit(self.spec, config.ckpt)
-            self.spec = self.codec.spec
+            found = recognise_vae(config.vae or self.spec.vae, self.spec)
+            self.spec = found.scaled_as(self.spec) if found else self.codec.spec
         # of the file's, before they are rounded to --dtype
         self.weights_sha256 = None if checkpoint else self.checkpoint.weights_sha256()
         model.to(device, DTYPES[config.dtype])
@@ -49,6 +47,15 @@ class ImageSampler:
             compile_blocks(model)
         velocity = model.velocities if self.ends else model.velocity
         self.network = model.average_velocity if config.sampler.is_map else velocity
+
+    @functools.cached_property
+    def codec(self):
+        """The LatentCodec; None with --no-decode. Loaded when images are made, which takes seconds."""
+        config = self.config
+        if not config.decode:
+            return None
+        codec = self.load_codec(config.vae or self.spec.vae, self.device, DTYPES[config.vae_dtype])
+        return codec.fit(self.spec, config.ckpt)
 
     def latents(self, indices, noise):
         """Latents (N, C, h, w), float32, of the images `indices`; noise: iterator of their draws, on the device."""

@@ -1,5 +1,5 @@
 # Sourced by the recipes, which name only what differs from the programs' defaults (--help, or --dry-run, shows them).
-# Environment: NUM_GPUS         processes on this machine (8); one process is started by torchrun as well
+# Environment: NUM_GPUS         processes on this machine (8); one is started by torchrun (common/launch.py) as well
 #              OUTPUT_DIR       parent folder of the runs (exps)
 #              EXP_NAME         name of the run; default: made of the model and what differs from the method
 #              DATA_DIR         training data, where it is not the program's default
@@ -12,12 +12,13 @@ OUTPUT_DIR=${OUTPUT_DIR:-exps}
 export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning} # from libraries, during import
 
 fail() { echo "error: $*" >&2; exit 2; }
-launch() { torchrun --standalone --nproc-per-node "$NUM_GPUS" "$@"; }
+launch() { python -m common.launch --standalone --nproc-per-node "$NUM_GPUS" "$@"; }
 
 train() { # PROGRAM [flags]
     # These signals reach every process, which saves and stops; a large checkpoint takes its time. See docs/cluster.md.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-    exec torchrun --standalone --nproc-per-node "$NUM_GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    exec python -m common.launch --standalone --nproc-per-node "$NUM_GPUS" \
+        --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         "$1" --compile ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "$OUTPUT_DIR" --resume auto \
         ${DATA_DIR:+--data-dir "$DATA_DIR"} ${MIXED_PRECISION:+--mixed-precision "$MIXED_PRECISION"} "${@:2}"
 }

@@ -13,13 +13,20 @@ PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer 
 
 step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
 
-train() { sample "$@" || other_settings $?; } # PROGRAM [flags]
+launch() { python -m common.launch --standalone --nproc-per-node "$PROCESSES" "$@"; } # PROGRAM [flags]
+# Two processes take longer to start: where the result is there already, one will find it finished, or refuse to go on.
+CKPT= # of the run that is trained, at its last step
+train() { # PROGRAM [flags]
+    if [ -e "$CKPT" ]; then python "$@"; else launch "$@"; fi || other_settings $?
+}
 other_settings() { # EXIT CODE
     echo "$0: other settings need another folder: WORK=OTHER bash $0" >&2
     exit "$1"
 }
 
-sample() { torchrun --standalone --nproc-per-node "$PROCESSES" "$@"; } # PROGRAM [flags]
+sample() { # PROGRAM --ckpt CKPT --sample-dir FOLDER [flags]; one process also makes what changed flags ask for
+    if [ "$(newest_npz "$5" 2>/dev/null)" -nt "$3" ]; then python "$@"; else launch "$@"; fi
+}
 checkpoint() { # RUN STEP: its path; fails if the run has gone past this step without keeping it
     local wanted last
     wanted=$(printf '%s/checkpoints/%07d.pt' "$1" "$2")

@@ -17,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"
 export WORK=${WORK:-quickstart}
 STEPS=${STEPS:-600}
 FLOW=$(checkpoint "$WORK/exps/digits" 3000)
-MAP=$(checkpoint "$WORK/exps/digits-map" "$STEPS")
+CKPT=$(checkpoint "$WORK/exps/digits-map" "$STEPS")
 [ -e "$FLOW" ] || STEPS=3000 bash script/quickstart.sh
 SECONDS=0
 
@@ -35,7 +35,7 @@ sample_as() { # NAME CKPT MODE STEPS
         --per-proc-batch-size 50 --mode "$3" --num-steps "$4"
     samples+=("$1=$(newest_npz "$folder")")
 }
-for n in 1 2 4; do sample_as "flow map, steps: $n" "$MAP" euler "$n"; done
+for n in 1 2 4; do sample_as "flow map, steps: $n" "$CKPT" euler "$n"; done
 for n in 1 2 4 50; do sample_as "flow model, Euler steps: $n" "$FLOW" ode "$n"; done
 
 step "3/3 measure"

@@ -11,14 +11,8 @@ import torch
 
 from common.errors import InputError
 from common.flags import ROOT
-from models.codec import (
-    DEFAULT_VAE,
-    LatentCodec,
-    LatentSpec,
-    resolve_vae,
-    to_uint8,
-    vae_family,
-)
+from models.codec import LatentCodec, to_uint8
+from models.specs import DEFAULT_VAE, LatentSpec, resolve_vae, vae_family
 
 SCALE, SHIFT = 0.5, 0.25
 

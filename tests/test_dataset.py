@@ -14,7 +14,7 @@ from common.errors import InputError
 from dataset import open_dataset
 from latents.names import pack_names
 from latents.sets import check_labels
-from models.codec import LatentSpec
+from models.specs import LatentSpec
 from preprocessing.options import PackFlags
 from preprocessing.pack import pack
 from training.loader import CopyToGPU, LatentLoader, SeekableSampler

@@ -11,6 +11,7 @@ from evaluations import sweep
 from evaluations.calculate_metrics import CalcFlags
 from generate import GenerateConfig
 
+LAUNCHER = "python -m common.launch --standalone --nproc-per-node 2"
 FAST = (True, "bf16", "bf16", 64)
 SIZES = ("base", "large", "xlarge")
 MAPS = {"b": ("dmft-b", 1.0), "xl": ("dmft-xl", 1.0), "xl_512": ("dmft-xl-512", 1.5)}
@@ -27,12 +28,11 @@ while [ $# -gt 0 ] && [ "$1" != --sample-dir ]; do shift; done
 
 @pytest.fixture
 def environment(tmp_path):
-    """Stubs of torchrun and python that note how they were called, a checkpoint and a reference."""
-    for name in ("bin/torchrun", "bin/python"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(STUB)
-        path.chmod(0o755)
+    """A stub of python that notes how it was called, a checkpoint and a reference."""
+    path = tmp_path / "bin/python"
+    path.parent.mkdir()
+    path.write_text(STUB)
+    path.chmod(0o755)
     for name in ("step.pt", "ref.npz", "weights.pth"):
         (tmp_path / name).touch()
     values = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": tmp_path / "calls", "NUM_GPUS": 2}
@@ -46,9 +46,9 @@ def run(script, environment, *flags):
 
 
 def sampled(line, fast=FAST):
-    """The configuration that a recorded torchrun call gives to generate.py: compiled, in half precision."""
+    """The configuration that a recorded call gives to generate.py: compiled, in half precision."""
     program, _, flags = line.partition(" generate.py ")
-    assert program == "torchrun --standalone --nproc-per-node 2"
+    assert program == LAUNCHER
     config = parse_flags(GenerateConfig, flags.split())
     assert (config.compile, config.dtype, config.vae_dtype, config.per_proc_batch_size) == fast
     return config
@@ -67,8 +67,8 @@ def test_samples_and_measures_as_published(environment, tmp_path, size):
     assert [config.model, config.trans_depth, config.df_idxs, config.path_type, config.legacy_scaling] == [None] * 5
     program = f"-m evaluations.evaluator {tmp_path}/ref.npz"
     own = f"--inception-weights {tmp_path}/weights.pth"
-    launcher, measured = "torchrun --standalone --nproc-per-node 2", f"{tmp_path}/fid/NAME.npz"
-    assert evaluate == f"{launcher} {program} {measured} --json results/run-NAME.json {own}"
+    measured = f"{tmp_path}/fid/NAME.npz"
+    assert evaluate == f"{LAUNCHER} {program} {measured} --json results/run-NAME.json {own}"
     assert check == f"python {program} samples {own} --json results/run.json --check-only"
     assert table == "python -m evaluations.table results/run-NAME.json"
 
@@ -101,7 +101,7 @@ def test_flow_maps_are_measured_as_published_with_each_number_of_steps(environme
         assert (config.shift, config.dmf_depth, config.cfg_scale) == (MAPS[size][1], None, 1.0)
         assert config.sample_dir == f"{tmp_path}/fid/fid-steps-{steps}"
         launcher, _, flags = measure.partition(" -m evaluations.calculate_metrics ")
-        assert launcher == "torchrun --standalone --nproc-per-node 2"
+        assert launcher == LAUNCHER
         _, calc = parse_commands({"calc": CalcFlags}, flags.split())
         assert (calc.images, calc.ref) == (f"{config.sample_dir}/NAME.npz", str(tmp_path / "ref.npz"))
         assert (calc.metrics, calc.num, calc.json) == ("fid,fd_dinov2", 700, result)

@@ -1,6 +1,7 @@
 """VAEs and text encoders are known by their content: the same bytes in any folder, other bytes under no name."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
 from dataset import open_dataset
-from models.codec import LatentCodec, LatentSpec
+from models.codec import LatentCodec
+from models.identity import content_sha256
+from models.specs import LatentSpec, recognise_vae
 from models.text import TextEncoder, TextSpec
 from preprocessing.encode import encode
 from preprocessing.options import CaptionFlags, EncodeFlags, PackFlags
@@ -76,6 +79,30 @@ def test_the_same_vae_in_other_folders_and_files(vae, tmp_path, monkeypatch):
         assert [getattr(spec, name) for name in HASHES] == [getattr(known, name) for name in HASHES], place
         known.check_same(spec, "one", "other")
         assert spec.family != known.family
+
+
+def test_the_hash_takes_weights_as_torch_halves_them():
+    """Ties, subnormals, overflow, infinities: as hashes of earlier versions."""
+    values = torch.tensor([1.0, 2049.0, 2051.0, 6e-8, 3e-8, 1e-9, 65519.0, 65520.0, -1e30, -torch.inf, -0.0])
+    expected = hashlib.sha256(b"{}w (11,)" + values.half().numpy().tobytes()).hexdigest()
+    assert content_sha256({"w": values}, "", {}) == content_sha256({"w": values.numpy()}, "w", {}) == expected
+    assert content_sha256({"w": values[:, None].expand(11, 2)}, "v", {}) == hashlib.sha256(b"{}").hexdigest()
+
+
+def test_files_are_recognised_as_what_loading_them_gave(vae, tmp_path):
+    known = spec_of(vae)
+    moved = copied(vae, tmp_path / "moved")
+    for place in (vae, moved, copied(vae, tmp_path / "pipeline/vae").parent):
+        assert recognise_vae(place, known) == spec_of(place)
+    for prefix in ("encoder", "decoder"):
+        assert recognise_vae(changed_weights(vae, tmp_path / prefix, prefix), known) is None
+    for change in ({"norm_num_groups": 2}, {"scaling_factor": 0.3}, {"scaling_factor": 0}, {"latents_std": [1.0]}):
+        changed_json(moved / "config.json", **{**json.loads((vae / "config.json").read_text()), **change})
+        assert recognise_vae(moved, known) is None, change
+    changed_json(moved / "config.json", **json.loads((vae / "config.json").read_text())).with_name(WEIGHTS).unlink()
+    for place in (moved, "ema", tmp_path / "none"):  # only loading tells what these are
+        assert recognise_vae(place, known) is None
+    assert recognise_vae(vae, dataclasses.replace(known, encoder_sha256=None)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -252,7 +279,9 @@ def test_sampling_takes_the_same_vae_from_any_folder(known, reference, vae, tmp_
 def test_sampling_goes_on_with_the_same_decoder_only(known, vae, tmp_path, monkeypatch):
     _, images, _ = tiny.run_generate(known, tmp_path / "samples")
     rows = tiny.count_calls(monkeypatch)
-    _, again, _ = tiny.run_generate(known, tmp_path / "samples", vae=copied(vae, tmp_path / "moved/tiny-vae"))
+    with monkeypatch.context() as patch:  # finished images need no VAE
+        patch.setattr(LatentCodec, "load", lambda *_: pytest.fail("it is loaded"))
+        _, again, _ = tiny.run_generate(known, tmp_path / "samples", vae=copied(vae, tmp_path / "moved/tiny-vae"))
     assert rows == [] and np.array_equal(again, images)
     other = changed_weights(vae, tmp_path / "other/tiny-vae", "decoder")
     with pytest.raises(InputError, match=r"holds images made with another latents .*--sample-dir"):

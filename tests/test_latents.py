@@ -22,7 +22,7 @@ from latents.names import (
     walk_files,
 )
 from latents.sets import find_set, is_set, is_unfinished, list_sets
-from models.codec import LatentSpec
+from models.specs import LatentSpec
 from models.text import TextSpec
 
 SHARDS = [{"file": "rows-00000.bin", "count": 4, "sha256": "a"}, {"file": "rows-00001.bin", "count": 1, "sha256": "b"}]

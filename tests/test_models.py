@@ -12,7 +12,7 @@ from common.errors import InputError
 from loss import alignment_loss
 from models import PRESETS, create_model, model_config
 from models.deepflow import CrossSpaceAttention, DeepFlow, TimeGapAdaLN, VeRA
-from models.layers import Attention, Block, TimestepEmbedder, VelocityLayer, sinusoid
+from models.layers import Attention, Block, DrawsNothing, TimestepEmbedder, VelocityLayer, sinusoid
 from models.presets import build, kind_of
 
 TINY = {
@@ -43,6 +43,18 @@ def filled(model):
             if (parameter == 0).all():
                 parameter.normal_(std=0.02, generator=g)
     return model
+
+
+def test_a_network_without_values_has_its_shapes_and_draws_nothing():
+    before = torch.get_rng_state()
+    with DrawsNothing():
+        nn.Embedding(3, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.device("meta"), DrawsNothing():
+        empty = DeepFlow(**TINY, df_idxs=KEY_LAYERS[3], ssl_align=True)
+    assert all(p.is_meta for p in empty.parameters())
+    known = {name: value.shape for name, value in tiny(3, ssl_align=True).state_dict().items()}
+    assert {name: value.shape for name, value in empty.state_dict().items()} == known
 
 
 def inputs(branches=1, n=4):

@@ -75,10 +75,10 @@ def test_measuring_commands_take_the_rows_checkpoint():
 
 
 @pytest.fixture(scope="module")
-def torchrun(tmp_path_factory):
-    """Folder of a torchrun that prints its arguments."""
+def stubs(tmp_path_factory):
+    """Folder of a python that prints its arguments."""
     folder = tmp_path_factory.mktemp("bin")
-    stub = folder / "torchrun"
+    stub = folder / "python"
     stub.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
     stub.chmod(0o755)
     return folder
@@ -90,8 +90,8 @@ def shared_model(name, options):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_training_command_trains_its_rows(command, torchrun, tmp_path, monkeypatch, capsys):
-    words = dry_run(command, COMMANDS[command][0], torchrun, tmp_path, monkeypatch)
+def test_a_training_command_trains_its_rows(command, stubs, tmp_path, monkeypatch, capsys):
+    words = dry_run(command, COMMANDS[command][0], stubs, tmp_path, monkeypatch)
     printed = capsys.readouterr().out.replace("-from-scratch", "")
     steps, epochs = re.search(r", ([\d,]+) steps = ([\d.]+) epochs", printed).groups()
     parameters = int(re.search(r" ([\d,]+) parameters", printed)[1].replace(",", ""))
@@ -105,12 +105,12 @@ def test_a_training_command_trains_its_rows(command, torchrun, tmp_path, monkeyp
         assert row.size is None or parameters // 1_000_000 == ROUNDED_UP.get(row.size[0], row.size[0])
 
 
-def dry_run(command, row, torchrun, tmp_path, monkeypatch):
+def dry_run(command, row, stubs, tmp_path, monkeypatch):
     """Run what a recipe starts in this process, without data, and a flow map without a model to start from.
 
     Returns the flags. Nothing is counted, and models of the same configuration are made once.
     """
-    environment = {**os.environ, "PATH": f"{torchrun}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{stubs}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", command], cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     program, *words = re.search(r"train\w*\.py.*", done.stdout, re.DOTALL)[0].splitlines()

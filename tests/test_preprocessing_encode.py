@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import programs
 import pytest
+import tiny
 import torch
 from data_helpers import photo, tiny_vae, tree, write_class_folders, write_folder_layout
 from PIL import Image
 
 from common.errors import InputError
+from common.flags import parse_commands
 from dataset import open_dataset
 from latents.sets import open_set
 from models.codec import LatentCodec
@@ -143,6 +145,14 @@ def test_a_second_run_does_nothing(data, tmp_path, capsys):
         assert "nothing to do" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"holds another result \(batch_size: 16 there, 8 now\)"):
         encode(EncodeFlags(data / "images", tmp_path / "folder", tiny_vae(), batch_size=8))
+
+
+def test_what_is_complete_is_found_complete_without_torch(data, tmp_path):
+    words = ["encode", "--source", data / "images", "--dest", tmp_path / "vae-sd", "--vae", tiny_vae(), "--device=cpu"]
+    encode(parse_commands({"encode": EncodeFlags}, list(map(str, words)))[1])
+    code = "import sys; from preprocessing import dataset_tools; dataset_tools.main(); sys.exit('torch' in sys.modules)"
+    done = tiny.run_python("-c", code, *words)
+    assert done.returncode == 0 and "nothing to do" in done.stderr, done.stderr
 
 
 def test_unreadable_images_are_left_out_without_a_gap(data, tmp_path):

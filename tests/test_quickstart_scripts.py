@@ -12,9 +12,9 @@ from evaluations import sweep
 from sampling.flags import GenerateConfig
 
 STUB = """#!/usr/bin/env bash
-echo "$(basename "$0") $*" >> "$CALLS"
-case "$*" in *" train"*.py*) exit "${TRAINED:-0}" ;; esac
-[ "$(basename "$0")" != python ] || dirname "$CALLS"
+echo "python $*" >> "$CALLS"
+case " $*" in *" train"*.py*) exit "${TRAINED:-0}" ;; esac
+dirname "$CALLS"
 while [ $# -gt 0 ] && [ "$1" != --sample-dir ]; do shift; done
 [ $# = 0 ] || { mkdir -p "$2"; touch "$2/NAME.npz"; }
 """
@@ -24,11 +24,10 @@ RUNS = {"quickstart": "digits", "quickstart_dmf": "digits-map", "quickstart_t2i"
 @pytest.fixture
 def run(tmp_path):
     """Run a quickstart in the folder `work` with an environment; returns (completed process, calls of programs)."""
-    for name in ("bin/python", "bin/torchrun"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(STUB)
-        path.chmod(0o755)
+    path = tmp_path / "bin/python"
+    path.parent.mkdir()
+    path.write_text(STUB)
+    path.chmod(0o755)
     values = {"CALLS": tmp_path / "calls", "WORK": tmp_path / "work", "VIRTUAL_ENV": tmp_path}
     env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **{name: str(value) for name, value in values.items()}}
 
@@ -83,6 +82,22 @@ def test_refused_settings_name_work(run, tmp_path, script):
     done, calls = run(script, TRAINED="2")
     assert done.returncode == 2 and "WORK=OTHER" in done.stderr.splitlines()[-1]
     assert not any(" generate" in call for call in calls)
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_what_is_there_already_is_looked_at_by_one_process(run, tmp_path, script):
+    """Samples that are older than the checkpoint are of another one."""
+    _, first = run(script)
+    (tmp_path / "calls").unlink()
+    trained(tmp_path, script, {"quickstart_dmf": 600, "quickstart_t2i": 2000}.get(script, 3000))
+    _, second = run(script)
+    for path in (tmp_path / "work").rglob("*.npz"):
+        os.utime(path, (2e9, 2e9))
+    _, third = run(script)
+    for calls, launched in ((first, (True, True)), (second, (False, True)), (third[len(second) :], (False, False))):
+        for word, expected in zip(("train", "generate"), launched, strict=True):
+            found = [call for call in calls if f" {word}" in call]
+            assert found and {"common.launch" in call for call in found} == {expected}, (word, found)
 
 
 def test_the_study_of_branches_measures_the_quickstarts_model(run, tmp_path):

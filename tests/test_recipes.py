@@ -1,6 +1,6 @@
 """Every training recipe of script/ runs one step on tiny data, and its eval recipe samples from it: thin_program.py.
 
-Stand-ins for torchrun, srun and python hand what the recipes start to this process, which runs it in a fork.
+Stand-ins for srun and python hand what the recipes start to this process, which runs it in a fork.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Desk:
 
     def answer(self, call, output):
         """Run what a stand-in was called with and tell it the exit code."""
-        words = call.read_text().split("\0")[:-1]
+        words = call.read_text().removeprefix("-m\0common.launch\0").split("\0")[:-1]
         first = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
         words = words[first:]
         if words[0].startswith("train"):
@@ -84,7 +84,7 @@ def desk(tmp_path_factory):
     """A Desk with stand-ins, latents of 64² images, the images, an encoder's file, a reference for each evaluator."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bin").mkdir()
-    for name in ("torchrun", "srun", "python", "scontrol"):
+    for name in ("srun", "python", "scontrol"):
         (folder / "bin" / name).write_text("#!/bin/sh\necho localhost\n" if name == "scontrol" else STUB)
         (folder / "bin" / name).chmod(0o755)
     vae = tiny.vae_folder(folder / "vae", blocks=4)

@@ -29,11 +29,10 @@ esac
 
 @pytest.fixture
 def environment(tmp_path):
-    """Stubs of torchrun and python, and files where the scripts look for them."""
+    """A stub of python, and files where the scripts look for them."""
     (tmp_path / "bin").mkdir()
-    for name in ("torchrun", "python"):
-        (tmp_path / "bin" / name).write_text(STUB)
-        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin/python").write_text(STUB)
+    (tmp_path / "bin/python").chmod(0o755)
     names = {"CKPT": "step.pt", "VAL_JSON": "val.json", "VAL_IMAGES": "val/images", "GENEVAL": "metadata.jsonl"}
     values = {name: tmp_path / file for name, file in names.items()}
     for path in values.values():
@@ -49,7 +48,7 @@ def run(script, environment, *flags):
     command = ["bash", f"script/t2i/{script}.sh", *flags]
     done = subprocess.run(command, cwd=tiny.ROOT, env=environment, capture_output=True, text=True, check=False)
     calls = open(environment["CALLS"]).read().splitlines() if os.path.exists(environment["CALLS"]) else []
-    lines = [line.removeprefix("torchrun --standalone --nproc-per-node 2 ").split() for line in calls]
+    lines = [line.removeprefix("python -m common.launch --standalone --nproc-per-node 2 ").split() for line in calls]
     return done, [[word for word in line if word not in ("python", "-m")] for line in lines]
 
 

@@ -27,7 +27,7 @@ MAPS = {
 
 
 def start(script, tmp_path, *flags, **environment):
-    stub = tmp_path / "torchrun"
+    stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CKPT": "flow.pt", "NUM_GPUS": "2", **environment}
@@ -36,13 +36,13 @@ def start(script, tmp_path, *flags, **environment):
 
 
 def launched(script, tmp_path, *flags, **environment):
-    """(program, its flags) that a script passes to torchrun; signals and patience are checked."""
+    """(program, its flags) that a script passes to common/launch.py; signals and patience are checked."""
     done = start(script, tmp_path, *flags, **environment)
     assert done.returncode == 0, done.stderr
     patience, *words = done.stdout.splitlines()
     program = next(i for i, word in enumerate(words) if word.endswith(".py"))
     launcher = words[:program]
-    assert launcher[:3] == ["--standalone", "--nproc-per-node", environment.get("NUM_GPUS", "2")]
+    assert launcher[:5] == ["-m", "common.launch", "--standalone", "--nproc-per-node", environment.get("NUM_GPUS", "2")]
     handled = launcher[launcher.index("--signals-to-handle") + 1].split(",")
     assert {number.name for number in SIGNALS} <= set(handled)
     assert int(patience) >= 600

@@ -20,9 +20,9 @@ from common.flags import parse_flags
 from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, NAMES, VERSION
 from latents.names import pack_names
 from models import create_model, model_config
-from models.codec import LatentSpec
 from models.deepflow import DeepFlow
 from models.encoders import ENCODERS
+from models.specs import LatentSpec
 from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
