@@ -12,7 +12,7 @@ from evaluation_helpers import pictures, save_npz, script
 from PIL import Image
 
 from common.errors import InputError
-from evaluations import count_flops, sweep, table
+from evaluations import count_flops, evaluator, measuring, sweep, table
 from evaluations.metrics.results import Result
 from evaluations.published import CONFIGS, TABLE_8
 from models import PRESETS, create_model, model_config
@@ -205,7 +205,7 @@ def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd, monkeyp
         assert (processes, done.returncode) == (1, 0), done.stderr
         print(done.stdout)
 
-    monkeypatch.setattr(sweep, "run_python", run_python)
+    monkeypatch.setattr(measuring, "run_python", run_python)
     vae = tiny.vae_folder(tmp_path / "tiny-vae")
     ckpt = tiny.checkpoint(tmp_path / "0000003.pt", vae)
     reference, features = save_npz(tmp_path / "ref.npz", pictures(8, 1)), script(tmp_path / "corners.pt")
@@ -245,8 +245,8 @@ def measured(tmp_path, monkeypatch):
     """A finished sweep of two settings in the current folder; what checks and starts programs is noted."""
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "run_python", lambda processes, *words: calls.append(words))
-    monkeypatch.setattr(sweep, "check_inputs", lambda args, processes: calls.append(args))
+    monkeypatch.setattr(measuring, "run_python", lambda processes, *words: calls.append(words))
+    monkeypatch.setattr(evaluator, "check_inputs", lambda args, processes: calls.append(args))
     for name in ("ckpt.pt", "ref.npz"):
         (tmp_path / name).touch()
     (tmp_path / "out").mkdir()
@@ -304,7 +304,7 @@ def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
             (tmp_path / "steps-2-cfg-1.0.json").write_text('{"metrics": {"fd_f": 1.0}}')
 
     calls = []
-    monkeypatch.setattr(sweep, "run_python", run_python)
+    monkeypatch.setattr(measuring, "run_python", run_python)
     flags = ["--ckpt", "c", "--ref", "r", "--out", str(tmp_path), "--features", "f", "--other-size", "--", "--heun"]
     assert sweep.measure(sweep.Setting(2, 1.0, 0.0, 1.0), *sweep.parse(flags)).metrics == {"fd_f": 1.0}
     sampled, evaluated = calls

@@ -20,7 +20,7 @@ from common import precision
 from common.errors import InputError
 from common.flags import LARGEST, Range, flag, parse_flags, shown
 from digits import train_vae
-from evaluations import calculate_metrics, clip_score, count_flops, evaluator, feature_distance, geneval, sweep
+from evaluations import calculate_metrics, clip_score, count_flops, evaluator, feature_distance, geneval, sweep, watch
 from evaluations.metrics import precision_recall
 from models import attention, deepflow, encoders, export, mmdit, paths
 from models.flags import ENCODERS
@@ -36,7 +36,13 @@ PROGRAMS += [
     *(cls for cls, _ in COMMANDS.values()),
 ]
 PROGRAMS += [evaluator.EvaluatorFlags, clip_score.ClipFlags, count_flops.FlopsFlags, feature_distance.DistanceFlags]
-PROGRAMS += [sweep.SweepFlags, calculate_metrics.CalcFlags, calculate_metrics.RefFlags, geneval.ScoreFlags]
+PROGRAMS += [
+    sweep.SweepFlags,
+    watch.WatchFlags,
+    calculate_metrics.CalcFlags,
+    calculate_metrics.RefFlags,
+    geneval.ScoreFlags,
+]
 
 
 @dataclasses.dataclass

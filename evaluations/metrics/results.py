@@ -18,6 +18,15 @@ from sampling.flags import GENEVAL_IMAGES
 from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_manifest
 from sampling.stores import GenEvalFiles, PngFiles
 
+LOWER = (
+    "fid",
+    "sfid",
+    "kid",
+    "fd_",
+    "kd_",
+    "feature_distance",
+    "Fréchet",
+)  # beginnings of names of metrics where lower is better
 BATCHES, SPEED = "--per-proc-batch-size", "precision and speed"  # name and group of flags
 
 
@@ -74,6 +83,11 @@ class Estimate:
 
     def __str__(self):
         return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+
+
+def is_better(metric, value, than):
+    """Whether a metric's value is better than another: distances lower, all else higher."""
+    return value < than if metric.startswith(LOWER) else value > than
 
 
 def sample_manifest(samples):
