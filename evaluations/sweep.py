@@ -241,6 +241,7 @@ def main(argv=None):
     for name, text in (("table.md", table), ("best.txt", words)):
         write_atomically(Path(args.out, name), lambda file, text=text: file.write(f"{text}\n".encode()))
     print(f"{table}\n{args.num_samples} samples each, lowest: {words}\nin {args.out}: table.md, best.txt, plot.png")
+    print(f"next: python generate.py --ckpt {sweeps[0].ckpt} {words}")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class Settings:
     def is_text(self):
         return self.model in PRESETS and PRESETS[self.model].kind == "text"
 
+    @property
+    def program(self):
+        return "generate_t2i.py" if self.is_text else "generate.py"
+
 
 def is_finished(run):
     """Whether the run has the checkpoint of its last step, by --max-train-steps or --epochs. Raises InputError."""
@@ -115,8 +119,7 @@ def measure(args, step, generate):
         if hold(args, step) is None:
             return
         path.unlink(missing_ok=True)
-        program = "generate_t2i.py" if Settings.read(args.run).is_text else "generate.py"
-        make_result(path.stem, held, args, program, ["--format", "npz", *generate])
+        make_result(path.stem, held, args, Settings.read(args.run).program, ["--format", "npz", *generate])
         shutil.rmtree(Path(args.out, "samples", path.stem))
     elif not held.exists():
         return
@@ -184,6 +187,7 @@ def main(argv=None):
         if (best := save_curve(args)) is None:
             raise InputError(f"{args.run}: no checkpoint was measured; start again once there is one")
     print(f"best: step {best:,}; in {args.out}: curve.json, curve.png, best.pt")
+    print(f"next: python {Settings.read(args.run).program} --ckpt {Path(args.out, 'best.pt')}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def main(argv=None):
     flags = parse_flags(ExportFlags, argv, __doc__)
     export(flags.ckpt, flags.dir, flags.weights, **flags.published())
     print(f"{flags.ckpt} ({flags.weights} weights) -> {flags.dir}")
+    print(f"next: python generate.py --ckpt {flags.dir}")
 
 
 if __name__ == "__main__":

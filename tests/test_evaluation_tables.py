@@ -1,5 +1,6 @@
 """Tables: parts of the FLOP count beside Table 8, results beside the paper's, sweeps."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -160,6 +161,27 @@ def test_what_a_published_row_must_share(changes, numbers, tmp_path, capsys):
     assert [row.numbers["fid"] for row in table.counterparts(Result.read(path))] == numbers
     table.main([path])
     assert len(papers(capsys)) == max(1, len(numbers))
+
+
+def test_results_are_sorted_and_written_with_all_digits(tmp_path, capsys):
+    values = {"a": (3.0, 0.5), "b": (1.23456789, 0.25), "c": (2.0, None)}
+    paths = [
+        result(tmp_path / f"{name}.json", metrics={"fid": fid, **({"precision": value} if value else {})})
+        for name, (fid, value) in values.items()
+    ]
+    for metric, order in (("fid", "bca"), ("FID", "bca"), ("precision", "abc")):
+        table.main([*paths, "--sort", metric])
+        rows = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines()[2:]]
+        assert [row for row in rows if row in values] == list(order)
+    table.main([*paths, "--sort", "fid", "--csv", str(tmp_path / "t.csv")])
+    assert "t.csv" in capsys.readouterr().err
+    header, first, *_, last = csv.reader((tmp_path / "t.csv").read_text().splitlines())
+    assert header[:2] == ["result", "model"] and first[0] == "b" and "1.23456789" in first
+    assert last[0].startswith("paper, Table")
+    with pytest.raises(InputError, match="--sort recall: no result has it; choose one of fid, precision"):
+        table.main([*paths, "--sort", "recall"])
+    with pytest.raises(InputError, match=r"--csv .* is a folder"):
+        table.main([*paths, "--csv", str(tmp_path)])
 
 
 def test_no_match_says_so(tmp_path, capsys):

@@ -57,7 +57,7 @@ class Result:
     def write(self, path):
         """Write the result, with the manifest beside the samples, to a file; None: nowhere. Raises InputError."""
         if path is None:
-            return
+            return note("the numbers are kept nowhere; --json FILE keeps them")
         self.manifest = sample_manifest(self.samples)
         content = {name: value for name, value in vars(self).items() if value is not None}
         manifest = self.manifest.to_json() if self.manifest else {}
@@ -68,6 +68,7 @@ class Result:
             raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
         weights = manifest.get("weights")  # printed because REPA's text-to-image sampler uses raw ones
         note(f"wrote {path}" + (f" (samples of the {weights} weights)" if weights else ""))
+        note(f"next: python -m evaluations.table {path}")
 
 
 @dataclasses.dataclass(frozen=True)
