@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note
-from common.files import check_writable, locked, read_bytes, write_json
-from common.flags import Range, flag, parse_early, parse_flags, required
+from common.files import check_writable, locked, read_bytes, remove_leftovers, write_json
+from common.flags import LARGEST, Range, flag, parse_early, parse_flags, required
 from common.records import Count, read_record
 from evaluations.measuring import DIGITS, MeasuringFlags, check_reference, make_result, split
 from models.presets import PRESETS
@@ -54,7 +54,7 @@ class Settings:
 
     model: str
     max_train_steps: Count
-    epochs: Count
+    epochs: Count = LARGEST  # which older runs lack
 
     @classmethod
     def read(cls, run):
@@ -94,11 +94,11 @@ def is_measured(args, step):
 def hold(args, step):
     """Path of the checkpoint in --out, where training cannot delete it: a link, or a copy; None if it is gone."""
     source, held = checkpoint_path(args.run, step), checkpoint_path(args.out, step)
-    partial = held.with_name(f".{held.name}.part")
+    partial = held.with_name(f".{held.name}.{os.getpid()}.tmp")
     try:
         if not held.exists() or held.stat().st_mtime_ns != source.stat().st_mtime_ns:
             held.parent.mkdir(parents=True, exist_ok=True)
-            partial.unlink(missing_ok=True)
+            remove_leftovers(held)
             try:
                 os.link(source, partial)
             except FileNotFoundError:

@@ -164,7 +164,7 @@ def test_a_plain_safetensors_file_is_read_as_a_published_one(ckpt, tmp_path):
 def test_command_line_with_the_key_layers_of_a_published_file(ckpt, tmp_path, capsys):
     torch.save(load_checkpoint(ckpt).model.state_dict(), tmp_path / "published.pt")
     main([str(tmp_path / "published.pt"), str(tmp_path / "out"), "--df-idxs", "[3]", "--legacy-scaling"])
-    assert capsys.readouterr().out.strip().endswith(f"-> {tmp_path / 'out'}")
+    assert f"-> {tmp_path / 'out'}\nnext: python generate.py" in capsys.readouterr().out
     model, options = load_model(tmp_path / "out")
     assert options["df_idxs"] == (3,) and model.df_idxs == (3,) and options["legacy_scaling"] is True
 

@@ -117,7 +117,7 @@ def run_task(config, task):
     run.model.gradient_checkpointing = config.gradient_checkpointing
     trainer = Trainer(run, task.objective(run), functools.partial(task.draw, run), grids)
     finished = trainer.fit()
-    if finished:
+    if finished and not complete:  # of a complete one the trainer says how to go on
         program = "generate_t2i.py --prompts 'a dog'" if config.kind == "text" else "generate.py"
         run.accelerator.print(f"results: {config.folder}\nnext: python {program} --ckpt {config.folder} --grid 4x4")
     run.accelerator.end_training()
