@@ -118,7 +118,10 @@ def measure(args, step, generate):
     if not is_measured(args, step):
         if hold(args, step) is None:
             return
-        path.unlink(missing_ok=True)
+        if path.exists():  # of what a rewound run has written anew
+            if save_curve(args) == step:
+                Path(args.out, "best.pt").unlink(missing_ok=True)
+            path.unlink()
         make_result(path.stem, held, args, Settings.read(args.run).program, ["--format", "npz", *generate])
         shutil.rmtree(Path(args.out, "samples", path.stem))
     elif not held.exists():
