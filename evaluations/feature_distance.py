@@ -13,7 +13,7 @@ import collections
 import dataclasses
 from statistics import fmean
 
-from common.errors import InputError, exit_on_input_error
+from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable
 from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, flag, parse_early, parse_flags, required
 from models.flags import PublishedFlags
@@ -135,7 +135,7 @@ def main(argv=None):
         lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in per_token.items()}
         axes = {"xlabel": "t (1 is noise, 0 is data)", "ylabel": "distance to the final features"}
         save_lines(lines, args.plot, **axes, xlim=(1, 0))
-        print(f"plot: {args.plot}")
+        note(f"wrote {args.plot}")
 
 
 if __name__ == "__main__":
