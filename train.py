@@ -20,6 +20,7 @@ from loss import alignment_loss, deepflow_loss
 from models import model_config
 from models.encoders import check_grid
 from models.paths import PATHS
+from preprocessing.direct import with_latents
 from training.draws import draw_step
 from training.grids import GridSampler
 from training.run import Task, run_task
@@ -64,8 +65,8 @@ def draw(run, step):
 
 
 def train(config):
-    """Train as the flags say. Raises InputError."""
-    run_task(config, Task(start, objective_of, draw, GridSampler))
+    """Train as the flags say; a folder of images is encoded first. Raises InputError."""
+    run_task(config, Task(start, objective_of, draw, GridSampler, with_latents))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from loss import deepflow_loss, flow_map_loss, flow_map_targets
 from models.deepflow import DeepFlowOutput
 from models.paths import PATHS
+from preprocessing.direct import with_latents
 from training.draws import draw_flow_map_step
 from training.flow_map import guided_target, start
 from training.grids import FlowMapGridSampler
@@ -76,7 +77,7 @@ def draw(run, step):
 
 def train(config):
     """Train as the flags say. Raises InputError."""
-    run_task(config, Task(start, objective_of, draw, FlowMapGridSampler))
+    run_task(config, Task(start, objective_of, draw, FlowMapGridSampler, with_latents))
 
 
 if __name__ == "__main__":

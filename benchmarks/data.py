@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from common.errors import exit_on_input_error
 from common.flags import Range, flag, parse_flags
+from common.progress import Progress
 from common.versions import versions
 from dataset import open_dataset
 from preprocessing.convert import convert
@@ -50,7 +50,7 @@ def rate(count, function):
 def write_photographs(folder, count):
     """JPEGs of ImageNet's usual size, smooth noise in 10 class folders."""
     rng = np.random.default_rng(0)
-    for k in tqdm(range(count), desc="photographs"):
+    for k in Progress(range(count), desc="photographs"):
         path = folder / f"n{k % 10:02d}/{k}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
@@ -84,7 +84,7 @@ def measure_encode(work, count):
 def write_latents(folder, count):
     """The published layout: one .npy per image."""
     rng, labels = np.random.default_rng(0), []
-    for i in tqdm(range(count), desc="latents"):
+    for i in Progress(range(count), desc="latents"):
         path = folder / latent_name(i)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, np.abs(rng.standard_normal(SHAPE, dtype=np.float32)))

@@ -39,6 +39,11 @@ class Processes:
         dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=A_WEEK)
         return cls(rank, world, device, store)
 
+    @classmethod
+    def alone(cls):
+        """This process without those of its launch."""
+        return cls(0, 1, device_of_process(), dist.HashStore())
+
     def __enter__(self):
         return self
 

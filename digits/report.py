@@ -96,6 +96,8 @@ def main(argv=None):
     if args.curve:
         log, picture = args.curve
         save_curves([log], picture)
+    if wrote := [path for path in (args.out, args.grid, args.curve and args.curve[1]) if path]:
+        print(f"wrote {', '.join(wrote)}")
 
 
 if __name__ == "__main__":

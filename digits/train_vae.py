@@ -31,8 +31,8 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
+from common.progress import Progress
 from digits.data import RESOLUTION, load_digits_split, upsample
 from preprocessing.encode import TRAINED_ON
 
@@ -69,7 +69,7 @@ def train(vae, images, args):
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    for _ in (progress := tqdm(range(args.steps), desc="train")):
+    for _ in (progress := Progress(range(args.steps), desc="train")):
         loss = vae_loss(vae, shifted_batch(images, args.batch_size, generator), args.kl_weight, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -100,6 +100,7 @@ def main(argv=None):
     with whole_folder(args.dest, "--dest") as partial:
         vae.half().save_pretrained(partial)
         write_json(partial / TRAINED_ON, {"images": IMAGES, "resolution": RESOLUTION, "colour": False})
+    print(f"wrote {args.dest}\nnext: python -m preprocessing.dataset_tools encode --vae {args.dest}")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def calc(args, processes):
     path = args.result_path(args.images, "-edm2")
     if args.check_only:
         open_networks(args, processes.device, reference, size)
-        return
+        return say(f"{args.ref}: ready to measure images")
     images = load_images(args, args.images, "--images", args.num)
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")
@@ -168,6 +168,7 @@ def ref(args, processes):
         content |= {name: {"mu": mean, "sigma": covariance} for name, (mean, covariance) in statistics.items()}
         write_atomically(args.dest, lambda file: pickle.dump(content, file))
         say(f"wrote {args.dest}: statistics of {len(images)} images")
+        say(f"next: python -m evaluations.calculate_metrics calc --images SAMPLES --ref {args.dest}")
 
 
 def main(argv=None):

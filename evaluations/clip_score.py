@@ -33,8 +33,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from common.progress import Progress
 from evaluations.metrics.images import open_images
 from models.encoders import CLIP_STATISTICS
 from models.text import Tokens, load_clip
@@ -82,7 +82,7 @@ def score(images, prompts, scorer, batch_size=64):
         raise InputError(f"{len(images)} images for {len(prompts)} prompts; name the prompts that the images are of")
     cosines, prefixed = [], []
     batches = np.split(np.arange(len(images)), range(batch_size, len(images), batch_size))
-    for batch, pixels in zip(tqdm(batches, unit="batch"), images.batches(batches), strict=True):
+    for batch, pixels in zip(Progress(batches, unit="batch"), images.batches(batches), strict=True):
         cosines.append(scorer.cosines(pixels, [prompts[index] for index in batch]))
         prefixed.append(scorer.cosines(pixels, [PREFIX + prompts[index] for index in batch]))
     return conventions(torch.cat(cosines), torch.cat(prefixed))
@@ -100,7 +100,7 @@ def main(argv=None):
     path = args.result_path(args.samples)
     if args.check_only:
         ClipScorer(args.clip, args.device)
-        return
+        return print(f"{args.clip}: ready to score samples")
     images = open_images(args.samples, "samples")
     args.check_count(args.samples, len(images))
     prompts = read_prompts(args.samples, len(images), args.prompts)

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 from statistics import fmean
 
-from common.errors import InputError, exit_on_input_error
+from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable
 from common.flags import BATCH, BLOCKS, IMAGES, SAMPLER_STEPS, SEED, flag, parse_early, parse_flags, required
 from models.flags import PublishedFlags
@@ -36,11 +36,10 @@ class DistanceFlags(PublishedFlags):
 if __name__ == "__main__":
     parse_early(DistanceFlags, __doc__)
 
-from tqdm import tqdm
-
 from common.pictures import save_lines
 from common.precision import set_math
 from common.processes import device_of_process
+from common.progress import Progress
 from evaluations.metrics.results import Result, markdown
 from sampling.conditions import ClassLabels
 from sampling.flags import SamplingFlags
@@ -120,7 +119,7 @@ def main(argv=None):
     checkpoint = sampler.checkpoint
     sampler.network = probe = Probe(checkpoint.model, args.block)
     batches = sampler.config.batches()
-    for _, wait in tqdm(sampler.batches(batches), total=len(batches), unit="batch", mininterval=1):
+    for _, wait in Progress(sampler.batches(batches), total=len(batches), unit="batch"):
         wait()  # checks the samples; they are discarded, since the probe records the network's calls
     curves = probe.curves()
     per_token, rows, metrics = curves["per token"], [], {}
@@ -130,13 +129,13 @@ def main(argv=None):
         metrics |= {f"{kind}, {name}": mean(curve) for name, curve in of_feature.items()}
     print(markdown(["mean distance", *per_token], rows))
     print(f"means over {args.num_samples} samples; the paper does not say which of these distances it uses")
-    if args.out:
-        about = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, "curves": "per token"}
-        Result(metrics, args.ckpt, curves=per_token, settings={**about, **dataclasses.asdict(args)}).write(args.out)
+    about = {"model": checkpoint.run.get("model"), "step": checkpoint.steps, "curves": "per token"}
+    Result(metrics, args.ckpt, curves=per_token, settings={**about, **dataclasses.asdict(args)}).write(args.out)
     if args.plot:  # noise on the left, as in sampling
         lines = {f"{name} (mean {mean(curve):.2f})": curve for name, curve in per_token.items()}
         axes = {"xlabel": "t (1 is noise, 0 is data)", "ylabel": "distance to the final features"}
         save_lines(lines, args.plot, **axes, xlim=(1, 0))
+        note(f"wrote {args.plot}")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def aggregate(detections):
 def check(args):
     """Print the faults; exit code 1 if there are any."""
     faults = check_layout(args.samples, args.metadata, args.images_per_prompt)
-    print("\n".join(faults or [f"{args.samples}: laid out as GenEval reads it"]))
+    good = f"{args.samples}: laid out as GenEval reads it\nnext: its detector, then python -m evaluations.geneval score"
+    print("\n".join(faults or [good]))
     sys.exit(bool(faults))
 
 
@@ -141,7 +142,7 @@ def score(args):
     metadata = args.metadata and [record for _, record in read_record_lines(Prompt, args.metadata)]
     path = args.result_path(samples := args.samples or args.results)
     if args.check_only:
-        return
+        return print(f"ready to score {args.results}")
     detections = [found for _, found in read_record_lines(Detection, args.results)]
     if faults := faults_of(detections, args.images_per_prompt, metadata, args.samples):
         others = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""

@@ -49,11 +49,11 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common.pictures import classes_of_rows, enlarged, save_grid, save_lines
 from common.precision import set_math
 from common.processes import device_of_process
+from common.progress import Progress
 from dataset import open_dataset
 from evaluations.metrics.alignment import NEIGHBOURS, cknna
 from evaluations.metrics.results import Result, markdown
@@ -234,7 +234,7 @@ def main(argv=None):
     known, curves = [targets(part, args.batch_size) for part in parts], collections.defaultdict(list)
     for part in parts:
         part.features = {}  # they have been read
-    for t in tqdm(list(dict.fromkeys(args.times)), unit="time"):
+    for t in Progress(list(dict.fromkeys(args.times)), unit="time"):
         fit, held = (probe.pooled(part, t, draw) for draw, part in enumerate(parts))
         for number in probe.blocks:
             for measure, value in compare(fit[number], held[number], *known).items():

@@ -14,28 +14,15 @@ is lowest: script/guided.sh goes on with them.
 import dataclasses
 import itertools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from common.errors import InputError, exit_on_input_error, note
+from common.errors import InputError, exit_on_input_error
 from common.files import check_writable, write_atomically, write_json
-from common.flags import (
-    BLOCKS,
-    IMAGES,
-    ROOT,
-    SAMPLER_STEPS,
-    WORKERS,
-    FlagTextError,
-    flag,
-    parse_early,
-    parse_flags,
-    required,
-    shown,
-)
+from common.flags import BLOCKS, SAMPLER_STEPS, FlagTextError, flag, parse_early, parse_flags, required, shown
+from evaluations.measuring import DIGITS, MeasuringFlags, check_reference, make_result, split
 from sampling.flags import BRANCH_FLAGS, GenerateConfig, gap
 
-DIGITS = "digits"  # as --ref
 AS_THERE = "as in generate.py"
 
 
@@ -49,11 +36,9 @@ def interval(text):
 
 
 @dataclasses.dataclass(kw_only=True)
-class SweepFlags:
+class SweepFlags(MeasuringFlags):
     ckpt: list = required("checkpoint, or several to take the mean of", nargs="+", group="model")
-    ref: str = required("reference of evaluations.evaluator, or the word digits", metavar="NPZ")
     out: str = required("folder for samples, results, table.md, best.txt, plot.png", group="output")
-    num_samples: int = flag(5000, "samples per setting", range=IMAGES, group="sampling", name="--num-fid-samples")
     cfg_scale: list = flag((1.0,), "guidance scales", float, group="sampling", nargs="+")
     interval: list = flag(((0.0, 1.0),), "guided times", interval, group="sampling", nargs="+", metavar="LOW,HIGH")
     num_steps: list = flag((250,), "sampler steps", int, range=SAMPLER_STEPS, group="sampling", nargs="+")
@@ -63,36 +48,12 @@ class SweepFlags:
     exit_branch: list = flag((), AS_THERE, int, range=BLOCKS, group="branches", nargs="+")
     exit_schedule: list = flag((), AS_THERE, str, group="branches", nargs="+")
     branch_gap: list = flag((), AS_THERE, gap, group="branches", nargs="+")
-    processes: int = flag(1, "processes for sampling and measuring", range=WORKERS, group="precision and speed")
-    inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
-    features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
-    other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")
-
-    @property
-    def distance(self):
-        """Name of the Fréchet distance among the metrics."""
-        if self.ref == DIGITS:
-            return "Fréchet distance of digits"
-        return f"fd_{features_name(self.features)}" if self.features else "fid"
-
-    def label(self, metric):
-        """A metric's name as its program prints it."""
-        return label(metric, self.features and features_name(self.features))
-
-
-def split(words):
-    """(words before `--`, those after it, which generate.py gets)."""
-    cut = words.index("--") if "--" in words else len(words)
-    return words[:cut], words[cut + 1 :]
 
 
 if __name__ == "__main__":
     parse_early(SweepFlags, __doc__, argv=split(sys.argv[1:])[0])
 
 from common.pictures import save_lines
-from common.processes import Processes
-from evaluations.evaluator import EvaluatorFlags, check_inputs, label
-from evaluations.metrics.features import features_name
 from evaluations.metrics.results import Estimate, Result, markdown
 from models.checkpoints import find_checkpoint
 from models.hub import is_on_hub
@@ -154,37 +115,9 @@ def settings(args):
     return list(dict.fromkeys(found))
 
 
-def run_python(processes, *command):
-    """Run a program of the repository, under torchrun where there are several processes. Raises InputError."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words = map(str, [*(torchrun if processes > 1 else []), *command])
-    if code := subprocess.run([sys.executable, *words], check=False).returncode:
-        name = command[1] if command[0] == "-m" else command[0]
-        raise InputError(f"{name} ended with {code}; see its output above")
-
-
-def measuring(args, samples):
-    """Arguments of the evaluator."""
-    words = [args.ref, str(samples)]
-    for name in ("inception_weights", "features"):
-        words += [shown(name), getattr(args, name)] if getattr(args, name) else []
-    return words + (["--other-size"] if args.other_size else [])
-
-
 def measure(setting, args, generate):
     """Result of one setting: sampled and measured, unless it has been. generate: more flags of generate.py."""
-    path, folder = Path(args.out, f"{setting.name}.json"), Path(args.out, "samples", setting.name)
-    if not path.exists():
-        note(f"sampling {setting.name}")
-        flags = ["--ckpt", args.ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples]
-        run_python(args.processes, ROOT / "generate.py", *flags, *setting.flags, *generate)
-        found = list(folder.glob("*.npz"))
-        if len(found) != 1:
-            raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
-        if args.ref == DIGITS:
-            run_python(1, "-m", "digits.report", "--samples", found[0], "--out", path)
-        else:
-            run_python(args.processes, "-m", "evaluations.evaluator", *measuring(args, found[0]), "--json", path)
+    path = make_result(setting.name, args.ckpt, args, "generate.py", [*setting.flags, *generate])
     return read_result(path, setting, args)
 
 
@@ -262,8 +195,7 @@ def check(sweeps, generate):
         if Path(each.out, RECORD).exists():
             check_settings(Path(each.out), about[each.out], RECORD, "name another --out")
         check_branches(each, generate)
-    if args.ref != DIGITS:
-        check_inputs(parse_flags(EvaluatorFlags, measuring(args, "samples")), Processes.join("cpu"))
+    check_reference(args)
     for out, content in about.items():
         write_json(Path(out, RECORD), content)
 
@@ -311,6 +243,7 @@ def main(argv=None):
     for name, text in (("table.md", table), ("best.txt", words)):
         write_atomically(Path(args.out, name), lambda file, text=text: file.write(f"{text}\n".encode()))
     print(f"{table}\n{args.num_samples} samples each, lowest: {words}\nin {args.out}: table.md, best.txt, plot.png")
+    print(f"next: python generate.py --ckpt {sweeps[0].ckpt} {words}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Results as a markdown table, each followed by what its paper states for the same model, training and sampling.
 
     python -m evaluations.table results/*.json
+    python -m evaluations.table results/*.json --sort fid --csv results.csv
     python -m evaluations.table results/*.json --plot-epochs epochs.png --plot-parameters parameters.png
 
 A published row belongs to a result that differs from it in nothing that both state; what one of them does not state
@@ -8,11 +9,14 @@ A published row belongs to a result that differs from it in nothing that both st
 """
 
 import collections
+import csv
 import dataclasses
+import io
+import math
 from pathlib import Path
 
-from common.errors import exit_on_input_error, note
-from common.files import check_writable
+from common.errors import InputError, exit_on_input_error, note
+from common.files import check_writable, write_atomically
 from common.flags import BLOCKS, flag, parse_early, parse_flags, required, shown
 from common.records import check_record, read_record
 
@@ -20,6 +24,8 @@ from common.records import check_record, read_record
 @dataclasses.dataclass
 class TableFlags:
     results: list = required("JSON files that the evaluators, or digits.report, wrote", positional=True, nargs="+")
+    sort: str | None = flag(None, "begin with the best by this metric, named as in the files or the table", str)
+    csv: str | None = flag(None, "write the table to this file, with all digits", str, metavar="FILE")
     plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
     plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
 
@@ -30,7 +36,7 @@ if __name__ == "__main__":
 import torch
 
 from common.pictures import save_lines
-from evaluations.metrics.results import Result, markdown
+from evaluations.metrics.results import Result, is_better, markdown
 from evaluations.published import PUBLISHED, STEPS_PER_EPOCH
 from models.presets import IMAGENET, build, constructor_defaults, kind_of
 from models.specs import LatentSpec
@@ -62,10 +68,10 @@ def is_guided(manifest):
     return manifest.cfg_scale not in (None, 1.0)
 
 
-def measured_cells(name, result, metrics):
+def measured_cells(name, result, metrics, form):
     manifest = result.manifest or SampleManifest()
     trained = f"{manifest.step} steps" if manifest.step is not None else ""
-    values = [f"{result.metrics[metric]:.4g}" if metric in result.metrics else "" for metric in metrics]
+    values = [format(result.metrics[metric], form) if metric in result.metrics else "" for metric in metrics]
     return [name, manifest.model or "", trained, made(result), *values]
 
 
@@ -121,18 +127,46 @@ def counterparts(result):
     return found
 
 
-def build_table(results):
-    """Markdown table of {name: Result}; results with the same counterparts are grouped."""
+def sort_results(results, metric):
+    """{name: Result} with the best first by a metric, named as in the table or the files; those without it come last.
+
+    Raises InputError if no result has it.
+    """
+    known = {name for result in results.values() for name in result.metrics}
+    metric = {title: name for name, title in METRICS.items()}.get(metric, metric)
+    if metric not in known:
+        raise InputError(f"--sort {metric}: no result has it; choose one of {', '.join(sorted(known))}")
+    direction = 1 if is_better(metric, 0, 1) else -1
+    order = {name: direction * result.metrics.get(metric, direction * math.inf) for name, result in results.items()}
+    return {name: results[name] for name in sorted(results, key=order.get)}
+
+
+def build_rows(results, form=".4g"):
+    """(column names, rows of text) of {name: Result}; results with the same counterparts are grouped."""
     names = [name for result in results.values() for name in result.metrics]
     names = [name for name in METRICS if name in (*ALWAYS, *names)] + sorted({*names} - {*METRICS})
     groups = {}
     for name, result in results.items():
-        groups.setdefault(tuple(counterparts(result)), []).append(measured_cells(name, result, names))
+        groups.setdefault(tuple(counterparts(result)), []).append(measured_cells(name, result, names, form))
     rows = []
     for published, measured in groups.items():
         rows += measured + [published_cells(row, names) for row in published]
         rows += [] if published else [["*no published row*", *[""] * (3 + len(names))]]
-    return markdown(["result", "model", "trained", "sampled", *(METRICS.get(name, name) for name in names)], rows)
+    return ["result", "model", "trained", "sampled", *(METRICS.get(name, name) for name in names)], rows
+
+
+def build_table(results):
+    """Markdown table of {name: Result}."""
+    return markdown(*build_rows(results))
+
+
+def write_csv(results, path):
+    """Write the table with all digits, without the rows that only say that nothing is published."""
+    header, rows = build_rows(results, "")
+    text = io.StringIO(newline="")
+    rows = [[row[0].strip("*"), *row[1:]] for row in rows if any(row[1:])]
+    csv.writer(text).writerows([header, *rows])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def epochs(manifest):
@@ -190,11 +224,17 @@ def read_results(paths):
 def main(argv=None):
     args = parse_flags(TableFlags, argv, __doc__)
     results = read_results(args.results)
+    results = sort_results(results, args.sort) if args.sort else results
+    for name in (name for name in ("csv", *PLOTS) if getattr(args, name)):
+        check_writable(getattr(args, name), shown(name))
     for name, (table, of_row, x, label) in PLOTS.items():
         if path := getattr(args, name):
-            check_writable(path, shown(name))
             save_lines(curves(results, table, of_row, x), path, marker="o", xlabel=label, ylabel="FID")
+    if args.csv:
+        write_csv(results, args.csv)
     print(build_table(results))
+    for path in filter(None, [args.csv, *(getattr(args, name) for name in PLOTS)]):
+        note(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def main(argv=None):
         raise InputError("--vae belongs to --diffusers, which copies the VAE; leave it out")
     export(flags.ckpt, flags.dir, flags.weights, flags.half, flags.diffusers, flags.vae, **flags.published())
     print(f"{flags.ckpt} ({flags.weights} weights) -> {flags.dir}")
+    print(f"next: python generate.py --ckpt {flags.dir}")
 
 
 if __name__ == "__main__":

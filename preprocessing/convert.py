@@ -11,11 +11,10 @@ import threading
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from common.errors import InputError, note
 from common.files import regular, write_atomically
 from common.look_ahead import cores_of_process, ordered_map
+from common.progress import Progress
 from common.versions import versions
 from latents.manifest import LABELS_JSON, MANIFEST, NAMES, DataManifest
 from latents.names import NO_LABEL, label_json, pack_names, walk
@@ -90,7 +89,7 @@ def _convert_images(images, job, task, workers):
     chunks = batches_of(len(images), CHUNK)
     todo, done = job.unfinished(chunks)
     results = _map(images, task, [chunks[number] for number in todo], min(workers, len(todo)))
-    with tqdm(total=len(images), initial=done, unit="img", desc="convert") as bar:
+    with Progress(total=len(images), initial=done, unit="img", desc="convert") as bar:
         for number, left_out in zip(todo, results, strict=True):
             job.record(number, left_out)
             bar.update(len(chunks[number]))
@@ -169,7 +168,7 @@ def _write_zip(folder, dest):
 
     def write(file):
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name in tqdm([*images, LABELS_JSON, NAMES, MANIFEST], unit="file", desc="zip"):
+            for name in Progress([*images, LABELS_JSON, NAMES, MANIFEST], unit="file", desc="zip"):
                 entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))  # a fixed date: the same images give the same zip
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, (folder / name).read_bytes())

@@ -9,10 +9,12 @@ Every command can be killed and run again: it resumes where it was, and does not
 
 import os
 import pkgutil
+from pathlib import Path
 
-from common.errors import exit_on_input_error
+from common.errors import exit_on_input_error, note
 from common.files import locked, naming
 from common.flags import parse_commands
+from latents.manifest import MOMENTS
 from preprocessing.options import (
     CaptionFlags,
     ConvertFlags,
@@ -34,6 +36,22 @@ COMMANDS = {  # flags, and the function, imported when it is needed
     "verify": (VerifyFlags, "preprocessing.verify:run"),
     "info": (InfoFlags, "preprocessing.info:run"),
 }
+TOOLS = "python -m preprocessing.dataset_tools"
+NEXT = {  # what to type when a command has ended; `data` is the data folder, or the set where it lies in none
+    "convert": f"{TOOLS} encode --source {{dest}} --dest {{dest.parent}}/vae-sd",
+    "encode": "python train.py --data-dir {data}",
+    "mirror": "python train.py --data-dir {data} --mirror",
+    "features": "python train.py --data-dir {data} --ssl-align --enc-type {options.enc_type}",
+    "captions": "python train_t2i.py --data-dir {data}",
+    "pack": "python train.py --data-dir {dest}",
+    "verify": "python train.py --data-dir {dest}",
+}
+
+
+def next_command(name, options):
+    """What to type after a command."""
+    dest = Path(getattr(options, "dest", None) or options.data_dir)
+    return NEXT[name].format(dest=dest, data=dest.parent if (dest.parent / MOMENTS).is_dir() else dest, options=options)
 
 
 def main(arguments=None):
@@ -42,6 +60,8 @@ def main(arguments=None):
     writes = dest is not None and os.environ.get("RANK", "0") == "0"
     with locked(dest or ".", "--dest", writes), naming(dest or "the disk"):
         pkgutil.resolve_name(COMMANDS[name][1])(options)
+    if name in NEXT:
+        note(f"next: {next_command(name, options)}")
 
 
 if __name__ == "__main__":

@@ -68,15 +68,18 @@ def warn_of_other_images(options, rows):
         note(f"warning: --vae {options.vae} was trained on {trained.images}, --source holds {found}; {remedy}")
 
 
-def encode(options):
-    """Encode images to VAE moments (mean and std, neither sampled nor scaled) in either layout."""
+def encode(options, processes=None):
+    """Encode images to VAE moments (mean and std, neither sampled nor scaled) in either layout.
+
+    processes: those that take part; default: all of the launch.
+    """
     rows = ImageRows(options)
     if is_complete(options, rows):
         return
     from common.precision import DTYPES
     from common.processes import Processes
 
-    with Processes.join(options.device) as processes:
+    with processes or Processes.join(options.device) as processes:
         codec = models.codec.LatentCodec.load(options.vae, processes.device, DTYPES[options.dtype])
         warn_of_other_images(options, rows)
         spec = codec.spec

@@ -6,10 +6,10 @@ Batches are fixed by index and dealt to the processes in turn, so what is writte
 import itertools
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.look_ahead import ordered_map
+from common.progress import Progress
 from common.versions import versions
 from preprocessing.jobs import batches_of
 from preprocessing.sources import ImageSource
@@ -81,7 +81,8 @@ def fill(writer, rows, function, processes, manifest, package, files=None):
     batches = batches_of(total, job.ticket["batch_size"])
     todo, done = job.unfinished(batches)
     mine = [number for number in todo if number % processes.world == processes.rank]
-    with tqdm(total=total, initial=done, unit=rows.unit, desc="encode", disable=not processes.is_main) as bar:
+    bar_of = {"total": total, "initial": done, "unit": rows.unit, "desc": job.ticket["command"]}
+    with Progress(**bar_of, disable=not processes.is_main) as bar:
         inputs = rows.read([batches[number] for number in mine])
         for number, (batch, left_out) in zip(mine, inputs, strict=True):
             positions, values = [index for index in batches[number] if index not in left_out], ()

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import InputError, note
 from common.files import sha256_of_files
+from common.progress import Progress
 from common.versions import versions
 from dataset import open_dataset
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, DataManifest
@@ -67,7 +67,7 @@ def _copy(rows, names, writer, workers):
     batches = batches_of(len(rows), BATCH)
     todo, done = writer.job.unfinished(batches)
     buffer = np.empty((BATCH, *rows.shape), rows.dtype)
-    with tqdm(total=len(rows), initial=done, unit="img", desc="pack") as bar, ThreadPoolExecutor(workers) as pool:
+    with Progress(total=len(rows), initial=done, unit="img", desc="pack") as bar, ThreadPoolExecutor(workers) as pool:
         for number in todo:
             batch = batches[number]
             list(pool.map(rows.read, batch, buffer))  # reading small files waits for the disk: several at once

@@ -6,10 +6,10 @@ import math
 import os
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import sha256_of_files
+from common.progress import Progress
 from latents.manifest import LABELS, NAMES
 from latents.names import NO_LABEL, pack_names
 from preprocessing.jobs import batches_of, to_npy
@@ -88,7 +88,7 @@ class ShardWriter:
     def _place(self, count, prefix):
         """Checksum every shard and rename it into place; one that an earlier run has placed stays."""
         shards = []
-        with tqdm(total=count * self._row_bytes, unit="B", unit_scale=True, desc="checksums") as bar:
+        with Progress(total=count * self._row_bytes, unit="B", unit_scale=True, desc="checksums") as bar:
             for number, rows in enumerate(map(len, batches_of(count, self.shard_size))):
                 name = shard_name(number)
                 source, target = self.job.partial / f"{prefix}{name}", self.job.dest / name

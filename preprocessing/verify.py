@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import sha256_of_files
+from common.progress import Progress
 from common.records import check_record
 from dataset import open_captions
 from latents.captions import TEXT
@@ -97,7 +97,7 @@ def _check_set(folder, report, decode):
     if manifest.is_packed:
         checksums = {shard.file: shard.sha256 for shard in manifest.shards} | manifest.files
         _check_files(folder, {MANIFEST, *checksums}, lambda _: True, report)
-        for name, expected in tqdm(checksums.items(), unit="file", desc=f"checksums {folder.name}"):
+        for name, expected in Progress(checksums.items(), unit="file", desc=f"checksums {folder.name}"):
             if (folder / name).is_file() and sha256_of_files(folder / name) != expected:
                 report.add("checksum", f"{folder / name} differs from the checksum in {MANIFEST}")
     else:
@@ -153,7 +153,7 @@ def _check_rows(folder, manifest, rows, report):
     sums, spec = None, manifest.latents
     if folder.name == MIRROR and spec and (beside := DataManifest.read(folder.with_name(MOMENTS))):
         spec = spec.scaled_as(beside.latents or spec)  # as in training
-    for batch in tqdm(batches_of(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
+    for batch in Progress(batches_of(len(rows), BATCH), unit="batch", desc=f"values {folder.name}"):
         values = np.zeros((len(batch), *rows.shape))
         for index, out in zip(batch, values, strict=True):
             with report.catch("unreadable row"):
@@ -199,7 +199,7 @@ def _check_images(folder, manifest, report, decode):
             expected = classes.get(class_of(source), label)  # the top folder, where it is a class
             if expected != label:
                 report.add("label", f"{folder}: {source} has label {label}, its folder is class {expected}")
-    for name in tqdm(present, unit="img", desc=folder.name):
+    for name in Progress(present, unit="img", desc=folder.name):
         try:
             with Image.open(folder / name) as image:
                 if decode:

@@ -7,12 +7,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.errors import InputError, note, say
 from common.files import check_writable, locked, sha256_of_files, write_json
 from common.look_ahead import ordered_map
 from common.pictures import save_grid
+from common.progress import Progress
 from models.checkpoints import CONFIG_FILE
 from sampling.manifest import build_manifest, changed_setting, manifest_path, read_manifest
 from sampling.stores import PartFiles, pack, prepare_folder
@@ -27,7 +27,7 @@ def save_picture(sampler, processes):
         for path in (config.out, record):
             check_writable(path, "--out")
         manifest, batches = build_manifest(sampler), config.batches()
-        images = [wait() for _, wait in tqdm(sampler.batches(batches), total=len(batches), unit="batch")]
+        images = [wait() for _, wait in Progress(sampler.batches(batches), total=len(batches), unit="batch")]
         _, columns = config.grid_size()
         save_grid(np.concatenate(images), columns, config.out, **sampler.condition.words(columns))
         write_json(record, manifest.to_json())
@@ -57,7 +57,7 @@ def sample_share(sampler, store, todo, processes):
     mine = todo[processes.rank :: processes.world]
     missing = sum(count for _, count in todo)
     quiet = not (processes.is_main and missing)
-    with tqdm(initial=total - missing, total=total, unit="image", disable=quiet, mininterval=1, smoothing=0.05) as bar:
+    with Progress(initial=total - missing, total=total, unit="image", disable=quiet) as bar:
 
         def show_progress(made):  # by all processes
             bar.update(total - missing + made - bar.n)
@@ -140,6 +140,9 @@ class Result:
         cost = f"{made} images in {duration}, {each} model evaluations each ({all_} in all)"
         places = ", ".join(str(path) for path in (self.store.folder, self.target, self.record) if path.exists())
         say(f"{cost if made else f'finished before: {self.config.num_fid_samples} images'}; {places}")
+        if self.config.decode:
+            samples = self.target if self.target.exists() else self.store.folder
+            say(f"next: python -m evaluations.evaluator REFERENCE.npz {samples} --json")
 
 
 def rounded(evaluations):

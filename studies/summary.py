@@ -170,4 +170,4 @@ def summarise(study, runs, out, failed):
     content = {"study": study, "runs": done, "tables": tables, "not finished": missing, "versions": versions("torch")}
     write_json(out / "results.json", json.loads(json.dumps(content, default=vars)))
     write_atomically(out / "table.md", lambda file: file.write(f"{text}\n".encode()))
-    print(f"{text}\n\nin {out}: table.md, results.json, plots")
+    print(f"{text}\n\nin {out}: table.md, results.json, plots\nnext: python -m training.plot {out}/*/log.jsonl")

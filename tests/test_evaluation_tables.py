@@ -1,5 +1,6 @@
 """Tables: parts of the FLOP count beside Table 8, results beside the paper's, sweeps."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from evaluation_helpers import pictures, save_npz, script
 from PIL import Image
 
 from common.errors import InputError
-from evaluations import count_flops, sweep, table
+from evaluations import count_flops, evaluator, measuring, sweep, table
 from evaluations.metrics.results import Result
 from evaluations.published import CONFIGS, TABLE_8
 from models import PRESETS, create_model, model_config
@@ -168,6 +169,27 @@ def test_what_a_published_row_must_share(changes, numbers, tmp_path, capsys):
     assert len(papers(capsys)) == max(1, len(numbers))
 
 
+def test_results_are_sorted_and_written_with_all_digits(tmp_path, capsys):
+    values = {"a": (3.0, 0.5), "b": (1.23456789, 0.25), "c": (2.0, None)}
+    paths = [
+        result(tmp_path / f"{name}.json", metrics={"fid": fid, **({"precision": value} if value else {})})
+        for name, (fid, value) in values.items()
+    ]
+    for metric, order in (("fid", "bca"), ("FID", "bca"), ("precision", "abc")):
+        table.main([*paths, "--sort", metric])
+        rows = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines()[2:]]
+        assert [row for row in rows if row in values] == list(order)
+    table.main([*paths, "--sort", "fid", "--csv", str(tmp_path / "t.csv")])
+    assert "t.csv" in capsys.readouterr().err
+    header, first, *_, last = csv.reader((tmp_path / "t.csv").read_text().splitlines())
+    assert header[:2] == ["result", "model"] and first[0] == "b" and "1.23456789" in first
+    assert last[0].startswith("paper, Table")
+    with pytest.raises(InputError, match="--sort recall: no result has it; choose one of fid, precision"):
+        table.main([*paths, "--sort", "recall"])
+    with pytest.raises(InputError, match=r"--csv .* is a folder"):
+        table.main([*paths, "--csv", str(tmp_path)])
+
+
 def test_no_match_says_so(tmp_path, capsys):
     table.main([result(tmp_path / "a.json", options={"depth": 8})])
     assert papers(capsys) == ["| *no published row* |  |  |  |  |  |  |"]
@@ -211,7 +233,7 @@ def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd, monkeyp
         assert (processes, done.returncode) == (1, 0), done.stderr
         print(done.stdout)
 
-    monkeypatch.setattr(sweep, "run_python", run_python)
+    monkeypatch.setattr(measuring, "run_python", run_python)
     vae = tiny.vae_folder(tmp_path / "tiny-vae")
     ckpt = tiny.checkpoint(tmp_path / "0000003.pt", vae)
     reference, features = save_npz(tmp_path / "ref.npz", pictures(8, 1)), script(tmp_path / "corners.pt")
@@ -251,8 +273,8 @@ def measured(tmp_path, monkeypatch):
     """A finished sweep of two settings in the current folder; what checks and starts programs is noted."""
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "run_python", lambda processes, *words: calls.append(words))
-    monkeypatch.setattr(sweep, "check_inputs", lambda args, processes: calls.append(args))
+    monkeypatch.setattr(measuring, "run_python", lambda processes, *words: calls.append(words))
+    monkeypatch.setattr(evaluator, "check_inputs", lambda args, processes: calls.append(args))
     for name in ("ckpt.pt", "ref.npz"):
         (tmp_path / name).touch()
     (tmp_path / "out").mkdir()
@@ -310,7 +332,7 @@ def test_a_sweep_hands_the_evaluators_flags_on(tmp_path, monkeypatch):
             (tmp_path / "steps-2-cfg-1.0.json").write_text('{"metrics": {"fd_f": 1.0}}')
 
     calls = []
-    monkeypatch.setattr(sweep, "run_python", run_python)
+    monkeypatch.setattr(measuring, "run_python", run_python)
     flags = ["--ckpt", "c", "--ref", "r", "--out", str(tmp_path), "--features", "f", "--other-size", "--", "--heun"]
     assert sweep.measure(sweep.Setting(2, 1.0, 0.0, 1.0), *sweep.parse(flags)).metrics == {"fd_f": 1.0}
     sampled, evaluated = calls

@@ -205,7 +205,7 @@ def test_half_precision_is_half_the_file_and_read_as_float32(ckpt, folder, tmp_p
 def test_command_line_with_the_key_layers_of_a_published_file(ckpt, tmp_path, capsys):
     torch.save(load_checkpoint(ckpt).model.state_dict(), tmp_path / "published.pt")
     main([str(tmp_path / "published.pt"), str(tmp_path / "out"), "--df-idxs", "[3]", "--legacy-scaling"])
-    assert capsys.readouterr().out.strip().endswith(f"-> {tmp_path / 'out'}")
+    assert f"-> {tmp_path / 'out'}\nnext: python generate.py" in capsys.readouterr().out
     model, options = load_model(tmp_path / "out")
     assert options["df_idxs"] == (3,) and model.df_idxs == (3,) and options["legacy_scaling"] is True
 

@@ -20,7 +20,17 @@ from common import precision
 from common.errors import InputError
 from common.flags import LARGEST, Range, flag, parse_flags, shown
 from digits import train_vae
-from evaluations import calculate_metrics, clip_score, count_flops, evaluator, feature_distance, geneval, probe, sweep
+from evaluations import (
+    calculate_metrics,
+    clip_score,
+    count_flops,
+    evaluator,
+    feature_distance,
+    geneval,
+    probe,
+    sweep,
+    watch,
+)
 from evaluations.metrics import precision_recall
 from models import attention, deepflow, encoders, export, mmdit, paths
 from models.flags import ENCODERS
@@ -39,6 +49,7 @@ PROGRAMS += [evaluator.EvaluatorFlags, clip_score.ClipFlags, count_flops.FlopsFl
 PROGRAMS += [
     sweep.SweepFlags,
     probe.ProbeFlags,
+    watch.WatchFlags,
     calculate_metrics.CalcFlags,
     calculate_metrics.RefFlags,
     geneval.ScoreFlags,

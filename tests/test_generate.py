@@ -130,7 +130,7 @@ def test_two_processes_make_the_same_pixels(reference, ckpt, tmp_path):
     assert np.array_equal(array, reference[1])
     assert manifest == reference[2]
     assert len(pngs(folder)) == 5
-    assert "5/5" in done.stderr and "4 model evaluations each (20 in all)" in done.stdout
+    assert "5 of 5" in done.stderr and "4 model evaluations each (20 in all)" in done.stdout
 
 
 @pytest.mark.slow

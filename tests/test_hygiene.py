@@ -196,6 +196,8 @@ LADDER = [  # a room imports from the rungs below it and from itself
     {"sampling", "training"},
 ]
 BESIDE = {  # beside the root scripts: they use the whole ladder, themselves and these
+    "train": {"preprocessing"},
+    "train_dmf": {"preprocessing"},
     "train_t2i": {"train"},
     "generate_t2i": {"generate"},
     "preprocessing": set(),

@@ -64,6 +64,20 @@ def test_a_curve_is_smoothed_by_a_running_mean():
     assert plot.smoothed([4.0, 2.0, 0.0, 1.0], 2) == [4, 3, 1, 0.5] and plot.smoothed([4.0, 2.0], 1) == [4, 2]
 
 
+def test_runs_have_their_names_and_held_out_errors_are_not_smoothed(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    lines = [{"step": step, "loss": step, "loss_v1": step, "holdout_v1": step} for step in (1, 3)]
+    a = write_log(tmp_path / "a", *lines)
+    (tmp_path / "other").mkdir()
+    twin = write_log(tmp_path / "other/a", *lines)
+    plot.save_curves([a, write_log(tmp_path / "b", *lines) / "log.jsonl"], tmp_path / "curves.png", smooth=2)
+    drawn = {axes.get_title(): axes.lines for axes in figures[0].axes}
+    assert [line.get_label() for line in drawn["loss"]] == ["a", "b"]
+    assert list(drawn["loss"][0].get_ydata()) == [1, 2] and list(drawn[plot.HELD_OUT][0].get_ydata()) == [1, 3]
+    assert list(plot.named([a, twin, a])) == [str(a / "log.jsonl"), str(twin / "log.jsonl")]
+
+
 def test_axes_are_logarithmic_where_values_are_positive_and_few_points_marked(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))

@@ -7,7 +7,7 @@ import tiny
 
 from common.errors import InputError
 from common.flags import parse_flags
-from evaluations import sweep
+from evaluations import measuring, sweep
 from evaluations.metrics.results import Result
 from sampling.flags import GenerateConfig
 
@@ -34,7 +34,7 @@ def result_of(folder, name, distance, **manifest):
 
 
 def test_several_checkpoints_give_means_standard_errors_and_differences(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "run_python", lambda *words: pytest.fail(f"{words} is started"))
+    monkeypatch.setattr(measuring, "run_python", lambda *words: pytest.fail(f"{words} is started"))
     monkeypatch.setattr(sweep, "save_lines", lambda lines, path, **axes: drawn.update(lines))
     vae, drawn = tiny.vae_folder(tmp_path / "tiny-vae"), {}
     ckpts = [str(tiny.checkpoint(tmp_path / f"{seed}.pt", vae)) for seed in (0, 1)]
@@ -88,7 +88,7 @@ def test_digits_are_measured_by_their_report(tmp_path, monkeypatch):
         result_of(tmp_path, "steps-5-cfg-1.0", 1.0)
 
     calls = []
-    monkeypatch.setattr(sweep, "run_python", run_python)
+    monkeypatch.setattr(measuring, "run_python", run_python)
     args, generate = sweep.parse(["--ckpt", "c", "--ref", "digits", "--out", str(tmp_path), "--num-samples", "40"])
     assert sweep.measure(sweep.Setting(5, 1.0), args, generate).metrics[args.distance] == 1.0
     assert calls[1][:3] == ["-m", "digits.report", "--samples"] and calls[1][-1].endswith("steps-5-cfg-1.0.json")
@@ -99,7 +99,7 @@ def test_digits_are_measured_by_their_report(tmp_path, monkeypatch):
     [(["--exit-branch", "2", "9"], "--exit-branch.* 1 to 2"), (["--exit-schedule", "soon"], "--exit-schedule 'soon'")],
 )
 def test_a_setting_that_the_checkpoint_lacks_ends_a_sweep_at_once(tmp_path, monkeypatch, axis, named):
-    monkeypatch.setattr(sweep, "run_python", lambda *words: pytest.fail(f"{words} is started"))
+    monkeypatch.setattr(measuring, "run_python", lambda *words: pytest.fail(f"{words} is started"))
     ckpt = tiny.checkpoint(tmp_path / "0.pt", tiny.vae_folder(tmp_path / "tiny-vae"))
     with pytest.raises(InputError, match=named):
         sweep.main(["--ckpt", str(ckpt), "--ref", "digits", "--out", str(tmp_path / "out"), *axis])

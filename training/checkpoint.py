@@ -109,8 +109,8 @@ def replacing_old(run_dir, step, stays, keep):
 
 def clear_way(run_dir, step):
     """Remove half-written files, and rename checkpoints after `step` to .pt.abandoned, which `latest` does not find."""
-    for path in Path(run_dir).rglob(".*.tmp"):
-        if path.is_file():
+    for place in ("", "checkpoints", "samples"):  # not those of programs that sample or measure the run meanwhile
+        for path in Path(run_dir, place).glob(".*.tmp"):
             path.unlink(missing_ok=True)
     for path in (checkpoint_path(run_dir, other) for other in existing_steps(run_dir) if other > step):
         print(f"{path} is set aside as {path.name}.abandoned", flush=True)

@@ -19,7 +19,11 @@ class PlotFlags:
     runs: list = required("folder of a run, or its log.jsonl", positional=True, nargs="+", metavar="RUN")
     out: str = flag("curves.png", "picture to write")
     x: str = flag("step", "horizontal axis; hours exclude pauses between runs", choices=["step", "epoch", "hours"])
-    smooth: int = flag(1, "draw means over this many log lines, each line and those before it", range=Range(low=1))
+    smooth: int = flag(
+        1,
+        "draw means over a log line and those before it, this many; not of held-out errors",
+        range=Range(low=1),
+    )
     log_axis: bool = flag(False, "logarithmic vertical axes for panels with only positive values")
 
 
@@ -82,11 +86,18 @@ def smoothed(values, count):
     return [np.mean(values[max(0, end - count) : end]) for end in range(1, len(values) + 1)]
 
 
+def named(runs):
+    """{name: log.jsonl} of run folders or logs: the folder's name, with its path where several share it."""
+    logs = [Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run) for run in dict.fromkeys(map(str, runs))]
+    names = [log.resolve().parent.name for log in logs]
+    return {name if names.count(name) == 1 else str(log): log for name, log in zip(names, logs, strict=True)}
+
+
 def save_curves(runs, path, x="step", smooth=1, log_axis=False):
     """Write a PNG with the curves of the given run folders or logs. Raises InputError."""
     from matplotlib.figure import Figure  # a second to import, and only pictures need it
 
-    logs = {str(run): Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run) for run in runs}
+    logs = named(runs)
     curves = {run: read_curves(log, x) for run, log in logs.items()}
     resumed = {run: np.interp(resumed_steps(log.parent), *curves[run]["step"][::-1]) for run, log in logs.items()}
     names = sorted({name for of_run in curves.values() for name in of_run} - {"step"}, key=panel_order)
@@ -98,7 +109,8 @@ def save_curves(runs, path, x="step", smooth=1, log_axis=False):
         for run, of_run in curves.items():
             places, values = of_run.get(name, ([], []))
             marker = "." if len(values) <= FEW else None
-            (line,) = axes.plot(places, smoothed(values, smooth), label=run, linewidth=1, marker=marker)
+            count = 1 if name.startswith("held-out") else smooth  # rare, and always of the same images
+            (line,) = axes.plot(places, smoothed(values, count), label=run, linewidth=1, marker=marker)
             for start in resumed[run]:
                 axes.axvline(start, color=line.get_color(), linewidth=0.3)
         positive = all(value > 0 for of_run in curves.values() for value in of_run.get(name, ([], []))[1])

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common.errors import InputError, first_line, system_fault
+from common.progress import Progress
 from evaluations.metrics.frechet import RunningStatistics
 from models.checkpoints import check_sums
 from models.encoders import IMAGENET_STATISTICS
@@ -138,7 +138,7 @@ def extract(images, batches, extractor, processes, keep=False):
     batches = [batch for batch in batches if len(batch)]
     batches, counted = (batches, None) if batches else ([np.arange(1)], 0)
     statistics, kept = {}, []
-    progress = tqdm(total=sum(map(len, batches)), unit="image", disable=processes.rank > 0, mininterval=1)
+    progress = Progress(total=sum(map(len, batches)), unit="image", disable=processes.rank > 0)
     for indices, pixels in zip(batches, images.batches(batches), strict=True):
         features = extractor(torch.from_numpy(pixels).to(processes.device).permute(0, 3, 1, 2))
         for name, rows in features.items():

@@ -18,6 +18,15 @@ from sampling.flags import GENEVAL_IMAGES
 from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_manifest
 from sampling.stores import GenEvalFiles, PngFiles
 
+LOWER = (
+    "fid",
+    "sfid",
+    "kid",
+    "fd_",
+    "kd_",
+    "feature_distance",
+    "Fréchet",
+)  # beginnings of names of metrics where lower is better
 BATCHES, SPEED = "--per-proc-batch-size", "precision and speed"  # name and group of flags
 
 
@@ -48,7 +57,7 @@ class Result:
     def write(self, path):
         """Write the result, with the manifest beside the samples, to a file; None: nowhere. Raises InputError."""
         if path is None:
-            return
+            return note("the numbers are kept nowhere; --json FILE keeps them")
         self.manifest = sample_manifest(self.samples)
         content = {name: value for name, value in vars(self).items() if value is not None}
         manifest = self.manifest.to_json() if self.manifest else {}
@@ -59,6 +68,7 @@ class Result:
             raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
         weights = manifest.get("weights")  # printed because REPA's text-to-image sampler uses raw ones
         note(f"wrote {path}" + (f" (samples of the {weights} weights)" if weights else ""))
+        note(f"next: python -m evaluations.table {path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,11 @@ class Estimate:
 
     def __str__(self):
         return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
+
+
+def is_better(metric, value, than):
+    """Whether a metric's value is better than another: distances lower, all else higher."""
+    return value < than if metric.startswith(LOWER) else value > than
 
 
 def sample_manifest(samples):

@@ -1,0 +1,92 @@
+"""Sampling a checkpoint and measuring the samples, with other programs: for evaluations.sweep and evaluations.watch."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+from common.errors import InputError, note
+from common.flags import IMAGES, ROOT, WORKERS, flag, parse_flags, required, shown
+
+DIGITS = "digits"  # as --ref
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeasuringFlags:
+    """How many samples are made, and with what they are compared; a subclass has `out`, where results go."""
+
+    ref: str = required("reference of evaluations.evaluator, or the word digits", metavar="NPZ")
+    num_samples: int = flag(5000, "samples per measurement", range=IMAGES, group="sampling", name="--num-fid-samples")
+    processes: int = flag(1, "processes for sampling and measuring", range=WORKERS, group="precision and speed")
+    inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
+    features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
+    other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")
+
+    @property
+    def distance(self):
+        """Name of the Fréchet distance among the metrics."""
+        if self.ref == DIGITS:
+            return "Fréchet distance of digits"
+        return f"fd_{self.extractor}" if self.features else "fid"
+
+    @property
+    def extractor(self):
+        """Name of --features in the names of metrics, or None."""
+        from evaluations.metrics.features import features_name  # here and below, as it imports torch
+
+        return self.features and features_name(self.features)
+
+    def label(self, metric):
+        """A metric's name as its program prints it."""
+        from evaluations.evaluator import label
+
+        return label(metric, self.extractor)
+
+
+def split(words):
+    """(words before `--`, those after it, which generate.py gets)."""
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
+
+
+def run_python(processes, *command):
+    """Run a program of the repository, under torchrun where there are several processes. Raises InputError."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    words = map(str, [*(torchrun if processes > 1 else []), *command])
+    if code := subprocess.run([sys.executable, *words], check=False).returncode:
+        name = command[1] if command[0] == "-m" else command[0]
+        raise InputError(f"{name} ended with {code}; see its output above")
+
+
+def measuring(args, samples):
+    """Arguments of the evaluator."""
+    words = [args.ref, str(samples)]
+    for name in ("inception_weights", "features"):
+        words += [shown(name), getattr(args, name)] if getattr(args, name) else []
+    return words + (["--other-size"] if args.other_size else [])
+
+
+def make_result(name, ckpt, args, program, words):
+    """Path of the result `name` in --out: sampled by the program with these words and measured, unless it has been."""
+    path, folder = Path(args.out, f"{name}.json"), Path(args.out, "samples", name)
+    if not path.exists():
+        note(f"sampling {name}")
+        flags = ["--ckpt", ckpt, "--sample-dir", folder, "--num-fid-samples", args.num_samples]
+        run_python(args.processes, ROOT / program, *flags, *words)
+        found = list(folder.glob("*.npz"))
+        if len(found) != 1:
+            raise InputError(f"{folder} holds {len(found)} npz files instead of one; delete it and run this again")
+        if args.ref == DIGITS:
+            run_python(1, "-m", "digits.report", "--samples", found[0], "--out", path)
+        else:
+            run_python(args.processes, "-m", "evaluations.evaluator", *measuring(args, found[0]), "--json", path)
+    return path
+
+
+def check_reference(args):
+    """Raise InputError for a reference or network that could not serve; nothing is sampled for it."""
+    from common.processes import Processes
+    from evaluations.evaluator import EvaluatorFlags, check_inputs
+
+    if args.ref != DIGITS:
+        check_inputs(parse_flags(EvaluatorFlags, measuring(args, "samples")), Processes.join("cpu"))

@@ -1,0 +1,198 @@
+"""Measures the checkpoints of a run while it trains: a curve over its steps, and the best checkpoint is kept.
+
+    python -m evaluations.watch exps/b2 --ref VIRTUAL_imagenet256_labeled.npz --num-fid-samples 5000 -- --mode ode
+    python -m evaluations.watch exps/digits --ref digits --metric "label agreement" --once
+
+What follows `--` goes to generate.py. Training knows nothing of this program, which is best given a GPU of its own
+(CUDA_VISIBLE_DEVICES) and ends once the run's last checkpoint is measured. It writes RUN/watch: a JSON for each
+measured step, curve.json, curve.png, and best.pt, the best checkpoint by --metric, which stays when training deletes
+its own. The same command goes on after an interruption.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from common.errors import InputError, exit_on_input_error, note
+from common.files import check_writable, locked, read_bytes, remove_leftovers, write_json
+from common.flags import LARGEST, Range, flag, parse_early, parse_flags, required
+from common.records import Count, read_record
+from evaluations.measuring import DIGITS, MeasuringFlags, check_reference, make_result, split
+from models.presets import PRESETS
+from sampling.flags import GenerateConfig, TextGenerateConfig
+
+
+@dataclasses.dataclass(kw_only=True)
+class WatchFlags(MeasuringFlags):
+    run: str = required("folder of a run", positional=True, metavar="RUN")
+    metric: str | None = flag(None, "which decides the best, named as in the results; default: Fréchet distance", str)
+    out: str | None = flag(None, "folder for the results; default: RUN/watch", str, group="output")
+    once: bool = flag(False, "measure what is there now, then end", group="output")
+    every: int = flag(60, "seconds between looks at the run", range=Range(low=1, high=86_400), group="output")
+
+
+if __name__ == "__main__":
+    parse_early(WatchFlags, __doc__, argv=split(sys.argv[1:])[0])
+
+from common.pictures import save_lines
+from evaluations.evaluator import LABELS, OTHER
+from evaluations.metrics.results import Result, is_better
+from models.checkpoints import STEP, checkpoint_path, existing_steps
+from sampling.manifest import check_settings
+from training.logs import parse_line
+
+RECORD = "watch.json"  # in --out: flags common to all steps
+SAME = ("ref", "num_samples", "features", "inception_weights", "metric")
+
+
+@dataclasses.dataclass
+class Settings:
+    """What is read of the run's config.json."""
+
+    model: str
+    max_train_steps: Count
+    epochs: Count = LARGEST  # which older runs lack
+
+    @classmethod
+    def read(cls, run):
+        return read_record(cls, Path(run, "config.json"), "name the folder of a run that has begun")
+
+    @property
+    def is_text(self):
+        return self.model in PRESETS and PRESETS[self.model].kind == "text"
+
+    @property
+    def program(self):
+        return "generate_t2i.py" if self.is_text else "generate.py"
+
+
+def is_finished(run):
+    """Whether the run has the checkpoint of its last step, by --max-train-steps or --epochs. Raises InputError."""
+    settings, log = Settings.read(run), Path(run, "log.jsonl")
+    *lines, _ = read_bytes(log, "restore it").split(b"\n") if log.exists() else [b""]  # the last may be half written
+    last = parse_line(lines[-1], log) if lines else {"step": 0}
+    is_last = last["step"] >= settings.max_train_steps or last.get("epoch", 0) >= settings.epochs
+    return is_last and int(last["step"]) in existing_steps(run)
+
+
+def result_path(args, step):
+    return Path(args.out, f"{step:07d}.json")
+
+
+def is_measured(args, step):
+    """Whether there is a result that is not older than the checkpoint, which a rewound run writes anew."""
+    path = result_path(args, step)
+    try:
+        return checkpoint_path(args.run, step).stat().st_mtime <= path.stat().st_mtime
+    except FileNotFoundError:
+        return path.exists()
+
+
+def hold(args, step):
+    """Path of the checkpoint in --out, where training cannot delete it: a link, or a copy; None if it is gone."""
+    source, held = checkpoint_path(args.run, step), checkpoint_path(args.out, step)
+    partial = held.with_name(f".{held.name}.{os.getpid()}.tmp")
+    try:
+        if not held.exists() or held.stat().st_mtime_ns != source.stat().st_mtime_ns:
+            held.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(held)
+            try:
+                os.link(source, partial)
+            except FileNotFoundError:
+                raise
+            except OSError:  # another file system, or one without links
+                shutil.copy2(source, partial)
+            shutil.rmtree(Path(args.out, "samples", held.stem), ignore_errors=True)  # of what it was before a rewind
+            os.replace(partial, held)
+    except FileNotFoundError:  # training has deleted it
+        note(f"{source} is gone{'; its copy is measured' if held.exists() else ' before it was measured'}")
+    return held if held.exists() else None
+
+
+def measure(args, step, generate):
+    """Measure the checkpoint of a step unless that is done, and keep it if it is the best."""
+    held, path = checkpoint_path(args.out, step), result_path(args, step)
+    if not is_measured(args, step):
+        if hold(args, step) is None:
+            return
+        if path.exists():  # of what a rewound run has written anew
+            if save_curve(args) == step:
+                Path(args.out, "best.pt").unlink(missing_ok=True)
+            path.unlink()
+        make_result(path.stem, held, args, Settings.read(args.run).program, ["--format", "npz", *generate])
+        shutil.rmtree(Path(args.out, "samples", path.stem))
+    elif not held.exists():
+        return
+    best = save_curve(args)
+    if step == best:
+        os.replace(held, Path(args.out, "best.pt"))
+    held.unlink(missing_ok=True)  # also where best.pt was the same file, which a rename leaves alone
+    value = Result.read(path).metrics[args.metric]
+    print(f"step {step:,}: {args.label(args.metric)} {value:.4g}{', the best so far' * (step == best)}", flush=True)
+
+
+def save_curve(args):
+    """Write curve.json and curve.png of all results; returns the best step, None without results. Raises InputError."""
+    paths, remedy = Path(args.out).glob("*.json"), "delete it to measure the step again"
+    results = {int(path.stem): Result.read(path, remedy).metrics for path in paths if STEP.fullmatch(path.stem)}
+    best, curves = None, {}
+    for step, metrics in sorted(results.items()):
+        if args.metric not in metrics:
+            raise InputError(f"{result_path(args, step)} holds no {args.metric}; {remedy}, or name another --metric")
+        if best is None or is_better(args.metric, metrics[args.metric], results[best][args.metric]):
+            best = step
+        for name, value in metrics.items():
+            curves.setdefault(name, []).append((step, value))
+    if best is None:
+        return None
+    write_json(Path(args.out, "curve.json"), {"metric": args.metric, "best": best, "curves": curves})
+    label = args.label(args.metric)
+    save_lines({label: curves[args.metric]}, Path(args.out, "curve.png"), marker="o", xlabel="step", ylabel=label)
+    return best
+
+
+def check(args, generate):
+    """Raise InputError, before the first checkpoint, for what would fail or mix results later; returns the flags."""
+    settings = Settings.read(args.run)
+    parse_flags(TextGenerateConfig if settings.is_text else GenerateConfig, ["--ckpt", args.run, *generate])
+    if args.ref != DIGITS and not Path(args.ref).exists():
+        raise InputError(f"--ref {args.ref} does not exist; name a reference, or the word digits")
+    args = dataclasses.replace(args, metric=args.metric or args.distance, out=args.out or str(Path(args.run, "watch")))
+    known = [f"{kind}_{args.extractor}" for kind in OTHER] if args.features else list(LABELS)
+    known = [args.distance, "label agreement"] if args.ref == DIGITS else known
+    if args.metric not in known:
+        raise InputError(f"--metric {args.metric} is not measured with these flags; choose one of {', '.join(known)}")
+    if args.once and not existing_steps(args.run):
+        raise InputError(f"{args.run} holds no checkpoint yet; leave --once out to wait for the first")
+    check_writable(Path(args.out, RECORD), "--out:")
+    about = {**{name: getattr(args, name) for name in SAME}, "generate": generate}
+    if Path(args.out, RECORD).exists():
+        check_settings(Path(args.out), about, RECORD, "name another --out")
+    check_reference(args)
+    write_json(Path(args.out, RECORD), about)
+    return args
+
+
+def main(argv=None):
+    own, generate = split(sys.argv[1:] if argv is None else argv)
+    args = check(parse_flags(WatchFlags, own, __doc__), generate)
+    with locked(args.out, "--out"):
+        while True:
+            last_look = args.once or is_finished(args.run)  # asked first: then the list below is complete
+            for step in sorted({*existing_steps(args.run), *existing_steps(args.out)}):
+                measure(args, step, generate)
+            if last_look:
+                break
+            time.sleep(args.every)
+        if (best := save_curve(args)) is None:
+            raise InputError(f"{args.run}: no checkpoint was measured; start again once there is one")
+    print(f"best: step {best:,}; in {args.out}: curve.json, curve.png, best.pt")
+    print(f"next: python {Settings.read(args.run).program} --ckpt {Path(args.out, 'best.pt')}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,212 @@
+"""Measuring a run while it trains: evaluations.watch."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import programs
+import pytest
+import tiny
+from evaluation_helpers import pictures, save_npz, script
+from PIL import Image
+
+from common.errors import InputError
+from evaluations import measuring, watch
+from training.checkpoint import clear_way
+
+STEPS = {1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0}  # the distance that the stand-in measures at each step
+
+
+class Training:
+    """A folder as a trainer of four steps leaves it, which keeps one checkpoint; and a stand-in for what watch starts.
+
+    deleting: whether each checkpoint is deleted while it is sampled.
+    """
+
+    def __init__(self, folder, deleting=False):
+        self.folder, self.deleting, self.step, self.calls = folder, deleting, 0, []
+        (folder / "checkpoints").mkdir(parents=True)
+        config = {"model": "DeepFlow-Ti/2", "max_train_steps": 4, "epochs": 9, "other": [1]}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def path(self, step):
+        return self.folder / f"checkpoints/{step:07d}.pt"
+
+    def train(self, *_):
+        self.step += 1
+        self.path(self.step).write_text(f"weights of step {self.step}")
+        self.path(self.step - 1).unlink(missing_ok=True)
+        (self.folder / "checkpoints/.0000009.pt.1.tmp").write_text("half")
+        line = json.dumps({"step": self.step, "epoch": self.step / 2, "loss": 1.0})
+        (self.folder / "log.jsonl").write_text(line + '\n{"step": 9')  # and a half-written one
+
+    def run_python(self, processes, *words):
+        words = list(map(str, words))
+        if words[0] == "-m":
+            step = int(Path(words[-1]).stem)
+            metrics = {"Fréchet distance of digits": STEPS[step], "label agreement": STEPS[step] / 10}
+            Path(words[-1]).write_text(json.dumps({"metrics": metrics}))
+            return
+        step = int(Path(words[words.index("--ckpt") + 1]).stem)
+        self.calls.append(step)
+        if self.deleting:
+            self.path(step).unlink()
+        assert Path(words[words.index("--ckpt") + 1]).read_text().startswith(f"weights of step {step}")
+        samples = Path(words[words.index("--sample-dir") + 1])
+        samples.mkdir(parents=True)
+        (samples / "a.npz").touch()
+
+
+@pytest.fixture
+def training(tmp_path, monkeypatch):
+    training = Training(tmp_path / "run")
+    monkeypatch.setattr(measuring, "run_python", training.run_python)
+    monkeypatch.setattr(watch.time, "sleep", training.train)
+    return training
+
+
+def start(training, *words):
+    watch.main([str(training.folder), "--ref", "digits", *words])
+    return json.loads((training.folder / "watch/curve.json").read_text())
+
+
+@pytest.mark.parametrize("deleting", [False, True])
+def test_a_run_is_watched_to_its_end_and_the_best_checkpoint_outlives_it(training, capsys, deleting):
+    training.deleting = deleting
+    curve = start(training)
+    assert training.calls == [1, 2, 3, 4] == [step for step, _ in curve["curves"]["label agreement"]]
+    assert curve["best"] == 2 and curve["curves"][curve["metric"]] == [list(pair) for pair in STEPS.items()]
+    out = training.folder / "watch"
+    assert (out / "best.pt").read_text() == "weights of step 2" and not training.path(2).exists()
+    assert not any((out / "checkpoints").iterdir()) and not any((out / "samples").iterdir())
+    assert Image.open(out / "curve.png").size[0] > 300
+    assert "step 3: Fréchet distance of digits 4\n" in (printed := capsys.readouterr().out)
+    assert "step 2: Fréchet distance of digits 3, the best so far" in printed and f"in {out}: curve.json" in printed
+
+
+def test_a_run_ends_with_its_epochs_too(training):
+    training.folder.joinpath("config.json").write_text('{"model": "x", "max_train_steps": 400, "epochs": 1}')
+    start(training)
+    assert training.calls == [1, 2]
+
+
+def test_higher_is_better_for_other_metrics(training):
+    assert start(training, "--metric", "label agreement")["best"] == 4
+
+
+def test_once_measures_what_is_there_and_a_second_time_nothing(training):
+    training.train()
+    for _ in range(2):
+        assert start(training, "--once")["best"] == 1
+    training.train()
+    assert start(training, "--once")["best"] == 2 and training.calls == [1, 2]
+
+
+def test_an_interrupted_measurement_goes_on_without_the_run_s_checkpoint(training, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    training.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "run_python", fail)
+        with pytest.raises(KeyboardInterrupt):
+            start(training, "--once")
+    training.train()
+    assert start(training, "--once")["best"] == 2 and training.calls == [1, 2]
+
+
+def test_a_checkpoint_that_vanishes_before_it_is_held_is_passed_over(training, monkeypatch, capsys):
+    def vanished(source, target):
+        Path(source).unlink()
+        raise FileNotFoundError
+
+    training.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", vanished)
+        with pytest.raises(InputError, match="no checkpoint was measured"):
+            start(training, "--once")
+    assert "0000001.pt is gone" in capsys.readouterr().err and training.calls == []
+
+
+def test_where_links_are_impossible_checkpoints_are_copied(training, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    training.deleting = True
+    assert start(training)["best"] == 2
+    assert (training.folder / "watch/best.pt").read_text() == "weights of step 2"
+
+
+def test_what_a_rewound_run_writes_anew_is_measured_anew(training):
+    training.train()
+    start(training, "--once")
+    later = (training.folder / "watch/0000001.json").stat().st_mtime + 5
+    training.path(1).write_text("weights of step 1, again")
+    os.utime(training.path(1), (later, later))
+    start(training, "--once")
+    assert training.calls == [1, 1] and (training.folder / "watch/best.pt").read_text().endswith("again")
+
+
+def test_a_trainer_that_starts_leaves_files_of_others_alone(training):
+    training.train()
+    others = training.folder / "watch/.curve.json.7.tmp"
+    others.parent.mkdir()
+    others.touch()
+    clear_way(training.folder, 1)
+    assert others.exists() and not list(training.folder.glob("checkpoints/.*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metric", "fid"], "--metric fid .*label agreement"),
+        (["--once"], "holds no checkpoint yet; leave --once out"),
+        (["--", "--num-stepz", "4"], "--num-stepz"),
+        (["--ref", "nowhere.npz"], "--ref nowhere.npz does not exist"),
+        (["--every", "0"], "--every 0 is out of range"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_sampled(training, words, message):
+    with pytest.raises(InputError, match=message):
+        start(training, *words)
+    assert training.calls == [] and not (training.folder / "watch/watch.json").exists()
+
+
+def test_only_runs_are_watched_and_results_of_other_settings_are_not_mixed(training, tmp_path):
+    training.train()
+    start(training, "--once")
+    with pytest.raises(InputError, match=r"another num_samples \(5000, now 10\); name another --out"):
+        start(training, "--once", "--num-samples", "10")
+    (training.folder / "watch/0000001.json").write_text("{")
+    with pytest.raises(InputError, match=re.escape("0000001.json is not JSON") + ".*delete it"):
+        start(training, "--once")
+    with pytest.raises(InputError, match=r"config\.json cannot be read.*name the folder of a run"):
+        watch.main([str(tmp_path), "--ref", "digits"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_checkpoints_of_a_real_run_are_sampled_and_measured(tmp_path, monkeypatch):
+    def run_python(processes, *command):
+        done = programs.run(*command)
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(measuring, "run_python", run_python)
+    vae = tiny.vae_folder(tmp_path / "tiny-vae")
+    run = tmp_path / "exps/run"
+    tiny.checkpoint(run / "checkpoints/0000003.pt", vae)
+    config = {"model": "DeepFlow-Ti/2", "max_train_steps": 3, "epochs": 9}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "log.jsonl").write_text('{"step": 3.0, "loss": 1.0}\n')
+    weights = (run / "checkpoints/0000003.pt").read_bytes()
+    reference, features = save_npz(tmp_path / "ref.npz", pictures(8, 1)), script(tmp_path / "corners.pt")
+    flags = [str(run), "--ref", reference, "--num-samples", "4", "--features", features, "--", "--num-steps", "2"]
+    watch.main(flags)
+    result = json.loads((run / "watch/0000003.json").read_text())
+    curve = json.loads((run / "watch/curve.json").read_text())
+    assert result["count"] == 4 and curve["metric"] == "fd_corners"
+    assert curve["curves"]["fd_corners"] == [[3, result["metrics"]["fd_corners"]]]
+    shutil.rmtree(run / "checkpoints")
+    assert (run / "watch/best.pt").read_bytes() == weights
