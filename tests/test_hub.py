@@ -182,5 +182,5 @@ def test_a_sweep_pins_a_repository(hub_cache, tmp_path):
 
 def test_training_from_a_repository_names_its_own_flag(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
-    with pytest.raises(InputError, match="--pretrained someone/flow"):
+    with pytest.raises(InputError, match="--init-from someone/flow"):
         tiny.run_train_dmf(data, tmp_path / "exps", "someone/flow")
