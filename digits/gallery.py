@@ -3,7 +3,7 @@
     python -m digits.gallery --out assets/gallery
     python -m digits.gallery --out assets/gallery --flow-map quickstart/exps/digits-map
 
-Takes half a minute on a CPU. Letters: N images, R resolution.
+Takes half a minute on a CPU. Letters: N images, C, h, w of the latents, R resolution.
 """
 
 import copy
@@ -122,18 +122,16 @@ def save_path(model, limit, path):
 
 def main(argv=None):
     args = parse_flags(GalleryFlags, argv, __doc__)
-    pictures = {name: Path(args.out, f"{name}.png") for name in (*ROWS, "classes", "path", "flow_map")}
-    for path in pictures.values():
-        check_writable(path, "--out")
-    flow_map = open_map(args.flow_map) if args.flow_map else None
-    model, limit = load_model(SMALL)[0], args.max_steps
+    out, limit = Path(args.out), args.max_steps
+    check_writable(out / "path.png", "--out")
+    if args.flow_map:
+        save_rows(open_map(args.flow_map), MAP_ROWS, limit, out / "flow_map.png")
+    model, _ = load_model(SMALL)
     for name, rows in ROWS.items():
-        save_rows(model, rows, limit, pictures[name])
-    save_classes(model, limit, pictures["classes"])
-    save_path(model, limit, pictures["path"])
-    if flow_map:
-        save_rows(flow_map, MAP_ROWS, limit, pictures["flow_map"])
-    print(f"wrote {len(pictures) - (flow_map is None)} pictures to {args.out}")
+        save_rows(model, rows, limit, out / f"{name}.png")
+    save_classes(model, limit, out / "classes.png")
+    save_path(model, limit, out / "path.png")
+    print(f"wrote {len(ROWS) + 2 + bool(args.flow_map)} pictures to {out}")
 
 
 def open_map(path):
