@@ -67,16 +67,17 @@ def write(picture, place, lines):
     ImageDraw.Draw(picture).multiline_text(place, "\n".join(lines), "black", ImageFont.load_default(11))
 
 
-def save_grid(images, columns, path, captions=None, row_names=(), column_names=()):
+def save_grid(images, columns, path, captions=None, row_names=(), column_names=(), mode="RGB"):
     """Write the image_grid of images, enlarged if small, as a PNG, atomically.
 
-    captions: N texts to write below the images; row_names: a list of lines for each row; column_names: texts.
+    captions: N texts to write below the images; row_names: a list of lines for each row; column_names: texts;
+    mode: of the PNG, "L" is grey.
     """
     images = enlarged(images, SMALL if captions is None else CAPTION_WIDTH)
     if captions is not None:
         images = with_captions(images, captions)
     picture = with_names(Image.fromarray(image_grid(images, columns)), row_names, column_names)
-    write_atomically(path, lambda file: picture.save(file, format="PNG"))
+    write_atomically(path, lambda file: picture.convert(mode).save(file, format="PNG"))
 
 
 def save_lines(lines, path, marker=None, **axes):

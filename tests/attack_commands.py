@@ -128,6 +128,7 @@ COMMANDS = {  # name: (command line, patterns of the files that it reads)
         "-m digits.report --out {w}/results/rows.json --samples a={w}/digits.npz b={w}/digits.npz",
         "digits.npz digits.json",
     ),
+    "digits_gallery": ("-m digits.gallery --out {w}/gallery --max-steps 4", ""),
 }
 COMMANDS = {name: Command(tuple(line.split()), tuple(reads.split())) for name, (line, reads) in COMMANDS.items()}
 RUN = {"batch_size": 4, "max_train_steps": 2, "sampling_steps": 0, "log_every": 1, "num_workers": 0}

@@ -19,7 +19,7 @@ import train_t2i
 from common import precision
 from common.errors import InputError
 from common.flags import LARGEST, Range, flag, parse_flags, shown
-from digits import train_vae
+from digits import gallery, train_vae
 from evaluations import (
     calculate_metrics,
     clip_score,
@@ -42,6 +42,7 @@ PROGRAMS = [train.TrainConfig, train_dmf.FlowMapConfig, train_t2i.TextTrainConfi
 PROGRAMS += [
     generate_t2i.TextGenerateConfig,
     train_vae.VaeFlags,
+    gallery.GalleryFlags,
     export.ExportFlags,
     *(cls for cls, _ in COMMANDS.values()),
 ]
