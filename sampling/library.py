@@ -51,7 +51,7 @@ def sample(
     with naming_keywords():
         checkpoint = checkpoint_of(model)
         if unknown := settings.keys() - SETTINGS:
-            raise InputError(f"sample() has no setting {min(unknown)}; choose from {', '.join(sorted(SETTINGS))}")
+            raise InputError(f"{min(unknown)} is not a setting of sample(); choose from {', '.join(sorted(SETTINGS))}")
         config, make_condition = condition_of(model.kind, classes, prompts, checkpoint, {**given, **settings})
         sampler = ImageSampler(config, make_condition, model.pos_embed.device, checkpoint, load_codec)
         return np.concatenate([wait() for _, wait in sampler.batches(config.batches())])

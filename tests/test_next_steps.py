@@ -1,4 +1,4 @@
-"""What commands say at their end: the next command is one that its program understands."""
+"""The next command that programs print is one that its program accepts."""
 
 import re
 import shlex
@@ -46,7 +46,7 @@ def test_preprocessing_leads_from_images_to_training(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", dataset_tools.NEXT)
-def test_every_command_of_preprocessing_has_an_understood_next_one(name):
+def test_the_next_command_of_every_preprocessing_command_is_valid(name):
     values = {"source": "s", "dest": "data/x", "data_dir": "data", "enc_type": "dinov2-vit-b", "annotations": "a"}
     fields = TOOLS[name].__dataclass_fields__
     options = TOOLS[name](**{key: value for key, value in values.items() if key in fields})

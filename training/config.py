@@ -63,7 +63,7 @@ class RunFlags:
     acc_coeff: float = loss_flag(1.0, "weight of the acceleration loss (lambda)", range=AT_LEAST_0)
     cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
 
-    data_dir: str = data_flag("data/imagenet256", "data folder (vae-sd/, images/), or class folders of images", free=True)
+    data_dir: str = data_flag("data/imagenet256", "folder of vae-sd/ and images/, or of class folders", free=True)
     resolution: int = data_flag(None, "image size; checked against the data", int, range=SIDE, free=True)
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
     num_workers: int = data_flag(

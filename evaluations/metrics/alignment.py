@@ -23,7 +23,7 @@ def cknna(x, y, k=NEIGHBOURS):
 
     Kernel alignment over pairs that are k nearest neighbours in both (Huh et al. 2024, appendix A; used by REPA, Yu et
     al. 2025): A(x, y) / √(A(x, x)·A(y, y)), where A sums the product of the row-centred kernels over these pairs. Rows
-    are scaled to length 1 first, as in Huh et al. The result is 0 if all rows of x or of y are equal.
+    are scaled to length 1 first, as in Huh et al. It is about 0 if all rows of x or of y are equal.
     """
     (i, of_x), (j, of_y) = nearest(x, k), nearest(y, k)
     both = i[:, :, None] == j[:, None, :]  # (N, k, k)
