@@ -95,19 +95,20 @@ def model_card(checkpoint, path, name, weights, has_pipeline=False):
 
 def facts(checkpoint, data, weights):
     """{fact: text} of the card's first table."""
-    options, model = checkpoint.options, checkpoint.model
+    options, model, steps = checkpoint.options, checkpoint.model, checkpoint.steps
     side = options["input_size"] * data.factor
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     sizes = f"{options['depth']} blocks of width {options['hidden_size']}, branches: {model.num_branches}"
     found = {
         "model": f"{checkpoint.run.get('model') or 'published file'}: {sizes}, {millions:.1f} M parameters",
-        "weights": f"{'EMA' if weights == 'ema' else weights}, step {checkpoint.steps}",
+        "weights": ("EMA" if weights == "ema" else weights) + (f", step {steps}" if steps is not None else ""),
         "images": f"{side} × {side} pixels",
         "VAE": data.family if os.path.isabs(data.vae) else data.vae,
     }
     if model.kind != "text":
-        names = ", ".join((data.class_names or [])[:20])
-        found["classes"] = f"{options['num_classes']}{names and f': {names}'}{' …' * (options['num_classes'] > 20)}"
+        names = data.class_names or []
+        listed = ", ".join(names[:20]) + " …" * (len(names) > 20)
+        found["classes"] = f"{options['num_classes']}{listed and f': {listed}'}"
     return found
 
 

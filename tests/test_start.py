@@ -273,7 +273,7 @@ def test_other_class_names_give_a_warning(source, tmp_path, capsys):
         content["data"]["class_names"] = names
         torch.save(content, tmp_path / "a.pt")
         start(data, tmp_path / "a.pt")
-        assert ("warning: the classes" in capsys.readouterr().out) == warned
+        assert ("warning: --init-from" in capsys.readouterr().out) == warned
     start(data, tmp_path / "a.pt", new_classes=True)
     assert "warning" not in capsys.readouterr().out
 

@@ -77,7 +77,7 @@ def start_model(config, options, info):
             say(f"{source}: {word} {', '.join(words)}")
     names, known = info.class_names, checkpoint.data.get("class_names")
     if names and known and list(names) != list(known) and not fresh_labels:
-        say(f"warning: {source} and --data-dir have different class names; --new-classes starts a new label table")
+        say(f"warning: {source} has other class names than --data-dir; --new-classes starts a new label table")
     return model
 
 
