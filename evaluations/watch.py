@@ -190,7 +190,9 @@ def main(argv=None):
         if (best := save_curve(args)) is None:
             raise InputError(f"{args.run}: no checkpoint was measured; run this again when there is one")
     print(f"best: step {best:,}; in {args.out}: curve.json, curve.png, best.pt")
-    print(f"next: python {Settings.read(args.run).program} --ckpt {Path(args.out, 'best.pt')}")
+    settings = Settings.read(args.run)
+    prompts = " --prompts 'a dog'" * settings.is_text
+    print(f"next: python {settings.program} --ckpt {Path(args.out, 'best.pt')}{prompts}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ except ModuleNotFoundError as error:
 
 
 def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, **overrides):
-    """Write the model of checkpoint `path` to `folder`, complete or not at all. Raises InputError.
+    """Write the model of checkpoint `path` to `folder`, complete or not at all; returns its kind. Raises InputError.
 
     weights: "ema" or "raw"; half: store them in float16; diffusers: also write a pipeline; vae: name or folder of its
     VAE, if not as in the checkpoint; overrides: as in load_checkpoint.
@@ -74,6 +74,7 @@ def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, *
         write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})
         card = model_card(checkpoint, path, Path(folder).name, weights, diffusers)
         (partial / "README.md").write_text(card, encoding="utf-8")
+    return checkpoint.model.kind
 
 
 def write_pipeline(folder, checkpoint, path, vae):
@@ -100,9 +101,10 @@ def main(argv=None):
     flags = parse_flags(ExportFlags, argv, __doc__)
     if flags.vae and not flags.diffusers:
         raise InputError("--vae belongs to --diffusers, which copies the VAE; pass both, or leave --vae out")
-    export(flags.ckpt, flags.dir, flags.weights, flags.half, flags.diffusers, flags.vae, **flags.published())
+    kind = export(flags.ckpt, flags.dir, flags.weights, flags.half, flags.diffusers, flags.vae, **flags.published())
     print(f"{flags.ckpt} ({flags.weights} weights) -> {flags.dir}")
-    print(f"next: python generate.py --ckpt {flags.dir}")
+    program = "generate_t2i.py --prompts 'a dog'" if kind == "text" else "generate.py"
+    print(f"next: python {program} --ckpt {flags.dir}{' --weights raw' * (flags.weights == 'raw')}")
 
 
 if __name__ == "__main__":

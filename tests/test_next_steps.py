@@ -3,12 +3,14 @@
 import re
 import shlex
 
+import captioned
 import pytest
 import tiny
 from data_helpers import tiny_vae, write_class_folders
 
 from common.flags import parse_commands, parse_flags
 from evaluations.evaluator import EvaluatorFlags
+from models import export
 from preprocessing import dataset_tools
 from sampling.flags import GenerateConfig, TextGenerateConfig
 from training.config import TextTrainConfig, TrainConfig
@@ -61,3 +63,10 @@ def test_training_leads_to_sampling_and_that_to_measuring(tmp_path, capsys):
     tiny.run_generate_only(run, tmp_path / "samples", num_steps=1, vae=vae)
     program, options = next_command(capsys.readouterr().out)
     assert program == "evaluations.evaluator" and options.samples.endswith("-seed-0.npz")
+
+
+def test_an_export_leads_to_the_program_and_weights_that_it_holds(tmp_path, capsys):
+    text, folder = captioned.checkpoint(tmp_path / "t2i.pt", tmp_path), str(tmp_path / "out")
+    export.main([str(text), folder, "--weights", "raw"])
+    program, options = next_command(capsys.readouterr().out)
+    assert (program, options.ckpt, options.weights) == ("generate_t2i.py", folder, "raw")
