@@ -46,7 +46,7 @@ def objective(network, batch, draws, *, config, dataset, weights, targets=None):
 
 
 def start(config, info, resumed):
-    """Constructor arguments of the run's model, from preset, flags and data; the model, or None for a new one."""
+    """(constructor arguments, from preset, flags and data; the model of --init-from, or None for a new one)."""
     options = model_config(config.model, **config.model_flags(), **info.model_options())
     if config.encoder_depth is not None and options["df_idxs"]:
         raise InputError("--encoder-depth is for models of one branch; drop it: here VeRA's output is aligned")

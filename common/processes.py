@@ -41,7 +41,7 @@ class Processes:
 
     @classmethod
     def alone(cls):
-        """This process without those of its launch."""
+        """This process alone, whatever the launch."""
         return cls(0, 1, device_of_process(), dist.HashStore())
 
     def __enter__(self):

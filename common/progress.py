@@ -10,7 +10,7 @@ LINE = "{desc}{n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left{postfi
 
 
 class Progress(tqdm):
-    """tqdm on a terminal; elsewhere a line every INTERVAL seconds and one at the end, without carriage returns."""
+    """tqdm on a terminal. Elsewhere a line every INTERVAL seconds and at the end, without carriage returns."""
 
     def __init__(self, *iterable, desc=None, **options):
         self.is_bar, self.said = sys.stderr.isatty(), time.monotonic()
@@ -32,5 +32,5 @@ class Progress(tqdm):
         if not (self.is_bar or self.disable):
             if self.n > self.initial:
                 self.write_line()
-            self.disable = True  # no bar has to be cleared
+            self.disable = True  # there is no bar to clear
         super().close()

@@ -58,7 +58,7 @@ REFUSED = {  # the remedy
     **dict.fromkeys(("--reverse", "--likelihood"), "generate.py only samples; leave it out"),
     "--prediction": "networks predict the velocity; leave it out",
     "--loss-weight": "choose the distribution of t with --weighting instead",
-    "--ckpt": "continue a run with --resume; --init-from starts one from the weights of a file, ours or published",
+    "--ckpt": "resume a run with --resume; start one from the weights of a file, ours or published, with --init-from",
     "--cfg-scale": "sample grids of a run are not guided; pass it to generate.py",
     "--ema-param": "choose EMA or raw weights with --weights",
 }

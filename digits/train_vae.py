@@ -100,7 +100,8 @@ def main(argv=None):
     with whole_folder(args.dest, "--dest") as partial:
         vae.half().save_pretrained(partial)
         write_json(partial / TRAINED_ON, {"images": IMAGES, "resolution": RESOLUTION, "colour": False})
-    print(f"wrote {args.dest}\nnext: python -m preprocessing.dataset_tools encode --vae {args.dest}")
+    encode = "python -m preprocessing.dataset_tools encode --source DATA/images --dest DATA/vae-sd"
+    print(f"wrote {args.dest}\nnext: {encode} --vae {args.dest}")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def calc(args, processes):
     path = args.result_path(args.images, "-edm2")
     if args.check_only:
         open_networks(args, processes.device, reference, size)
-        return say(f"{args.ref}: ready to measure images")
+        return say(f"{args.ref}: reference and networks are ready")
     images = load_images(args, args.images, "--images", args.num)
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")

@@ -100,7 +100,7 @@ def main(argv=None):
     path = args.result_path(args.samples)
     if args.check_only:
         ClipScorer(args.clip, args.device)
-        return print(f"{args.clip}: ready to score samples")
+        return print(f"{args.clip}: ready to score")
     images = open_images(args.samples, "samples")
     args.check_count(args.samples, len(images))
     prompts = read_prompts(args.samples, len(images), args.prompts)

@@ -132,8 +132,8 @@ def aggregate(detections):
 def check(args):
     """Print the faults; exit code 1 if there are any."""
     faults = check_layout(args.samples, args.metadata, args.images_per_prompt)
-    good = f"{args.samples}: laid out as GenEval reads it\nnext: its detector, then python -m evaluations.geneval score"
-    print("\n".join(faults or [good]))
+    then = "next: run GenEval's detector, then python -m evaluations.geneval score"
+    print("\n".join(faults or [f"{args.samples}: laid out as GenEval reads it", then]))
     sys.exit(bool(faults))
 
 

@@ -1,4 +1,4 @@
-"""Sampling a checkpoint and measuring the samples, with other programs: for evaluations.sweep and evaluations.watch."""
+"""Sample a checkpoint and measure the samples by running other programs, for evaluations.sweep and .watch."""
 
 import dataclasses
 import subprocess
@@ -8,14 +8,14 @@ from pathlib import Path
 from common.errors import InputError, note
 from common.flags import IMAGES, ROOT, WORKERS, flag, parse_flags, required, shown
 
-DIGITS = "digits"  # as --ref
+DIGITS = "digits"  # value of --ref
 
 
 @dataclasses.dataclass(kw_only=True)
 class MeasuringFlags:
-    """How many samples are made, and with what they are compared; a subclass has `out`, where results go."""
+    """Number of samples and their reference; a subclass adds `out`, the folder for results."""
 
-    ref: str = required("reference of evaluations.evaluator, or the word digits", metavar="NPZ")
+    ref: str = required("reference file as for evaluations.evaluator, or the word digits", metavar="NPZ")
     num_samples: int = flag(5000, "samples per measurement", range=IMAGES, group="sampling", name="--num-fid-samples")
     processes: int = flag(1, "processes for sampling and measuring", range=WORKERS, group="precision and speed")
     inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
@@ -31,35 +31,35 @@ class MeasuringFlags:
 
     @property
     def extractor(self):
-        """Name of --features in the names of metrics, or None."""
-        from evaluations.metrics.features import features_name  # here and below, as it imports torch
+        """How --features is called in the names of metrics, or None."""
+        from evaluations.metrics.features import features_name  # imports torch
 
         return self.features and features_name(self.features)
 
     def label(self, metric):
-        """A metric's name as its program prints it."""
+        """A metric's name as the evaluator prints it."""
         from evaluations.evaluator import label
 
         return label(metric, self.extractor)
 
 
 def split(words):
-    """(words before `--`, those after it, which generate.py gets)."""
+    """(words before `--`, words after it, which go to generate.py)."""
     cut = words.index("--") if "--" in words else len(words)
     return words[:cut], words[cut + 1 :]
 
 
 def run_python(processes, *command):
-    """Run a program of the repository, under torchrun where there are several processes. Raises InputError."""
+    """Run a program of the repository, under torchrun if there are several processes. Raises InputError if it fails."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     words = map(str, [*(torchrun if processes > 1 else []), *command])
     if code := subprocess.run([sys.executable, *words], check=False).returncode:
         name = command[1] if command[0] == "-m" else command[0]
-        raise InputError(f"{name} ended with {code}; see its output above")
+        raise InputError(f"{name} failed with exit code {code}; see its output above")
 
 
 def measuring(args, samples):
-    """Arguments of the evaluator."""
+    """Command-line arguments of the evaluator."""
     words = [args.ref, str(samples)]
     for name in ("inception_weights", "features"):
         words += [shown(name), getattr(args, name)] if getattr(args, name) else []
@@ -67,7 +67,7 @@ def measuring(args, samples):
 
 
 def make_result(name, ckpt, args, program, words):
-    """Path of the result `name` in --out: sampled by the program with these words and measured, unless it has been."""
+    """Path of the result `name` in --out; if it is missing, run `program` with these words and measure the samples."""
     path, folder = Path(args.out, f"{name}.json"), Path(args.out, "samples", name)
     if not path.exists():
         note(f"sampling {name}")
@@ -84,7 +84,7 @@ def make_result(name, ckpt, args, program, words):
 
 
 def check_reference(args):
-    """Raise InputError for a reference or network that could not serve; nothing is sampled for it."""
+    """Raise InputError, before anything is sampled, for a reference or network that cannot be used."""
     from common.processes import Processes
     from evaluations.evaluator import EvaluatorFlags, check_inputs
 

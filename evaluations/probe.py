@@ -1,16 +1,16 @@
-"""What a network's blocks know of an image: its class, what an encoder sees in it, and pictures of their tokens.
+"""What the blocks of a network encode: linear probes of the labels, similarity to encoder features, token pictures.
 
     python -m evaluations.probe --ckpt CKPT --data-dir DATA --out results/probe
     python -m evaluations.probe --ckpt CKPT --data-dir DATA --holdout OTHER --out results/probe --blocks 4 8 --times 0.5
 
-The network sees x_t, from the mean of an image's moments and noise of its own, with the null class in place of the
-label, which would leak. Per block and time, on held-out images, of the mean over the block's tokens:
+The network sees x_t, made from the mean of an image's moments and noise for that image. It gets the null class, because
+the label would leak into the tokens. Measured on held-out images, for each block and time, on the mean of its tokens:
 
-- accuracy of a linear classifier of the labels, fitted to the other images
-- CKNNA with an encoder's features (mean over its tokens too), for every set DATA/features-NAME
-- cosine of those features and a linear map's prediction, fitted to the other images, both less their mean feature
+- accuracy: of a linear classifier of the labels, fitted to the other images
+- CKNNA: with the mean over an encoder's tokens, for every set DATA/features-NAME
+- cosine: of those features and a linear map's prediction of them, fitted to the other images; both centred
 
-Letters: N images, B of a batch, C latent channels, h = w latent size, T = g² tokens, D hidden size, Z an encoder's.
+Letters: N images, B batch, C latent channels, h = w latent size, T = g² tokens, D hidden size, Z width of an encoder.
 """
 
 import collections
@@ -27,18 +27,18 @@ from models.flags import PublishedFlags
 
 @dataclasses.dataclass(kw_only=True)
 class ProbeFlags(PublishedFlags):
-    ckpt: str = required("checkpoint of ours, or a published file; none of text-to-image", group="model")
-    weights: str = flag("ema", "averaged weights or raw ones", group="model", choices=["ema", "raw"])
+    ckpt: str = required("checkpoint of ours or a published file, not text-to-image", group="model")
+    weights: str = flag("ema", "EMA or raw weights", group="model", choices=["ema", "raw"])
     blocks: list | None = flag(None, "blocks, from 1; default: all", int, range=BLOCKS, nargs="+")
     times: list = flag((0.0, 0.25, 0.5, 0.75), "t = 0 is data, 1 noise", float, range=Range(0, 1), nargs="+")
     seed: int = flag(0, "seed of the noise", range=SEED)
     batch_size: int = flag(64, "images per batch", range=BATCH, name="--per-proc-batch-size", also=("--batch-size",))
     data_dir: str = required("latents with labels", group="data")
     data_vae: str | None = flag(None, "VAE that made latents without a manifest", str, group="data")
-    holdout: str = flag("0.2", "images to measure on: a share of DATA_DIR, or another data folder", group="data")
-    holdout_count: ClassVar = None  # --max-images
-    max_images: int = flag(10_000, "images of either part at most, evenly spaced", range=IMAGES, group="data")
-    features: list | None = flag(None, "encoders; default: all with a set", str, group="data", nargs="*")
+    holdout: str = flag("0.2", "images to measure on: a share of --data-dir, or another data folder", group="data")
+    holdout_count: ClassVar = None  # --max-images takes its place
+    max_images: int = flag(10_000, "most images of either part, evenly spaced", range=IMAGES, group="data")
+    features: list | None = flag(None, "encoders; default: all that have a set", str, group="data", nargs="*")
     pictures: int = flag(10, "images in the pictures of tokens", range=IMAGES, group="output")
     out: str = required("folder for table.md, probe.json, plots, and pictures of tokens", group="output")
 
@@ -64,7 +64,7 @@ from sampling.flags import SamplingFlags
 from sampling.sampler import open_checkpoint
 from training.holdout import hold_out
 
-RIDGES = 10.0 ** np.arange(-4, 6)  # penalties of linear maps to choose from, for features of variance 1
+RIDGES = 10.0 ** np.arange(-4, 6)  # candidate penalties of linear maps, for features of variance 1
 
 
 def encoders(args):
@@ -80,7 +80,7 @@ def encoders(args):
 
 
 def spaced(data, count):
-    """The part of a dataset with at most `count` images, evenly spaced: every class, if they are sorted by class."""
+    """At most `count` images of a dataset, evenly spaced: all classes, if images are sorted by class."""
     return data.only(np.arange(count := min(count, len(data))) * len(data) // count)
 
 
@@ -93,7 +93,7 @@ def open_parts(args):
 
     fit, held = (spaced(part, args.max_images) for part in hold_out(args, open_folder(args.data_dir), open_folder))
     if len({*fit.labels[fit.rows].tolist()}) < 2:
-        fault = f"--data-dir {args.data_dir}: the images to fit to are of one class, a classifier needs two"
+        fault = f"--data-dir {args.data_dir}: the images to fit to are all of one class, but a classifier needs two"
         raise InputError(f"{fault}; name other data, or raise --max-images")
     if names and len(held) <= NEIGHBOURS:
         fault = f"--holdout {args.holdout}: CKNNA needs more than {NEIGHBOURS} images, not {len(held)}"
@@ -107,7 +107,7 @@ def batches(data, size):
 
 
 def targets(data, size):
-    """Labels, int64 (N,), and {encoder: features, mean over tokens, float64 (N, Z)} of a dataset. Raises InputError."""
+    """(labels, int64 (N,); {encoder: mean over its tokens, float64 (N, Z)}) of a dataset. Raises InputError."""
     rows = batches(data, size) if data.features else []
     means = [[part.double().mean(dim=1) for part in data.gather(indices)[3:]] for indices in rows]
     features = dict(zip(data.features, map(torch.cat, zip(*means, strict=True)), strict=True))
@@ -117,7 +117,7 @@ def targets(data, size):
 
 
 class Probe:
-    """A network that shows the tokens of its `blocks`, numbers from 1. Raises InputError for flags that misfit."""
+    """A network that records the tokens of its `blocks`, numbered from 1. Raises InputError for unsuitable flags."""
 
     def __init__(self, args):
         self.args, self.device, self.tokens = args, device_of_process(), {}
@@ -136,7 +136,7 @@ class Probe:
         self.tokens[number], _text = output
 
     def check_data(self, info):
-        """Raise InputError unless the network fits the DataInfo's latents; their classes may be others."""
+        """Raise InputError unless the network fits the latents of a DataInfo. Classes may differ."""
         wanted = 2 * self.model.in_channels, *[self.checkpoint.options["input_size"]] * 2
         if info.moments_shape != wanted:
             fault = f"--data-dir {self.args.data_dir} has moments {info.moments_shape}, {self.args.ckpt} needs {wanted}"
@@ -145,7 +145,7 @@ class Probe:
 
     @torch.no_grad()
     def run(self, data, t, draw):
-        """Yield x_t (B, C, h, w) and {block: tokens (B, T, D)} for a dataset's batches; draw: which noise."""
+        """Yield x_t (B, C, h, w) and {block: tokens (B, T, D)} for each batch of data; draw: as in `sample_noise`."""
         time = torch.tensor([t], dtype=torch.float32)
         for rows in batches(data, self.args.batch_size):
             x0 = self.spec.sample(data.gather(rows)[0].float(), 0)
@@ -158,12 +158,12 @@ class Probe:
             yield x, self.tokens
 
     def pooled(self, data, t, draw):
-        """{block: mean over its tokens, float32 (N, D)}."""
+        """{block: mean over tokens, float32 (N, D)}; arguments as in `run`."""
         parts = [{n: tokens.mean(dim=1).cpu() for n, tokens in found.items()} for _, found in self.run(data, t, draw)]
         return {number: torch.cat([part[number] for part in parts]) for number in self.blocks}
 
     def save_pictures(self, data, t, draw, names, path):
-        """Write a PNG: a row per image of a dataset, with its class; columns for x_t and the blocks' tokens."""
+        """Write a PNG with a row per image, named by its class, and columns for x_t and the tokens of each block."""
         seen, tokens = zip(*((x, dict(found)) for x, found in self.run(data, t, draw)), strict=True)
         side = (x := torch.cat(seen)).shape[-1]
         columns = [colours(x.flatten(2).mT)]
@@ -175,9 +175,9 @@ class Probe:
 
 
 def colours(tokens):
-    """tokens (N, T, D) → uint8 (N, g, g, 3): their first three principal components, over all N·T, as red, green, blue.
+    """tokens (N, T, D) → uint8 (N, g, g, 3): first three principal components of all N·T tokens as red, green and blue.
 
-    The brightest and the darkest hundredth of a component are cut off. Its largest deviation from the mean is bright.
+    The lowest and highest 1% of each component are clipped. Signs are chosen so that the largest deviation is bright.
     """
     n, t, _ = tokens.shape
     rows = tokens.flatten(0, 1).double().cpu()
@@ -191,9 +191,9 @@ def colours(tokens):
 
 
 def compare(fit, held, of_fit, of_held):
-    """{measure: number} of features (N, D) of the images to fit to and of those held out; of_…: their `targets`.
+    """{measure: number} from features (N, D) of the images to fit to and of held-out ones; of_…: their `targets`.
 
-    Linear maps are ridge regressions on standardised features, their penalty chosen by leave-one-out.
+    Linear maps are ridge regressions on standardised features, with the penalty chosen by leave-one-out.
     """
     from sklearn.linear_model import RidgeClassifierCV, RidgeCV
     from sklearn.preprocessing import StandardScaler
@@ -210,7 +210,7 @@ def compare(fit, held, of_fit, of_held):
 
 
 def write(curves, probe, args, counts):
-    """Write and print what was measured: curves is {(measure, t): [(block, number)]}."""
+    """Write and print the results. curves: {(measure, t): [(block, number)]}; counts: a line for below the table."""
     lines = {f"{measure}, t {t:g}": points for (measure, t), points in curves.items()}
     cells = [[number, *(f"{dict(points)[number]:.3f}" for points in lines.values())] for number in probe.blocks]
     table = f"{markdown(['block', *lines], cells)}\n\n{counts}"
@@ -233,7 +233,7 @@ def main(argv=None):
     probe.check_data(parts[0].info)
     known, curves = [targets(part, args.batch_size) for part in parts], collections.defaultdict(list)
     for part in parts:
-        part.features = {}  # they have been read
+        part.features = {}  # not needed again: gather would read them with every batch
     for t in Progress(list(dict.fromkeys(args.times)), unit="time"):
         fit, held = (probe.pooled(part, t, draw) for draw, part in enumerate(parts))
         for number in probe.blocks:
@@ -241,7 +241,7 @@ def main(argv=None):
                 curves[measure, t].append((number, value))
         shown = spaced(parts[1], args.pictures)
         probe.save_pictures(shown, t, 1, parts[0].info.class_names, Path(args.out, f"tokens-t{t:g}.png"))
-    counts = f"{len(parts[1])} images held out, {len(parts[0])} to fit to; x_t with the null class"
+    counts = f"{len(parts[1])} held-out images, {len(parts[0])} to fit to; null class as condition"
     write(curves, probe, args, counts)
 
 

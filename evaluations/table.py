@@ -24,7 +24,7 @@ from common.records import check_record, read_record
 @dataclasses.dataclass
 class TableFlags:
     results: list = required("JSON files that the evaluators, or digits.report, wrote", positional=True, nargs="+")
-    sort: str | None = flag(None, "begin with the best by this metric, named as in the files or the table", str)
+    sort: str | None = flag(None, "sort by this metric, best first; named as in the files or the table", str)
     csv: str | None = flag(None, "write the table to this file, with all digits", str, metavar="FILE")
     plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
     plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
@@ -94,9 +94,7 @@ def network(options):
 def is_counterpart(row, result):
     """Whether a published row is about what a result is about."""
     manifest, spec = result.manifest or SampleManifest(), dataclasses.asdict(LatentSpec())
-    options, latents, run = (
-        dict(found or {}) for found in (manifest.model_options, manifest.latents, manifest.training)
-    )
+    options, latents, run = manifest.model_options or {}, manifest.latents or {}, dict(manifest.training or {})
     if not options or not row.numbers.keys() & result.metrics.keys() or network(options) != network(row.options):
         return False
     started = run.pop("init_from", None)
@@ -128,7 +126,7 @@ def counterparts(result):
 
 
 def sort_results(results, metric):
-    """{name: Result} with the best first by a metric, named as in the table or the files; those without it come last.
+    """{name: Result} sorted by a metric, best first; results without it come last. Names as in the table or the files.
 
     Raises InputError if no result has it.
     """
@@ -142,7 +140,7 @@ def sort_results(results, metric):
 
 
 def build_rows(results, form=".4g"):
-    """(column names, rows of text) of {name: Result}; results with the same counterparts are grouped."""
+    """(column names, rows of text) for {name: Result}; results with the same counterparts are grouped."""
     names = [name for result in results.values() for name in result.metrics]
     names = [name for name in METRICS if name in (*ALWAYS, *names)] + sorted({*names} - {*METRICS})
     groups = {}
@@ -161,7 +159,7 @@ def build_table(results):
 
 
 def write_csv(results, path):
-    """Write the table with all digits, without the rows that only say that nothing is published."""
+    """Write the table as CSV, with all digits and without the rows *no published row*."""
     header, rows = build_rows(results, "")
     text = io.StringIO(newline="")
     rows = [[row[0].strip("*"), *row[1:]] for row in rows if any(row[1:])]

@@ -1,12 +1,12 @@
-"""Measures the checkpoints of a run while it trains: a curve over its steps, and the best checkpoint is kept.
+"""Measure the checkpoints of a run during training: a curve over its steps, and the best checkpoint.
 
     python -m evaluations.watch exps/b2 --ref VIRTUAL_imagenet256_labeled.npz --num-fid-samples 5000 -- --mode ode
     python -m evaluations.watch exps/digits --ref digits --metric "label agreement" --once
 
-What follows `--` goes to generate.py. Training knows nothing of this program, which is best given a GPU of its own
-(CUDA_VISIBLE_DEVICES) and ends once the run's last checkpoint is measured. It writes RUN/watch: a JSON for each
-measured step, curve.json, curve.png, and best.pt, the best checkpoint by --metric, which stays when training deletes
-its own. The same command goes on after an interruption.
+Flags after `--` go to generate.py. The program is independent of training and best runs on a GPU of its own
+(CUDA_VISIBLE_DEVICES). It writes RUN/watch: a JSON file for each measured step, curve.json, curve.png, and best.pt, the
+best checkpoint by --metric, which is kept when training deletes its own. The program ends when the run's last
+checkpoint has been measured. After an interruption, the same command resumes.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ from sampling.flags import GenerateConfig, TextGenerateConfig
 @dataclasses.dataclass(kw_only=True)
 class WatchFlags(MeasuringFlags):
     run: str = required("folder of a run", positional=True, metavar="RUN")
-    metric: str | None = flag(None, "which decides the best, named as in the results; default: Fréchet distance", str)
+    metric: str | None = flag(None, "decides which is best; named as in the results; default: Fréchet distance", str)
     out: str | None = flag(None, "folder for the results; default: RUN/watch", str, group="output")
-    once: bool = flag(False, "measure what is there now, then end", group="output")
-    every: int = flag(60, "seconds between looks at the run", range=Range(low=1, high=86_400), group="output")
+    once: bool = flag(False, "measure the checkpoints that exist now, then end", group="output")
+    every: int = flag(60, "seconds between checks for new checkpoints", range=Range(low=1, high=86_400), group="output")
 
 
 if __name__ == "__main__":
@@ -44,21 +44,21 @@ from models.checkpoints import STEP, checkpoint_path, existing_steps
 from sampling.manifest import check_settings
 from training.logs import parse_line
 
-RECORD = "watch.json"  # in --out: flags common to all steps
+RECORD = "watch.json"  # in --out: flags that all steps share
 SAME = ("ref", "num_samples", "features", "inception_weights", "metric")
 
 
 @dataclasses.dataclass
 class Settings:
-    """What is read of the run's config.json."""
+    """The entries of a run's config.json that are read."""
 
     model: str
     max_train_steps: Count
-    epochs: Count = LARGEST  # which older runs lack
+    epochs: Count = LARGEST  # missing in older runs
 
     @classmethod
     def read(cls, run):
-        return read_record(cls, Path(run, "config.json"), "name the folder of a run that has begun")
+        return read_record(cls, Path(run, "config.json"), "name the folder of a run that has started")
 
     @property
     def is_text(self):
@@ -72,7 +72,7 @@ class Settings:
 def is_finished(run):
     """Whether the run has the checkpoint of its last step, by --max-train-steps or --epochs. Raises InputError."""
     settings, log = Settings.read(run), Path(run, "log.jsonl")
-    *lines, _ = read_bytes(log, "restore it").split(b"\n") if log.exists() else [b""]  # the last may be half written
+    *lines, _ = read_bytes(log, "restore it").split(b"\n") if log.exists() else [b""]  # the last may be incomplete
     last = parse_line(lines[-1], log) if lines else {"step": 0}
     is_last = last["step"] >= settings.max_train_steps or last.get("epoch", 0) >= settings.epochs
     return is_last and int(last["step"]) in existing_steps(run)
@@ -83,7 +83,7 @@ def result_path(args, step):
 
 
 def is_measured(args, step):
-    """Whether there is a result that is not older than the checkpoint, which a rewound run writes anew."""
+    """Whether a result exists that is not older than the checkpoint: a rewound run writes its checkpoints again."""
     path = result_path(args, step)
     try:
         return checkpoint_path(args.run, step).stat().st_mtime <= path.stat().st_mtime
@@ -92,7 +92,7 @@ def is_measured(args, step):
 
 
 def hold(args, step):
-    """Path of the checkpoint in --out, where training cannot delete it: a link, or a copy; None if it is gone."""
+    """Link or copy a checkpoint into --out, where training cannot delete it; returns its path, None if it is gone."""
     source, held = checkpoint_path(args.run, step), checkpoint_path(args.out, step)
     partial = held.with_name(f".{held.name}.{os.getpid()}.tmp")
     try:
@@ -103,22 +103,22 @@ def hold(args, step):
                 os.link(source, partial)
             except FileNotFoundError:
                 raise
-            except OSError:  # another file system, or one without links
+            except OSError:  # --out is on another file system, or there are no links
                 shutil.copy2(source, partial)
-            shutil.rmtree(Path(args.out, "samples", held.stem), ignore_errors=True)  # of what it was before a rewind
+            shutil.rmtree(Path(args.out, "samples", held.stem), ignore_errors=True)  # from before a rewind
             os.replace(partial, held)
     except FileNotFoundError:  # training has deleted it
-        note(f"{source} is gone{'; its copy is measured' if held.exists() else ' before it was measured'}")
+        note(f"{source} is gone{'; its copy is measured' if held.exists() else ' and cannot be measured'}")
     return held if held.exists() else None
 
 
 def measure(args, step, generate):
-    """Measure the checkpoint of a step unless that is done, and keep it if it is the best."""
+    """Measure the checkpoint of a step if that is not done yet, and keep it if it is the best."""
     held, path = checkpoint_path(args.out, step), result_path(args, step)
     if not is_measured(args, step):
         if hold(args, step) is None:
             return
-        if path.exists():  # of what a rewound run has written anew
+        if path.exists():  # an old result: a rewound run has written this checkpoint again
             if save_curve(args) == step:
                 Path(args.out, "best.pt").unlink(missing_ok=True)
             path.unlink()
@@ -129,19 +129,19 @@ def measure(args, step, generate):
     best = save_curve(args)
     if step == best:
         os.replace(held, Path(args.out, "best.pt"))
-    held.unlink(missing_ok=True)  # also where best.pt was the same file, which a rename leaves alone
+    held.unlink(missing_ok=True)  # still there if best.pt was a link to the same file: a rename then does nothing
     value = Result.read(path).metrics[args.metric]
     print(f"step {step:,}: {args.label(args.metric)} {value:.4g}{', the best so far' * (step == best)}", flush=True)
 
 
 def save_curve(args):
-    """Write curve.json and curve.png of all results; returns the best step, None without results. Raises InputError."""
-    paths, remedy = Path(args.out).glob("*.json"), "delete it to measure the step again"
+    """Write curve.json and curve.png from all results; returns the best step or None. Raises InputError."""
+    paths, remedy = Path(args.out).glob("*.json"), "delete it, and the step is measured again"
     results = {int(path.stem): Result.read(path, remedy).metrics for path in paths if STEP.fullmatch(path.stem)}
     best, curves = None, {}
     for step, metrics in sorted(results.items()):
         if args.metric not in metrics:
-            raise InputError(f"{result_path(args, step)} holds no {args.metric}; {remedy}, or name another --metric")
+            raise InputError(f"{result_path(args, step)} has no {args.metric}; {remedy}, or choose another --metric")
         if best is None or is_better(args.metric, metrics[args.metric], results[best][args.metric]):
             best = step
         for name, value in metrics.items():
@@ -155,11 +155,11 @@ def save_curve(args):
 
 
 def check(args, generate):
-    """Raise InputError, before the first checkpoint, for what would fail or mix results later; returns the flags."""
+    """Raise InputError early for what would fail later or mix results; returns the flags with defaults filled in."""
     settings = Settings.read(args.run)
     parse_flags(TextGenerateConfig if settings.is_text else GenerateConfig, ["--ckpt", args.run, *generate])
     if args.ref != DIGITS and not Path(args.ref).exists():
-        raise InputError(f"--ref {args.ref} does not exist; name a reference, or the word digits")
+        raise InputError(f"--ref {args.ref} does not exist; name a reference file, or pass --ref digits")
     args = dataclasses.replace(args, metric=args.metric or args.distance, out=args.out or str(Path(args.run, "watch")))
     known = [f"{kind}_{args.extractor}" for kind in OTHER] if args.features else list(LABELS)
     known = [args.distance, "label agreement"] if args.ref == DIGITS else known
@@ -181,16 +181,18 @@ def main(argv=None):
     args = check(parse_flags(WatchFlags, own, __doc__), generate)
     with locked(args.out, "--out"):
         while True:
-            last_look = args.once or is_finished(args.run)  # asked first: then the list below is complete
+            last_look = args.once or is_finished(args.run)  # checked first, so that the list below is complete
             for step in sorted({*existing_steps(args.run), *existing_steps(args.out)}):
                 measure(args, step, generate)
             if last_look:
                 break
             time.sleep(args.every)
         if (best := save_curve(args)) is None:
-            raise InputError(f"{args.run}: no checkpoint was measured; start again once there is one")
+            raise InputError(f"{args.run}: no checkpoint was measured; run this again when there is one")
     print(f"best: step {best:,}; in {args.out}: curve.json, curve.png, best.pt")
-    print(f"next: python {Settings.read(args.run).program} --ckpt {Path(args.out, 'best.pt')}")
+    settings = Settings.read(args.run)
+    prompts = " --prompts 'a dog'" * settings.is_text
+    print(f"next: python {settings.program} --ckpt {Path(args.out, 'best.pt')}{prompts}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: README.md, headed by the YAML that the Hugging Face hub reads."""
+"""The model card of an exported folder: README.md, with the YAML header that the Hugging Face hub reads."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ A {kind}, made with DeepFlow, a PyTorch reproduction of
 
 ## Training data
 
-{data}. The checkpoint does not say what they show or where they come from: add it here.
+{data}. The checkpoint does not record what they show or where they come from: add it here.
 
 ## Training settings
 
@@ -29,7 +29,7 @@ A {kind}, made with DeepFlow, a PyTorch reproduction of
 ## Sampling
 
 In a checkout of the DeepFlow repository, after `pip install -r requirements.txt` (`USER/{name}` is the name on the hub;
-a local folder will do as well):
+a local folder works too):
 
 ```bash
 python {program} --ckpt USER/{name}{weights} {condition} --grid 2x4 --out grid.png
@@ -37,13 +37,13 @@ python {program} --ckpt USER/{name}{weights} {condition} --grid 2x4 --out grid.p
 {pipeline}
 ## Licence
 
-{licence} The licences of the training data and of the VAE hold as well.
+{licence} The licences of the training data and of the VAE apply too.
 """
-OURS = """DeepFlow's code is under [CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), and so are these
-weights, unless their author says otherwise here."""
-PUBLISHED = "These weights were published by others: add their licence here, and at the top of this file."
+OURS = """DeepFlow's code is licensed under [CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), and so are
+these weights, unless their author says otherwise here."""
+PUBLISHED = "These weights were published by others: add their licence here and at the top of this file."
 PIPELINE = """
-With diffusers, where that repository is installed, as `pipeline.py` runs its code; a seed gives the same images:
+With diffusers, if that repository is installed (`pipeline.py` runs its code); the same seed gives the same images:
 
 ```python
 import torch
@@ -53,7 +53,7 @@ pipe = DiffusionPipeline.from_pretrained("USER/{name}", trust_remote_code=True)
 images = pipe({condition}, generator=torch.manual_seed(0)).images
 ```
 """
-WORDS = {  # by kind of model: what it is, the hub's task, generate's program and condition, the pipeline's condition
+WORDS = {  # by kind of model: description, the hub's task, program that samples it, condition on its command line
     "flow": ("class-conditional flow model", "unconditional-image-generation", "generate.py", "--classes 0"),
     "flow map": ("flow map for few-step sampling", "unconditional-image-generation", "generate.py", "--classes 0"),
     "text": ("text-to-image flow model", "text-to-image", "generate_t2i.py", '--prompts "a red bus"'),
@@ -62,14 +62,14 @@ WORDS = {  # by kind of model: what it is, the hub's task, generate's program an
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData(LatentSpec):
-    """What a card says of a checkpoint's data."""
+    """The entries of a checkpoint's data that a card shows."""
 
     count: Whole | None = None
     class_names: list[str] | None = None
 
 
 def model_card(checkpoint, path, name, weights, has_pipeline=False):
-    """README.md of an exported folder `name`. Raises InputError naming the `path` of the checkpoint."""
+    """README.md of the exported folder `name`. Raises InputError that names `path`, the checkpoint."""
     data = check_record(TrainingData, checkpoint.data, f"{path}, data", "choose another file")
     kind, task, program, condition = WORDS[checkpoint.model.kind]
     call = 'prompt=["a red bus"] * 8' if program == "generate_t2i.py" else "class_labels=[0] * 8"
@@ -83,7 +83,7 @@ def model_card(checkpoint, path, name, weights, has_pipeline=False):
         name=name,
         kind=kind,
         facts=table(facts(checkpoint, data, weights)),
-        data=f"{data.count:,} images" if data.count else "Images whose number the checkpoint does not say",
+        data=f"{data.count:,} images" if data.count else "An unrecorded number of images",
         settings=table(settings) if settings else "The checkpoint records none.",
         program=program,
         weights=" --weights raw" * (weights == "raw"),
@@ -94,23 +94,24 @@ def model_card(checkpoint, path, name, weights, has_pipeline=False):
 
 
 def facts(checkpoint, data, weights):
-    """{fact: text} about a model."""
-    options, model = checkpoint.options, checkpoint.model
+    """{fact: text} of the card's first table."""
+    options, model, steps = checkpoint.options, checkpoint.model, checkpoint.steps
     side = options["input_size"] * data.factor
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     sizes = f"{options['depth']} blocks of width {options['hidden_size']}, branches: {model.num_branches}"
     found = {
         "model": f"{checkpoint.run.get('model') or 'published file'}: {sizes}, {millions:.1f} M parameters",
-        "weights": f"{'EMA' if weights == 'ema' else weights}, step {checkpoint.steps}",
+        "weights": ("EMA" if weights == "ema" else weights) + (f", step {steps}" if steps is not None else ""),
         "images": f"{side} × {side} pixels",
         "VAE": data.family if os.path.isabs(data.vae) else data.vae,
     }
     if model.kind != "text":
-        names = ", ".join((data.class_names or [])[:20])
-        found["classes"] = f"{options['num_classes']}{names and f': {names}'}{' …' * (options['num_classes'] > 20)}"
+        names = data.class_names or []
+        listed = ", ".join(names[:20]) + " …" * (len(names) > 20)
+        found["classes"] = f"{options['num_classes']}{listed and f': {listed}'}"
     return found
 
 
 def table(rows):
-    """Markdown of {name: value}."""
+    """{name: value} as a markdown table."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

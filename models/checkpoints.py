@@ -67,7 +67,7 @@ def existing_steps(run_dir):
 
 
 def find_checkpoint(path, flag="--ckpt"):
-    """A run's newest checkpoint, `user/repo@COMMIT` of a repository, or the path; a message names what was found.
+    """The newest checkpoint of a run's folder, `user/repo@COMMIT` of a repository, or the path. Prints what it found.
 
     flag: the one that gave `path`. Raises InputError.
     """
@@ -200,7 +200,7 @@ def load_checkpoint(path, weights="ema", **overrides):
 def load_model(path, weights="ema", **overrides):
     """Model in eval mode and its constructor arguments; everything else as load_checkpoint.
 
-    `sampling.sample` samples the model; its attribute `about` holds the other fields of its Checkpoint.
+    `sampling.sample` takes the model, whose attribute `about` holds the other fields of its Checkpoint.
     """
     checkpoint = load_checkpoint(path, weights, **overrides)
     return checkpoint.model, checkpoint.options

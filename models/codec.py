@@ -42,7 +42,7 @@ class LatentCodec:
         return cls(vae, spec)
 
     def fit(self, spec, whose):
-        """The codec for latents with this LatentSpec; whose: for the message. Raises InputError for another VAE's."""
+        """A codec for latents with this LatentSpec; whose: for the message. Raises InputError for another VAE."""
         fitting = self.spec.scaled_as(spec)
         spec.check_same(fitting, whose, "--vae")
         return LatentCodec(self.vae, fitting)

@@ -3,7 +3,7 @@
     python -m models.export exps/xl/checkpoints/2000000.pt deepflow-xl [--weights raw] [--half] [--diffusers]
 
 DIR/model.safetensors holds the weights, DIR/config.json the constructor's arguments, the path, and the VAE and classes
-of the training data, DIR/README.md a model card. `load_model(DIR)`, `generate.py --ckpt DIR` and
+of the training data, and DIR/README.md is a model card. `load_model(DIR)`, `generate.py --ckpt DIR` and
 `DeepFlow.from_pretrained(DIR)` (for a flow map, `FlowMap.from_pretrained(DIR)`) need nothing else.
 """
 
@@ -21,9 +21,9 @@ class ExportFlags(PublishedFlags):
     ckpt: str = required("checkpoint of ours, or a published file", positional=True)
     dir: str = required("folder to write, which must not exist", positional=True)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
-    half: bool = flag(False, "store the weights in float16; they are read as float32 again")
-    diffusers: bool = flag(False, "also what diffusers' DiffusionPipeline.from_pretrained needs, with the VAE")
-    vae: str | None = flag(None, "with --diffusers: another name or folder of the training data's VAE", str)
+    half: bool = flag(False, "store the weights in float16; they are converted to float32 on reading")
+    diffusers: bool = flag(False, "also write the VAE and what DiffusionPipeline.from_pretrained needs")
+    vae: str | None = flag(None, "with --diffusers: name or folder of the VAE, if it has moved", str)
 
 
 if __name__ == "__main__":
@@ -40,7 +40,7 @@ from models.specs import TRAINING, LatentSpec
 
 # What sampling and its manifest need; paths of the training machine are left out.
 RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
-CODE = '''"""Runs the code of the DeepFlow repository, which has to be installed; README.md says how."""
+CODE = '''"""Runs the code of the DeepFlow repository, which must be installed; README.md says how."""
 
 import importlib  # diffusers would take an import statement for the name of a package to install
 
@@ -53,10 +53,10 @@ except ModuleNotFoundError as error:
 
 
 def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, **overrides):
-    """Write the model of checkpoint `path` to `folder`, complete or not at all. Raises InputError.
+    """Write the model of checkpoint `path` to `folder`, complete or not at all; returns its kind. Raises InputError.
 
-    weights: "ema" or "raw"; half: store them in float16; diffusers: also a pipeline, with the VAE that is called `vae`
-    if not as in the checkpoint; overrides: as in load_checkpoint.
+    weights: "ema" or "raw"; half: store them in float16; diffusers: also write a pipeline; vae: name or folder of its
+    VAE, if not as in the checkpoint; overrides: as in load_checkpoint.
     """
     if Path(folder).exists():
         raise InputError(f"{folder} exists already; name a new folder")
@@ -74,10 +74,11 @@ def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, *
         write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})
         card = model_card(checkpoint, path, Path(folder).name, weights, diffusers)
         (partial / "README.md").write_text(card, encoding="utf-8")
+    return checkpoint.model.kind
 
 
 def write_pipeline(folder, checkpoint, path, vae):
-    """Write VAE, code and index of diffusers' pipeline; returns the VAE's hashes, for the data. Raises InputError."""
+    """Write the VAE, code and index of a diffusers pipeline; returns the VAE's hashes. Raises InputError."""
     import diffusers
 
     spec = check_record(LatentSpec, checkpoint.data, f"{path}, data", "choose another file")
@@ -99,10 +100,11 @@ def write_pipeline(folder, checkpoint, path, vae):
 def main(argv=None):
     flags = parse_flags(ExportFlags, argv, __doc__)
     if flags.vae and not flags.diffusers:
-        raise InputError("--vae belongs to --diffusers, which copies the VAE; leave it out")
-    export(flags.ckpt, flags.dir, flags.weights, flags.half, flags.diffusers, flags.vae, **flags.published())
+        raise InputError("--vae belongs to --diffusers, which copies the VAE; pass both, or leave --vae out")
+    kind = export(flags.ckpt, flags.dir, flags.weights, flags.half, flags.diffusers, flags.vae, **flags.published())
     print(f"{flags.ckpt} ({flags.weights} weights) -> {flags.dir}")
-    print(f"next: python generate.py --ckpt {flags.dir}")
+    program = "generate_t2i.py --prompts 'a dog'" if kind == "text" else "generate.py"
+    print(f"next: python {program} --ckpt {flags.dir}{' --weights raw' * (flags.weights == 'raw')}")
 
 
 if __name__ == "__main__":

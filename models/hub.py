@@ -13,9 +13,9 @@ from common.errors import InputError, first_line, note, system_fault
 
 SECONDS = 3  # time limit for a site to answer
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of an exported folder, by the hub's convention
-VAE_FOLDER = "vae"  # of an exported folder that brings its VAE
+VAE_FOLDER = "vae"  # of an exported folder with its VAE
 REPOSITORY = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@\w[\w./-]*)?")  # user/repo or user/repo@REVISION
-FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # ends of names that are no repository's
+FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # names that end so are files, not repositories
 
 
 class HubModel(PyTorchModelHubMixin):
@@ -38,13 +38,13 @@ class HubModel(PyTorchModelHubMixin):
 
 
 def is_on_hub(name):
-    """Whether a checkpoint's name is a repository's: a file or folder of that name comes first."""
+    """Whether a checkpoint's name is that of a repository. A local file or folder of that name takes precedence."""
     is_name = REPOSITORY.fullmatch(str(name)) and not str(name).endswith(FILES)
     return bool(is_name) and not os.path.exists(name)
 
 
 def pin(name, flag):
-    """`user/repo@COMMIT` of a repository, downloaded; a message says it. Raises InputError naming the flag."""
+    """Download a repository; returns `user/repo@COMMIT`, which is printed. Raises InputError naming the flag."""
     pinned = f"{name.partition('@')[0]}@{download(name, flag).name}"
     if name != pinned:
         note(f"{name}: using {pinned}")
@@ -52,14 +52,14 @@ def pin(name, flag):
 
 
 def download(name, flag="--ckpt"):
-    """The exported folder of a repository, in the hub's cache: snapshots/COMMIT. Raises InputError naming the flag."""
+    """Download the exported folder of a repository; returns snapshots/COMMIT in the cache. Raises InputError."""
     repo, _, revision = name.partition("@")
-    wanted, remedy = [CONFIG_FILE, WEIGHTS_FILE], "check the name and HF_HUB_OFFLINE, or name what is here"
-    with fetching(f"{flag} {name}, which is not here, from the hub", name, remedy):
+    wanted, remedy = [CONFIG_FILE, WEIGHTS_FILE], "check the name and HF_HUB_OFFLINE, or name a local file"
+    with fetching(f"{flag} {name}, which is not a local file, from the hub", name, remedy):
         patterns = [*wanted, f"{VAE_FOLDER}/*"]
         folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     if missing := [file for file in wanted if not (folder / file).is_file()]:
-        remedy = "name one that holds an exported folder, or download its weights and name the file"
+        remedy = "name one that holds an exported folder, or download the weights and name their file"
         raise InputError(f"{flag} {name}: the repository has no {missing[0]}; {remedy}")
     return folder
 

@@ -54,14 +54,14 @@ def check_complete(loading_info, what):
 
 
 def parameters_of(network):
-    """{name: tensor on the CPU} of a network, for content_sha256."""
+    """{name: parameter of a network, on the CPU}, for content_sha256."""
     return {name: parameter.detach().cpu() for name, parameter in network.named_parameters()}
 
 
 def content_sha256(weights, prefixes, facts):
     """Hex sha256 of weights {name: tensor or array} whose names begin with one of `prefixes`, and JSON-like `facts`.
 
-    They are hashed as float16, so that full- and half-precision files give the same hash.
+    Weights are hashed as float16, so that full- and half-precision files give the same hash.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(weights):

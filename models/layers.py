@@ -18,7 +18,7 @@ LN_EPS = 1e-6
 
 
 class DrawsNothing(TorchFunctionMode):
-    """A context for networks on the meta device, which have no values: to draw none, torch imports its compiler."""
+    """Skips nn.init.normal_ for networks on the meta device, which have no values: torch would import its compiler."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.init.normal_:
@@ -37,7 +37,7 @@ def sincos_2d(width, grid):
     [sin(p·ω), cos(p·ω)], ω_j = 10000^(−4j/width), of the column p in the first half of the channels, of the row in the
     second.
     """
-    with torch.device("cpu"):  # on the meta device, arange imports torch's compiler, which takes seconds
+    with torch.device("cpu"):  # on the meta device, arange would import torch's compiler, for seconds
         omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
         row, column = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
     x, y = (position.flatten()[:, None] * omega for position in (column, row))  # (T, width/4) each

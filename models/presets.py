@@ -19,7 +19,7 @@ def kind_of(options):
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A row of the table; `parameters`: at its latents and 1000 classes; for text-to-image without `pos_embed`."""
+    """A row of the table. `parameters`: for these latents and 1000 classes; for text-to-image without `pos_embed`."""
 
     depth: int
     hidden_size: int
@@ -32,7 +32,7 @@ class Preset:
     dmf_depth: int | None = None  # flow maps: number of blocks that see t
     context_dim: int | None = None  # text-to-image: width of the text features
     init: str = "dit"  # text-to-image: initialisation
-    input_size: int = 32  # of the latents of 256² images, unless data say otherwise
+    input_size: int = 32  # of the latents of 256² images, unless the data differ
     in_channels: int = 4
 
     @property
@@ -44,10 +44,10 @@ class Preset:
 IMAGENET = {"count": 1_281_167, "num_classes": 1000, "resolution": 256}  # what the papers train on
 COCO = {"count": 82_783, "resolution": 256}  # text-to-image: the training images of 2014
 CLIP_WIDTH = 768  # width of CLIP ViT-L/14's text features
-F16 = {"input_size": 16, "in_channels": 32}  # latents of VAEs with factor 16
+F16 = {"input_size": 16, "in_channels": 32}  # latents of VAEs with downsampling factor 16
 REPA = {"context_dim": CLIP_WIDTH, "init": "repa"}
 
-# Ti is ours, for laptops and tests, and so are DeepFlow's and MMDiT's S and patches of 1. The others are the papers'.
+# Ours are Ti (for laptops and tests), the S of DeepFlow and MMDiT, and patch size 1. The others are the papers'.
 PRESETS = {
     #                      depth  width heads patch key layers  parameters
     "DeepFlow-Ti/2": Preset(4, 128, 4, 2, (2,), 2_262_064, projector_dim=256),

@@ -1,4 +1,4 @@
-"""What manifests and checkpoints say of models and encoders, as plain data."""
+"""What manifests and checkpoints record about models and encoders, as plain data."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ from models.identity import Identity, content_sha256
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-VAE_REMEDY = "name a VAE with a scaling_factor above 0, and with both or none of latents_mean and latents_std"
+VAE_REMEDY = "name a VAE with a scaling_factor above 0 and with both or neither of latents_mean and latents_std"
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
-# What of a run's configuration bears on its numbers, beside the model; exported folders and samples' manifests keep it.
+# Settings of a run that affect its results, besides the model; exported folders and manifests of samples keep them.
 TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
 TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
 TRAINING += ("changes", "init_from")
@@ -59,7 +59,7 @@ class LatentSpec(Identity):
 
     vae: str = DEFAULT_VAE
     family: str = "sd-vae-ft"
-    scale: Positive | tuple[Positive, ...] = 0.18215  # of all channels, or of each: 1/std of the data's latents
+    scale: Positive | tuple[Positive, ...] = 0.18215  # one for all channels, or per channel (1/std of the latents)
     shift: Finite | tuple[Finite, ...] = 0.0
     channels: Count = 4
     factor: Count = 8
@@ -73,11 +73,11 @@ class LatentSpec(Identity):
 
     @property
     def normalization(self):
-        """Scale and shift, in words."""
+        """The scale, in words."""
         return "a scale per channel" if isinstance(self.scale, tuple) else f"scale {self.scale}"
 
     def scaled_as(self, data):
-        """A VAE's spec with the scale and shift of the LatentSpec `data`, if these were measured per channel."""
+        """A copy with the scale and shift of the LatentSpec `data` if those are per channel, else self."""
         if not isinstance(data.scale, tuple) or data.channels != self.channels:
             return self
         return dataclasses.replace(self, scale=data.scale, shift=data.shift)
@@ -94,13 +94,13 @@ class LatentSpec(Identity):
 
 
 def _broadcast(value, like):
-    """A number as it is; one for each channel as a tensor for arithmetic with `like`, (N, C, h, w)."""
+    """A number unchanged; a tuple of numbers per channel as a tensor that broadcasts to `like`, (N, C, h, w)."""
     return _on_device(value, like.dtype, like.device) if isinstance(value, tuple) else value
 
 
-@functools.lru_cache  # a copy in every step would wait for the device
+@functools.lru_cache  # copying it in every step would synchronise with the device
 def _on_device(values, dtype, device):
-    import torch  # flags are declared without
+    import torch  # here, as modules that declare flags import this one
 
     return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
@@ -115,11 +115,11 @@ class VaeConfig:
     act_fn: str
     norm_num_groups: Count
     shift_factor: Finite | None = None
-    latents_mean: tuple[Finite, ...] | None = None  # of each channel; scaling_factor multiplies what they normalize
+    latents_mean: tuple[Finite, ...] | None = None  # per channel; scaling_factor applies after normalization
     latents_std: tuple[Positive, ...] | None = None
 
     def normalization(self, name):
-        """Scale and shift of a LatentSpec. Raises InputError for statistics of other channels."""
+        """(scale, shift) of a LatentSpec. Raises InputError if statistics have another number of channels."""
         statistics = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
         given = {key: value for key, value in statistics.items() if value is not None}
         if not given:
@@ -131,7 +131,7 @@ class VaeConfig:
 
 
 def vae_spec(name, config, weights):
-    """LatentSpec of a VAE: its config.json as a dict, and its weights {name: tensor or array}. Raises InputError."""
+    """LatentSpec of a VAE from its config.json, a dict, and its weights {name: tensor or array}. Raises InputError."""
     config = check_record(VaeConfig, config, f"--vae {name}: config.json", VAE_REMEDY)
     scale, shift = config.normalization(name)
     facts = {"act_fn": config.act_fn, "norm_num_groups": config.norm_num_groups}
@@ -149,9 +149,9 @@ def vae_spec(name, config, weights):
 
 
 def recognise_vae(name, spec):
-    """LatentSpec of the VAE in a folder if its files hold the one of `spec`, None if only loading it can tell.
+    """LatentSpec of the VAE in a folder if it is the VAE of `spec`; None if it is not, or only loading it can tell.
 
-    Takes no import of torch or diffusers. Other files, older names of weights and defaults in config.json give None.
+    Imports neither torch nor diffusers. None for other file formats, old weight names or an incomplete config.json.
     """
     from safetensors.numpy import load_file
 
@@ -159,7 +159,7 @@ def recognise_vae(name, spec):
     try:
         config = read_record(dict, folder / "config.json", "copy it again")
         found = vae_spec(name, config, load_file(folder / "diffusion_pytorch_model.safetensors"))
-    except Exception:  # whatever it is, loading meets it again and says so
+    except Exception:  # loading the VAE reports it
         return None
     return found if dataclasses.replace(found.scaled_as(spec), vae=spec.vae, family=spec.family) == spec else None
 

@@ -1,4 +1,4 @@
-"""Mean and std of each channel of latents, added up batch by batch."""
+"""Mean and std of each channel of latents, accumulated over batches."""
 
 import dataclasses
 import functools
@@ -8,12 +8,12 @@ import numpy as np
 from common.errors import InputError
 from common.records import Finite, Whole
 
-DIGITS = 6  # of the scale and shift that are written
+DIGITS = 6  # significant digits of scale and shift in the manifest
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelSums:
-    """Of each channel of latents drawn from moments: number of values, mean, and squared distances from it, added."""
+    """For each channel of latents drawn from moments: number of values, mean, and sum of squared deviations from it."""
 
     count: Whole
     mean: tuple[Finite, ...]
@@ -21,14 +21,14 @@ class ChannelSums:
 
     @classmethod
     def of(cls, moments):
-        """Of moments (N, 2C, h, w): a draw's squared distance is the mean's from the overall one, plus std²."""
+        """From moments (N, 2C, h, w); a draw's expected squared deviation is that of the posterior mean, plus std²."""
         mean, std = np.split(np.asarray(moments, np.float64), 2, axis=1)
         middle = mean.mean(axis=(0, 2, 3), keepdims=True)
         squares = ((mean - middle) ** 2 + std**2).sum(axis=(0, 2, 3))
         return cls(mean[:, 0].size, tuple(middle.flatten().tolist()), tuple(squares.tolist()))
 
     def __add__(self, other):
-        """Of both together; subtracts no large numbers (Chan, Golub and LeVeque, 1979)."""
+        """Both together, without cancellation between large sums (Chan, Golub and LeVeque, 1979)."""
         count, step = self.count + other.count, np.subtract(other.mean, self.mean)
         mean = np.add(self.mean, step * (other.count / count))
         squares = np.add(self.squares, other.squares) + step**2 * (self.count * other.count / count)
@@ -40,7 +40,7 @@ class ChannelSums:
 
 
 def normalizing(spec, sums):
-    """A LatentSpec with the scale and shift that give each channel mean 0, std 1; sums: by batch. Raises InputError."""
+    """LatentSpec whose scale and shift give each channel mean 0 and std 1; sums: per batch. Raises InputError."""
     total = functools.reduce(ChannelSums.__add__, sums)
     std = total.std()
     if not (std > 0).all():

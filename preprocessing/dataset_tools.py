@@ -37,7 +37,7 @@ COMMANDS = {  # flags, and the function, imported when it is needed
     "info": (InfoFlags, "preprocessing.info:run"),
 }
 TOOLS = "python -m preprocessing.dataset_tools"
-NEXT = {  # what to type when a command has ended; `data` is the data folder, or the set where it lies in none
+NEXT = {  # the next command to run; data: the data folder, or the set itself if it lies in none
     "convert": f"{TOOLS} encode --source {{dest}} --dest {{dest.parent}}/vae-sd",
     "encode": "python train.py --data-dir {data}",
     "mirror": "python train.py --data-dir {data} --mirror",
@@ -49,7 +49,7 @@ NEXT = {  # what to type when a command has ended; `data` is the data folder, or
 
 
 def next_command(name, options):
-    """What to type after a command."""
+    """The command to run after the command `name`."""
     dest = Path(getattr(options, "dest", None) or options.data_dir)
     return NEXT[name].format(dest=dest, data=dest.parent if (dest.parent / MOMENTS).is_dir() else dest, options=options)
 

@@ -1,4 +1,4 @@
-"""Training on a folder of images: they are converted and encoded once, into a data folder beside it."""
+"""Training on a folder of images, which are converted and encoded once into a data folder beside it."""
 
 import dataclasses
 import os
@@ -17,37 +17,37 @@ from preprocessing.encode import encode
 from preprocessing.options import ConvertFlags, EncodeFlags
 from preprocessing.sources import ImageSource, is_image_name
 
-MOST = 100_000  # images; more should be encoded on all GPUs, which the commands do
+MOST = 100_000  # images; the commands encode larger sets on all GPUs
 
 
 def with_latents(config):
-    """A configuration whose --data-dir holds images, with the data folder made from them; others as they are.
+    """A configuration; if --data-dir holds images, it is replaced by a data folder made from them.
 
-    The first process makes it, the others wait. Raises InputError.
+    The first process makes the data folder while the others wait. Raises InputError.
     """
     folder = Path(config.data_dir)
     if not folder.is_dir() or not _is_of_images(folder):
         return config
     if config.resolution is None:
-        raise InputError(f"--data-dir {folder} holds images; pass the --resolution at which they are to be encoded")
+        raise InputError(f"--data-dir {folder} holds images; pass --resolution, the size at which to encode them")
     vae = config.data_vae or DEFAULT_VAE
     parent, name = folder.resolve().parent if folder.name in ("", "..") else folder.parent, folder.resolve().name
     data = parent / f"{folder.name or name}-latents-{config.resolution}-{Path(resolve_vae(vae)).name}"
     done = data / MOMENTS / MANIFEST
     if config.dry_run and not done.is_file():
-        raise InputError(f"--data-dir {folder} holds images, which --dry-run does not encode; leave it out once")
+        raise InputError(f"--data-dir {folder} holds images that are not encoded yet; run without --dry-run first")
     if os.environ.get("RANK", "0") == "0":
         with locked(data, "--data-dir"):
             _check(folder, data)
             if not done.is_file():
                 _encode(folder, data, config.resolution, vae)
     while not done.is_file():
-        time.sleep(1)  # a launcher ends this process if the first one fails
+        time.sleep(1)  # if the first process fails, the launcher ends this one
     return dataclasses.replace(config, data_dir=str(data))
 
 
 def _is_of_images(folder):
-    """Whether a folder holds images, and no set of a data folder or arrays."""
+    """Whether a folder holds images and neither sets of a data folder nor arrays."""
     if (folder / MOMENTS).exists() or list_sets(folder):
         return False
     names = [name for name, _ in walk(folder)]
@@ -55,13 +55,13 @@ def _is_of_images(folder):
 
 
 def _check(folder, data):
-    """Raise InputError for images that are too many, without classes, or others than `data` was made from."""
+    """Raise InputError for too many images, images without classes, or other ones than `data` was made from."""
     images = ImageSource(folder, flag="--data-dir")
     if len(images) > MOST:
-        tools = "python -m preprocessing.dataset_tools convert, then encode"
-        raise InputError(f"--data-dir {folder} holds {len(images):,} images, more than {MOST:,}; prepare them: {tools}")
+        remedy = "prepare them with python -m preprocessing.dataset_tools convert, then encode"
+        raise InputError(f"--data-dir {folder} holds {len(images):,} images, more than {MOST:,}; {remedy}")
     if not images.num_classes:
-        raise InputError(f"--data-dir {folder}: images lie in no class folder; make one for each class (one is enough)")
+        raise InputError(f"--data-dir {folder}: images lie in no class folder; make a folder per class (one is enough)")
     made = DataManifest.read(data / IMAGES)
     if made and made.job.get("source") != images.fingerprint():
         remedy = f"delete {data} to encode them again, or pass --data-dir {data}"
@@ -69,7 +69,7 @@ def _check(folder, data):
 
 
 def _encode(folder, data, side, vae):
-    note(f"--data-dir {folder} holds images; they are encoded once, at {side}x{side} by {vae}, into {data}")
+    note(f"--data-dir {folder} holds images; they are encoded once, at {side}x{side} with {vae}, into {data}")
     try:
         convert(ConvertFlags(str(folder), str(data / IMAGES), (side, side)))
         encode(EncodeFlags(str(data / IMAGES), str(data / MOMENTS), vae, packed=True), Processes.alone())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-import models  # its modules are imported on first use: a set that is complete needs no torch
+import models  # imports its modules on first use: a complete set needs no torch
 from common.errors import InputError, note
 from common.records import Count, read_record
 from latents.manifest import LABELS_JSON, NAMES, DataManifest
@@ -71,7 +71,7 @@ def warn_of_other_images(options, rows):
 def encode(options, processes=None):
     """Encode images to VAE moments (mean and std, neither sampled nor scaled) in either layout.
 
-    processes: those that take part; default: all of the launch.
+    processes: the Processes that take part; default: all of the launch.
     """
     rows = ImageRows(options)
     if is_complete(options, rows):
@@ -93,14 +93,14 @@ def encode(options, processes=None):
 
 
 def is_complete(options, rows):
-    """True, and says so, where one process finds the moments of these images, VAE and flags; else `fill` decides."""
+    """Whether a single process finds the moments complete, which it prints. False also if only `fill` can tell."""
     manifest = DataManifest.read(options.dest) if os.environ.get("WORLD_SIZE", "1") == "1" else None
     spec = manifest and manifest.latents and recognise_vae(options.vae, manifest.latents)
     return bool(spec) and not begin(moments_job(rows, made_with(spec, options), options))
 
 
 def made_with(spec, options):
-    """Entries of the manifest: how the moments of a VAE are computed."""
+    """Entries of the manifest that say how the moments are computed."""
     what = {"kind": "moments", "latents": dataclasses.asdict(spec), "flipped": options.mirror}
     return {**what, "arithmetic": options.dtype}
 

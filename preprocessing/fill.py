@@ -37,7 +37,7 @@ class ImageRows:
 
     def read(self, batches):
         """For each batch of positions: (images, {position: reason} of those left out); the next is read meanwhile."""
-        import torch  # a set that is complete needs none
+        import torch  # here, as a complete set needs no torch
 
         ahead = max(self.options.batch_size, self.options.workers)
         results = ordered_map(self._read, itertools.chain.from_iterable(batches), ahead, self.options.workers)
@@ -64,7 +64,7 @@ def ticket(command, rows, options, what):
 
 
 def begin(job):
-    """As Job.begin, and says so if everything is there."""
+    """As Job.begin; prints a note if everything is there."""
     if not (is_open := job.begin()):
         note(f"{job.dest} is complete: nothing to do")
     return is_open
@@ -85,7 +85,8 @@ def fill(writer, rows, function, processes, manifest, package, files=None):
     with Progress(**bar_of, disable=not processes.is_main) as bar:
         inputs = rows.read([batches[number] for number in mine])
         for number, (batch, left_out) in zip(mine, inputs, strict=True):
-            positions, values = [index for index in batches[number] if index not in left_out], ()
+            positions = [index for index in batches[number] if index not in left_out]
+            values = ()
             if positions:  # a row keeps the place of its image until the end
                 values = function(batch).float().cpu().numpy()
                 writer.write(positions, values, rows.names)

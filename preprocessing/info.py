@@ -50,4 +50,4 @@ def run(options):
     print("\n".join(describe(options.data_dir)))
     if options.grid:
         write_grid(options.data_dir, options.grid, options.vae)
-        print(f"{options.grid}: decoded latents")
+        print(f"wrote {options.grid}: decoded latents")

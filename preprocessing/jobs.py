@@ -54,7 +54,7 @@ class Finished:
     batch: int
     left_out: dict[int, str] = dataclasses.field(default_factory=dict)  # {position: reason}
     made_from: tuple[str, str] | None = None  # (name of its first image, digest)
-    sums: ChannelSums | None = None  # of its moments, with --normalize
+    sums: ChannelSums | None = None  # of its moments, for --normalize
 
     def to_line(self):
         return (json.dumps(dataclasses.asdict(self)) + "\n").encode()
@@ -106,7 +106,7 @@ class Job:
         write_atomically(self.dest / name, lambda file: file.write(data), durable, temporary)
 
     def record(self, batch, left_out=None, rows=()):
-        """Note in the journal that batch number `batch` is finished; left_out: {position: reason}; rows: the others."""
+        """Note in the journal that batch number `batch` is finished; left_out: {position: reason}; rows: its others."""
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
         sums = ChannelSums.of(rows) if self.ticket.get("normalize") and len(rows) else None

@@ -77,7 +77,7 @@ class ConvertFlags(ImageFlags):
 
 def normalize_flag():
     """--normalize"""
-    words = "measure a scale and shift for every channel: latents have mean 0 and std 1; default: the VAE's own"
+    words = "measure a scale and shift per channel, for latents with mean 0 and std 1; default: the VAE's"
     return flag(None, words, str, choices=["per-channel"], group="output")
 
 
@@ -86,7 +86,7 @@ class MirrorFlags(NetworkFlags, ImageFlags):
     """encode the horizontally flipped images, as a second set beside the first (DATA/vae-sd-mirror)"""
 
     mirror: ClassVar = True
-    normalize: ClassVar = None  # training scales both sets as the first
+    normalize: ClassVar = None  # training scales both sets like the first
     vae: str = flag(DEFAULT_VAE, "name or folder", also=("--model-url",), group="model")
     _: dataclasses.KW_ONLY
     dtype: str = flag("fp32", "of the VAE's arithmetic", choices=DTYPES, group=SPEED)

@@ -43,7 +43,7 @@ def pack_set(source, dest, options):
     facts |= {"arithmetic": manifest.arithmetic, "moments_shape": info.moments_shape}
     fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
     ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
-    ticket["normalize"] = None if source.name == MIRROR else options.normalize  # it takes over that of MOMENTS
+    ticket["normalize"] = None if source.name == MIRROR else options.normalize  # training uses the scale of MOMENTS
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
     images = source.parent / IMAGES
     if names is None and images.is_dir():  # as published: the folder's images, in order, are those of the set

@@ -173,7 +173,7 @@ def _check_rows(folder, manifest, rows, report):
 
 
 def _check_statistics(folder, spec, sums, report):
-    """Mean and std of latents as the network sees them, of all channels together; also of each if scaled by itself."""
+    """Check mean and std of latents as the network sees them, over all channels, and per channel if scales are."""
     means, stds = (np.array(sums.mean) - spec.shift) * spec.scale, sums.std() * spec.scale
     mean, std = means.mean(), np.sqrt(np.mean(stds**2) + means.var())
     text = f"{folder}: scaled latents have mean {mean:.3f} and std {std:.3f}"

@@ -98,7 +98,7 @@ def read_labels(text, num_classes, names=(), flag="--labels"):
 class Prompts:
     """A prompt for each image, as features of the text encoder that the model was trained with.
 
-    source: the PromptList; load: of the TextEncoder. Raises InputError for a checkpoint of classes, and for another
+    source: the PromptList; load: as TextEncoder. Raises InputError for a class-conditional checkpoint, and for another
     text encoder.
     """
 

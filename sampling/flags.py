@@ -35,7 +35,7 @@ def gap(text):
 class SamplingFlags(PublishedFlags):
     """Flags of every program that samples. None: taken from the checkpoint, or a default filled in later."""
 
-    ckpt: str = required("run, checkpoint, exported folder, user/repo, file of DeepFlow, SiT, REPA or DMF", group=MODEL)
+    ckpt: str = required("checkpoint, run, exported folder, user/repo, file of DeepFlow, SiT, REPA or DMF", group=MODEL)
     weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group=MODEL)
     model: str | None = flag(None, "preset name", str, choices=list(PRESETS), group=MODEL)
     trans_depth: int | None = flag(None, "number of blocks", int, range=BLOCKS, group=MODEL)

@@ -1,4 +1,4 @@
-"""Sampling in Python: generate*.py's settings, checks and steps in one function that returns the images.
+"""Sampling from Python: a function with the settings, checks and steps of generate*.py that returns the images.
 
 from models import load_model
 from sampling import sample
@@ -24,7 +24,7 @@ from sampling.conditions import ClassLabels, PromptList, Prompts
 from sampling.flags import BRANCH_FLAGS, GenerateConfig, TextGenerateConfig
 from sampling.sampler import ImageSampler
 
-KEYWORDS = {  # of `sample`, where they are not the names of the flags
+KEYWORDS = {  # flag → keyword of `sample`, where the names differ
     "num_steps": "steps",
     "global_seed": "seed",
     "per_proc_batch_size": "batch_size",
@@ -32,45 +32,45 @@ KEYWORDS = {  # of `sample`, where they are not the names of the flags
 }
 SETTINGS = {"shift", "heun", "guidance_low", "guidance_high", "vae", "vae_dtype", "decode_batch_size", "decode"}
 SETTINGS |= {"text_encoder", *BRANCH_FLAGS}
-# The last VAE and the last text encoder stay in memory for the next call: reading them takes seconds.
+# The last VAE and text encoder stay in memory for the next call, because loading them takes seconds.
 load_codec, load_encoder = functools.lru_cache(1)(LatentCodec.load), functools.lru_cache(1)(TextEncoder)
 
 
 def sample(
     model, classes=None, *, prompts=None, steps=None, mode=None, cfg_scale=None, seed=0, batch_size=32, **settings
 ):
-    """An image of each of N classes, or of N prompts for text-to-image: uint8 (N, R, R, 3), a NumPy array.
+    """An image for each of N classes, or of N prompts for text-to-image: NumPy array, uint8 (N, R, R, 3).
 
-    model: of `load_model`, alone or with its options; it runs on its device, in its precision. classes: numbers, or
-    names that the checkpoint has. Image i depends on its class or prompt and on (seed, i) alone. settings: other flags
-    of generate.py, those in SETTINGS: heun=True, guidance_low=0.3, exit_branch=1. What is not given has the program's
-    default. decode=False returns latents, float32 (N, C, h, w). Raises InputError.
+    model: from `load_model`, alone or with its options; it runs on its device and in its precision. classes: numbers,
+    or names if the checkpoint has them. Image i depends only on its class or prompt and on (seed, i). settings: the
+    other flags of generate.py in SETTINGS, such as heun=True, guidance_low=0.3, exit_branch=1. Defaults are those of
+    the program. decode=False returns latents, float32 (N, C, h, w). Raises InputError.
     """
     model = model[0] if isinstance(model, tuple) else model
     given = {"mode": mode, "num_steps": steps, "cfg_scale": cfg_scale, "seed": seed, "per_proc_batch_size": batch_size}
     with naming_keywords():
         checkpoint = checkpoint_of(model)
         if unknown := settings.keys() - SETTINGS:
-            raise InputError(f"{min(unknown)} is no setting of sample(); choose from {', '.join(sorted(SETTINGS))}")
+            raise InputError(f"{min(unknown)} is not a setting of sample(); choose from {', '.join(sorted(SETTINGS))}")
         config, make_condition = condition_of(model.kind, classes, prompts, checkpoint, {**given, **settings})
         sampler = ImageSampler(config, make_condition, model.pos_embed.device, checkpoint, load_codec)
         return np.concatenate([wait() for _, wait in sampler.batches(config.batches())])
 
 
 def checkpoint_of(model):
-    """The Checkpoint of a model from `load_model`. Raises InputError for another."""
+    """The Checkpoint of a model from `load_model`. Raises InputError for any other model."""
     if (about := getattr(model, "about", None)) is None:
-        raise InputError("the model is not from a checkpoint, which names its VAE; take it from load_model(PATH)")
+        raise InputError("the model was not loaded from a checkpoint, which names its VAE; use load_model(PATH)")
     return Checkpoint(model, **about)
 
 
 def condition_of(kind, classes, prompts, checkpoint, settings):
-    """(Resolved configuration, condition as ImageSampler takes it) of the classes or prompts. Raises InputError."""
+    """(resolved configuration, make_condition for ImageSampler) of the classes or prompts. Raises InputError."""
     wanted, unwanted, given = "classes", prompts, classes
     if kind == "text":
         wanted, unwanted, given = "prompts", classes, prompts
     if given is None or unwanted is not None:
-        raise InputError(f"{checkpoint.path} is sampled with {wanted}; pass {wanted}=[…] alone")
+        raise InputError(f"{checkpoint.path} takes {wanted}; pass {wanted}=[…] only")
     if not (words := texts(given)):
         raise InputError(f"{wanted} is empty; pass at least one")
     line = flags_of({"ckpt": checkpoint.path, "dtype": dtype_of(checkpoint.model), **settings})
@@ -79,18 +79,18 @@ def condition_of(kind, classes, prompts, checkpoint, settings):
         config = parse_flags(TextGenerateConfig, [*line, "--prompts="]).resolve(source)
         return config, functools.partial(Prompts, source=source, load=load_encoder)
     config = parse_flags(GenerateConfig, line).resolve()
-    joined = ",".join(words)  # a text may name several, as on the command line
+    joined = ",".join(words)  # a string may name several classes, as on the command line
     return dataclasses.replace(config, classes=joined, num_fid_samples=joined.count(",") + 1), ClassLabels
 
 
 def texts(values):
-    """One value or several (a list, an array, a tensor) as a list of texts."""
+    """One value, or several (list, array or tensor), as a list of strings."""
     values = values.tolist() if hasattr(values, "tolist") else values
     return [str(value) for value in ([values] if isinstance(values, str | int) else values)]
 
 
 def flags_of(settings):
-    """Command line of {name: value}: {"heun": True, "shift": 2.0, "vae": None} → --heun --shift=2.0."""
+    """{name: value} as a command line: {"heun": True, "shift": 2.0, "vae": None} → --heun --shift=2.0."""
     given = {name: value for name, value in settings.items() if value is not None}
     return [
         shown(name if value else f"no-{name}") if isinstance(value, bool) else f"{shown(name)}={value}"
@@ -99,7 +99,7 @@ def flags_of(settings):
 
 
 def dtype_of(model):
-    """Name of a model's precision. Raises InputError for one that is not among DTYPES."""
+    """Name of a model's precision. Raises InputError for one that is not in DTYPES."""
     found = [name for name, dtype in DTYPES.items() if dtype == model.pos_embed.dtype]
     if not found:
         raise InputError(f"the model is in {model.pos_embed.dtype}; convert it with model.float()")
@@ -108,7 +108,7 @@ def dtype_of(model):
 
 @contextlib.contextmanager
 def naming_keywords():
-    """Turn the flags in messages of InputErrors into the keywords of `sample`: --num-steps → steps."""
+    """Replace flags in the messages of InputErrors by the keywords of `sample`: --num-steps → steps."""
     try:
         yield
     except InputError as error:

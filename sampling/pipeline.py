@@ -1,4 +1,4 @@
-"""A DeepFlow model as a pipeline of diffusers: what the folders of `python -m models.export --diffusers` load.
+"""A DeepFlow model as a diffusers pipeline, which folders written by `python -m models.export --diffusers` load.
 
 pipe = DiffusionPipeline.from_pretrained("deepflow-xl", trust_remote_code=True)
 images = pipe(class_labels=[207, 360], generator=torch.manual_seed(0)).images
@@ -22,7 +22,7 @@ OUTPUTS = ("pil", "np", "latent")
 
 
 class DeepFlowTransformer(ModelMixin):
-    """The network of an exported folder, as a component; diffusers looks for it in the folder's `transformer`."""
+    """The network of an exported folder as a component, which diffusers loads from the subfolder `transformer`."""
 
     def __init__(self, network):
         super().__init__()
@@ -30,7 +30,7 @@ class DeepFlowTransformer(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, folder, torch_dtype=None, **_):
-        """As load_model of the folder that holds `folder`. Raises InputError."""
+        """The network of the exported folder that holds `folder`, as load_model reads it. Raises InputError."""
         parent = Path(folder).parent
         config = read_record(dict, parent / CONFIG_FILE, "export the model again")
         network, _ = load_model(parent, config.get("weights", "ema"))
@@ -38,11 +38,11 @@ class DeepFlowTransformer(ModelMixin):
 
     def save_pretrained(self, folder, **_):
         """Raises InputError: the network alone would lack the pipeline's other files."""
-        raise InputError(f"{folder} is not written: copy the folder that the pipeline was loaded from")
+        raise InputError(f"{folder} is not written; copy the folder that the pipeline was loaded from")
 
 
 class DeepFlowPipeline(DiffusionPipeline):
-    """Images of classes, or of prompts with a text-to-image model, as generate*.py make them."""
+    """Generates images of classes, or of prompts with a text-to-image model, like generate.py and generate_t2i.py."""
 
     def __init__(self, transformer, vae):
         super().__init__()
@@ -59,9 +59,9 @@ class DeepFlowPipeline(DiffusionPipeline):
         return_dict=True,
         **settings,
     ):
-        """ImagePipelineOutput of an image per class or prompt: "pil", "np" (N, R, R, 3) in [0, 1], or "latent".
+        """ImagePipelineOutput with an image per class or prompt: "pil", "np" (N, R, R, 3) in [0, 1], or "latent".
 
-        generator: its initial seed is what --seed is to generate.py, 0 by default. settings: further ones of
+        generator: only its initial seed is used, like --seed of generate.py; default: 0. settings: others of
         `sampling.sample`, such as mode="ode". Raises InputError.
         """
         if output_type not in OUTPUTS:

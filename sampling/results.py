@@ -134,7 +134,7 @@ class Result:
         self.store.finish(count)
 
     def say_cost(self, made, seconds):
-        """One line: how many images, at what cost, in what time, where; or that all were finished before."""
+        """Print number of images, time, cost and place, or that all were finished before; then a next command."""
         evaluations, duration = self.sampler.cost.evaluations, datetime.timedelta(seconds=round(seconds))
         each, all_ = rounded(evaluations), rounded(made * evaluations)
         cost = f"{made} images in {duration}, {each} model evaluations each ({all_} in all)"

@@ -22,8 +22,8 @@ from samplers import BranchVelocity, GuidedVelocity, integrate, sample_noise
 class ImageSampler:
     """A checkpoint ready to sample with the settings of a resolved SamplingFlags. Raises InputError.
 
-    make_condition: (config, Checkpoint, device) → condition, as `ClassLabels`; checkpoint: that of --ckpt if it is
-    read already, without the hash for a manifest; load_codec: of the LatentCodec.
+    make_condition: (config, Checkpoint, device) → condition, as `ClassLabels`; load_codec: as LatentCodec.load.
+    checkpoint: that of --ckpt if it has been read already; its weights are then not hashed, as no manifest is written.
     """
 
     def __init__(self, config, make_condition, device, checkpoint=None, load_codec=LatentCodec.load):
@@ -40,7 +40,7 @@ class ImageSampler:
         if config.decode:
             found = recognise_vae(config.vae or self.spec.vae, self.spec)
             self.spec = found.scaled_as(self.spec) if found else self.codec.spec
-        # of the file's, before they are rounded to --dtype
+        # of the weights in the file, before they are rounded to --dtype
         self.weights_sha256 = None if checkpoint else self.checkpoint.weights_sha256()
         model.to(device, DTYPES[config.dtype])
         if config.compile:
@@ -50,7 +50,7 @@ class ImageSampler:
 
     @functools.cached_property
     def codec(self):
-        """The LatentCodec; None with --no-decode. Loaded when images are made, which takes seconds."""
+        """The LatentCodec, None with --no-decode. Loaded on first use, as that takes seconds."""
         config = self.config
         if not config.decode:
             return None

@@ -1,5 +1,5 @@
 # Sourced by the recipes, which name only what differs from the programs' defaults (--help, or --dry-run, shows them).
-# Environment: NUM_GPUS         processes on this machine (8); one is started by torchrun (common/launch.py) as well
+# Environment: NUM_GPUS         processes on this machine (8); torchrun (common/launch.py) starts them, also a single one
 #              OUTPUT_DIR       parent folder of the runs (exps)
 #              EXP_NAME         name of the run; default: made of the model and what differs from the method
 #              DATA_DIR         training data, where it is not the program's default

@@ -14,8 +14,8 @@ PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer 
 step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
 
 launch() { python -m common.launch --standalone --nproc-per-node "$PROCESSES" "$@"; } # PROGRAM [flags]
-# Two processes take longer to start: where the result is there already, one will find it finished, or refuse to go on.
-CKPT= # of the run that is trained, at its last step
+# Two processes take longer to start. If the result exists, one is enough to find it complete, or to refuse to continue.
+CKPT= # checkpoint of the run's last step
 train() { # PROGRAM [flags]
     if [ -e "$CKPT" ]; then python "$@"; else launch "$@"; fi || other_settings $?
 }
@@ -24,7 +24,7 @@ other_settings() { # EXIT CODE
     exit "$1"
 }
 
-sample() { # PROGRAM --ckpt CKPT --sample-dir FOLDER [flags]; one process also makes what changed flags ask for
+sample() { # PROGRAM --ckpt CKPT --sample-dir FOLDER [flags]; if flags have changed, one process samples again
     if [ "$(newest_npz "$5" 2>/dev/null)" -nt "$3" ]; then python "$@"; else launch "$@"; fi
 }
 checkpoint() { # RUN STEP: its path; fails if the run has gone past this step without keeping it

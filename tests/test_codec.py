@@ -122,7 +122,7 @@ def test_a_scale_per_channel_is_undone_by_decoding(codec):
     assert (codec.decode(x).int() - plain.int()).abs().max() > 1
 
 
-def test_a_vae_that_states_statistics_of_its_channels(folder, tmp_path):
+def test_a_vae_with_latents_mean_and_std(folder, tmp_path):
     """diffusers' pipelines decode x·std/scaling_factor + mean."""
     shutil.copytree(folder, tmp_path / "vae")
     config = json.loads((folder / "config.json").read_text())
@@ -133,7 +133,7 @@ def test_a_vae_that_states_statistics_of_its_channels(folder, tmp_path):
     torch.testing.assert_close(spec.restore(x), x * std / SCALE + mean)
 
 
-def test_the_scale_per_channel_of_data_replaces_that_of_their_vae_alone(codec):
+def test_a_scale_per_channel_replaces_only_the_scale_of_the_vae(codec):
     data = dataclasses.replace(codec.spec, scale=(1.0, 2.0, 3.0), shift=(0.0, 0.0, 1.0))
     assert codec.fit(data, "the data").spec == data
     for unlike in ({"encoder_sha256": "1" * 64}, {"channels": 4, "scale": (1.0,) * 4, "shift": 0.0}):

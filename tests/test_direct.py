@@ -73,8 +73,8 @@ def test_images_that_have_changed_are_refused(pictures):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resolution": None}, "--data-dir .* pass the --resolution"),
-        ({"dry_run": True}, "--dry-run does not encode"),
+        ({"resolution": None}, "--data-dir .* pass --resolution"),
+        ({"dry_run": True}, "not encoded yet; run without --dry-run"),
         ({"resolution": 10}, "--data-dir .* cannot be encoded .* power of two"),
     ],
 )

@@ -66,6 +66,7 @@ def test_the_card_of_a_published_file_leaves_its_licence_open(ckpt, tmp_path):
     export(tmp_path / "published.pt", tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.license == "other" and "records none" in card.text and "BY-NC" not in card.text
+    assert "None" not in card.text  # no step is known
 
 
 def test_the_card_of_a_text_model_has_a_prompt(tmp_path):

@@ -1,4 +1,4 @@
-"""What comes from the hub: its cache; without network, the file that can be given instead is named, within seconds."""
+"""Files from the hub: its cache, and without a network an error within seconds that says what to pass instead."""
 
 import threading
 import types
@@ -142,7 +142,7 @@ def test_a_revision_is_pinned(hub_cache, ckpt, revision, commit, capsys):
     assert not tiny.differences(model.state_dict(), load_model(ckpt, weights)[0].state_dict())
 
 
-def test_what_lies_here_comes_first(hub_cache, ckpt, tmp_path, monkeypatch):
+def test_local_paths_take_precedence(hub_cache, ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export(ckpt, "someone/tiny", "raw")
     assert find_checkpoint("someone/tiny") == "someone/tiny"
@@ -166,7 +166,7 @@ def test_paths_are_not_looked_up(name):
         (f"someone/tiny@{COMMITS[0]}", "has no model.safetensors"),
     ],
 )
-def test_a_repository_that_cannot_be_had_ends_in_one_line(hub_cache, name, named, tmp_path):
+def test_a_repository_that_cannot_be_read_gives_one_line(hub_cache, name, named, tmp_path):
     (hub_cache / "snapshots" / COMMITS[0] / "model.safetensors").unlink()
     with pytest.raises(InputError, match=f"--ckpt {name}.*{named}") as caught:
         tiny.run_generate(name, tmp_path / "samples")

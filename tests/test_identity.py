@@ -81,7 +81,7 @@ def test_the_same_vae_in_other_folders_and_files(vae, tmp_path, monkeypatch):
         assert spec.family != known.family
 
 
-def test_the_hash_takes_weights_as_torch_halves_them():
+def test_the_hash_rounds_weights_like_torch():
     """Ties, subnormals, overflow, infinities: as hashes of earlier versions."""
     values = torch.tensor([1.0, 2049.0, 2051.0, 6e-8, 3e-8, 1e-9, 65519.0, 65520.0, -1e30, -torch.inf, -0.0])
     expected = hashlib.sha256(b"{}w (11,)" + values.half().numpy().tobytes()).hexdigest()
@@ -89,7 +89,7 @@ def test_the_hash_takes_weights_as_torch_halves_them():
     assert content_sha256({"w": values[:, None].expand(11, 2)}, "v", {}) == hashlib.sha256(b"{}").hexdigest()
 
 
-def test_files_are_recognised_as_what_loading_them_gave(vae, tmp_path):
+def test_files_are_recognised_as_the_vae_that_loading_gives(vae, tmp_path):
     known = spec_of(vae)
     moved = copied(vae, tmp_path / "moved")
     for place in (vae, moved, copied(vae, tmp_path / "pipeline/vae").parent):

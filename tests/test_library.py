@@ -72,7 +72,7 @@ def test_forms_of_a_model_and_of_classes(files):
     assert np.array_equal(sample(small, classes=["7", "0"], steps=1), sample(small, classes=[7, 0], steps=1))
 
 
-def test_a_model_is_sampled_as_it_is(files):
+def test_the_model_is_used_in_its_current_state(files):
     """With changed weights, in its precision; it stays as it was."""
     model, _ = load_model(files["flow"])
     before = sample(model, classes=[0, 1], steps=2)
@@ -102,7 +102,7 @@ def test_a_model_is_sampled_as_it_is(files):
         ("flow", {"classes": 1, "exit_branch": 3}, "exit_branch: branch 3 is out of range"),
         ("flow map", {"classes": 1, "exit_branch": 1}, "exit_branch: only the last branch"),
         ("flow", {"classes": 1, "vae": "/nowhere"}, "cannot load the VAE '/nowhere'"),
-        ("flow", {"classes": 1, "grid": "2x2"}, "grid is no setting of sample"),
+        ("flow", {"classes": 1, "grid": "2x2"}, "grid is not a setting of sample"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_keyword(files, kind, given, culprit):
@@ -112,7 +112,7 @@ def test_bad_input_is_one_line_that_names_the_keyword(files, kind, given, culpri
     assert "--" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_model_that_cannot_be_sampled(files):
+def test_models_that_cannot_be_sampled_are_refused(files):
     with pytest.raises(InputError, match="load_model"):
         sample(create_model("DeepFlow-Ti/2"), classes=1)
     with pytest.raises(InputError, match=r"torch\.float64.*model\.float\(\)"):
@@ -129,7 +129,7 @@ def test_guidance_needs_a_null_class(files, tmp_path):
         sample(model, classes=1, cfg_scale=1.5)
 
 
-def test_importing_the_function_costs_nothing_until_it_is_used():
+def test_sample_is_imported_on_first_use():
     done = tiny.run_python("-c", "import sys, sampling; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
     with pytest.raises(ImportError, match="sampel"):

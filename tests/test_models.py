@@ -45,7 +45,7 @@ def filled(model):
     return model
 
 
-def test_a_network_without_values_has_its_shapes_and_draws_nothing():
+def test_a_meta_network_has_its_shapes_and_draws_nothing():
     before = torch.get_rng_state()
     with DrawsNothing():
         nn.Embedding(3, 2)

@@ -1,14 +1,16 @@
-"""What commands say at their end: the next command is one that its program understands."""
+"""The next command that programs print is one that its program accepts."""
 
 import re
 import shlex
 
+import captioned
 import pytest
 import tiny
 from data_helpers import tiny_vae, write_class_folders
 
 from common.flags import parse_commands, parse_flags
 from evaluations.evaluator import EvaluatorFlags
+from models import export
 from preprocessing import dataset_tools
 from sampling.flags import GenerateConfig, TextGenerateConfig
 from training.config import TextTrainConfig, TrainConfig
@@ -46,7 +48,7 @@ def test_preprocessing_leads_from_images_to_training(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", dataset_tools.NEXT)
-def test_every_command_of_preprocessing_has_an_understood_next_one(name):
+def test_the_next_command_of_every_preprocessing_command_is_valid(name):
     values = {"source": "s", "dest": "data/x", "data_dir": "data", "enc_type": "dinov2-vit-b", "annotations": "a"}
     fields = TOOLS[name].__dataclass_fields__
     options = TOOLS[name](**{key: value for key, value in values.items() if key in fields})
@@ -61,3 +63,10 @@ def test_training_leads_to_sampling_and_that_to_measuring(tmp_path, capsys):
     tiny.run_generate_only(run, tmp_path / "samples", num_steps=1, vae=vae)
     program, options = next_command(capsys.readouterr().out)
     assert program == "evaluations.evaluator" and options.samples.endswith("-seed-0.npz")
+
+
+def test_an_export_leads_to_the_program_and_weights_that_it_holds(tmp_path, capsys):
+    text, folder = captioned.checkpoint(tmp_path / "t2i.pt", tmp_path), str(tmp_path / "out")
+    export.main([str(text), folder, "--weights", "raw"])
+    program, options = next_command(capsys.readouterr().out)
+    assert (program, options.ckpt, options.weights) == ("generate_t2i.py", folder, "raw")

@@ -32,7 +32,7 @@ def drawn(offset=0.0, seed=0):
 
 @pytest.mark.parametrize("size", [1, 3, 20])
 @pytest.mark.parametrize("offset", [0.0, 1e7])
-def test_sums_are_those_of_the_whole_however_it_is_divided(size, offset):
+def test_sums_do_not_depend_on_the_batches(size, offset):
     moments, mean, std = drawn(offset)
     parts = [ChannelSums.of(moments[i : i + size]) for i in range(0, len(moments), size)]
     total = functools.reduce(ChannelSums.__add__, parts)
@@ -125,7 +125,7 @@ def test_moments_prepared_elsewhere_are_measured_when_packed(tmp_path):
     np.testing.assert_allclose(spec.scale, 1 / np.sqrt(means.var(0) + 1), rtol=1e-5)
 
 
-def test_from_images_over_a_run_to_images(data, f16, images, tmp_path):
+def test_from_images_to_a_run_to_images(data, f16, images, tmp_path):
     """Training, grids, held-out error, sampling, export and resuming, with latents of 32 channels."""
     encode(EncodeFlags(images, tmp_path / "held/vae-sd", f16, max_images=4))
     options = {"mirror": True, "sampling_steps": 1, "holdout": tmp_path / "held"}
@@ -145,7 +145,7 @@ def test_from_images_over_a_run_to_images(data, f16, images, tmp_path):
     ("blocks", "channels", "options"),
     [(3, 8, {}), (4, 16, {"shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False})],
 )
-def test_a_vae_of_any_shape_brings_its_own_scale(blocks, channels, options, images, tmp_path):
+def test_vaes_of_any_shape_use_their_own_scale(blocks, channels, options, images, tmp_path):
     vae = tiny.vae_folder(tmp_path / "vae", 0.7, blocks, channels, **options)
     encode(EncodeFlags(images, tmp_path / "data/vae-sd", vae))
     spec = open_dataset(tmp_path / "data").info.spec

@@ -147,7 +147,7 @@ def test_a_second_run_does_nothing(data, tmp_path, capsys):
         encode(EncodeFlags(data / "images", tmp_path / "folder", tiny_vae(), batch_size=8))
 
 
-def test_what_is_complete_is_found_complete_without_torch(data, tmp_path):
+def test_a_complete_set_is_recognised_without_torch(data, tmp_path):
     words = ["encode", "--source", data / "images", "--dest", tmp_path / "vae-sd", "--vae", tiny_vae(), "--device=cpu"]
     encode(parse_commands({"encode": EncodeFlags}, list(map(str, words)))[1])
     code = "import sys; from preprocessing import dataset_tools; dataset_tools.main(); sys.exit('torch' in sys.modules)"

@@ -62,7 +62,7 @@ def test_cknna_by_its_definition():
     assert 0 < expected < 1 and cknna(x, y, k) == pytest.approx(expected, rel=1e-5)
 
 
-def test_cknna_is_1_of_the_same_features_rotated_and_scaled():
+def test_cknna_is_1_for_rotated_and_scaled_features():
     x = normal(80, 6)
     assert cknna(x, x) == pytest.approx(1)
     assert cknna(x, 7 * x @ rotation(6)) == pytest.approx(1, abs=1e-5)
@@ -70,7 +70,7 @@ def test_cknna_is_1_of_the_same_features_rotated_and_scaled():
     assert cknna(x @ rotation(6), 0.1 * y) == pytest.approx(cknna(x, y), abs=1e-5)
 
 
-def test_cknna_is_near_0_of_independent_features_and_of_none():
+def test_cknna_is_near_0_for_independent_and_for_constant_features():
     x, y = normal(500, 16), normal(500, 16, seed=1)
     assert abs(cknna(x, y)) < 0.1 < cknna(x, x + y)
     assert cknna(x, torch.ones(500, 3)) == pytest.approx(0, abs=0.1)
@@ -182,7 +182,7 @@ def test_the_network_sees_noised_means_and_the_null_class(place, tmp_path, name)
     assert len(found) == 4 and final.v_star.shape[1] == 16
 
 
-def test_batch_size_does_not_show(place, tmp_path):
+def test_results_do_not_depend_on_batch_size(place, tmp_path):
     found = []
     for size in (7, 64):
         args = parse_flags(probe.ProbeFlags, words(place, tmp_path, per_proc_batch_size=size))
@@ -194,7 +194,7 @@ def test_batch_size_does_not_show(place, tmp_path):
     np.testing.assert_array_equal(known[0], also[0])
 
 
-def test_parts_are_apart_and_as_large_as_asked(place, tmp_path):
+def test_parts_are_disjoint_and_of_the_size_asked_for(place, tmp_path):
     fit, held = probe.open_parts(parse_flags(probe.ProbeFlags, words(place, tmp_path)))
     assert {*fit.rows} | {*held.rows} == {*range(COUNT)} and len(fit) + len(held) == COUNT
     other = tiny.data_folder(tmp_path / "other", 15)

@@ -36,7 +36,7 @@ def test_a_log_file_gets_a_line_per_interval_and_a_last_one(monkeypatch):
     assert "\r" not in stream.getvalue() and all("left" in line for line in lines[:-1])
 
 
-def test_nothing_is_written_of_work_that_was_done_before_or_is_not_shown(monkeypatch):
+def test_nothing_is_written_if_all_was_done_before_or_progress_is_disabled(monkeypatch):
     stream, _ = log_file(monkeypatch)
     for options in ({"initial": 3}, {"disable": True}):
         with Progress(total=3, **options) as bar:

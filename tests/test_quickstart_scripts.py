@@ -85,8 +85,8 @@ def test_refused_settings_name_work(run, tmp_path, script):
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_what_is_there_already_is_looked_at_by_one_process(run, tmp_path, script):
-    """Samples that are older than the checkpoint are of another one."""
+def test_existing_results_are_checked_by_one_process(run, tmp_path, script):
+    """Samples older than the checkpoint belong to another one."""
     _, first = run(script)
     (tmp_path / "calls").unlink()
     trained(tmp_path, script, {"quickstart_dmf": 600, "quickstart_t2i": 2000}.get(script, 3000))

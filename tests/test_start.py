@@ -1,4 +1,4 @@
-"""--init-from: what a run takes from a file and what is new, each refusal, resuming, and the first loss."""
+"""--init-from: what is taken from a file and what is new, refusals, resuming, and the first loss."""
 
 import argparse
 import dataclasses
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A flow model that fits data and flags."""
+    """A flow model that fits the data and flags."""
     return tiny.flow_file(tmp_path_factory.mktemp("flow") / "0000003.pt")
 
 
@@ -46,14 +46,14 @@ def sit_file(path, **options):
 
 
 def published(path, ours, **args):
-    """A file as others publish it, of the weights of a checkpoint of ours."""
+    """A file as others publish it, with the weights of one of our checkpoints."""
     state = {f"module.{name}": tensor for name, tensor in tiny.load(ours)["ema"].items()}
     torch.save({"ema": state, "args": argparse.Namespace(lr=1e-4, **args)}, path)
     return path
 
 
 def start(data, source, config=TrainConfig, open_data=open_dataset, **changes):
-    """The model that a run starts from, as it is before the first step; None: that of --seed alone."""
+    """The model of a run before the first step; source None: a run without a file."""
     start_from = {"init_from": source} if source else {}
     words = tiny.train_flags(data, "exps", **{**start_from, **changes})
     config = parse_flags(config, words).resolve()
@@ -98,18 +98,18 @@ def test_everything_is_taken_from_files_of_ours(data, tmp_path, capsys, kind, we
     check_started(capsys, data, source, weights=weights)
 
 
-def test_the_name_of_the_flag_for_flow_maps_is_understood(data, source):
+def test_pretrained_is_another_name_of_the_flag(data, source):
     words = tiny.train_flags(data, "exps", pretrained=source)
     assert parse_flags(TrainConfig, words).init_from == str(source)
 
 
 @pytest.mark.parametrize("classes", [tiny.CLASSES, 5])
-def test_new_classes_get_a_fresh_label_table(data, tmp_path, capsys, classes):
+def test_new_classes_get_a_new_label_table(data, tmp_path, capsys, classes):
     source = tiny.flow_file(tmp_path / "a.pt", num_classes=classes)
     check_started(capsys, data, source, ["y_embedder"], ["y_embedder"], new_classes=True)
 
 
-def test_another_resolution_gets_its_fixed_position_embedding(data, tmp_path, capsys):
+def test_another_resolution_gets_its_own_position_embedding(data, tmp_path, capsys):
     source = tiny.flow_file(tmp_path / "a.pt", input_size=4)
     check_started(capsys, data, source, ["pos_embed"], ["pos_embed"])
     start(data, source)
@@ -119,7 +119,7 @@ def test_another_resolution_gets_its_fixed_position_embedding(data, tmp_path, ca
 def test_a_sit_becomes_a_deepflow(data, tmp_path, capsys):
     source = sit_file(tmp_path / "a.pt")
     check_started(capsys, data, source, DEEPFLOW, ["final_layer"])
-    assert start(data, source, vera="gap").final_acc_layer is None  # the file does not bear on what VeRA is
+    assert start(data, source, vera="gap").final_acc_layer is None  # the kind of VeRA is free: the file has none
 
 
 def test_alignment_begins_with_new_projectors(data, tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_alignment_begins_with_new_projectors(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["DMFT-Ti/2", "DeepFlow-DMF-Ti/2"])
-def test_a_flow_map_gives_the_flow_that_it_contains(data, tmp_path, capsys, name):
+def test_a_flow_model_starts_from_a_flow_map(data, tmp_path, capsys, name):
     branches = {"df_idxs": (1,)} if "Deep" in name else {}
     source = tiny.checkpoint(tmp_path / "map.pt", tiny.SPEC.vae, name, depth=2, dmf_depth=1, **branches)
     model = check_started(capsys, data, source, [], ["logvar_linear"], **({} if branches else SIT))
@@ -167,7 +167,7 @@ def test_a_flow_map_gives_the_flow_that_it_contains(data, tmp_path, capsys, name
     ],
     ids=["deepflow", "aligned", "sit", "flow", "repa", "dmf"],
 )
-def test_published_files_are_starting_points(data, tmp_path, capsys, name, options, changes, dropped):
+def test_runs_start_from_published_files(data, tmp_path, capsys, name, options, changes, dropped):
     ours = tiny.checkpoint(tmp_path / "ours.pt", tiny.SPEC.vae, name, depth=2, **options)
     source = published(tmp_path / "published.pt", ours)
     model = check_started(capsys, data, source, [], dropped, **changes)
@@ -181,9 +181,9 @@ def test_a_published_sit_becomes_a_deepflow(data, tmp_path, capsys):
     check_started(capsys, data, source, DEEPFLOW, ["final_layer"])
 
 
-def test_text_to_image_starts_from_its_own_kind(data, source, tmp_path, capsys):
+def test_text_to_image_starts_from_text_to_image_only(data, source, tmp_path, capsys):
     for name in ("vae", "clip"):
-        (tmp_path / name).mkdir()  # nobody reads them
+        (tmp_path / name).mkdir()  # never read
     path = captioned.checkpoint(tmp_path / "text.pt", tmp_path, "MMDiT-Ti/2")
     content = tiny.load(path)
     spec = check_record(LatentSpec, content["data"], "", "")
@@ -224,14 +224,14 @@ def test_text_to_image_starts_from_its_own_kind(data, source, tmp_path, capsys):
         ({}, {"path_type": "cosine"}, ["--path-type linear"]),
     ],
 )
-def test_networks_that_do_not_fit(data, tmp_path, options, changes, culprits):
+def test_networks_that_do_not_fit_are_refused(data, tmp_path, options, changes, culprits):
     source = tiny.flow_file(tmp_path / "a.pt", **options)
     with pytest.raises(InputError) as caught:
         start(data, source, **changes)
     assert all(culprit in str(caught.value) for culprit in [f"--init-from {source}", *culprits])
 
 
-def test_a_position_embedding_that_was_learned_is_none_for_another_resolution(data, tmp_path, capsys):
+def test_a_learned_position_embedding_is_refused_at_another_resolution(data, tmp_path, capsys):
     for size, fits in ((4, False), (tiny.SIZE, True)):
         path = tiny.flow_file(tmp_path / "a.pt", input_size=size)
         content = tiny.load(path)
@@ -244,7 +244,7 @@ def test_a_position_embedding_that_was_learned_is_none_for_another_resolution(da
                 start(data, path)
 
 
-def test_latents_of_another_vae(data, source, tmp_path):
+def test_latents_of_another_vae_are_refused(data, source, tmp_path):
     content = tiny.load(source)
     content["data"]["scale"] = 0.3
     torch.save(content, tmp_path / "a.pt")
@@ -252,19 +252,19 @@ def test_latents_of_another_vae(data, source, tmp_path):
         start(data, tmp_path / "a.pt")
 
 
-def test_a_published_file_of_either_direction_of_time(data, tmp_path):
+def test_a_published_file_with_unknown_direction_of_time_needs_convention(data, tmp_path):
     source = published(tmp_path / "a.pt", sit_file(tmp_path / "ours.pt"))
     with pytest.raises(InputError, match=f"{source}.*--convention sit"):
         start(data, source, **SIT)
 
 
 @pytest.mark.parametrize("changes", [{"weights": "raw"}, {"convention": "sit"}, {"new_classes": True}])
-def test_flags_about_the_file_need_one(data, changes):
+def test_flags_about_the_file_need_init_from(data, changes):
     with pytest.raises(InputError, match=f"--{next(iter(changes)).replace('_', '-')} is .*--init-from"):
         start(data, None, **changes)
 
 
-def test_classes_of_other_names_are_pointed_out(source, tmp_path, capsys):
+def test_other_class_names_give_a_warning(source, tmp_path, capsys):
     data = tiny.data_folder(tmp_path / "data")
     path = data / "vae-sd/manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "class_names": ["cat", "dog", "hen"]}))
@@ -273,7 +273,7 @@ def test_classes_of_other_names_are_pointed_out(source, tmp_path, capsys):
         content["data"]["class_names"] = names
         torch.save(content, tmp_path / "a.pt")
         start(data, tmp_path / "a.pt")
-        assert ("warning: the classes" in capsys.readouterr().out) == warned
+        assert ("warning: --init-from" in capsys.readouterr().out) == warned
     start(data, tmp_path / "a.pt", new_classes=True)
     assert "warning" not in capsys.readouterr().out
 
@@ -281,7 +281,7 @@ def test_classes_of_other_names_are_pointed_out(source, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------- the run
 
 
-def test_the_first_loss_is_that_of_the_source(data, source, tmp_path):
+def test_the_first_loss_equals_that_of_the_source(data, source, tmp_path):
     run = tiny.run_train(data, tmp_path, init_from=source, max_train_steps=1, ema_decay=1.0, seed=4)
     config = parse_flags(TrainConfig, tiny.train_flags(data, tmp_path, seed=4)).resolve()
     dataset, rows = open_dataset(data), np.arange(4)
@@ -303,7 +303,7 @@ def test_a_resumed_run_does_not_read_the_file_again(data, tmp_path):
     tiny.run_train(data, tmp_path / "parts", max_train_steps=2, **flags)
     source.unlink()
     tiny.run_train(data, tmp_path / "parts", max_train_steps=3, resume="auto", **flags)
-    parts = tiny.run_train(data, tmp_path / "parts", resume="auto")  # nor need it be named
+    parts = tiny.run_train(data, tmp_path / "parts", resume="auto")  # without naming it either
     a, b = (tiny.load(run / "checkpoints/0000004.pt") for run in (whole, parts))
     assert not any(tiny.differences(a[entry], b[entry]) for entry in ("model", "ema", "opt"))
     for run in (whole, parts):
@@ -326,13 +326,13 @@ def test_older_runs_call_the_flag_pretrained(data, source, tmp_path):
     tiny.run_train_dmf(data, tmp_path, source, max_train_steps=2, resume="auto")
 
 
-def test_a_file_that_is_missing_leaves_nothing_behind(data, tmp_path):
+def test_a_missing_file_leaves_nothing_behind(data, tmp_path):
     with pytest.raises(InputError, match=r"nowhere.pt does not exist"):
         tiny.run_train(data, tmp_path / "exps", init_from=tmp_path / "nowhere.pt")
     assert not (tmp_path / "exps").exists()
 
 
-def test_samples_and_exports_tell_the_file_by_its_name(data, source, tmp_path):
+def test_samples_and_exports_record_the_file_name(data, source, tmp_path):
     run = tiny.run_train(data, tmp_path, init_from=source, max_train_steps=1)
     export(run, tmp_path / "exported")
     assert json.loads((tmp_path / "exported/config.json").read_text())["run"]["init_from"] == source.name

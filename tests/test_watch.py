@@ -16,7 +16,7 @@ from common.errors import InputError
 from evaluations import measuring, watch
 from training.checkpoint import clear_way
 
-STEPS = {1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0}  # the distance that the stand-in measures at each step
+STEPS = {1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0}  # distance that the stub measures at each step
 
 
 class Training:
@@ -40,7 +40,7 @@ class Training:
         self.path(self.step - 1).unlink(missing_ok=True)
         (self.folder / "checkpoints/.0000009.pt.1.tmp").write_text("half")
         line = json.dumps({"step": self.step, "epoch": self.step / 2, "loss": 1.0})
-        (self.folder / "log.jsonl").write_text(line + '\n{"step": 9')  # and a half-written one
+        (self.folder / "log.jsonl").write_text(line + '\n{"step": 9')  # and an incomplete line
 
     def run_python(self, processes, *words):
         words = list(map(str, words))
@@ -73,7 +73,7 @@ def start(training, *words):
 
 
 @pytest.mark.parametrize("deleting", [False, True])
-def test_a_run_is_watched_to_its_end_and_the_best_checkpoint_outlives_it(training, capsys, deleting):
+def test_a_run_is_watched_to_its_end_and_the_best_checkpoint_is_kept(training, capsys, deleting):
     training.deleting = deleting
     curve = start(training)
     assert training.calls == [1, 2, 3, 4] == [step for step, _ in curve["curves"]["label agreement"]]
@@ -86,7 +86,7 @@ def test_a_run_is_watched_to_its_end_and_the_best_checkpoint_outlives_it(trainin
     assert "step 2: Fréchet distance of digits 3, the best so far" in printed and f"in {out}: curve.json" in printed
 
 
-def test_a_run_ends_with_its_epochs_too(training):
+def test_a_run_may_end_by_epochs(training):
     training.folder.joinpath("config.json").write_text('{"model": "x", "max_train_steps": 400, "epochs": 1}')
     start(training)
     assert training.calls == [1, 2]
@@ -96,7 +96,7 @@ def test_higher_is_better_for_other_metrics(training):
     assert start(training, "--metric", "label agreement")["best"] == 4
 
 
-def test_once_measures_what_is_there_and_a_second_time_nothing(training):
+def test_once_measures_existing_checkpoints_and_nothing_the_second_time(training):
     training.train()
     for _ in range(2):
         assert start(training, "--once")["best"] == 1
@@ -104,7 +104,7 @@ def test_once_measures_what_is_there_and_a_second_time_nothing(training):
     assert start(training, "--once")["best"] == 2 and training.calls == [1, 2]
 
 
-def test_an_interrupted_measurement_goes_on_without_the_run_s_checkpoint(training, monkeypatch):
+def test_an_interrupted_measurement_resumes_after_training_deleted_the_checkpoint(training, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
@@ -117,7 +117,7 @@ def test_an_interrupted_measurement_goes_on_without_the_run_s_checkpoint(trainin
     assert start(training, "--once")["best"] == 2 and training.calls == [1, 2]
 
 
-def test_a_checkpoint_that_vanishes_before_it_is_held_is_passed_over(training, monkeypatch, capsys):
+def test_a_checkpoint_deleted_before_it_is_held_is_skipped(training, monkeypatch, capsys):
     def vanished(source, target):
         Path(source).unlink()
         raise FileNotFoundError
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_vanishes_before_it_is_held_is_passed_over(training, m
     assert "0000001.pt is gone" in capsys.readouterr().err and training.calls == []
 
 
-def test_where_links_are_impossible_checkpoints_are_copied(training, monkeypatch):
+def test_without_links_checkpoints_are_copied(training, monkeypatch):
     def refuse(*_):
         raise OSError(1, "Operation not permitted")
 
@@ -140,7 +140,7 @@ def test_where_links_are_impossible_checkpoints_are_copied(training, monkeypatch
     assert (training.folder / "watch/best.pt").read_text() == "weights of step 2"
 
 
-def test_what_a_rewound_run_writes_anew_is_measured_anew(training):
+def test_steps_that_a_rewound_run_repeats_are_measured_again(training):
     training.train()
     start(training, "--once")
     later = (training.folder / "watch/0000001.json").stat().st_mtime + 5
@@ -150,7 +150,7 @@ def test_what_a_rewound_run_writes_anew_is_measured_anew(training):
     assert training.calls == [1, 1] and (training.folder / "watch/best.pt").read_text().endswith("again")
 
 
-def test_a_trainer_that_starts_leaves_files_of_others_alone(training):
+def test_training_leaves_temporary_files_of_other_programs_alone(training):
     training.train()
     others = training.folder / "watch/.curve.json.7.tmp"
     others.parent.mkdir()

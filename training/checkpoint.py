@@ -109,7 +109,7 @@ def replacing_old(run_dir, step, stays, keep):
 
 def clear_way(run_dir, step):
     """Remove half-written files, and rename checkpoints after `step` to .pt.abandoned, which `latest` does not find."""
-    for place in ("", "checkpoints", "samples"):  # not those of programs that sample or measure the run meanwhile
+    for place in ("", "checkpoints", "samples"):  # not of programs that sample or measure the run
         for path in Path(run_dir, place).glob(".*.tmp"):
             path.unlink(missing_ok=True)
     for path in (checkpoint_path(run_dir, other) for other in existing_steps(run_dir) if other > step):
@@ -164,7 +164,7 @@ class CheckpointWriter:
 
 
 def read(path, info):
-    """The Checkpoint in a file; info: of the current run's data, which must be of the same kind. Raises InputError."""
+    """The Checkpoint in a file; info: DataInfo of the current run, which must match. Raises InputError."""
     content = check_record(Checkpoint, read_file(path), path, OURS_ALONE)
     check_record(Settings, content.config, f"{path}, config", REMEDY)
     for key, now in (("num_classes", info.num_classes), ("moments_shape", list(info.moments_shape))):
@@ -176,7 +176,7 @@ def read(path, info):
 
 
 def check_encoders(data, info, where, remedy):
-    """Raise InputError unless `data`, of the file `where`, and info, of the current run, name the same encoders."""
+    """Raise InputError unless the encoders in `data`, from the file `where`, are those in info, of the current run."""
     specs = [(LatentSpec, data, info.spec)]
     if hasattr(info, "text"):
         specs.append((TextSpec, data.get("text"), info.text))

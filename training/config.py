@@ -52,7 +52,7 @@ class RunFlags:
     df_idxs: str = model_flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
     qk_norm: bool = model_flag(False, "normalise queries and keys")
     legacy_scaling: bool = model_flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
-    init_from: str = model_flag(None, "weights to start from: ours or a published file", str, also=["--pretrained"])
+    init_from: str = model_flag(None, "start from these weights, ours or published", str, also=["--pretrained"])
     weights: str = model_flag("ema", "which weights of --init-from", choices=["ema", "raw"])
 
     path_type: str = loss_flag("linear", "probability path", choices=["linear", "cosine"])
@@ -63,7 +63,7 @@ class RunFlags:
     acc_coeff: float = loss_flag(1.0, "weight of the acceleration loss (lambda)", range=AT_LEAST_0)
     cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
 
-    data_dir: str = data_flag("data/imagenet256", "folder of vae-sd/, images/, or of images to encode once", free=True)
+    data_dir: str = data_flag("data/imagenet256", "folder of vae-sd/ and images/, or of class folders", free=True)
     resolution: int = data_flag(None, "image size; checked against the data", int, range=SIDE, free=True)
     data_vae: str = data_flag(None, "VAE that made latents without a manifest", str, free=True)
     num_workers: int = data_flag(
@@ -152,7 +152,7 @@ class RunFlags:
         return dataclasses.replace(config, exp_name=self.exp_name or run_name(config))
 
     def resumed(self, before):
-        """A copy with what a resumed run may leave out as in `before`, which it resumes: what that run started from."""
+        """A copy; without --init-from, it and the flags about it are those of `before`, the configuration to resume."""
         names = [name for name in ("init_from", "weights", "convention", "new_classes") if hasattr(self, name)]
         return self if self.init_from else dataclasses.replace(self, **{name: getattr(before, name) for name in names})
 
@@ -261,7 +261,7 @@ class TrainConfig(ClassFlags, BranchFlags, AlignmentFlags):
     kind = "flow"
 
     model: str = model_flag("DeepFlow-XL/2", "preset, one of " + ", ".join(CLASS_MODELS))
-    new_classes: bool = model_flag(False, "the classes are not those of --init-from: start with a fresh label table")
+    new_classes: bool = model_flag(False, "the classes are not those of --init-from; start with a new label table")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -327,7 +327,7 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
         return dataclasses.replace(config, cfg_prob=0.0, teacher=self.teacher or self.init_from)
 
     def resumed(self, before):
-        """As of every run; --weights and --convention are the teacher's as well."""
+        """As in other runs; with --teacher, --weights and --convention stay, as they also apply to the teacher."""
         if self.init_from or self.from_scratch:
             return self
         own = {"weights": self.weights, "convention": self.convention} if self.teacher else {}

@@ -35,7 +35,7 @@ def start(config, info, resumed):
 
 
 def start_from_file(path, config, info, name):
-    """The flow map of a file and its constructor arguments; name: the flag behind `path`, init-from or resume."""
+    """The flow map of a file and its constructor arguments; name: the flag that gave `path`, init-from or resume."""
     checkpoint, source = load_flow(path, config, info, name), f"--{name} {path}"
     check_preset(config, checkpoint.options, source)
     own = checkpoint.options.get("dmf_depth")

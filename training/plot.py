@@ -19,11 +19,7 @@ class PlotFlags:
     runs: list = required("folder of a run, or its log.jsonl", positional=True, nargs="+", metavar="RUN")
     out: str = flag("curves.png", "picture to write")
     x: str = flag("step", "horizontal axis; hours exclude pauses between runs", choices=["step", "epoch", "hours"])
-    smooth: int = flag(
-        1,
-        "draw means over a log line and those before it, this many; not of held-out errors",
-        range=Range(low=1),
-    )
+    smooth: int = flag(1, "average over this many log lines; held-out errors are not smoothed", range=Range(low=1))
     log_axis: bool = flag(False, "logarithmic vertical axes for panels with only positive values")
 
 
@@ -87,7 +83,7 @@ def smoothed(values, count):
 
 
 def named(runs):
-    """{name: log.jsonl} of run folders or logs: the folder's name, with its path where several share it."""
+    """{name: log.jsonl} of run folders or logs. The name is the folder's, or the log's path if several share that."""
     logs = [Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run) for run in dict.fromkeys(map(str, runs))]
     names = [log.resolve().parent.name for log in logs]
     return {name if names.count(name) == 1 else str(log): log for name, log in zip(names, logs, strict=True)}
@@ -109,7 +105,7 @@ def save_curves(runs, path, x="step", smooth=1, log_axis=False):
         for run, of_run in curves.items():
             places, values = of_run.get(name, ([], []))
             marker = "." if len(values) <= FEW else None
-            count = 1 if name.startswith("held-out") else smooth  # rare, and always of the same images
+            count = 1 if name.startswith("held-out") else smooth  # few, and always on the same images
             (line,) = axes.plot(places, smoothed(values, count), label=run, linewidth=1, marker=marker)
             for start in resumed[run]:
                 axes.axvline(start, color=line.get_color(), linewidth=0.3)

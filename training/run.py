@@ -43,7 +43,7 @@ class Task:
     objective: Callable  # (run) → function (network, batch, draws) → loss and {name: 0-d tensor} for the log
     draw: Callable  # (run, step) → the random draws of this rank's rows
     grids: type  # draws the sample grids: grids(codec, dataset, run_dir, seed)
-    prepare: Callable = lambda config: config  # → the configuration with data that can be opened
+    prepare: Callable = lambda config: config  # (config) → config whose --data-dir can be opened
 
 
 @dataclasses.dataclass
@@ -117,7 +117,7 @@ def run_task(config, task):
     run.model.gradient_checkpointing = config.gradient_checkpointing
     trainer = Trainer(run, task.objective(run), functools.partial(task.draw, run), grids)
     finished = trainer.fit()
-    if finished and not complete:  # of a complete one the trainer says how to go on
+    if finished and not complete:  # for one that was complete before, the trainer says how to continue
         program = "generate_t2i.py --prompts 'a dog'" if config.kind == "text" else "generate.py"
         run.accelerator.print(f"results: {config.folder}\nnext: python {program} --ckpt {config.folder} --grid 4x4")
     run.accelerator.end_training()

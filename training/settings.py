@@ -18,7 +18,7 @@ USUAL = {  # by kind of model, or kind and resolution: the papers' settings wher
     ("flow map", 512): {"qk_norm": True, "g_max": 0.8},
 }
 UNNAMED = {"model", "df_idxs", "init_from", "convention", "teacher", "enc_ckpt", "ssl_align", "mixed_precision"}
-RENAMED = {"pretrained": "init_from"}  # names of flags in the files of older runs
+RENAMED = {"pretrained": "init_from"}  # flags of older runs
 LABELS = {  # in this order, before others; "": the value tells enough
     "trans_depth": "d",
     "weighting": "",

@@ -1,4 +1,4 @@
-"""How alike two representations of the same images are.
+"""Similarity of two representations of the same images.
 
 Letters: N images, D and Z dimensions of their features, k neighbours.
 """
@@ -6,11 +6,11 @@ Letters: N images, D and Z dimensions of their features, k neighbours.
 import torch
 import torch.nn.functional as F
 
-NEIGHBOURS = 10  # k, as REPA has it
+NEIGHBOURS = 10  # k, as in REPA
 
 
 def nearest(features, k):
-    """Each row's k nearest others by cosine: (numbers (N, k), cosines less the mean of the row's (N, k))."""
+    """The k nearest other rows of each row by cosine: (indices (N, k), cosines less the row's mean cosine (N, k))."""
     unit = F.normalize(features.double(), dim=1)
     cosines = unit @ unit.T
     means = cosines.mean(dim=1, keepdim=True)
@@ -19,11 +19,11 @@ def nearest(features, k):
 
 
 def cknna(x, y, k=NEIGHBOURS):
-    """Centred kernel nearest-neighbour alignment of x (N, D) and y (N, Z), N > k; 1: alike, about k/N: independent.
+    """Centred kernel nearest-neighbour alignment of x (N, D) and y (N, Z), N > k; about k/N if they are independent.
 
-    Kernel alignment over the pairs that are k nearest neighbours in both (Huh et al. 2024, appendix A; in REPA, Yu et
-    al. 2025): A(x, y) / √(A(x, x)·A(y, y)), A the sum over such pairs of products of kernels centred by row. Rows are
-    scaled to length 1 first, as in Huh et al. 0 if all rows of x or y are the same.
+    Kernel alignment over pairs that are k nearest neighbours in both (Huh et al. 2024, appendix A; used by REPA, Yu et
+    al. 2025): A(x, y) / √(A(x, x)·A(y, y)), where A sums the product of the row-centred kernels over these pairs. Rows
+    are scaled to length 1 first, as in Huh et al. It is about 0 if all rows of x or of y are equal.
     """
     (i, of_x), (j, of_y) = nearest(x, k), nearest(y, k)
     both = i[:, :, None] == j[:, None, :]  # (N, k, k)

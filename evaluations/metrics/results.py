@@ -18,15 +18,8 @@ from sampling.flags import GENEVAL_IMAGES
 from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_manifest
 from sampling.stores import GenEvalFiles, PngFiles
 
-LOWER = (
-    "fid",
-    "sfid",
-    "kid",
-    "fd_",
-    "kd_",
-    "feature_distance",
-    "Fréchet",
-)  # beginnings of names of metrics where lower is better
+# Names of metrics where lower is better begin with one of these.
+LOWER = ("fid", "sfid", "kid", "fd_", "kd_", "feature_distance", "Fréchet")
 BATCHES, SPEED = "--per-proc-batch-size", "precision and speed"  # name and group of flags
 
 
@@ -57,7 +50,7 @@ class Result:
     def write(self, path):
         """Write the result, with the manifest beside the samples, to a file; None: nowhere. Raises InputError."""
         if path is None:
-            return note("the numbers are kept nowhere; --json FILE keeps them")
+            return note("the results are not saved; --json FILE saves them")
         self.manifest = sample_manifest(self.samples)
         content = {name: value for name, value in vars(self).items() if value is not None}
         manifest = self.manifest.to_json() if self.manifest else {}
@@ -87,7 +80,7 @@ class Estimate:
 
 
 def is_better(metric, value, than):
-    """Whether a metric's value is better than another: distances lower, all else higher."""
+    """Whether `value` of a metric is better than the value `than`: lower for distances, higher for others."""
     return value < than if metric.startswith(LOWER) else value > than
 
 
