@@ -27,6 +27,7 @@ from models.flags import ENCODERS
 from preprocessing import convert, transforms
 from preprocessing.dataset_tools import COMMANDS
 from samplers import SAMPLERS
+from studies import train_judge
 
 PROGRAMS = [train.TrainConfig, train_dmf.FlowMapConfig, train_t2i.TextTrainConfig, generate.GenerateConfig]
 PROGRAMS += [
@@ -36,7 +37,13 @@ PROGRAMS += [
     *(cls for cls, _ in COMMANDS.values()),
 ]
 PROGRAMS += [evaluator.EvaluatorFlags, clip_score.ClipFlags, count_flops.FlopsFlags, feature_distance.DistanceFlags]
-PROGRAMS += [sweep.SweepFlags, calculate_metrics.CalcFlags, calculate_metrics.RefFlags, geneval.ScoreFlags]
+PROGRAMS += [
+    train_judge.JudgeFlags,
+    sweep.SweepFlags,
+    calculate_metrics.CalcFlags,
+    calculate_metrics.RefFlags,
+    geneval.ScoreFlags,
+]
 
 
 @dataclasses.dataclass
