@@ -72,20 +72,57 @@ def vae_loss(vae, images, kl_weight, generator):
     return (decoded - images).abs().mean() + F.mse_loss(decoded, images) + kl_weight * kl
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are set to about 1 (Jordan 2024), for the kernels of convolutions.
+
+    PSNR on photographs rises several times faster than with Adam, by steps and by time.
+    """
+
+    def __init__(self, kernels, lr):
+        super().__init__(kernels, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                momentum = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
+                momentum.mul_(0.9).add_(kernel.grad)
+                update = orthogonal((kernel.grad + 0.9 * momentum).flatten(1))
+                taller = max(1, update.shape[0] / update.shape[1])
+                kernel.sub_(update.view_as(kernel), alpha=group["lr"] * taller**0.5)
+
+
+def orthogonal(matrix):
+    """A matrix with the same singular vectors and singular values of about 1: five steps of Newton and Schulz."""
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def optimizers(vae, args):
+    """Adam; for photographs Muon at 30 times its rate for the convolutions, and Adam for the rest."""
+    kernels = [value for value in vae.parameters() if value.ndim == 4 and args.data]
+    rest = [value for value in vae.parameters() if value.ndim != 4 or not args.data]
+    adam = torch.optim.Adam(rest, lr=args.learning_rate, betas=(0.9, 0.99))
+    return [adam, Muon(kernels, 30 * args.learning_rate)] if args.data else [adam]
+
+
 def train(vae, images, args):
-    """Adam with a cosine schedule on shifted uint8 images (N, 3, R, R)."""
+    """Cosine schedules on shifted uint8 images (N, 3, R, R)."""
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    chosen = optimizers(vae, args)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps) for optimizer in chosen]
     for _ in (progress := tqdm(range(args.steps), desc="train")):
         rows = torch.randint(len(images), (args.batch_size,), generator=generator)
         batch = shifted(images[rows] / 127.5 - 1, generator)
         loss = vae_loss(vae, batch, args.kl_weight, generator)
-        optimizer.zero_grad()
+        vae.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for part in (*chosen, *schedules):
+            part.step()
         progress.set_postfix(loss=loss.item())
 
 

@@ -121,7 +121,7 @@ COMMANDS = {  # name: (command line, patterns of the files that it reads)
     ),
     "judged": (
         "-m studies.report --samples {w}/digits.npz --data {w}/cifar --judge {w}/judge --out {w}/results/judged.json",
-        "digits.npz digits.json judge/* cifar/test/*/*",
+        "digits.npz digits.json cifar/test/*/*",
     ),
     "digits_captions": ("-m digits.captions --digits {w}/drawn --dest {w}/digits-text", "drawn/*/*"),
     "digits_report": (
