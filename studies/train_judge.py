@@ -106,6 +106,8 @@ def main(argv=None):
     (images, labels, names), held_out = (read_split(args.data, split, judges.RESOLUTION) for split in ("train", "test"))
     if not names or names != held_out[2] or len(names) != judges.CLASSES:
         raise InputError(f"--data {args.data}: train and test need the same {judges.CLASSES} class folders")
+    if args.batch_size > len(images):
+        raise InputError(f"--batch-size {args.batch_size}: --data {args.data} has only {len(images)} training images")
     torch.manual_seed(args.seed)
     judge = judges.Judge()
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

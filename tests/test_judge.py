@@ -147,6 +147,8 @@ def test_bad_data_and_judges_are_refused_by_name(data, samples, trained, tmp_pat
     write_images(tmp_path / "few", ["train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"], side=32)
     with pytest.raises(InputError, match=r"--data .*10 class folders"):
         train_judge.main(["--data", str(tmp_path / "few"), "--dest", str(tmp_path / "new")])
+    with pytest.raises(InputError, match=r"--batch-size 41.* 40 training"):
+        train_judge.main(["--data", str(data), "--dest", str(tmp_path / "new"), "--batch-size", "41"])
     assert not (tmp_path / "new").exists()
     damaged = tmp_path / "damaged"
     damaged.mkdir()
