@@ -185,6 +185,20 @@ def test_reconstructed_held_out_digits_keep_their_class(codec, split, held_image
     assert classifier.score(judge.pixels(decoded), held_out.labels) >= 0.975
 
 
+def test_the_vae_of_photographs_is_small_and_keeps_colours():
+    folder = ROOT / "assets/cifar10-vae"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    codec, about = LatentCodec.load(folder), json.loads((folder / "trained_on.json").read_text())
+    assert codec.spec.channels == 8 and codec.spec.factor == 4
+    assert about["psnr"]["images"] == 10_000 and about["psnr"]["drawn latent"] > 27
+    ramp = np.linspace(0, 255, 32)
+    images = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], np.full((32, 32), 80)], -1).astype(np.uint8)
+    images = np.stack([images, images[..., ::-1], 255 - images])
+    mean, _std = encode(codec, images).chunk(2, dim=1)
+    decoded = codec.decode((mean - codec.spec.shift) * codec.spec.scale).numpy()
+    assert np.corrcoef(decoded.ravel(), images.ravel())[0, 1] > 0.9
+
+
 def test_a_vae_of_other_images_is_described(tmp_path):
     data, dest = tmp_path / "pictures", tmp_path / "vae"
     write_images(data, [f"{split}/a/{i}.png" for split in ("train", "test") for i in range(4)], side=32)
