@@ -10,6 +10,7 @@ from data_helpers import write_images
 from evaluation_helpers import pictures, save_npz
 
 from common.errors import InputError
+from common.flags import ROOT
 from evaluations import table
 from evaluations.metrics.images import read_split
 from evaluations.metrics.results import Result
@@ -95,6 +96,18 @@ def test_the_first_convolution_whitens_patches():
         rows = network.patches(images / 127.5 - 1).permute(0, 2, 3, 1).flatten(0, 2)
     torch.testing.assert_close(rows[:, :12], -rows[:, 12:])
     torch.testing.assert_close(torch.cov(rows[:, :12].T), torch.eye(12), atol=0.01, rtol=0)
+
+
+def test_the_judge_of_the_repository():
+    folder = ROOT / "assets/cifar10-judge"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    about = json.loads((folder / "trained_on.json").read_text())
+    assert about["held-out images"] == 10_000 and about["of held-out images"]["label agreement"] >= 0.85
+    network, reference = judge.load_judge("assets/cifar10-judge")
+    assert reference[2].shape == (5000, 128) and reference[2].square().mean().item() == pytest.approx(1, abs=0.1)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+    found = judge.measure(network, reference, noise, np.arange(20) % 10)
+    assert found["fd_cifar10_cnn"] > 10 * about["of held-out images"]["fd_cifar10_cnn"]
 
 
 def test_the_training_images_have_no_distance_to_themselves(trained, data):
