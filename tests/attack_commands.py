@@ -119,6 +119,18 @@ COMMANDS = {  # name: (command line, patterns of the files that it reads)
     "flops": ("-m evaluations.count_flops DeepFlow-Ti/2", ""),
     "digits": ("-m digits.data --dest {w}/digits", ""),
     "digits_vae": ("-m digits.train_vae --dest {w}/new-vae --steps 1 --batch-size 2", ""),
+    "pictures_vae": (
+        "-m digits.train_vae --data {w}/cifar --dest {w}/new-vae --steps 1 --batch-size 2",
+        "cifar/*/*/*",
+    ),
+    "judge": (
+        "-m studies.train_judge --data {w}/cifar --dest {w}/new-judge --epochs 1 --batch-size 10",
+        "cifar/*/*/*",
+    ),
+    "judged": (
+        "-m studies.report --samples {w}/digits.npz --data {w}/cifar --judge {w}/judge --out {w}/results/judged.json",
+        "digits.npz digits.json cifar/test/*/*",
+    ),
     "digits_captions": ("-m digits.captions --digits {w}/drawn --dest {w}/digits-text", "drawn/*/*"),
     "digits_report": (
         "-m digits.report --samples {w}/digits.npz --out {w}/results/report.json --grid {w}/digits.png",
@@ -185,6 +197,9 @@ def make_results(folder):
     ]
     (folder / "geneval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_images(folder / "drawn", [f"{digit}/0.png" for digit in range(10)])
+    write_images(folder / "cifar", [f"{split}/{c}/0.png" for split in ("train", "test") for c in range(10)], side=32)
+    words = ["--data", folder / "cifar", "--dest", folder / "judge", "--epochs", "1", "--batch-size", "5"]
+    assert programs.run("-m", "studies.train_judge", *words).returncode == 0
     digits = load_digits_split()[1]
     save_npz(folder / "digits.npz", upsample(digits.images[:40]), {"labels": digits.labels[:40].tolist()})
 

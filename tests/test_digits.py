@@ -9,15 +9,16 @@ import numpy as np
 import programs
 import pytest
 import torch
+from data_helpers import write_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from common.errors import InputError
-from digits import judge
+from digits import judge, train_vae
 from digits.data import load_digits_split, upsample, write_image_folder
 from digits.report import class_grid, main
 from evaluations import table
-from models.codec import LatentCodec
+from models.codec import LatentCodec, LatentSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_SHA256 = "f3c09072673c0ccb"  # of the held-out indices; another split would show the VAE its own training data
@@ -182,6 +183,49 @@ def test_reconstructed_held_out_digits_keep_their_class(codec, split, held_image
     classifier = judge.train_classifier(train)
     assert classifier.score(judge.pixels(held_images), held_out.labels) >= 0.975  # a good judge
     assert classifier.score(judge.pixels(decoded), held_out.labels) >= 0.975
+
+
+def test_the_vae_of_photographs_is_small_and_keeps_colours():
+    folder = ROOT / "assets/cifar10-vae"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    codec, about = LatentCodec.load(folder), json.loads((folder / "trained_on.json").read_text())
+    assert codec.spec.channels == 8 and codec.spec.factor == 4
+    assert about["psnr"]["images"] == 10_000 and about["psnr"]["drawn latent"] > 27
+    ramp = np.linspace(0, 255, 32)
+    images = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], np.full((32, 32), 80)], -1).astype(np.uint8)
+    images = np.stack([images, images[..., ::-1], 255 - images])
+    mean, _std = encode(codec, images).chunk(2, dim=1)
+    decoded = codec.decode((mean - codec.spec.shift) * codec.spec.scale).numpy()
+    assert np.corrcoef(decoded.ravel(), images.ravel())[0, 1] > 0.9
+
+
+def test_a_vae_of_other_images_is_described(tmp_path):
+    data, dest = tmp_path / "pictures", tmp_path / "vae"
+    write_images(data, [f"{split}/a/{i}.png" for split in ("train", "test") for i in range(4)], side=32)
+    train_vae.main(["--data", str(data), "--dest", str(dest), "--steps", "1", "--batch-size", "2"])
+    assert LatentCodec.load(dest).spec.channels == 8
+    about = json.loads((dest / "trained_on.json").read_text())
+    assert about["colour"] and about["resolution"] == 32 and about["psnr"]["images"] == 4
+    assert str(tmp_path) not in about["flags"]["data"]
+
+
+def test_psnr_is_the_mean_over_images(monkeypatch):
+    """Decoded images that are off by 1 in the first half and by 10 in the second."""
+
+    class Codec:
+        spec = LatentSpec(channels=1)
+
+        def encode(self, images):
+            self.images = images
+            return torch.zeros(len(images), 2, 1, 1)
+
+        def decode(self, _):
+            by = torch.where(torch.arange(len(self.images)) < 2, 1, 10)[:, None, None, None]
+            return (self.images + by).permute(0, 2, 3, 1)
+
+    monkeypatch.setattr(train_vae.LatentCodec, "load", lambda _: Codec())
+    found = train_vae.psnr("folder", torch.full((4, 3, 8, 8), 50, dtype=torch.uint8), seed=0)
+    assert found == pytest.approx(dict.fromkeys(found, 20 * np.log10(255) - 10)) and len(found) == 2
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import itertools
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -102,3 +103,16 @@ class FolderImages:
         images = ordered_map(self.read, itertools.chain.from_iterable(batches), ahead, THREADS)
         for indices in batches:
             yield np.stack(list(itertools.islice(images, len(indices))))
+
+
+def read_split(data, split, side, count=None, flag="--data"):
+    """(uint8 (N, side, side, 3), labels (N,), class names) of `split`, a folder in a folder or zip. Raises InputError.
+
+    count: at most so many, spaced evenly over the sorted names and so over the classes.
+    """
+    images = FolderImages(f"{data}{'/' if Path(data).is_dir() else ':'}{split}", flag)
+    if images.shape != (side, side, 3):
+        raise InputError(f"{flag} {images.path} holds images of {images.shape}, not {side}x{side}; convert them first")
+    rows = np.linspace(0, len(images), min(count or len(images), len(images)), endpoint=False).astype(int)
+    (pixels,) = images.batches([rows])
+    return pixels, images.source.labels[rows], images.source.folders
