@@ -55,13 +55,14 @@ class Judge(nn.Module):
         return features, self.head(features).argmax(dim=1)
 
 
-def load_judge(folder):
-    """(Judge, what its features are compared with: mean (D,), covariance (D, D), rows (M, D)). Raises InputError.
+def find_judge(folder):
+    """The weights of the judge in a folder, which may also be relative to the repository."""
+    return Path(folder if Path(folder).is_dir() else ROOT / folder, WEIGHTS)
 
-    folder: also relative to the repository.
-    """
-    place = Path(folder if Path(folder).is_dir() else ROOT / folder)
-    content = {name: tensor.float() for name, tensor in read_weights_file(place / WEIGHTS).items()}
+
+def load_judge(folder):
+    """(Judge, what its features are compared with: mean (D,), covariance (D, D), rows (M, D)). Raises InputError."""
+    content = {name: tensor.float() for name, tensor in read_weights_file(find_judge(folder)).items()}
     reference = [content.pop(name) for name in ("mean", "covariance", "rows")]
     judge = Judge().eval()
     judge.load_state_dict(content)

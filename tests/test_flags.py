@@ -37,7 +37,7 @@ from models.flags import ENCODERS
 from preprocessing import convert, transforms
 from preprocessing.dataset_tools import COMMANDS
 from samplers import SAMPLERS
-from studies import train_judge
+from studies import features, train_judge
 
 PROGRAMS = [train.TrainConfig, train_dmf.FlowMapConfig, train_t2i.TextTrainConfig, generate.GenerateConfig]
 PROGRAMS += [
@@ -53,6 +53,7 @@ PROGRAMS += [
     probe.ProbeFlags,
     watch.WatchFlags,
     train_judge.JudgeFlags,
+    features.JudgeFeatureFlags,
     calculate_metrics.CalcFlags,
     calculate_metrics.RefFlags,
     geneval.ScoreFlags,

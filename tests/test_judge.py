@@ -11,10 +11,14 @@ from evaluation_helpers import pictures, save_npz
 
 from common.errors import InputError
 from common.flags import ROOT
+from dataset import open_dataset
 from evaluations import table
 from evaluations.metrics.images import read_split
 from evaluations.metrics.results import Result
-from studies import judge, report, train_judge
+from preprocessing import options
+from preprocessing.convert import convert
+from preprocessing.encode import encode
+from studies import features, judge, report, train_judge
 
 NAMES = [f"{split}/class{c}/{i}.png" for split in ("train", "test") for c in range(10) for i in range(4)]
 
@@ -168,3 +172,21 @@ def test_bad_data_and_judges_are_refused_by_name(data, samples, trained, tmp_pat
     (damaged / judge.WEIGHTS).write_bytes((trained / judge.WEIGHTS).read_bytes()[:5000])
     with pytest.raises(InputError, match=r"judge\.safetensors"):
         report.main(["--samples", samples, "--judge", str(damaged)])
+
+
+def test_the_judges_features_are_a_set_that_the_probe_opens(data, trained, tmp_path, vae):
+    source = tmp_path / "data/images"
+    convert(options.ConvertFlags(str(data / "train"), str(source), (32, 32), workers=1))
+    encode(options.EncodeFlags(str(source), str(tmp_path / "data/vae-sd"), str(vae), device="cpu"))
+    dest = tmp_path / "data/features-cifar10_cnn"
+    features.main(["--source", str(source), "--dest", str(dest), "--judge", str(trained), "--stored-dtype", "fp32"])
+    dataset = open_dataset(str(tmp_path / "data"), features=[judge.NAME])
+    (rows,) = dataset.gather(np.arange(len(dataset)))[3:]
+    pixels, _, _ = read_split(data, "train", 32)
+    torch.testing.assert_close(rows[:, 0], judge.load_judge(trained)[0].judge(pixels)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_judges_features_are_of_images_of_its_size(trained, tmp_path):
+    write_images(tmp_path / "images", ["a/0.png"], side=16)
+    with pytest.raises(InputError, match=r"--source .* 16 pixels; the judge needs 32"):
+        features.main(["--source", str(tmp_path / "images"), "--dest", str(tmp_path / "f"), "--judge", str(trained)])
