@@ -160,9 +160,9 @@ def test_paths_are_not_looked_up(name):
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("someone/other", "not here"),
-        ("someone/tiny@second", "not here"),
-        ("someone/ti--ny", "not here"),
+        ("someone/other", "not a local file"),
+        ("someone/tiny@second", "not a local file"),
+        ("someone/ti--ny", "not a local file"),
         (f"someone/tiny@{COMMITS[0]}", "has no model.safetensors"),
     ],
 )
@@ -182,5 +182,5 @@ def test_a_sweep_pins_a_repository(hub_cache, tmp_path):
 
 def test_training_from_a_repository_names_its_own_flag(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
-    with pytest.raises(InputError, match="--pretrained someone/flow"):
+    with pytest.raises(InputError, match="--init-from someone/flow"):
         tiny.run_train_dmf(data, tmp_path / "exps", "someone/flow")
