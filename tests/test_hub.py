@@ -160,9 +160,9 @@ def test_paths_are_not_looked_up(name):
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("someone/other", "not here"),
-        ("someone/tiny@second", "not here"),
-        ("someone/ti--ny", "not here"),
+        ("someone/other", "not a local file"),
+        ("someone/tiny@second", "not a local file"),
+        ("someone/ti--ny", "not a local file"),
         (f"someone/tiny@{COMMITS[0]}", "has no model.safetensors"),
     ],
 )
