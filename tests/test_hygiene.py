@@ -203,7 +203,7 @@ BESIDE = {  # beside the root scripts: they use the whole ladder, themselves and
     "preprocessing": set(),
     "evaluations": {"preprocessing"},
     "digits": {"preprocessing", "evaluations"},
-    "studies": {"digits", "evaluations"},
+    "studies": {"digits", "evaluations", "preprocessing"},
 }
 ROOMS = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES} - {"benchmarks"}
 
