@@ -120,7 +120,8 @@ def main(argv=None):
     round_to_half(judge)
     with whole_folder(args.dest, "--dest") as partial:
         save_file(weights_and_reference(judge, images), partial / judges.WEIGHTS)
-        about = {"classes": names, "trained on": len(images), "flags": {**vars(args), "data": Path(args.data).name}}
+        flags = {**vars(args), "data": Path(args.data).name, "dest": Path(args.dest).name}
+        about = {"classes": names, "trained on": len(images), "flags": flags}
         found = judges.measure(*judges.load_judge(partial), *held_out[:2])
         about |= {"held-out images": len(held_out[1]), "of held-out images": found, "versions": versions("torch")}
         write_json(partial / "trained_on.json", about)
