@@ -163,7 +163,8 @@ def describe(folder, args, images, held_out):
         return {"images": IMAGES, "resolution": RESOLUTION, "colour": False}
     about = {"images": f"{len(images)} photographs ({Path(args.data).stem})", "resolution": RESOLUTION, "colour": True}
     about |= {"psnr": {"images": len(held_out), **psnr(folder, held_out, args.seed)}}
-    return {**about, "flags": {**vars(args), "data": Path(args.data).name}, "versions": versions("torch", "diffusers")}
+    flags = {**vars(args), "data": Path(args.data).name, "dest": Path(args.dest).name}
+    return {**about, "flags": flags, "versions": versions("torch", "diffusers")}
 
 
 def main(argv=None):

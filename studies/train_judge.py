@@ -2,8 +2,8 @@
 
     python -m studies.train_judge --data data/cifar10-source
 
-made assets/cifar10-judge. DATA, a folder or a zip, holds train/CLASS/IMAGE and test/CLASS/IMAGE of 32×32 pixels. The
-seed decides everything, up to the rounding of the machine. Letters: N images, R image size.
+made assets/cifar10-judge, whose trained_on.json has the flags. DATA, a folder or a zip, holds train/CLASS/IMAGE and
+test/CLASS/IMAGE of 32×32 pixels. The seed decides everything, up to rounding. Letters: N images, R image size.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from common.flags import BATCH, SEED, Range, flag, parse_early, parse_flags, req
 class JudgeFlags:
     data: str = required("CIFAR-10: a folder or zip with train/CLASS and test/CLASS", group="data", metavar="DIR|ZIP")
     dest: str = flag("assets/cifar10-judge", "folder to make; must not exist", group="output")
-    epochs: int = flag(3, "times that each training image is seen", range=Range(1, 1000), group="optimisation")
+    epochs: int = flag(5, "times that each training image is seen", range=Range(1, 1000), group="optimisation")
     batch_size: int = flag(128, "images per step", range=BATCH, group="optimisation")
     learning_rate: float = flag(0.1, "highest, of SGD; 0.3 times it for Muon", group="optimisation")
     seed: int = flag(0, "seed of initial weights and batches", range=SEED, group="optimisation")
@@ -120,7 +120,8 @@ def main(argv=None):
     round_to_half(judge)
     with whole_folder(args.dest, "--dest") as partial:
         save_file(weights_and_reference(judge, images), partial / judges.WEIGHTS)
-        about = {"classes": names, "trained on": len(images), "flags": {**vars(args), "data": Path(args.data).name}}
+        flags = {**vars(args), "data": Path(args.data).name, "dest": Path(args.dest).name}
+        about = {"classes": names, "trained on": len(images), "flags": flags}
         found = judges.measure(*judges.load_judge(partial), *held_out[:2])
         about |= {"held-out images": len(held_out[1]), "of held-out images": found, "versions": versions("torch")}
         write_json(partial / "trained_on.json", about)
