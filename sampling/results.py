@@ -134,13 +134,13 @@ class Result:
         self.store.finish(count)
 
     def say_cost(self, made, seconds):
-        """Print number of images, time, cost and place, or that all were finished before; then a next command."""
+        """Print number of images, time, cost, place and a next command, or one line if all were finished before."""
         evaluations, duration = self.sampler.cost.evaluations, datetime.timedelta(seconds=round(seconds))
         each, all_ = rounded(evaluations), rounded(made * evaluations)
         cost = f"{made} images in {duration}, {each} model evaluations each ({all_} in all)"
         places = ", ".join(str(path) for path in (self.store.folder, self.target, self.record) if path.exists())
         say(f"{cost if made else f'finished before: {self.config.num_fid_samples} images'}; {places}")
-        if self.config.decode:
+        if made and self.config.decode:
             samples = self.target if self.target.exists() else self.store.folder
             say(f"next: python -m evaluations.evaluator REFERENCE.npz {samples} --json")
 
