@@ -18,7 +18,8 @@ from digits import judge, train_vae
 from digits.data import load_digits_split, upsample, write_image_folder
 from digits.report import class_grid, main
 from evaluations import table
-from models.codec import LatentCodec, LatentSpec
+from models.codec import LatentCodec
+from models.specs import LatentSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_SHA256 = "f3c09072673c0ccb"  # of the held-out indices; another split would show the VAE its own training data
