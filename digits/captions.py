@@ -117,6 +117,8 @@ def write_all(digits, dest):
 def main(argv=None):
     args = parse_flags(CaptionFlags, argv, __doc__)
     print(f"wrote {write_all(args.digits, args.dest)} captions and a text encoder to {args.dest}")
+    captions = f"--annotations {args.dest}/captions.json --text-encoder {args.dest}/encoder"
+    print(f"next: python -m preprocessing.dataset_tools captions --source DATA/images --dest DATA/text {captions}")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ def main(argv=None):
     state = "wrote" if write_image_folder(train, args.dest) else "already there:"
     where = f" in {args.held_out}" if args.held_out else ""
     print(f"{state} {len(train.labels)} digits in {args.dest} ({len(held_out.labels)} more are held out{where})")
+    convert = "python -m preprocessing.dataset_tools convert --resolution 32x32"
+    print(f"next: {convert} --source {args.dest} --dest DATA/images")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def main(argv=None):
         save_rows(model, rows, limit, out / f"{name}.png")
     save_classes(model, limit, out / "classes.png")
     save_path(model, limit, out / "path.png")
-    print(f"wrote {len(ROWS) + 2 + bool(args.flow_map)} pictures to {out}")
+    print(f"wrote {len(ROWS) + 2 + bool(args.flow_map)} pictures to {out}\nnext: docs/gallery.md says what they show")
 
 
 def open_map(path):

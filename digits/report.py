@@ -98,6 +98,8 @@ def main(argv=None):
         save_curves([log], picture)
     if wrote := [path for path in (args.out, args.grid, args.curve and args.curve[1]) if path]:
         print(f"wrote {', '.join(wrote)}")
+    if args.out:
+        print(f"next: python -m evaluations.table {args.out}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pickle
 from common.errors import InputError, exit_on_input_error, note, say
 from common.files import check_writable, write_atomically
 from common.flags import BATCH, SEED, Range, flag, parse_commands, parse_early, required
-from evaluations.metrics.results import BATCHES, SPEED, MeasureFlags, NetworkFlags, Result
+from evaluations.metrics.results import AFTER_CHECK, BATCHES, SPEED, MeasureFlags, NetworkFlags, Result
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -133,7 +133,7 @@ def calc(args, processes):
     path = args.result_path(args.images, "-edm2")
     if args.check_only:
         open_networks(args, processes.device, reference, size)
-        return say(f"{args.ref}: reference and networks are ready")
+        return say(f"{args.ref}: reference and networks are ready\n{AFTER_CHECK}")
     images = load_images(args, args.images, "--images", args.num)
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")

@@ -13,7 +13,7 @@ import dataclasses
 from common.errors import InputError, exit_on_input_error
 from common.files import read_lines
 from common.flags import BATCH, flag, parse_early, parse_flags, required
-from evaluations.metrics.results import BATCHES, SPEED, Result, ResultFlags, sample_labels
+from evaluations.metrics.results import AFTER_CHECK, BATCHES, SPEED, Result, ResultFlags, sample_labels
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 
@@ -100,7 +100,7 @@ def main(argv=None):
     path = args.result_path(args.samples)
     if args.check_only:
         ClipScorer(args.clip, args.device)
-        return print(f"{args.clip}: ready to score")
+        return print(f"{args.clip}: ready to score\n{AFTER_CHECK}")
     images = open_images(args.samples, "samples")
     args.check_count(args.samples, len(images))
     prompts = read_prompts(args.samples, len(images), args.prompts)

@@ -26,7 +26,7 @@ import torch
 
 from evaluations.metrics.results import markdown
 from evaluations.published import TABLE_8
-from models import create_model
+from models import PRESETS, create_model
 from models.flops import Part, count_flops, count_parts
 
 
@@ -54,6 +54,8 @@ def main(argv=None):
         rows.append([name, f"{part.parameters / 1e6:.2f}", *(f"{count / 1e9:.3f}" for count in macs)])
     print(markdown(["part", "parameters (M)", "G multiply-adds", "with attention products"], rows))
     print(beside_table_8(args.model, model))
+    program = "train_t2i.py" if PRESETS[args.model].kind == "text" else "train.py"
+    print(f"next: python {program} --model {args.model} --data-dir DATA --dry-run")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note, say
 from common.flags import BATCH, Range, flag, parse_early, parse_flags, required
-from evaluations.metrics.results import BATCHES, SPEED, MeasureFlags, Result
+from evaluations.metrics.results import AFTER_CHECK, BATCHES, SPEED, MeasureFlags, Result
 
 PRECISIONS = ["float16", "float32", "float64"]
 
@@ -165,7 +165,11 @@ def main(argv=None):
     args = parse_flags(EvaluatorFlags, argv, __doc__)
     with Processes.join() as processes:
         set_math(allow_tf32=False)
-        (check_inputs if args.check_only else evaluate)(args, processes)
+        if args.check_only:
+            check_inputs(args, processes)
+            say(AFTER_CHECK)
+        else:
+            evaluate(args, processes)
         processes.barrier()
 
 

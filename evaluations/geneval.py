@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from common.errors import InputError, exit_on_input_error
 from common.flags import Range, flag, parse_commands, required
 from common.records import read_record_lines
-from evaluations.metrics.results import Result, ResultFlags
+from evaluations.metrics.results import AFTER_CHECK, Result, ResultFlags
 from sampling.flags import GENEVAL_IMAGES
 from sampling.stores import GenEvalFiles
 
@@ -142,7 +142,7 @@ def score(args):
     metadata = args.metadata and [record for _, record in read_record_lines(Prompt, args.metadata)]
     path = args.result_path(samples := args.samples or args.results)
     if args.check_only:
-        return print(f"ready to score {args.results}")
+        return print(f"ready to score {args.results}\n{AFTER_CHECK}")
     detections = [found for _, found in read_record_lines(Detection, args.results)]
     if faults := faults_of(detections, args.images_per_prompt, metadata, args.samples):
         others = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""

@@ -129,7 +129,7 @@ def render(page):
 def main():
     page = render(PAGE.read_text())
     write_atomically(PAGE, lambda file: file.write(page.encode()))
-    say(f"wrote {PAGE}")
+    say(f"wrote {PAGE}\nnext: git diff {PAGE}")
 
 
 if __name__ == "__main__":

@@ -233,6 +233,8 @@ def main(argv=None):
     print(build_table(results))
     for path in filter(None, [args.csv, *(getattr(args, name) for name in PLOTS)]):
         note(f"wrote {path}")
+    if not args.csv:
+        note("next: --csv FILE keeps the table")
 
 
 if __name__ == "__main__":

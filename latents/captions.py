@@ -11,12 +11,12 @@ import torch
 from common.errors import InputError
 from common.files import read_bytes
 from common.records import parse_record
+from latents.manifest import TEXT
 from latents.names import Names
 from latents.rows import read_floats
 from latents.sets import find_set, open_set
 from models.text import TextSpec
 
-TEXT = "text"
 CAPTIONS = "captions.txt"  # the captions, lines padded to one width as those of names.txt
 EMPTY = "empty.npy"  # features of the empty caption
 PREPARE = "make it with preprocessing/dataset_tools.py captions"

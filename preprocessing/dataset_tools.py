@@ -14,7 +14,7 @@ from pathlib import Path
 from common.errors import exit_on_input_error, note
 from common.files import locked, naming
 from common.flags import parse_commands
-from latents.manifest import MOMENTS
+from latents.manifest import IMAGES, MOMENTS, TEXT
 from preprocessing.options import (
     CaptionFlags,
     ConvertFlags,
@@ -43,15 +43,20 @@ NEXT = {  # the next command to run; data: the data folder, or the set itself if
     "mirror": "python train.py --data-dir {data} --mirror",
     "features": "python train.py --data-dir {data} --ssl-align --enc-type {options.enc_type}",
     "captions": "python train_t2i.py --data-dir {data}",
-    "pack": "python train.py --data-dir {dest}",
-    "verify": "python train.py --data-dir {dest}",
+    "pack": "python {train} --data-dir {dest}",
+    "verify": "python {train} --data-dir {data}",
+    "info": "python {train} --data-dir {data}",
 }
 
 
 def next_command(name, options):
     """The command to run after the command `name`."""
     dest = Path(getattr(options, "dest", None) or options.data_dir)
-    return NEXT[name].format(dest=dest, data=dest.parent if (dest.parent / MOMENTS).is_dir() else dest, options=options)
+    data = dest.parent if (dest.parent / MOMENTS).is_dir() else dest
+    if name in ("info", "verify") and (data / IMAGES).is_dir() and not (data / MOMENTS).is_dir():
+        name, dest = "convert", data / IMAGES
+    train = "train_t2i.py" if (data / TEXT).is_dir() else "train.py"
+    return NEXT[name].format(dest=dest, data=data, train=train, options=options)
 
 
 def main(arguments=None):
@@ -60,8 +65,7 @@ def main(arguments=None):
     writes = dest is not None and os.environ.get("RANK", "0") == "0"
     with locked(dest or ".", "--dest", writes), naming(dest or "the disk"):
         pkgutil.resolve_name(COMMANDS[name][1])(options)
-    if name in NEXT:
-        note(f"next: {next_command(name, options)}")
+    note(f"next: {next_command(name, options)}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,18 @@ from common.files import sha256_of_files
 from common.progress import Progress
 from common.records import check_record
 from dataset import open_captions
-from latents.captions import TEXT
-from latents.manifest import AGAIN, IMAGES, LABELS_JSON, MANIFEST, MAX_CLASSES, MIRROR, MOMENTS, NAMES, DataManifest
+from latents.manifest import (
+    AGAIN,
+    IMAGES,
+    LABELS_JSON,
+    MANIFEST,
+    MAX_CLASSES,
+    MIRROR,
+    MOMENTS,
+    NAMES,
+    TEXT,
+    DataManifest,
+)
 from latents.names import Names, read_label_list, walk, walk_files
 from latents.rows import ImageFiles
 from latents.sets import Moments, is_unfinished, list_sets, open_set

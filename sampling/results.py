@@ -32,6 +32,7 @@ def save_picture(sampler, processes):
         save_grid(np.concatenate(images), columns, config.out, **sampler.condition.words(columns))
         write_json(record, manifest.to_json())
     say(f"{config.out}: {config.grid} images, {rounded(sampler.cost.evaluations)} model evaluations each")
+    say("next: the same command with --num-fid-samples 50000 instead of --grid")
     return Path(config.out)
 
 
@@ -140,9 +141,11 @@ class Result:
         cost = f"{made} images in {duration}, {each} model evaluations each ({all_} in all)"
         places = ", ".join(str(path) for path in (self.store.folder, self.target, self.record) if path.exists())
         say(f"{cost if made else f'finished before: {self.config.num_fid_samples} images'}; {places}")
-        if made and self.config.decode:
-            samples = self.target if self.target.exists() else self.store.folder
-            say(f"next: python -m evaluations.evaluator REFERENCE.npz {samples} --json")
+        if not made:
+            return
+        samples = self.target if self.target.exists() else self.store.folder
+        measure = f"python -m evaluations.evaluator REFERENCE.npz {samples} --json"
+        say(f"next: {measure if self.config.decode else 'the same command without --no-decode'}")
 
 
 def rounded(evaluations):

@@ -117,7 +117,7 @@ def main(argv=None):
     for line in (" && ".join(line for _, line, _ in run.unfinished()) for run in runs if flags.print):
         print(line, end="\n" if line else "")
     if flags.hours_on or flags.print:
-        return
+        return note(f"next: python -m studies.run {flags.study}{' --report' * flags.print}")
     check_writable(out / "table.md", "--out:")
     failed = {} if flags.report else finish_all(runs, flags.jobs)
     summarise(study, runs, out, failed)

@@ -125,7 +125,9 @@ def main(argv=None):
         found = judges.measure(*judges.load_judge(partial), *held_out[:2])
         about |= {"held-out images": len(held_out[1]), "of held-out images": found, "versions": versions("torch")}
         write_json(partial / "trained_on.json", about)
-    print(f"held-out images: {found}")
+    print(
+        f"held-out images: {found}\nwrote {args.dest}\nnext: python -m studies.report --judge {args.dest} --samples NPZ"
+    )
 
 
 if __name__ == "__main__":

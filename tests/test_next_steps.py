@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import captioned
 import pytest
@@ -9,6 +10,8 @@ import tiny
 from data_helpers import tiny_vae, write_class_folders
 
 from common.flags import parse_commands, parse_flags
+from digits import captions, data
+from evaluations import count_flops
 from evaluations.evaluator import EvaluatorFlags
 from models import export
 from preprocessing import dataset_tools
@@ -45,6 +48,20 @@ def test_preprocessing_leads_from_images_to_training(tmp_path, capsys):
     assert next_command(capsys.readouterr().err)[1].data_dir == str(tmp_path / "packed")
     dataset_tools.main(["verify", str(data)])
     assert next_command(capsys.readouterr().err)[1].data_dir == str(data)
+    dataset_tools.main(["info", str(data / "vae-sd")])
+    assert next_command(capsys.readouterr().err)[1].data_dir == str(data)
+
+
+def test_checked_images_lead_to_encoding_and_checked_captions_to_text_to_image_training(tmp_path, capsys):
+    images, text = tmp_path / "images", captioned.data_folder(tmp_path / "captions")
+    crop = ["--resolution", "16x16", "--num-workers", "1"]
+    dataset_tools.main(["convert", "--source", str(write_class_folders(tmp_path / "s")), "--dest", str(images), *crop])
+    dataset_tools.main(["verify", str(tmp_path)])
+    name, options = next_command(capsys.readouterr().err)
+    assert (name, options.source) == ("encode", str(images))
+    dataset_tools.main(["info", str(text)])
+    name, options = next_command(capsys.readouterr().err)
+    assert (name, options.data_dir) == ("train_t2i.py", str(text))
 
 
 @pytest.mark.parametrize("name", dataset_tools.NEXT)
@@ -63,6 +80,8 @@ def test_training_leads_to_sampling_and_that_to_measuring(tmp_path, capsys):
     tiny.run_generate_only(run, tmp_path / "samples", num_steps=1, vae=vae)
     program, options = next_command(capsys.readouterr().out)
     assert program == "evaluations.evaluator" and options.samples.endswith("-seed-0.npz")
+    tiny.run_generate_only(run, tmp_path / "samples", num_steps=1, vae=vae)
+    assert "next:" not in capsys.readouterr().out  # finished before: one line
 
 
 def test_an_export_leads_to_the_program_and_weights_that_it_holds(tmp_path, capsys):
@@ -70,3 +89,24 @@ def test_an_export_leads_to_the_program_and_weights_that_it_holds(tmp_path, caps
     export.main([str(text), folder, "--weights", "raw"])
     program, options = next_command(capsys.readouterr().out)
     assert (program, options.ckpt, options.weights) == ("generate_t2i.py", folder, "raw")
+
+
+@pytest.mark.parametrize("model, program", {"SiT-S/2": "train.py", "DeepFlow-MMDiT-S/2": "train_t2i.py"}.items())
+def test_counting_a_model_leads_to_a_dry_run_of_its_training(model, program, capsys):
+    count_flops.main([model])
+    name, options = next_command(capsys.readouterr().out)
+    assert (name, options.model, options.dry_run) == (program, model, True)
+
+
+def test_the_digits_lead_to_preprocessing(tmp_path, capsys):
+    data.main(["--dest", str(tmp_path / "digits")])
+    name, options = next_command(capsys.readouterr().out)
+    assert (name, options.source) == ("convert", str(tmp_path / "digits"))
+    captions.main(["--digits", str(tmp_path / "digits"), "--dest", str(tmp_path / "words")])
+    name, options = next_command(capsys.readouterr().out)
+    assert name == "captions" and Path(options.annotations).exists() and Path(options.text_encoder).is_dir()
+
+
+def test_a_dry_run_leads_to_the_run(tmp_path, capsys):
+    tiny.run_train(tmp_path / "none", tmp_path, dry_run=True)
+    assert capsys.readouterr().err.endswith("next: the same command without --dry-run\n")

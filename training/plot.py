@@ -120,7 +120,7 @@ def save_curves(runs, path, x="step", smooth=1, log_axis=False):
 def main(argv=None):
     flags = parse_flags(PlotFlags, argv, description=__doc__)
     save_curves(flags.runs, flags.out, flags.x, flags.smooth, flags.log_axis)
-    print(f"curves of {len(flags.runs)} runs: {flags.out}")
+    print(f"curves of {len(flags.runs)} runs: {flags.out}\nnext: python -m evaluations.table results/*.json")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import EXIT_STOPPED, InputError, say
+from common.errors import EXIT_STOPPED, InputError, note, say
 from common.files import check_writable
 from common.flags import shown
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
@@ -107,7 +107,8 @@ def run_task(config, task):
     run = Run(config, start_accelerator(config), info, dataset, held, options)
     run.accelerator.print(f"{given}\n{describe(run)}")
     if config.dry_run:
-        return run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")
+        run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")
+        return note("next: the same command without --dry-run")
     grids, complete = None, resumed is not None and resumed.stem == checkpoint_path("", run.stop_step).stem
     if config.sampling_steps and run.accelerator.is_main_process and not complete:  # the main process draws them
         codec = LatentCodec.load(config.vae or info.spec.vae, device=run.accelerator.device)

@@ -141,6 +141,9 @@ class SampleFlags:
         note(f"warning: {fault}")
 
 
+AFTER_CHECK = "next: the same command without --check-only"
+
+
 @dataclasses.dataclass(kw_only=True)
 class ResultFlags(SampleFlags):
     """Where the result goes, and whether to check only, before there are samples."""
