@@ -8,7 +8,7 @@ One forward pass of one sample at 32x32x4 latents, in millions of parameters and
 
 import dataclasses
 
-from common.errors import exit_on_input_error
+from common.errors import exit_on_input_error, note
 from common.flags import BLOCKS, flag, parse_early, parse_flags, required
 
 
@@ -55,7 +55,7 @@ def main(argv=None):
     print(markdown(["part", "parameters (M)", "G multiply-adds", "with attention products"], rows))
     print(beside_table_8(args.model, model))
     program = "train_t2i.py" if PRESETS[args.model].kind == "text" else "train.py"
-    print(f"next: python {program} --model {args.model} --data-dir DATA --dry-run")
+    note(f"next: python {program} --model {args.model} --data-dir DATA --dry-run")
 
 
 if __name__ == "__main__":

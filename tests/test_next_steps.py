@@ -94,7 +94,7 @@ def test_an_export_leads_to_the_program_and_weights_that_it_holds(tmp_path, caps
 @pytest.mark.parametrize("model, program", {"SiT-S/2": "train.py", "DeepFlow-MMDiT-S/2": "train_t2i.py"}.items())
 def test_counting_a_model_leads_to_a_dry_run_of_its_training(model, program, capsys):
     count_flops.main([model])
-    name, options = next_command(capsys.readouterr().out)
+    name, options = next_command(capsys.readouterr().err)
     assert (name, options.model, options.dry_run) == (program, model, True)
 
 
