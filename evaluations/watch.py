@@ -189,10 +189,11 @@ def main(argv=None):
             time.sleep(args.every)
         if (best := save_curve(args)) is None:
             raise InputError(f"{args.run}: no checkpoint was measured; run this again when there is one")
-    print(f"best: step {best:,}; in {args.out}: curve.json, curve.png, best.pt")
-    settings = Settings.read(args.run)
+    settings, kept = Settings.read(args.run), Path(args.out, "best.pt")
+    there = kept.exists()  # not after a rewind behind the best step, if no later one was better
+    print(f"best: step {best:,}; in {args.out}: curve.json, curve.png, {'best.pt' if there else 'no best.pt any more'}")
     prompts = " --prompts 'a dog'" * settings.is_text
-    print(f"next: python {settings.program} --ckpt {Path(args.out, 'best.pt')}{prompts}")
+    print(f"next: python {settings.program} --ckpt {kept if there else args.run}{prompts}")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,20 @@ def test_steps_that_a_rewound_run_repeats_are_measured_again(training):
     assert training.calls == [1, 1] and (training.folder / "watch/best.pt").read_text().endswith("again")
 
 
+def test_after_a_rewind_the_best_checkpoint_may_be_gone_which_is_said(training, monkeypatch, capsys):
+    for _ in range(2):
+        training.train()
+        start(training, "--once")
+    assert f"next: python generate.py --ckpt {training.folder / 'watch/best.pt'}" in capsys.readouterr().out
+    later = (training.folder / "watch/0000002.json").stat().st_mtime + 5
+    monkeypatch.setitem(STEPS, 2, 9.0)
+    os.utime(training.path(2), (later, later))
+    assert start(training, "--once")["best"] == 1 and not (training.folder / "watch/best.pt").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("best: step 1;") and lines[-2].endswith("no best.pt any more")
+    assert lines[-1] == f"next: python generate.py --ckpt {training.folder}"
+
+
 def test_training_leaves_temporary_files_of_other_programs_alone(training):
     training.train()
     others = training.folder / "watch/.curve.json.7.tmp"
