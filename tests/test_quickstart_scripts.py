@@ -119,6 +119,7 @@ def test_the_study_of_branches_measures_the_quickstarts_model(run, tmp_path):
         for setting in sweep.settings(args):
             config = parse_flags(GenerateConfig, ["--ckpt", "x", *map(str, setting.flags), *generate])
             config.resolve().for_model("flow", 2)
+            assert config.weights == "raw"  # after so few steps
     curves = ("internal", "exits", "gaps", "single", "both", "cheap")
     assert outs == [f"{length}/{curve}" for length in (500, 1000) for curve in curves]
 
