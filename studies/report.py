@@ -62,7 +62,7 @@ def main(argv=None):
     for name, numbers in found.items():
         print(f"{name}: " + ", ".join(f"{metric} {number:.4g}" for metric, number in numbers.items()))
     settings = {"judge": args.judge, "held-out images": found.get("held-out images")}
-    Result(found["samples"], args.samples, count=count, settings=settings).write(args.out)
+    Result(found["samples"], args.samples, count=count, settings=settings).write(args.out, "--out")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def read_study(path, out):
     if study.baseline not in study.variants:
         raise InputError(f"{path}: baseline {study.baseline!r} is none of {', '.join(study.variants)}; {REMEDY}")
     values = next(iter(study.axis.values()), [None])
-    runs = [Run(study, Path(out), *key) for key in itertools.product(study.variants, values, study.seeds)]
+    # seed by seed, so that an unfinished study already compares all variants
+    order = itertools.product(study.seeds, study.variants, values)
+    runs = [Run(study, Path(out), variant, value, seed) for seed, variant, value in order]
     known = {shown(field.name) for field in dataclasses.fields(CONFIGS[study.program])} - OWN
     for run in runs:
         if wrong := run.flags.keys() - known:

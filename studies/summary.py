@@ -34,6 +34,7 @@ class Measured:
     seed: int
     numbers: dict  # {column of the tables: number}
     curves: dict  # {field of the log: [(step, training FLOPs, number)]}
+    by_time: dict = dataclasses.field(default_factory=dict)  # {branch: {t: its last held-out error}}
 
 
 def flops_per_step(config, options):
@@ -47,12 +48,27 @@ def _macs(options):
         return count_flops(build(json.loads(options))).total_macs
 
 
+def read_log(log):
+    """The records of log.jsonl. Raises InputError."""
+    return [parse_line(line, f"{log}, line {number}") for number, line in read_lines(log)]
+
+
+def read_by_time(log, last):
+    """{branch: {t: held-out error}} of averaged weights at the step `last`; {} if it was not measured there."""
+    found = collections.defaultdict(dict)
+    for record in (record for record in read_log(log) if record["step"] == last):
+        for name, error in record.items():
+            if match := re.fullmatch(r"holdout_v(\d+)_t([\d.]+)", name):
+                found[int(match[1])][float(match[2])] = error
+    return dict(found)
+
+
 def read_curve(log, field, last):
     """[(step, number)] of a field of log.jsonl, up to the step `last`. Raises InputError if there is none.
 
     `*` stands for the largest number in the log: loss_v* is loss_v2 for a run with two branches.
     """
-    records = [parse_line(line, f"{log}, line {number}") for number, line in read_lines(log)]
+    records = read_log(log)
     pattern = re.compile(re.escape(field).replace(r"\*", r"(\d+)"))
     found = {tuple(map(int, match.groups())): name for r in records for name in r if (match := pattern.fullmatch(name))}
     name = found[max(found)] if found else None
@@ -75,7 +91,8 @@ def measured(run):
         numbers |= {f"{measure}: {name}": number for name, number in Result.read(path).metrics.items()}
     numbers |= zip(COST, (per_step * last, read_curves(log, "hours")["step"][0][-1]), strict=True)
     curves = {field: [(step, step * per_step, number) for step, number in of] for field, of in curves.items()}
-    return Measured(run.variant, dict.fromkeys(run.study.axis, run.value), run.seed, numbers, curves)
+    axis, by_time = dict.fromkeys(run.study.axis, run.value), read_by_time(log, last)
+    return Measured(run.variant, axis, run.seed, numbers, curves, by_time)
 
 
 def rows_of(groups, columns, baseline=None):
@@ -112,6 +129,30 @@ def mean_curve(runs, field):
     return [(step, curves[0][step][0], of.mean, of.error or 0) for step, of in zip(steps, means, strict=True)]
 
 
+def differences_by_time(pairs):
+    """[(t, mean, standard error)] of the differences in pairs of {t: error}, one pair per seed."""
+    times = sorted(set.intersection(*(set(of) for pair in pairs for of in pair))) if pairs else []
+    means = [Estimate.of([ours[t] - theirs[t] for ours, theirs in pairs]) for t in times]
+    return [(t, of.mean, of.error or 0) for t, of in zip(times, means, strict=True)]
+
+
+def lines_by_time(groups, value, baseline):
+    """({variant: its final branch's held-out error over t less the baseline's}, {variant: less its first branch's})."""
+    others = {run.seed: run.by_time for run in groups.get((baseline, value), [])}
+    from_baseline, from_first = {}, {}
+    for variant, runs in ((variant, runs) for (variant, at), runs in groups.items() if at == value):
+        runs = [run for run in runs if run.by_time]
+        pairs = [(last_branch(run.by_time), last_branch(others[run.seed])) for run in runs if others.get(run.seed)]
+        from_baseline[variant] = differences_by_time(pairs if variant != baseline else [])
+        pairs = [(last_branch(run.by_time), run.by_time[1]) for run in runs if len(run.by_time) > 1]
+        from_first[variant] = differences_by_time(pairs)
+    return tuple({name: line for name, line in lines.items() if line} for lines in (from_baseline, from_first))
+
+
+def last_branch(by_time):
+    return by_time[max(by_time)]
+
+
 def save_plots(study, groups, rows, columns, out):
     """Write PNGs: each field over steps and FLOPs, one per axis value; each column over the axis.
 
@@ -130,6 +171,10 @@ def save_plots(study, groups, rows, columns, out):
             for place, x in enumerate(("steps", "training FLOPs")):
                 lines = {variant: [(point[place], *point[2:]) for point in curve] for variant, curve in curves.items()}
                 save(lines, field, x, of)
+        names = f"final branch less {study.baseline}", "final branch less first branch"
+        for name, lines in zip(names, lines_by_time(groups, value, study.baseline), strict=True):
+            if lines:
+                save(lines, f"held-out error, {name}", "t", of, marker="o")
     if axis and all(isinstance(row[axis], int | float) and row[axis] > 0 for row in rows):
         for column in (column for column in columns if column not in COST):
             lines = collections.defaultdict(list)

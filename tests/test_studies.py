@@ -206,7 +206,7 @@ def test_print_gives_a_line_for_each_run(file, tmp_path, capsys):
     run.main([str(path), "--out", f"{tmp_path}/a b", "--print"])
     found = capsys.readouterr().out.splitlines()
     assert len(found) == 8 and len({*found}) == 8
-    train, _, measure = (shlex.split(part) for part in found[5].partition(" && "))
+    train, _, measure = (shlex.split(part) for part in found[6].partition(" && "))
     assert train[:2] == ["python", "train.py"] and measure[:3] == ["python", "-m", "evaluations.feature_distance"]
     assert train[train.index("--exp-name") + 1] == "full-learning-rate0.001-seed1"
     for words in (["--learning-rate", "0.001"], ["--seed", "1"], ["--df-idxs", "1"], ["--resume", "auto"]):
@@ -312,6 +312,7 @@ def test_the_ladder_on_digits_has_the_flags_of_the_quickstart(tmp_path):
         "resume",
         "max-train-steps",
         "checkpointing-steps",
+        "ema-decay",
         "sampling-steps",
     }
     words = shlex.split(text[text.index("train train.py") : text.index("sample generate.py")].partition("\nstep")[0])
@@ -366,6 +367,24 @@ def test_each_variant_at_its_best(groups):
     ]
 
 
+def test_errors_over_t_are_paired_by_seed():
+    def made(variant, seed, by_time):
+        return summary.Measured(variant, {}, seed, {}, {}, by_time)
+
+    groups = {
+        ("sit", None): [made("sit", seed, {1: {0.5: 2.0 + seed, 0.25: 1.0}}) for seed in (0, 1)],
+        ("full", None): [
+            made("full", 1, {1: {0.5: 7.0, 0.25: 1.0}, 2: {0.5: 5.0, 0.25: 1.5}}),
+            made("full", 0, {1: {0.5: 2.0, 0.25: 1.0}, 2: {0.5: 2.0, 0.25: 1.5}}),
+            made("full", 2, {}),  # without held-out errors
+        ],
+    }
+    from_baseline, from_first = summary.lines_by_time(groups, None, "sit")
+    assert from_baseline == {"full": [(0.25, 0.5, 0.0), (0.5, 1.0, 1.0)]}  # at t = 0.5: 2 - 2 and 5 - 3
+    assert from_first == {"full": [(0.25, 0.5, 0.0), (0.5, -1.0, 1.0)]}
+    assert summary.lines_by_time({}, None, "sit") == ({}, {})
+
+
 def test_curves_are_means_at_common_steps(groups):
     runs = groups["a", 1]
     runs[0].curves["loss"].append((3, 30.0, 1.0))
@@ -382,6 +401,15 @@ def test_the_star_is_the_last_branch(tmp_path):
     for field in ("loss_v", "held_v*", "held_v*_t0x5"):
         with pytest.raises(InputError, match=r"log\.jsonl has no field"):
             summary.read_curve(log, field, 3)
+
+
+def test_the_last_errors_over_t_are_read_by_branch(tmp_path):
+    log = tmp_path / "log.jsonl"
+    records = [{"step": step, "holdout_v1_t0.5": step, "holdout_v2_t0.5": 0.0, "holdout_v2": 9.0} for step in (2, 4)]
+    records.append({"step": 4, "holdout_raw_v1_t0.5": 9.0, "holdout_v1_t0.0625": 1.0, "loss_v1": 9.0})
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert summary.read_by_time(log, 4) == {1: {0.5: 4, 0.0625: 1.0}, 2: {0.5: 0.0}}
+    assert summary.read_by_time(log, 3) == {}
 
 
 def test_the_array_script_runs_its_line(tmp_path):

@@ -47,10 +47,10 @@ class Result:
         check_record(Options | None, getattr(result.manifest, "model_options", None), f"{path}: model_options", remedy)
         return result
 
-    def write(self, path):
+    def write(self, path, flag="--json"):
         """Write the result, with the manifest beside the samples, to a file; None: nowhere. Raises InputError."""
         if path is None:
-            return note("the results are not saved; --json FILE saves them")
+            return note(f"the results are not saved; {flag} FILE saves them")
         self.manifest = sample_manifest(self.samples)
         content = {name: value for name, value in vars(self).items() if value is not None}
         manifest = self.manifest.to_json() if self.manifest else {}
