@@ -22,7 +22,7 @@ from common.look_ahead import ordered_map
 from models.gpus import MFU, PEAK_FLOPS, gpu_hours
 from models.presets import model_config
 from studies.study import read_study
-from studies.summary import flops_per_step, summarise
+from studies.summary import flops_per_step, read_known, summarise
 from training.run import open_data
 
 OUTPUT = "study.txt"  # in the folder of a run: the output of its commands
@@ -33,6 +33,9 @@ class StudyFlags:
     study: str = required("TOML file of the study", positional=True, metavar="FILE")
     out: str | None = flag(None, "folder of runs, table.md, results.json, plots; default: exps/NAME", str)
     jobs: int = flag(1, "runs side by side", range=WORKERS)
+    known: list = flag(
+        (), "results.json of other machines: their runs count as finished", str, nargs="+", metavar="JSON"
+    )
     report: bool = flag(False, "start nothing: table and plots of what is finished")
     print: bool = flag(False, "print the commands of every unfinished run in a line each, and stop")
     hours_on: str | None = flag(
@@ -110,17 +113,19 @@ def main(argv=None):
     flags = parse_flags(StudyFlags, argv, __doc__)
     out = Path(flags.out or Path("exps", Path(flags.study).stem))
     study, runs = read_study(flags.study, out)
+    known = read_known(study, flags.known)
+    missing = [run for run in runs if run.key not in known]
     if flags.hours_on:
-        total = training_flops(runs)
+        total = training_flops(missing)
         hours = f"{gpu_hours(total, 1, flags.hours_on, flags.mfu):.2g} hours on one {flags.hours_on}"
-        print(f"{len(runs)} runs, {total:.3g} training FLOPs: {hours} at {100 * flags.mfu:g}% of its bf16 peak")
-    for line in (" && ".join(line for _, line, _ in run.unfinished()) for run in runs if flags.print):
+        print(f"{len(missing)} runs, {total:.3g} training FLOPs: {hours} at {100 * flags.mfu:g}% of its bf16 peak")
+    for line in (" && ".join(line for _, line, _ in run.unfinished()) for run in missing if flags.print):
         print(line, end="\n" if line else "")
     if flags.hours_on or flags.print:
         return note(f"next: python -m studies.run {flags.study}{' --report' * flags.print}")
     check_writable(out / "table.md", "--out:")
-    failed = {} if flags.report else finish_all(runs, flags.jobs)
-    summarise(study, runs, out, failed)
+    failed = {} if flags.report else finish_all(missing, flags.jobs)
+    summarise(study, runs, out, failed, known)
     if failed:
         raise InputError(f"{len(failed)} of {len(runs)} runs failed, as listed above; mend them and start this again")
 

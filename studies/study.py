@@ -86,6 +86,10 @@ class Run:
     seed: int
 
     @property
+    def key(self):
+        return self.variant, self.value, self.seed
+
+    @property
     def name(self):
         axis = "".join(f"-{name}{self.value}" for name in self.study.axis)
         return f"{self.variant}{axis}-seed{self.seed}"

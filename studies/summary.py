@@ -32,9 +32,17 @@ class Measured:
     variant: str
     axis: dict  # {its flag: value}; {} without one
     seed: int
-    numbers: dict  # {column of the tables: number}
-    curves: dict  # {field of the log: [(step, training FLOPs, number)]}
-    by_time: dict = dataclasses.field(default_factory=dict)  # {branch: {t: its last held-out error}}
+    numbers: dict[str, float]  # {column of the tables: number}
+    curves: dict[str, list[tuple[int, float, float]]]  # {field of the log: [(step, training FLOPs, number)]}
+    by_time: dict[int, dict[float, float]] = dataclasses.field(default_factory=dict)  # {branch: {t: held-out error}}
+
+
+@dataclasses.dataclass
+class Results:
+    """The content of results.json that is read again."""
+
+    study: dict
+    runs: list[Measured]
 
 
 def flops_per_step(config, options):
@@ -93,6 +101,22 @@ def measured(run):
     curves = {field: [(step, step * per_step, number) for step, number in of] for field, of in curves.items()}
     axis, by_time = dict.fromkeys(run.study.axis, run.value), read_by_time(log, last)
     return Measured(run.variant, axis, run.seed, numbers, curves, by_time)
+
+
+def read_known(study, paths):
+    """{(variant, axis value, seed): Measured} of results.json files. Raises InputError if one is of another study."""
+
+    def compared(content):
+        return {name: value for name, value in content.items() if name not in ("about", "seeds")}
+
+    known, ours = {}, compared(json.loads(json.dumps(dataclasses.asdict(study))))
+    for path in paths:
+        results = read_record(Results, path, "name a results.json of studies.run")
+        theirs = compared(results.study)
+        if changed := [name for name in ours if theirs.get(name) != ours[name]]:
+            raise InputError(f"--known {path}: its study has other {changed[0]}; leave it out, or undo the change")
+        known |= {(run.variant, next(iter(run.axis.values()), None), run.seed): run for run in results.runs}
+    return known
 
 
 def rows_of(groups, columns, baseline=None):
@@ -183,15 +207,15 @@ def save_plots(study, groups, rows, columns, out):
             save(lines, column, axis, marker="o", xscale="log")
 
 
-def summarise(study, runs, out, failed):
+def summarise(study, runs, out, failed, known):
     """Print a table, and write table.md, results.json and plots of the finished runs into `out`.
 
-    failed: {name of a run: what failed}.
+    failed: {name of a run: what failed}; known: {key of a run: Measured} of runs that are not in `out`.
     """
     groups, missing = collections.defaultdict(list), {}
     for run in runs:
         try:
-            found = measured(run)
+            found = known.get(run.key) or measured(run)
         except InputError as error:
             missing[run.name] = failed.get(run.name, str(error))
         else:

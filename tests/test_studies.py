@@ -167,6 +167,19 @@ def test_what_is_finished_is_left_alone_and_the_rest_made_again(file, out, lines
         assert {**old["numbers"], "hours": 0} == {**new["numbers"], "hours": 0}
 
 
+def test_runs_of_another_machine_count_as_finished(file, finished, lines, tmp_path, capsys):
+    more, out, known = edited(file, tmp_path, ("seeds = [0, 1]", "seeds = [0, 1, 2]")), tmp_path / "out", finished
+    words = [str(more), "--out", str(out), "--known", str(known / "results.json")]
+    run.main([*words, "--print"])
+    assert ["seed2" in line for line in capsys.readouterr().out.splitlines()] == [True, True]
+    run.main([*words, "--report"])
+    assert lines == [] and list(results(out)["not finished"]) == ["sit-seed2", "full-seed2"]
+    assert results(out)["runs"] == results(known)["runs"] and results(out)["tables"] == results(known)["tables"]
+    changed = edited(file, tmp_path, ("batch-size = 4", "batch-size = 8"))
+    with pytest.raises(InputError, match=r"--known .*results\.json: its study has other flags"):
+        run.main([str(changed), *words[1:]])
+
+
 def test_the_failure_of_a_run_does_not_stop_the_others(file, out, lines, tmp_path, capsys):
     broken = 'baseline = "sit"', 'baseline = "sit"\nvariants.broken = {model = "SiT-Ti/2", batch-size = 100}'
     shutil.rmtree(out / "full-seed1")
