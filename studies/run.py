@@ -33,9 +33,7 @@ class StudyFlags:
     study: str = required("TOML file of the study", positional=True, metavar="FILE")
     out: str | None = flag(None, "folder of runs, table.md, results.json, plots; default: exps/NAME", str)
     jobs: int = flag(1, "runs side by side", range=WORKERS)
-    known: list = flag(
-        (), "results.json of other machines: their runs count as finished", str, nargs="+", metavar="JSON"
-    )
+    known: list = flag((), "results.json of other machines, for their finished runs", str, nargs="+", metavar="JSON")
     report: bool = flag(False, "start nothing: table and plots of what is finished")
     print: bool = flag(False, "print the commands of every unfinished run in a line each, and stop")
     hours_on: str | None = flag(
