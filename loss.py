@@ -187,7 +187,7 @@ class FlowMapLoss:
 
 def flow_map_loss(u, log_variance, target):
     """FlowMapLoss of u and target (2N, C, H, W), log_variance (2N,): flow part first."""
-    u = u.float()
-    adaptive = adaptive_loss(mean_square(u - target), log_variance.float()).unflatten(0, (2, -1))
-    error = (u - target).square().flatten(1).sum(dim=1).unflatten(0, (2, -1))
+    square = (u.float() - target).square().flatten(1)  # (2N, C·H·W)
+    adaptive = adaptive_loss(square.mean(dim=1), log_variance.float()).unflatten(0, (2, -1))
+    error = square.sum(dim=1).unflatten(0, (2, -1))
     return FlowMapLoss(error, adaptive, 0.5 * adaptive.sum(dim=0))

@@ -257,7 +257,9 @@ def restart_step(path, noise):
 
     def step(average_velocity, x, t, t_next, index):
         x0 = x - t * average_velocity(x, t, 0.0)
-        return x0 if t_next == 0 else path.interpolate(x0, noise(index).to(x), t_next)
+        if t_next == 0:
+            return x0
+        return path.alpha(t_next) * x0 + path.sigma(t_next) * noise(index).to(x)  # equation 1 at one time, on the CPU
 
     return step
 

@@ -84,6 +84,13 @@ def shown(name):
     return "--" + name.replace("_", "-")
 
 
+def words_of(flag, value):
+    """The words that give a flag a value: `--vera gap`, `--no-qk-norm`, `--df-idxs 4 8`."""
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, except of flags that have none."""
 

@@ -12,10 +12,11 @@ import dataclasses
 from common.errors import InputError, exit_on_input_error
 from common.files import write_json
 from common.flags import flag, parse_early, parse_flags, required
+from evaluations.metrics.results import SampleFlags, sample_manifest
 
 
 @dataclasses.dataclass(kw_only=True)
-class ReportFlags:
+class ReportFlags(SampleFlags):
     samples: list = required("an npz of generate*.py, or several as NAME=FILE", nargs="+", metavar="FILE")
     out: str | None = flag(None, "JSON file to write", str, group="output")
     grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")
@@ -30,7 +31,6 @@ import numpy as np
 from common.pictures import save_grid
 from digits.data import CLASSES
 from digits.judge import build_report, load_samples
-from evaluations.metrics.results import sample_manifest
 from training.plot import save_curves
 
 COLUMNS = 10  # images per row
@@ -74,6 +74,8 @@ def main(argv=None):
     args = parse_flags(ReportFlags, argv, __doc__)
     files = named(args.samples)
     loaded = {name: load_samples(path) for name, path in files.items()}
+    for name, (images, _, _) in loaded.items():
+        args.check_count(files[name], len(images))
     if len({len(images) for images, _, _ in loaded.values()}) > 1:
         counts = ", ".join(f"{files[name]} {len(images)}" for name, (images, _, _) in loaded.items())
         raise InputError(f"--samples: the files hold different numbers of images ({counts}); sample equal numbers")

@@ -113,7 +113,7 @@ def load_images(args, path, flag, needed):
     say(f"Loading images from {path} ...")
     images = open_images(path, flag)
     if len(images) < needed:
-        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}; see --num-images")
+        raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}")
     args.check_count(path, len(images))
     return images
 

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.processes import device_of_process
 from common.progress import Progress
 from evaluations.metrics.images import open_images
 from models.encoders import CLIP_STATISTICS
@@ -46,7 +47,7 @@ class ClipScorer:
     """A CLIP model: cosines of images and prompts."""
 
     def __init__(self, name=DEFAULT_CLIP, device=None):
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of_process(device)
         tokenizer, self.model = load_clip("CLIPModel", name, self.device, "--clip")
         self.tokens = Tokens(tokenizer, self.model.config.text_config.max_position_embeddings)
         self.side = self.model.config.vision_config.image_size

@@ -7,9 +7,10 @@ One forward pass of one sample at 32x32x4 latents, in millions of parameters and
 """
 
 import dataclasses
+import shlex
 
 from common.errors import exit_on_input_error, note
-from common.flags import BLOCKS, flag, parse_early, parse_flags, required
+from common.flags import BLOCKS, flag, parse_early, parse_flags, required, words_of
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,16 +29,17 @@ from evaluations.metrics.results import markdown
 from evaluations.published import TABLE_8
 from models import PRESETS, create_model
 from models.flops import Part, count_flops, count_parts
+from training.config import PROGRAMS
 
 
 def beside_table_8(name, model):
     """What the paper prints for a model of this size, number of branches and depth, and the same counted here."""
     size, _, patch = name.split("-")[-1].partition("/")
-    printed = TABLE_8.get((size, model.num_branches), {}).get(len(model.blocks)) if patch == "2" else None
+    printed = TABLE_8.get((size, model.num_branches), {}).get(len(model.blocks))
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     counted = count_flops(model).paper_macs / 1e9
     here = f"counted as the paper does (no attention products, nothing of the cross-attention): {counted:.2f} G"
-    if printed is None:
+    if printed is None or patch != "2" or model.kind != "flow":
         return f"Table 8 has no such model; {parameters:.2f} M parameters, {here}"
     return f"Table 8 prints {printed[0]} M parameters, {printed[1]} GFLOPS; here {parameters:.2f} M, {here}"
 
@@ -54,8 +56,10 @@ def main(argv=None):
         rows.append([name, f"{part.parameters / 1e6:.2f}", *(f"{count / 1e9:.3f}" for count in macs)])
     print(markdown(["part", "parameters (M)", "G multiply-adds", "with attention products"], rows))
     print(beside_table_8(args.model, model))
-    program = "train_t2i.py" if PRESETS[args.model].kind == "text" else "train.py"
-    note(f"next: python {program} --model {args.model} --data-dir DATA --dry-run")
+    kind, given = PRESETS[args.model].kind, {"--trans-depth": args.trans_depth, "--df-idxs": args.df_idxs}
+    words = [word for flag, value in given.items() if value is not None for word in words_of(flag, value)]
+    words += ["--from-scratch"] if kind == "flow map" else []
+    note(f"next: python {PROGRAMS[kind]} {shlex.join(['--model', args.model, *words])} --data-dir DATA --dry-run")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,15 @@
 What stands above the line MARK in the page is written by hand and stays.
 """
 
-import functools
-import json
 import textwrap
-
-import torch
 
 from common.errors import exit_on_input_error, say
 from common.files import write_atomically
 from common.flags import ROOT
 from evaluations.metrics.results import markdown
 from evaluations.published import AT_512, FLOW_FILE, PUBLISHED, STEPS_PER_EPOCH
-from models.flops import count_flops
+from models.flops import flops_per_image
 from models.gpus import MFU, gpu_hours
-from models.presets import build
 
 PAGE = ROOT / "docs" / "paper.md"
 MARK = "<!-- What follows is written by python -m evaluations.paper -->\n"
@@ -89,16 +84,9 @@ def measuring_command(row):
     return f"EXP_NAME={run} {step}bash script/{recipe}.sh"
 
 
-@functools.cache
-def forward_flops(options):
-    """FLOP of a forward pass of one sample in training; options: constructor arguments as JSON."""
-    with torch.device("meta"):
-        return 2 * count_flops(build(json.loads(options))).total_macs
-
-
 def cells(row, metrics):
     """The row in the page; metrics: {name: digits after the point}."""
-    flops = row.config.passes * forward_flops(json.dumps(row.options))
+    flops = flops_per_image(row.config, row.options)
     images = row.steps * row.config.batch_size
     hours = dict.fromkeys(f"{gpu_hours(flops, images, gpu, MFU):,.0f}" for gpu in GPUS)
     epochs = "" if row.kind == "text" else f" ({row.steps / STEPS_PER_EPOCH:.0f})"

@@ -87,10 +87,7 @@ def spaced(data, count):
 def open_parts(args):
     """LatentDatasets: the images to fit to, and those held out. Raises InputError for data that cannot be measured."""
     names = encoders(args)
-
-    def open_folder(place):
-        return open_dataset(place, features=names, data_vae=args.data_vae)
-
+    open_folder = functools.partial(open_dataset, features=names, data_vae=args.data_vae)
     fit, held = (spaced(part, args.max_images) for part in hold_out(args, open_folder(args.data_dir), open_folder))
     if len({*fit.labels[fit.rows].tolist()}) < 2:
         fault = f"--data-dir {args.data_dir}: the images to fit to are all of one class, but a classifier needs two"

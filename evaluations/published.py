@@ -6,7 +6,7 @@ Tables 2 to 8 and Figure 2(d) of DeepFlow (arXiv 2503.14494), and Decoupled Mean
 import dataclasses
 import functools
 
-from common.flags import shown
+from common.flags import shown, words_of
 from models import PRESETS, model_config
 from models.presets import spaced_key_layers
 from models.specs import LatentSpec
@@ -67,14 +67,8 @@ class Row:
         """Flags that differ from the defaults, or from flags that are `given` already, as on a command line."""
         base = type(self.config)(**(given or {"model": self.config.model})).resolve()
         values = {name: getattr(self.config, name) for name in self.flags if name not in without}
-        return [as_flag(name, value) for name, value in values.items() if value != getattr(base, name)]
-
-
-def as_flag(name, value):
-    """A flag as written on a command line: `--vera gap`, `--no-qk-norm`."""
-    if isinstance(value, bool):
-        return shown(name if value else f"no_{name}")
-    return " ".join(map(str, [shown(name), *(value if isinstance(value, list) else [value])]))
+        changed = {name: value for name, value in values.items() if value != getattr(base, name)}
+        return [" ".join(words_of(shown(name), value)) for name, value in changed.items()]
 
 
 def flow(table, model, *numbers, epochs=80, weighting="lognormal", alignment=None, sampler=SDE, size=None, **flags):

@@ -116,13 +116,11 @@ def settings(args):
 
 
 def measure(setting, args, generate):
-    """Result of one setting: sampled and measured, unless it has been. generate: more flags of generate.py."""
+    """Result of one setting: sampled and measured, unless it has been. generate: more flags of generate.py.
+
+    Raises InputError if the file of the result is damaged or has other settings.
+    """
     path = make_result(setting.name, args.ckpt, args, "generate.py", [*setting.flags, *generate])
-    return read_result(path, setting, args)
-
-
-def read_result(path, setting, args):
-    """Result of a setting. Raises InputError if the file is damaged or has other settings."""
     remedy = "delete it to measure this setting again"
     result = Result.read(path, remedy)
     about = {"num_steps": setting.num_steps, "cfg_scale": setting.cfg_scale, "num_fid_samples": args.num_samples}

@@ -6,6 +6,8 @@ A multiply-add is one MAC and two FLOP. The training forward is counted, with al
 
 import collections
 import dataclasses
+import functools
+import json
 import math
 import re
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from models.gpus import peak_of
 from models.mmdit import TEXT_TOKENS
+from models.presets import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,17 @@ class Flops:
 
     paper_macs: int  # Linear and convolution layers without VeRA's cross-attention: Table 8's "GFLOPS" are these / 1e9
     total_macs: int  # every matrix product, attention included
+
+
+def flops_per_image(config, options):
+    """FLOP of a training step for one sample; options: the model's constructor arguments."""
+    return config.passes * 2 * _total_macs(json.dumps(options))
+
+
+@functools.cache
+def _total_macs(options):
+    with torch.device("meta"):
+        return count_flops(build(json.loads(options))).total_macs
 
 
 def count_flops(model):

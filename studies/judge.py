@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.errors import InputError
 from common.flags import ROOT
 from evaluations.metrics.frechet import frechet_distance, statistics
 from evaluations.metrics.kernel import kernel_distance
@@ -62,10 +63,13 @@ def find_judge(folder):
 
 def load_judge(folder):
     """(Judge, what its features are compared with: mean (D,), covariance (D, D), rows (M, D)). Raises InputError."""
-    content = {name: tensor.float() for name, tensor in read_weights_file(find_judge(folder)).items()}
-    reference = [content.pop(name) for name in ("mean", "covariance", "rows")]
-    judge = Judge().eval()
-    judge.load_state_dict(content)
+    path, judge = find_judge(folder), Judge().eval()
+    content = {name: tensor.float() for name, tensor in read_weights_file(path).items()}
+    try:
+        reference = [content.pop(name) for name in ("mean", "covariance", "rows")]
+        judge.load_state_dict(content)
+    except (KeyError, RuntimeError):
+        raise InputError(f"{path} is no judge; name a folder that studies.train_judge made") from None
     return judge, reference
 
 

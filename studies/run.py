@@ -19,10 +19,11 @@ from common.errors import EXIT_STOPPED, InputError, exit_on_input_error, note
 from common.files import check_writable
 from common.flags import WORKERS, Range, flag, parse_flags, required
 from common.look_ahead import ordered_map
+from models.flops import flops_per_image
 from models.gpus import MFU, PEAK_FLOPS, gpu_hours
 from models.presets import model_config
 from studies.study import read_study
-from studies.summary import flops_per_step, read_known, summarise
+from studies.summary import read_known, summarise
 from training.run import open_data
 
 OUTPUT = "study.txt"  # in the folder of a run: the output of its commands
@@ -56,6 +57,8 @@ class Shell:
         with open(output, "ab") as file:
             process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, **options)
         self.processes.add(process)
+        if self.stopped:  # by a signal that came before the process was known
+            os.killpg(process.pid, signal.SIGTERM)
         code = process.wait()
         self.processes.discard(process)
         return code
@@ -103,7 +106,7 @@ def training_flops(runs):
     for run in runs:
         info = open_data(dataclasses.replace(run.config, dry_run=True))[0]
         options = model_config(run.config.model, **run.config.model_flags(), **info.model_options())
-        total += flops_per_step(run.config, options) * run.config.max_train_steps
+        total += flops_per_image(run.config, options) * run.config.batch_size * run.config.max_train_steps
     return total
 
 

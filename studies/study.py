@@ -13,7 +13,7 @@ from pydantic import Field
 
 from common.errors import InputError
 from common.files import read_bytes
-from common.flags import parse_flags, shown
+from common.flags import parse_flags, shown, words_of
 from common.records import FileName, Finite, Whole, parse_record, read_record
 from evaluations.metrics.results import Result
 from models.checkpoints import checkpoint_path
@@ -108,12 +108,7 @@ class Run:
     def words(self):
         """The command line of the training program."""
         words = ["--exp-name", self.name, "--output-dir", str(self.out), "--seed", str(self.seed), "--resume", "auto"]
-        for name, value in self.flags.items():
-            if isinstance(value, bool):
-                words.append(name if value else f"--no-{name[2:]}")
-            else:
-                words += [name, *map(str, value if isinstance(value, list) else [value])]
-        return words
+        return words + [word for name, value in self.flags.items() for word in words_of(name, value)]
 
     @functools.cached_property
     def config(self):

@@ -2,13 +2,10 @@
 
 import collections
 import dataclasses
-import functools
 import json
 import re
 from pathlib import Path
 from statistics import fmean
-
-import torch
 
 from common.errors import InputError
 from common.files import read_lines, write_atomically, write_json
@@ -17,8 +14,7 @@ from common.records import read_record
 from common.versions import versions
 from evaluations.metrics.results import Estimate, Result, markdown
 from models import checkpoints
-from models.flops import count_flops
-from models.presets import build
+from models.flops import flops_per_image
 from training.logs import parse_line
 from training.plot import read_curves
 
@@ -43,17 +39,6 @@ class Results:
 
     study: dict
     runs: list[Measured]
-
-
-def flops_per_step(config, options):
-    """FLOPs of a training step; options: the model's constructor arguments."""
-    return config.passes * 2 * _macs(json.dumps(options)) * config.batch_size
-
-
-@functools.cache
-def _macs(options):
-    with torch.device("meta"):
-        return count_flops(build(json.loads(options))).total_macs
 
 
 def read_log(log):
@@ -92,7 +77,7 @@ def measured(run):
         check()
     log, last = run.folder / "log.jsonl", run.config.max_train_steps
     options = read_record(checkpoints.Run, run.folder / "config.json", "move the run away").model_options
-    per_step = flops_per_step(run.config, options)
+    per_step = flops_per_image(run.config, options) * run.config.batch_size
     curves = {field: read_curve(log, field, last) for field in run.study.fields}
     numbers = {field: points[-1][1] for field, points in curves.items()}
     for measure, path in run.results.items():

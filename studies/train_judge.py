@@ -75,13 +75,6 @@ def train(judge, images, labels, args):
 
 
 @torch.no_grad()
-def round_to_half(judge):
-    """Round all numbers of the judge to half precision."""
-    for value in (*judge.parameters(), *judge.buffers()):
-        value.copy_(value.half())
-
-
-@torch.no_grad()
 def normalise(judge, images):
     """Scale the features so that their mean square over images (N, 3, R, R) is 1, and the head to the same classes.
 
@@ -115,9 +108,9 @@ def main(argv=None):
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     set_patches(judge, few := pixels[:: max(1, len(pixels) // 2000)])
     train(judge, pixels, torch.from_numpy(labels), args)
-    round_to_half(judge.eval())  # what is measured belongs to the weights as they are stored
+    judge.eval().half().float()  # what is measured belongs to the weights as they are stored
     normalise(judge, few)
-    round_to_half(judge)
+    judge.half().float()
     with whole_folder(args.dest, "--dest") as partial:
         save_file(weights_and_reference(judge, images), partial / judges.WEIGHTS)
         flags = {**vars(args), "data": Path(args.data).name, "dest": Path(args.dest).name}

@@ -354,6 +354,14 @@ def test_bad_samples_are_refused_by_name(tmp_path, images, labels, culprit):
         main(["--samples", str(tmp_path / "samples.npz")])
 
 
+def test_samples_of_another_manifest_are_refused(tmp_path, split, held_images):
+    samples = write_samples(tmp_path, held_images, split[1].labels)
+    manifest = json.loads(samples.with_suffix(".json").read_text())
+    samples.with_suffix(".json").write_text(json.dumps({**manifest, "npz_sha256": "0" * 64}))
+    with pytest.raises(InputError, match=r"samples.npz is not the file that .*samples.json describes; .*--incomplete"):
+        main(["--samples", str(samples)])
+
+
 def test_truncated_npz_ends_in_one_line(tmp_path, split, held_images):
     samples = write_samples(tmp_path, held_images, split[1].labels)
     samples.write_bytes(samples.read_bytes()[:1000])

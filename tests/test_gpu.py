@@ -148,17 +148,21 @@ def test_images_of_the_device_are_those_of_the_cpu(tmp_path, monkeypatch, change
     assert np.abs(array.astype(int) - expected).mean() < 1
 
 
-def test_sampler_on_the_device_agrees_with_the_cpu(device):
-    model = tiny.fill_(create_model("DeepFlow-Ti/2", input_size=8, num_classes=3), std=0.05)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampler_on_the_device_agrees_with_the_cpu(device, name):
+    sampler = SAMPLERS[name]
+    preset = "DeepFlow-DMF-Ti/2" if sampler.is_map else "DeepFlow-Ti/2"
+    model = tiny.fill_(create_model(preset, input_size=8, num_classes=3), std=0.05)
     torch.set_float32_matmul_precision("highest")
     results = []
     for where in ("cpu", device):
         y = torch.arange(4, device=where) % 3
-        velocity = GuidedVelocity(model.to(where).velocity, y, torch.full_like(y, 3))
+        model.to(where)
+        network = model.average_velocity if sampler.is_map else model.velocity
+        velocity = GuidedVelocity(network, y, torch.full_like(y, 3))
         start = sample_noise(0, range(4), 0, (4, 8, 8)).to(where)
         noise = lambda step: sample_noise(0, range(4), step + 1, (4, 8, 8))  # noqa: E731
-        sde = SAMPLERS["sde"]
-        result = integrate(sde.step(PATHS["linear"], noise), velocity, start, sde.times(20))
+        result = integrate(sampler.step(PATHS["linear"], noise), velocity, start, sampler.times(20))
         assert result.dtype == torch.float64
         results.append(result.cpu().numpy())
     np.testing.assert_allclose(*results, rtol=1e-3, atol=1e-4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from data_helpers import write_images
 from evaluation_helpers import pictures, save_npz
+from safetensors.torch import save_file
 
 from common.errors import InputError
 from common.flags import ROOT
@@ -171,6 +172,9 @@ def test_bad_data_and_judges_are_refused_by_name(data, samples, trained, tmp_pat
     damaged.mkdir()
     (damaged / judge.WEIGHTS).write_bytes((trained / judge.WEIGHTS).read_bytes()[:5000])
     with pytest.raises(InputError, match=r"judge\.safetensors"):
+        report.main(["--samples", samples, "--judge", str(damaged)])
+    save_file({name: torch.zeros(1) for name in ("mean", "covariance", "rows", "weight")}, damaged / judge.WEIGHTS)
+    with pytest.raises(InputError, match=r"damaged.judge\.safetensors is no judge"):
         report.main(["--samples", samples, "--judge", str(damaged)])
 
 

@@ -16,10 +16,11 @@ from evaluations.evaluator import EvaluatorFlags
 from models import export
 from preprocessing import dataset_tools
 from sampling.flags import GenerateConfig, TextGenerateConfig
-from training.config import TextTrainConfig, TrainConfig
+from training.config import FlowMapConfig, TextTrainConfig, TrainConfig
 
 PROGRAMS = {
     "train.py": TrainConfig,
+    "train_dmf.py": FlowMapConfig,
     "train_t2i.py": TextTrainConfig,
     "generate.py": GenerateConfig,
     "generate_t2i.py": TextGenerateConfig,
@@ -91,11 +92,15 @@ def test_an_export_leads_to_the_program_and_weights_that_it_holds(tmp_path, caps
     assert (program, options.ckpt, options.weights) == ("generate_t2i.py", folder, "raw")
 
 
-@pytest.mark.parametrize("model, program", {"SiT-S/2": "train.py", "DeepFlow-MMDiT-S/2": "train_t2i.py"}.items())
+@pytest.mark.parametrize(
+    "model, program",
+    {"SiT-S/2": "train.py", "DMFT-S/2": "train_dmf.py", "DeepFlow-MMDiT-S/2": "train_t2i.py"}.items(),
+)
 def test_counting_a_model_leads_to_a_dry_run_of_its_training(model, program, capsys):
-    count_flops.main([model])
+    count_flops.main([model, "--trans-depth", "10"])
     name, options = next_command(capsys.readouterr().err)
-    assert (name, options.model, options.dry_run) == (program, model, True)
+    assert (name, options.model, options.trans_depth, options.dry_run) == (program, model, 10, True)
+    options.resolve().check()
 
 
 def test_the_digits_lead_to_preprocessing(tmp_path, capsys):

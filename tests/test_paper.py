@@ -40,7 +40,7 @@ def without_cost(page):
 
 
 def test_the_page_is_up_to_date_but_for_the_cost(monkeypatch):
-    monkeypatch.setattr(paper, "forward_flops", lambda options: 1)  # counting takes a second a model
+    monkeypatch.setattr(paper, "flops_per_image", lambda config, options: 1)  # counting takes a second a model
     page = paper.PAGE.read_text()
     assert without_cost(page) == without_cost(paper.render(page)), "run python -m evaluations.paper"
     assert "Table 7a as it is read here" in page.partition(paper.MARK)[0]

@@ -421,3 +421,11 @@ def test_labels_are_a_function_of_seed_and_index():
     assert not torch.equal(labels, sample_labels(4, range(1000), 10))
     counts = labels.bincount(minlength=10)
     assert len(counts) == 10 and (counts - 100).abs().max() < 4 * math.sqrt(1000 * 0.1 * 0.9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_times_stay_on_the_cpu_while_the_state_is_elsewhere(name, path):
+    x = torch.empty(2, 4, 8, 8, device="meta")  # as on a GPU, only single numbers may come from the CPU
+    result = sample(name, lambda x, t, *_, **__: x.float(), x, 3, PATHS[path], lambda _step: torch.zeros(x.shape))
+    assert (result.device.type, result.shape, result.dtype) == ("meta", x.shape, torch.float64)

@@ -271,6 +271,13 @@ def test_flags_that_make_no_sense(data, flow, tmp_path, changes, culprit):
     assert culprit in refused(data, tmp_path, flow, **changes)
 
 
+def test_a_teacher_may_be_on_the_hub():
+    words = ["--data-dir", "data", "--model", "DMFT-Ti/2", "--g-type", "distill", "--init-from", "someone/theirs"]
+    config = parse_flags(train_dmf.FlowMapConfig, words).resolve()
+    config.check()
+    assert config.teacher == "someone/theirs"
+
+
 @pytest.mark.parametrize(
     ("changes", "culprit"),
     [

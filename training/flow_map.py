@@ -98,10 +98,10 @@ def guided_target(run):
     """The GuidedTarget of --g-type. Raises InputError for a teacher that does not fit."""
     config, source = run.config, run.model
     if config.g_type == "distill":
-        path = config.teacher or config.init_from
-        teacher = load_flow(path, config, run.info, "teacher")
+        teacher = load_flow(config.teacher, config, run.info, "teacher")
         if teacher.run.get("cfg_prob") == 0 and config.omega != 1:
-            raise InputError(f"--teacher {path} has no null class, it was trained with --cfg-prob 0; pass --omega 1")
+            fault = f"--teacher {config.teacher} has no null class, it was trained with --cfg-prob 0"
+            raise InputError(f"{fault}; pass --omega 1")
         source = teacher.model.to(run.accelerator.device)
         if config.compile:
             compile_blocks(source)

@@ -12,7 +12,7 @@ import torch
 
 from common.errors import EXIT_STOPPED, InputError, note, say
 from common.files import check_writable
-from common.flags import shown
+from common.flags import shown, words_of
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
 from models.checkpoints import checkpoint_path
@@ -156,13 +156,8 @@ def given_flags(config):
     """The flags of a parsed configuration that differ from the program's defaults, as on the command line."""
     words = []
     for f in dataclasses.fields(config):
-        if (value := getattr(config, f.name)) == f.default:
-            continue
-        name = f.metadata.get("name", shown(f.name))
-        if isinstance(value, bool):
-            words += [name if value else f"--no-{name[2:]}"]
-        else:
-            words += [name, *map(str, value if isinstance(value, list | tuple) else [value])]
+        if (value := getattr(config, f.name)) != f.default:
+            words += words_of(f.metadata.get("name", shown(f.name)), value)
     return f"flags: {shlex.join(words) or 'all at their defaults'}"
 
 
