@@ -31,15 +31,15 @@ def with_latents(config):
     if config.resolution is None:
         raise InputError(f"--data-dir {folder} holds images; pass --resolution, the size at which to encode them")
     vae = config.data_vae or DEFAULT_VAE
-    parent, name = folder.resolve().parent if folder.name in ("", "..") else folder.parent, folder.resolve().name
-    data = parent / f"{folder.name or name}-latents-{config.resolution}-{Path(resolve_vae(vae)).name}"
+    place = folder.resolve() if folder.name in ("", "..") else folder
+    data = place.parent / f"{place.name}-latents-{config.resolution}-{Path(resolve_vae(vae)).name}"
     done = data / MOMENTS / MANIFEST
     if config.dry_run and not done.is_file():
         raise InputError(f"--data-dir {folder} holds images that are not encoded yet; run without --dry-run first")
     if os.environ.get("RANK", "0") == "0":
-        with locked(data, "--data-dir"):
-            _check(folder, data)
-            if not done.is_file():
+        _check(folder, data)
+        if not done.is_file():
+            with locked(data, "--data-dir"):
                 _encode(folder, data, config.resolution, vae)
     while not done.is_file():
         time.sleep(1)  # if the first process fails, the launcher ends this one

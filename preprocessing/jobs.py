@@ -6,6 +6,7 @@ redone whole. The manifest is written last, so a folder with a manifest is compl
 """
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -110,7 +111,9 @@ class Job:
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
         sums = ChannelSums.of(rows) if self.ticket.get("normalize") and len(rows) else None
-        self._journal.write(Finished(batch, left_out or {}, self._made_from(batch), sums).to_line())
+        line = Finished(batch, left_out or {}, self._made_from(batch), sums).to_line()
+        if self._journal.write(line) < len(line):  # the disk is nearly full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._journal.name)
 
     def _made_from(self, batch):
         """Entry of Finished for batch number `batch`; None if there is no such batch, or the source is unknown."""

@@ -23,12 +23,9 @@ BATCH = 512  # rows that are noted as done together
 def pack(options):
     """Pack a set, or both sets of moments of a data folder, into sets of the same name. Raises InputError."""
     source, dest = Path(options.source), Path(options.dest)
-    sets = [name for name in (MOMENTS, MIRROR) if (source / name).is_dir()]
-    if is_set(source) or not source.is_dir():
-        sets = ["."]
-    if not sets or not source.is_dir():
-        check_unpacked(source, "--source")
+    sets = ["."] if is_set(source) else [name for name in (MOMENTS, MIRROR) if (source / name).is_dir()]
     if not sets:
+        check_unpacked(source, "--source")
         raise InputError(f"--source {source} holds no {MOMENTS}; {PREPARE}")
     for name in sets:
         pack_set(source / name, dest / name, options)

@@ -84,6 +84,8 @@ class ShardWriter:
                 for k in rows:
                     shard, row = divmod(kept[k], self.shard_size)
                     out.write(os.pread(self._open(shard), self._row_bytes, row * self._row_bytes))
+                out.flush()
+                os.fsync(out.fileno())
 
     def _place(self, count, prefix):
         """Checksum every shard and rename it into place; one that an earlier run has placed stays."""

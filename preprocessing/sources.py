@@ -49,6 +49,8 @@ def decode(data):
             return to_rgb(image)
     except Image.UnidentifiedImageError:
         raise BadImageError("no image format that Pillow knows") from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
         raise BadImageError(first_line(error)) from None
 
@@ -181,7 +183,7 @@ class ImageSource:
         try:
             return (self.path / name).read_bytes() if self._zip is None else self._zip.read(self._members[name])
         except Exception as error:  # zipfile and its decompressors raise nearly everything on damaged members
-            if getattr(error, "errno", None) in OF_THE_MACHINE:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in OF_THE_MACHINE:
                 raise
             where = "" if self._zip is None else "unreadable in the zip: "
             raise BadImageError(where + (getattr(error, "strerror", None) or first_line(error))) from None

@@ -250,7 +250,8 @@ def _check_vae(folder, codec, report):
     names = sources or walk_files(images, Image.registered_extensions())
     files = ImageFiles(images, names.__getitem__, manifest.resolution or rows.shape[1] * codec.spec.factor)
     row = np.empty(rows.shape, rows.dtype)
-    for index in np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(int)).tolist():
+    count = min(len(rows), len(names))  # if they differ, that is a fault of its own
+    for index in np.linspace(0, count - 1, min(SAMPLE, count)).astype(int).tolist():
         with report.catch("pairs"):
             rows.read(index, row)
             pixels = np.ascontiguousarray(files.load(index, manifest.flipped)[None])

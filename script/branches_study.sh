@@ -23,15 +23,16 @@ WORK=${WORK:-branches}
 DATA=${DATA:-quickstart/data}
 N=${SDE_STEPS:-25}
 read -ra lengths <<<"${LENGTHS:-500 1000 3000}"
+last=${lengths[${#lengths[@]} - 1]} # [-1] needs bash 4.3
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 [ -d "$DATA/vae-sd" ] || fail "$DATA has no latents; run script/quickstart.sh first, or name its folder with DATA=FOLDER"
 
 for seed in "${seeds[@]}"; do
-    step "train DeepFlow-Ti/2, ${lengths[-1]} steps, seed $seed: $WORK/exps/seed-$seed"
+    step "train DeepFlow-Ti/2, $last steps, seed $seed: $WORK/exps/seed-$seed"
     train train.py --exp-name "seed-$seed" --output-dir "$WORK/exps" --data-dir "$DATA" --resume auto --seed "$seed" \
         --model DeepFlow-Ti/2 --weighting lognormal --tg-upper-bound 0.01 --acc-coeff 1.0 \
         --batch-size 64 --learning-rate 4e-3 --adam-beta2 0.99 --ema-decay 0.998 \
-        --max-train-steps "${lengths[-1]}" --checkpointing-steps 500 --sampling-steps 0 --log-every 50
+        --max-train-steps "$last" --checkpointing-steps 500 --sampling-steps 0 --log-every 50
 done
 
 curve() { # NAME SDE_STEPS [flags of evaluations.sweep]: of the checkpoints of $length

@@ -9,7 +9,7 @@ SECONDS=0
 
 # On CPU everywhere, so that the numbers are the same; two processes of one thread beat one of two on small tensors.
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning}
-PROCESSES=$(($(env -u OMP_NUM_THREADS nproc) > 1 ? 2 : 1)) # nproc would answer OMP_NUM_THREADS
+PROCESSES=$(($(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1)) # macOS has no nproc
 
 step() { printf '\n[%3ds] %s\n' "$SECONDS" "$*"; }
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import programs
 import pytest
@@ -9,6 +10,7 @@ import tiny
 from data_helpers import tiny_vae, write_class_folders, write_images
 
 from common.errors import InputError
+from common.files import locked
 from common.flags import parse_flags
 from dataset import open_dataset
 from preprocessing import direct
@@ -26,6 +28,14 @@ def options(data, **changes):
 
 def with_latents(data, **changes):
     return direct.with_latents(parse_flags(TrainConfig, tiny.flags(**options(data, **changes))))
+
+
+def test_the_latents_lie_beside_the_folder_however_it_is_named(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures / "n0000")
+    config = with_latents("..")
+    assert Path(config.data_dir) == (tmp_path / "pictures-latents-16-random-vae").resolve()
+    with locked(Path(config.data_dir), "--data-dir"):  # once they are there, nobody waits for anybody
+        assert with_latents("..").data_dir == config.data_dir
 
 
 def test_a_folder_of_images_is_encoded_once_and_trained_on(pictures, tmp_path, capsys):

@@ -428,6 +428,18 @@ def test_too_many_open_files_are_no_bad_image(tmp_path, monkeypatch):
         convert(ConvertFlags(source, tmp_path / "dest", (16, 16), skip_bad=True, workers=1))
 
 
+@pytest.mark.parametrize("where", [(Path, "read_bytes"), (preprocessing.sources, "to_rgb")], ids=["read", "decode"])
+def test_an_image_that_does_not_fit_in_memory_is_no_bad_image(where, tmp_path, monkeypatch):
+    source = write_class_folders(tmp_path / "source", classes=1)
+
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(*where, refuse)
+    with pytest.raises(MemoryError):
+        convert(ConvertFlags(source, tmp_path / "dest", (16, 16), skip_bad=True, workers=1))
+
+
 def test_workers_stop_at_an_unreadable_image_too(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing.convert, "CHUNK", 3)
     source = write_class_folders(tmp_path / "source", classes=2)

@@ -249,6 +249,12 @@ def test_published_layout_without_manifests(tmp_path):
     assert "count" in verify(folder).faults
 
 
+def test_fewer_images_than_latents_are_a_fault_beside_a_vae_too(tmp_path):
+    folder = write_folder_layout(tmp_path / "data")
+    write_images(folder / "images", [f"00000/img{i:08d}.png" for i in range(11)], side=32)
+    assert {"count", "pairs"} <= verify(folder, str(tiny_vae())).faults.keys()  # made by no VAE
+
+
 def test_exit_codes(data):
     def run(*arguments):
         return programs.run(TOOL, "verify", *arguments)

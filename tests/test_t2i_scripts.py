@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import tiny
+from data_helpers import write_class_folders
 
 from common.flags import parse_commands, parse_flags
 from evaluations.calculate_metrics import CalcFlags, RefFlags
@@ -12,7 +13,10 @@ from evaluations.clip_score import ClipFlags
 from evaluations.evaluator import EvaluatorFlags
 from evaluations.geneval import CheckFlags
 from generate_t2i import TextGenerateConfig
+from preprocessing.convert import convert
 from preprocessing.dataset_tools import COMMANDS
+from preprocessing.info import describe
+from preprocessing.options import ConvertFlags
 
 PREPARE = {name: flags for name, (flags, _) in COMMANDS.items()}
 METRICS = {"calc": CalcFlags, "ref": RefFlags}
@@ -21,14 +25,24 @@ STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in
     *"${FAILS:-none}"*" --check-only") exit 2 ;;
-    *" info "*) echo "images      $COUNT, 3 left out" ;;
+    *" info "*) cat "$INFO" ;;
     *generate_t2i.py*) while [ "$1" != --sample-dir ]; do shift; done; mkdir -p "$2/NAME"; touch "$2/NAME.npz" ;;
 esac
 """
 
 
+@pytest.fixture(scope="module")
+def info(tmp_path_factory):
+    """A file with what `info` prints about seven converted images."""
+    folder = tmp_path_factory.mktemp("info")
+    write_class_folders(folder / "source", classes=1, per_class=7)
+    convert(ConvertFlags(folder / "source", folder / "images", (16, 16), workers=1))
+    (folder / "info").write_text("\n".join(describe(folder / "images")))
+    return folder / "info"
+
+
 @pytest.fixture
-def environment(tmp_path):
+def environment(tmp_path, info):
     """A stub of python, and files where the scripts look for them."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STUB)
@@ -38,7 +52,7 @@ def environment(tmp_path):
     for path in values.values():
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    values.update(CALLS=tmp_path / "calls", COUNT=7, NUM_GPUS=2, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    values.update(CALLS=tmp_path / "calls", INFO=info, NUM_GPUS=2, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     values.update(SAMPLE_DIR=tmp_path / "samples", RESULTS=tmp_path / "results", EXP_NAME="run")
     return {name: str(value) for name, value in values.items()}
 

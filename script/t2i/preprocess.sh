@@ -16,7 +16,7 @@ tool() { python -m preprocessing.dataset_tools "$@"; }
 
 check_count() { # FOLDER EXPECTED
     local found
-    found=$(tool info "$1" | awk -F '[ ,]+' '$1 == "images" { print $2 }')
+    found=$(tool info "$1" | awk '$1 == "holds" { print $2 }')
     [ -z "$2" ] || [ "$found" = "$2" ] || fail "$1 holds $found images instead of $2; unpack the whole set, remove $1" \
         "and run again, or pass TRAIN_COUNT= VAL_COUNT= for images of your own"
 }
