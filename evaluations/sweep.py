@@ -185,6 +185,7 @@ def check(sweeps, generate):
     inputs += [("--ref", args.ref)] * (args.ref != DIGITS)
     if missing := [f"{flag} {path}" for flag, path in inputs if not Path(path).exists()]:
         raise InputError(f"{missing[0]} does not exist")
+    check_generate(args.ckpt, generate)
     for setting in settings(args):
         Guidance(setting.cfg_scale, setting.low, setting.high).check([setting.low] * 2)  # for any sampler's times
     for each in sweeps:
@@ -196,6 +197,17 @@ def check(sweeps, generate):
     check_reference(args)
     for out, content in about.items():
         write_json(Path(out, RECORD), content)
+
+
+def check_generate(ckpt, generate):
+    """Raise InputError for flags of generate.py that contradict the sweep's own."""
+    plain, given = (parse_flags(GenerateConfig, ["--ckpt", ckpt, *words]) for words in ([], generate))
+    own = ("num_fid_samples", "sample_dir", "num_steps", "cfg_scale", "guidance_low", "guidance_high")
+    for name in own:
+        if getattr(given, name) != getattr(plain, name):
+            raise InputError(f"{shown(name)} after --: the sweep sets it; leave it out")
+    if given.format == "png":
+        raise InputError("--format png after -- leaves no npz to measure; leave it out")
 
 
 def check_branches(args, generate):

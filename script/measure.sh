@@ -1,6 +1,7 @@
 # Sourced by the eval recipes: checks what measuring needs before anything is sampled, samples, and measures.
 # Environment, beside that of launch.sh:
 #   CKPT               checkpoint (the last one of the run); for files that the authors released see docs/paper.md
+#   LAST_STEP          step of that checkpoint, seven digits (the recipe's)
 #   SAMPLE_DIR         folder of the samples (inside the run's)
 #   NUM_FID_SAMPLES    number of images (50000)
 #   REF                reference (docs/evaluation.md says where to get one), or none: sample only
@@ -32,6 +33,10 @@ need_folder() { # FOLDER for samples
 
 check_only() { "$@" --json "$RESULTS/$EXP_NAME.json" --check-only; } # COMMAND: check everything it needs except the samples
 
+check_flags() { # FLAGS that a recipe got
+    [[ " $* " != *" --num-fid-samples"[\ =]* ]] || fail "--num-fid-samples comes from NUM_FID_SAMPLES=N; leave the flag out"
+}
+
 check_files() { # WHAT FILE COMMAND: kind of reference, example file, command that uses it
     check_weights
     [ -n "$REF" ] || fail "REF is not set: download $1 (docs/evaluation.md) and pass REF=$2, or REF=none to sample only"
@@ -50,6 +55,7 @@ newest_npz() { # FOLDER
 }
 
 make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is not to be measured
+    check_flags "${@:2}"
     [[ "$REF" = none || " $* " != *" --format png "* ]] || fail "--format png gives nothing to measure; pass REF=none"
     launch generate.py --ckpt "$CKPT" --sample-dir "$1" --num-fid-samples "$NUM_FID_SAMPLES" "${fast[@]}" "${@:2}"
     if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi

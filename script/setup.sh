@@ -27,7 +27,7 @@ activate_environment() {
 }
 
 installs_this_checkout() { # not another one, which shares the environment
-    [ "$(cd / && python -c 'import common; print(common.__path__[0])' 2>/dev/null)" = "$PWD/common" ]
+    [ "$(cd / && python -c 'import common; print(common.__path__[0])' 2>/dev/null)" = "$(pwd -P)/common" ]
 }
 
 install_requirements() {

@@ -131,8 +131,10 @@ class Run:
         long = ["--epochs", str(self.config.max_train_steps)]  # of at least one step each: they never end the run
         yield "train", shlex.join([*self.study.launch.split(), self.study.program, *self.words, *long]), self.check
         for name, result in self.results.items():
-            line = " && ".join(self.study.measure[name])
-            known = {"ckpt": self.ckpt, "run": self.folder, "samples": result.parent, "out": result, "seed": self.seed}
+            first, *rest = self.study.measure[name]
+            samples = result.parent / f"samples-{hashlib.sha256(first.encode()).hexdigest()[:8]}"
+            line = " && ".join([first, *rest])
+            known = {"ckpt": self.ckpt, "run": self.folder, "samples": samples, "out": result, "seed": self.seed}
             for word, value in known.items():
                 line = line.replace(f"{{{word}}}", shlex.quote(str(value)))
             yield name, line, functools.partial(Result.read, result, "measure it again")

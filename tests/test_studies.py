@@ -167,6 +167,19 @@ def test_what_is_finished_is_left_alone_and_the_rest_made_again(file, out, lines
         assert {**old["numbers"], "hours": 0} == {**new["numbers"], "hours": 0}
 
 
+def test_samples_of_edited_commands_have_a_folder_of_their_own(file, tmp_path):
+    def folders(*lines):
+        old = "[measure]\n"
+        path = edited(file, tmp_path, (old, old + "".join(f"{line}\n" for line in lines)))
+        _, (first, *_) = read_study(path, tmp_path / "out")
+        stages = {name: shlex.split(line) for name, line, _ in first.stages()}
+        return [stages[name][stages[name].index("--sample-dir") + 1] for name in ("a", "b")]
+
+    sample = '["python generate.py --ckpt {{ckpt}} --sample-dir {{samples}} --num-steps {}", "python -m {} {{out}}"]'
+    assert len({*folders(f"a = {sample.format(5, 'x')}", f"b = {sample.format(5, 'y')}")}) == 1
+    assert len({*folders(f"a = {sample.format(5, 'x')}", f"b = {sample.format(6, 'x')}")}) == 2
+
+
 def test_runs_of_another_machine_count_as_finished(file, finished, lines, tmp_path, capsys):
     more, out, known = edited(file, tmp_path, ("seeds = [0, 1]", "seeds = [0, 1, 2]")), tmp_path / "out", finished
     words = [str(more), "--out", str(out), "--known", str(known / "results.json")]

@@ -25,6 +25,14 @@ def test_branches_are_axes(tmp_path):
     assert exit.name == "steps-250-cfg-1.0-exit-schedule-0.8-1-0.3-2"
 
 
+@pytest.mark.parametrize("words", [["--num-steps", "5"], ["--cfg-scale", "2"], ["--format", "png"]], ids=" ".join)
+def test_flags_of_generate_that_the_sweep_sets_are_refused_before_sampling(words, ckpt, tmp_path):
+    own = ["--ckpt", str(ckpt), "--ref", "digits", "--out", str(tmp_path / "sweep"), "--num-fid-samples", "4"]
+    with pytest.raises(InputError, match=f"^{words[0]} .*after --.*leave it out"):
+        sweep.main([*own, "--", *words])
+    assert not (tmp_path / "sweep/samples").exists()
+
+
 def result_of(folder, name, distance, **manifest):
     """A finished setting of a sweep of digits."""
     folder.mkdir(exist_ok=True, parents=True)

@@ -98,6 +98,15 @@ def test_missing_images_of_coco_end_it_before_anything_is_encoded(environment):
     assert programs(calls) == ["convert", "info"]
 
 
+def test_another_number_of_images_is_a_variable_and_not_a_flag(environment):
+    done, calls = run("eval", environment, "--num-fid-samples", "5")
+    assert done.returncode == 2 and "NUM_FID_SAMPLES=N" in done.stderr and not calls
+    done, calls = run("eval", {**environment, "NUM_FID_SAMPLES": "5"})
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line) for line in calls]
+    assert any("--num-fid-samples 5" in line for line in lines) and any("--num-images 5" in line for line in lines)
+
+
 def test_evaluation_samples_and_measures_as_table_6(environment, tmp_path):
     done, calls = run("eval", environment, "--global-seed", "5")
     assert done.returncode == 0, done.stderr

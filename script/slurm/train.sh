@@ -22,6 +22,7 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # since Slurm 22.05 srun doe
 # No launcher in between: srun starts every process, passes on the signals it gets, and waits as long as it takes.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train.py \
     ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "${OUTPUT_DIR:-exps}" --data-dir "${DATA_DIR:-data/imagenet256}" \
+    ${MIXED_PRECISION:+--mixed-precision "$MIXED_PRECISION"} \
     --resume auto --model DeepFlow-XL/2 --max-train-steps 2000000 --compile "$@" &
 step=$!
 out_of_time=no

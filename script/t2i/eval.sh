@@ -4,13 +4,13 @@
 # References are the validation crops of script/t2i/preprocess.sh; REF=none: sample only.
 # GENEVAL: its evaluation_metadata.jsonl; its images are then made and checked (docs/text_to_image.md goes on).
 EXP_NAME=${EXP_NAME:-deepflow-t2i-3t}
-LAST_STEP=0150000
+LAST_STEP=${LAST_STEP:-0150000}
 VAL_JSON=${VAL_JSON:-coco/annotations/captions_val2014.json}
 VAL_IMAGES=${VAL_IMAGES:-data/coco256/val/images} # folder, zip or npz
 REF=${REF:-${VAL_IMAGES%/images}.pkl}             # statistics, made of VAL_IMAGES where the file is missing
 CLIP=${CLIP:-openai/clip-vit-base-patch32}
 GENEVAL=${GENEVAL:-}
-NUM_FID_SAMPLES=40192                             # of the 40,504 validation images, as REPA packs them
+NUM_FID_SAMPLES=${NUM_FID_SAMPLES:-40192}         # of the 40,504 validation images, as REPA packs them
 source "$(dirname "${BASH_SOURCE[0]}")/../measure.sh"
 SAMPLE_DIR=${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/samples-t2i}
 
@@ -40,6 +40,7 @@ measure() {
 }
 
 check_weights
+check_flags "$@"
 need VAL_JSON "name COCO's captions_val2014.json"
 [ "$REF" = none ] || need VAL_IMAGES "make it with script/t2i/preprocess.sh, or pass REF=none to sample only"
 [ -z "$GENEVAL" ] || need GENEVAL "name GenEval's evaluation_metadata.jsonl"
