@@ -110,6 +110,8 @@ def is_counterpart(row, result):
         and (row.config.init_from or not started)
         and (step is None or abs(step - row.steps) <= 0.01 * row.steps)
         and all(latents.get(name, spec[name]) == spec[name] for name in ("family", "factor", "scale"))
+        and manifest.path_type in (None, row.config.path_type)
+        and (row.kind == "text" or manifest.weights in (None, "ema"))  # REPA's text-to-image sampler has raw ones
         and row.guided in (None, is_guided(manifest))
         and not manifest.branch_settings()
         and all(getattr(manifest, name) == value for name, value in sampler.items())

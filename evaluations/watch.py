@@ -119,9 +119,7 @@ def measure(args, step, generate):
         if hold(args, step) is None:
             return
         if path.exists():  # an old result: a rewound run has written this checkpoint again
-            if save_curve(args) == step:
-                Path(args.out, "best.pt").unlink(missing_ok=True)
-            path.unlink()
+            forget(args, step)
         make_result(path.stem, held, args, Settings.read(args.run).program, ["--format", "npz", *generate])
         shutil.rmtree(Path(args.out, "samples", path.stem))
     elif not held.exists():
@@ -132,6 +130,24 @@ def measure(args, step, generate):
     held.unlink(missing_ok=True)  # still there if best.pt was a link to the same file: a rename then does nothing
     value = Result.read(path).metrics[args.metric]
     print(f"step {step:,}: {args.label(args.metric)} {value:.4g}{', the best so far' * (step == best)}", flush=True)
+
+
+def forget(args, step):
+    """Delete the result of a step, and best.pt if it is of that step."""
+    if save_curve(args) == step:
+        Path(args.out, "best.pt").unlink(missing_ok=True)
+    result_path(args, step).unlink()
+
+
+def forget_abandoned(args):
+    """Delete the results of checkpoints that a rewind has set aside since they were measured."""
+    for path in Path(args.run, "checkpoints").glob("*.pt.abandoned"):
+        step = int(path.name.partition(".")[0])
+        result = result_path(args, step)
+        # renaming it has changed its ctime; a later checkpoint of the same step may have been measured and deleted
+        if result.exists() and not checkpoint_path(args.run, step).exists():
+            if result.stat().st_mtime < path.stat().st_ctime:
+                forget(args, step)
 
 
 def save_curve(args):
@@ -182,6 +198,7 @@ def main(argv=None):
     with locked(args.out, "--out"):
         while True:
             last_look = args.once or is_finished(args.run)  # checked first, so that the list below is complete
+            forget_abandoned(args)
             for step in sorted({*existing_steps(args.run), *existing_steps(args.out)}):
                 measure(args, step, generate)
             if last_look:

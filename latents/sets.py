@@ -191,6 +191,9 @@ def open_mirror(moments):
         raise InputError(f"{folder} holds rows of {found}, {MOMENTS} of {expected}; encode it again")
     if manifest is not None:
         moments.spec.check_same(manifest.moments_spec().scaled_as(moments.spec), MOMENTS, str(folder))
+        if manifest.image_set and not moments.has_images(manifest.image_set):
+            fault = f"{folder} was made from other images than {moments.folder}"
+            raise InputError(f"{fault}; make it again with preprocessing/dataset_tools.py mirror")
     return rows
 
 

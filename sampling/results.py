@@ -94,6 +94,7 @@ class Result:
         config, cost, count = self.config, self.sampler.cost, self.config.num_fid_samples
         for path in (self.target, self.record):
             check_writable(path, "--sample-dir:")
+        self.check_nothing_is_lost()
         self.store.sealed = prepare_folder(self.store.folder, self.manifest.settings(self.store.kind), config.resume)
         self.is_packed = self.has_npz()
         missing = set() if self.is_packed else set(self.store.missing(count))
@@ -106,6 +107,14 @@ class Result:
             )
         counts = [len(missing.intersection(batch)) for batch in config.batches()]
         return [[number, count] for number, count in enumerate(counts) if count]
+
+    def check_nothing_is_lost(self):
+        """Raise InputError if there are more images than are asked for."""
+        count, there = self.config.num_fid_samples, self.target.exists() and self.record.exists()
+        made = read_manifest(self.record, "delete it to make the samples again").num_fid_samples if there else 0
+        if (made or 0) > count or self.store.has_more(count):
+            fault = f"{self.store.folder} is of more images than --num-fid-samples {count}, which would be lost"
+            raise InputError(f"{fault}; pass another --sample-dir, or delete it and {self.target}")
 
     def has_npz(self):
         """Whether the npz of these very images is finished: its parts may be gone, and nothing is left to do."""
@@ -132,7 +141,7 @@ class Result:
             with_npz = self.config.format != "png" or self.target.exists()
             self.manifest.npz_sha256 = pack(self.store, self.target if with_npz else None, count)
             write_json(self.record, self.manifest.to_json())
-        self.store.finish(count)
+        self.store.finish()
 
     def say_cost(self, made, seconds):
         """Print number of images, time, cost, place and a next command, or one line if all were finished before."""

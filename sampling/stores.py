@@ -37,7 +37,8 @@ class Damaged(InputError):
 class Store:
     """Rows in files of a folder.
 
-    Subclasses: files(count) → {path: indices of its rows}, in order; decode(path, bytes) → (rows, seal or "").
+    Subclasses: files(count) → {path: indices of its rows}, in order; decode(path, bytes) → (rows, seal or "");
+    has_more(count); finish() once the npz is written.
     """
 
     def __init__(self, folder):
@@ -127,14 +128,13 @@ class PngFiles(Store):
                 save = functools.partial(Image.fromarray(pixels).save, format="PNG", compress_level=1, pnginfo=info)
                 write_atomically(path, save, durable=False)
 
-    def finish(self, count):
-        """Delete images beyond the first `count`, of an earlier run that made more: the folder may be measured too."""
+    def has_more(self, count):
+        """Whether there are images beyond the first `count`."""
         images = {path for path in self.folder.glob(self.pattern) if path.stem.isdigit()}
-        surplus = images.difference(map(self.path, range(count)))
-        for path in surplus:
-            path.unlink()
-        if surplus:
-            note(f"deleted {len(surplus)} images beyond --num-fid-samples {count} in {self.folder}")
+        return bool(images.difference(map(self.path, range(count))))
+
+    def finish(self):
+        """Nothing to do: the images stay."""
 
 
 class GenEvalFiles(PngFiles):
@@ -193,7 +193,11 @@ class PartFiles(Store):
 
         write_atomically(path, write)
 
-    def finish(self, _count):
+    def has_more(self, count):
+        """Whether there are rows beyond the first `count`."""
+        return any(held.stop > count for held in self.files().values())
+
+    def finish(self):
         """Delete the parts: the npz has their rows."""
         for path in self.files():
             path.unlink()

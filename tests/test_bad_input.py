@@ -262,6 +262,15 @@ def test_going_on_with_other_classes(run, data, tmp_path):
     refused_on_resume(data, tmp_path, r"was trained on data with num_classes 3, --data-dir has 4")
 
 
+def test_going_on_with_classes_in_another_order(data, tmp_path):
+    path = data / "vae-sd/manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "class_names": ["cat", "dog", "hen"]}))
+    tiny.run_train(data, tmp_path / "exps", max_train_steps=2)
+    path.write_text(json.dumps({**content, "class_names": ["dog", "cat", "hen"]}))
+    refused_on_resume(data, tmp_path, r"was trained on classes with other names, or in another order")
+
+
 # -------------------------------------------------------------------------------------------------- the flags
 
 

@@ -158,6 +158,16 @@ def test_loader_flips_as_the_sampler_says(folder):
         assert (batch.moments[:, 7, 0, 0] < 0).tolist() == sampler.flips(batch.step).tolist()
 
 
+def test_a_mirror_of_other_images_is_refused(folder):
+    write_manifest(folder, images="ours")
+    shutil.copytree(folder / "vae-sd", folder / "vae-sd-mirror")
+    open_dataset(folder, mirror=True)
+    path = folder / "vae-sd-mirror/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "images": "theirs"}))
+    with pytest.raises(InputError, match=r"vae-sd-mirror was made from other images than .*mirror"):
+        open_dataset(folder, mirror=True)
+
+
 # ------------------------------------------------------------------------------------------------------- sampler
 
 

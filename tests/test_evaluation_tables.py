@@ -143,6 +143,8 @@ ALIGNED = {"ssl_align": True, "enc_type": "dinov2-vit-b"}
         ({"changes": [{"step": 1, "changes": {"weighting": ["uniform", "lognormal"]}}]}, []),
         ({"training": {"weighting": "uniform", "tg_upper_bound": 0.0}, "options": {"vera": "none"}}, [33.0]),
         ({"num_steps": 50}, []),
+        ({"path_type": "cosine"}, []),
+        ({"weights": "raw"}, []),
         ({"mode": "ode"}, []),
         ({"cfg_scale": 1.5}, []),
         ({"size": 64}, []),

@@ -189,11 +189,15 @@ def test_nothing_is_sampled_twice(ckpt, tmp_path, monkeypatch):
     assert rows == []
 
 
-def test_fewer_images_than_there_are_give_an_npz_of_as_many(ckpt, tmp_path):
-    _, array, _ = tiny.run_generate(ckpt, tmp_path)
-    _, fewer, manifest = tiny.run_generate(ckpt, tmp_path, num_fid_samples=3)
-    assert np.array_equal(fewer, array[:3])
-    assert len(manifest["labels"]) == 3
+@pytest.mark.parametrize(
+    "output", [{"format": "both"}, {"format": "png"}, {"format": "npz"}, {"decode": False}], ids=str
+)
+def test_fewer_images_than_there_are_cost_none_of_them(ckpt, tmp_path, output):
+    tiny.run_generate_only(ckpt, tmp_path / "samples", **output)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"is of more images than --num-fid-samples 3, .*another --sample-dir"):
+        tiny.run_generate_only(ckpt, tmp_path / "samples", num_fid_samples=3, **output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

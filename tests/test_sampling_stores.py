@@ -202,7 +202,7 @@ def test_what_is_no_part_is_left_alone(tmp_path):
     (tmp_path / "rows-a-b.npy").write_bytes(b"mine")
     assert store.missing(2) == [0, 1]
     store.write(range(2), IMAGES[:2])
-    store.finish(2)
+    store.finish()
     assert files(tmp_path) == {"rows-a-b.npy": b"mine"}
 
 

@@ -150,6 +150,20 @@ def test_steps_that_a_rewound_run_repeats_are_measured_again(training):
     assert training.calls == [1, 1] and (training.folder / "watch/best.pt").read_text().endswith("again")
 
 
+def test_a_step_that_a_rewind_has_set_aside_is_forgotten(training):
+    for _ in range(2):
+        training.train()
+        assert start(training, "--once")["best"]
+    watched = training.folder / "watch"
+    assert json.loads((watched / "curve.json").read_text())["best"] == 2
+    os.utime(watched / "0000002.json", (0, 0))  # long before the rewind
+    training.path(1).write_text("weights of step 1")
+    os.utime(training.path(1), (0, 0))
+    clear_way(training.folder, 1)
+    found = start(training, "--once")
+    assert found["best"] == 1 and not (watched / "0000002.json").exists() and not (watched / "best.pt").exists()
+
+
 def test_after_a_rewind_the_best_checkpoint_may_be_gone_which_is_said(training, monkeypatch, capsys):
     for _ in range(2):
         training.train()

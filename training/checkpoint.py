@@ -171,6 +171,10 @@ def read(path, info):
         if (before := content.data.get(key)) != now:
             trained = f"{path} was trained on data with {key} {before}"
             raise InputError(f"{trained}, --data-dir has {now}; resume on the same data")
+    names, now = content.data.get("class_names"), getattr(info, "class_names", None)
+    if names and now and list(names) != list(now):
+        fault = f"{path} was trained on classes with other names, or in another order, than those of --data-dir"
+        raise InputError(f"{fault}; resume on the same data")
     check_encoders(content.data, info, path, REMEDY)
     return content
 

@@ -23,7 +23,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # since Slurm 22.05 srun doe
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train.py "$@"' train.py \
     ${EXP_NAME:+--exp-name "$EXP_NAME"} --output-dir "${OUTPUT_DIR:-exps}" --data-dir "${DATA_DIR:-data/imagenet256}" \
     ${MIXED_PRECISION:+--mixed-precision "$MIXED_PRECISION"} \
-    --resume auto --model DeepFlow-XL/2 --max-train-steps 2000000 --compile "$@" &
+    --resume auto --model DeepFlow-XL/2 --max-train-steps 2000000 --compile "$@" \
+    ${SLURM_RESTART_COUNT:+--resume auto} & # --resume STEP rewinds once, not after every requeue
 step=$!
 out_of_time=no
 trap 'out_of_time=yes; kill -USR1 "$step"' USR1
