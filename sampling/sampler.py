@@ -105,7 +105,8 @@ class ImageSampler:
     def finish(self, indices, copied, copies):
         """Images or latents of `indices`, as a checked array; copied, copies: from `start_copy`. Raises InputError."""
         if copied is not None:
-            copied.synchronize()
+            with torch.cuda.device(self.device):  # a thread begins on GPU 0, and would take memory there
+                copied.synchronize()
         rows, finite, *decoded = copies
         if not finite:
             remedy = "the weights are damaged or diverged" if self.config.dtype == "fp32" else "try --dtype fp32"
@@ -122,7 +123,7 @@ def start_copy(*tensors):
         return None, [tensor.cpu() for tensor in tensors]
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory
     copied = torch.cuda.Event(blocking=True)  # a waiting thread sleeps instead of spinning
-    copied.record()
+    copied.record(torch.cuda.current_stream(tensors[0].device))  # which need not be the current device
     return copied, copies
 
 

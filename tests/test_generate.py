@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import programs
@@ -115,6 +116,15 @@ def test_pixels_at_another_batch_size_differ_by_rounding_at_most(reference, ckpt
     difference = np.abs(array.astype(int) - reference[1])
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
+
+
+def test_a_copy_ends_on_the_stream_of_the_tensors_device(monkeypatch):
+    place, recorded = torch.device("cuda", 1), []
+    tensor = SimpleNamespace(is_cuda=True, device=place, to=lambda *_, **__: "copy")
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: SimpleNamespace(record=lambda *on: recorded.append(on)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    _, copies = sampler.start_copy(tensor, tensor)
+    assert copies == ["copy", "copy"] and recorded == [(place,)]
 
 
 def test_more_images_begin_with_the_same_ones(reference, ckpt, tmp_path):
