@@ -259,7 +259,7 @@ def restart_step(path, noise):
         x0 = x - t * average_velocity(x, t, 0.0)
         if t_next == 0:
             return x0
-        return path.alpha(t_next) * x0 + path.sigma(t_next) * noise(index).to(x)  # equation 1 at one time, on the CPU
+        return path.alpha(t_next) * x0 + path.sigma(t_next) * noise(index).to(x)  # equation 1; t_next is one number
 
     return step
 

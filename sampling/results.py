@@ -113,8 +113,8 @@ class Result:
         count, there = self.config.num_fid_samples, self.target.exists() and self.record.exists()
         made = read_manifest(self.record, "delete it to make the samples again").num_fid_samples if there else 0
         if (made or 0) > count or self.store.has_more(count):
-            fault = f"{self.store.folder} is of more images than --num-fid-samples {count}, which would be lost"
-            raise InputError(f"{fault}; pass another --sample-dir, or delete it and {self.target}")
+            fault = f"{self.store.folder} has more images than --num-fid-samples {count}; the others would be lost"
+            raise InputError(f"{fault}; pass another --sample-dir, or delete that folder and {self.target}")
 
     def has_npz(self):
         """Whether the npz of these very images is finished: its parts may be gone, and nothing is left to do."""

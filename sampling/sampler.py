@@ -38,7 +38,7 @@ class ImageSampler:
         self.ends = model.ends if config.branch_settings() else None  # None: only the last branch is used
         self.cost, self.draws = self.try_out()
         if config.decode:
-            # a checkpoint that is already loaded is the library's, which needs the codec in any case
+            # a checkpoint that is already loaded comes from sampling/library.py, which needs the codec in any case
             found = None if checkpoint else recognise_vae(config.vae or self.spec.vae, self.spec)
             self.spec = found.scaled_as(self.spec) if found else self.codec.spec
         # of the weights in the file, before they are rounded to --dtype

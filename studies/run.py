@@ -38,7 +38,7 @@ class StudyFlags:
     report: bool = flag(False, "start nothing: table and plots of what is finished")
     print: bool = flag(False, "print the commands of every unfinished run in a line each, and stop")
     hours_on: str | None = flag(
-        None, "print the hours that all runs train on one such GPU, and stop", str, choices=list(PEAK_FLOPS)
+        None, "print the hours that runs not in --known train on one such GPU, and stop", str, choices=list(PEAK_FLOPS)
     )
     mfu: float = flag(MFU, "share of the GPU's peak that --hours-on assumes", range=Range(above=0, high=1))
 

@@ -205,7 +205,7 @@ def test_nothing_is_sampled_twice(ckpt, tmp_path, monkeypatch):
 def test_fewer_images_than_there_are_cost_none_of_them(ckpt, tmp_path, output):
     tiny.run_generate_only(ckpt, tmp_path / "samples", **output)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"is of more images than --num-fid-samples 3, .*another --sample-dir"):
+    with pytest.raises(InputError, match=r"has more images than --num-fid-samples 3; .*another --sample-dir"):
         tiny.run_generate_only(ckpt, tmp_path / "samples", num_fid_samples=3, **output)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

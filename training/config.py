@@ -343,7 +343,7 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
             raise InputError("--g-type distill needs a flow model as teacher: pass --teacher, or --init-from")
         if self.teacher and self.g_type != "distill":
             raise InputError(f"--teacher is for --g-type distill, not {self.g_type}; drop it")
-        if self.teacher and not (Path(self.teacher).exists() or models.hub.is_on_hub(self.teacher)):  # is read late
+        if self.teacher and not (Path(self.teacher).exists() or models.hub.is_on_hub(self.teacher)):  # it is read late
             raise InputError(f"--teacher {self.teacher} does not exist; name the file of a flow model")
         if self.g_type == "mg" and self.cfg_prob == 0 and self.from_scratch:
             raise InputError("--g-type mg needs a null class, which --cfg-prob 0 never trains; raise it")
