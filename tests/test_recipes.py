@@ -179,6 +179,6 @@ def test_text_to_image(desk):
     data = captioned.data_folder(desk.folder / "coco")
     ckpt = train(desk, "t2i/train.sh", "t2i", DATA_DIR=data)
     train(desk, "t2i/train.sh", "mmdit", DATA_DIR=data, MODEL="MMDiT-L/2")
-    evaluate(desk, "t2i/eval.sh", ckpt, "--num-fid-samples", 3, VAL_JSON=desk.folder / "coco/captions.json")
+    evaluate(desk, "t2i/eval.sh", ckpt, NUM_FID_SAMPLES=3, VAL_JSON=desk.folder / "coco/captions.json")
     (npz,) = ckpt.parent.parent.glob("samples-t2i/coco/*.npz")
     assert len(np.load(npz)["arr_0"]) == 3
