@@ -120,7 +120,7 @@ def measure(setting, args, generate):
 
     Raises InputError if the file of the result is damaged or has other settings.
     """
-    path = make_result(setting.name, args.ckpt, args, "generate.py", [*setting.flags, *generate])
+    path = make_result(setting.name, args.ckpt, args, "generate.py", [*generate, *setting.flags])
     remedy = "delete it to measure this setting again"
     result = Result.read(path, remedy)
     about = {"num_steps": setting.num_steps, "cfg_scale": setting.cfg_scale, "num_fid_samples": args.num_samples}
