@@ -193,6 +193,13 @@ def test_runs_of_another_machine_count_as_finished(file, finished, lines, tmp_pa
         run.main([str(changed), *words[1:]])
 
 
+@pytest.mark.parametrize("path", sorted(tiny.ROOT.glob("assets/studies/*/results.json")), ids=lambda p: p.parent.name)
+def test_results_of_the_repository_are_of_its_studies(path, tmp_path):
+    study, runs = read_study(tiny.ROOT / f"studies/{path.parent.name}.toml", tmp_path)
+    known = summary.read_known(study, [path])
+    assert known and known.keys() <= {of.key for of in runs}
+
+
 def test_the_failure_of_a_run_does_not_stop_the_others(file, out, lines, tmp_path, capsys):
     broken = 'baseline = "sit"', 'baseline = "sit"\nvariants.broken = {model = "SiT-Ti/2", batch-size = 100}'
     shutil.rmtree(out / "full-seed1")
