@@ -18,45 +18,38 @@ fast=(--compile --dtype bf16 --vae-dtype bf16 --per-proc-batch-size 64) # of gen
 weights=(${INCEPTION_WEIGHTS:+--inception-weights "$INCEPTION_WEIGHTS"})
 edm2_weights=(${weights[@]+"${weights[@]}"} ${DINOV2_WEIGHTS:+--dinov2-weights "$DINOV2_WEIGHTS"})
 
+# The two suites: RUNNER (python or launch) SAMPLES JSON [flags]
+adm() { "$1" -m evaluations.evaluator "$REF" "$2" --json "$3" ${weights[@]+"${weights[@]}"} "${@:4}"; }
+edm2() { # FID and FD-DINOv2
+    "$1" -m evaluations.calculate_metrics calc --images "$2" --ref "$REF" --num-images "$NUM_FID_SAMPLES" --json "$3" \
+        ${edm2_weights[@]+"${edm2_weights[@]}"} "${@:4}"
+}
+
 need() { # VARIABLE [remedy]: the file that it names
     [ -e "${!1}" ] || fail "$1 ${!1} does not exist${2:+; $2}"
 }
 
-check_weights() {
+check_sampling() { # [flags]: the files, and the flags that the recipe got
     need CKPT "name a checkpoint with CKPT=FILE"
     for name in INCEPTION_WEIGHTS DINOV2_WEIGHTS; do [ -z "${!name:-}" ] || need "$name"; done
-}
-
-need_folder() { # FOLDER for samples
-    mkdir -p "$1" 2>/dev/null && [ -w "$1" ] || fail "$1 cannot be written; name another place with SAMPLE_DIR=FOLDER"
-}
-
-check_only() { "$@" --json "$RESULTS/$EXP_NAME.json" --check-only; } # COMMAND: check everything it needs except the samples
-
-check_flags() { # FLAGS that a recipe got
     [[ " $* " != *" --num-fid-samples"[\ =]* ]] || fail "--num-fid-samples comes from NUM_FID_SAMPLES=N; leave the flag out"
+    [[ "$REF" = none || " $* " != *" --format png "* ]] || fail "--format png gives nothing to measure; pass REF=none"
 }
 
-check_files() { # WHAT FILE COMMAND: kind of reference, example file, command that uses it
-    check_weights
-    [ -n "$REF" ] || fail "REF is not set: download $1 (docs/evaluation.md) and pass REF=$2, or REF=none to sample only"
+check() { # SUITE REFERENCE FILE [flags]: everything but the samples; FILE: the usual name of such a reference
+    check_sampling "${@:4}"
+    [ -n "$REF" ] || fail "REF is not set: download $2 (docs/evaluation.md) and pass REF=$3, or REF=none to sample only"
     [ "$REF" != none ] || return 0
     need REF "docs/evaluation.md says where reference files come from"
-    check_only "${@:3}"
+    "$1" python samples "$RESULTS/$EXP_NAME.json" --check-only
 }
-
-check_adm() {
-    check_files "ADM's reference batch" VIRTUAL_imagenet256_labeled.npz \
-        python -m evaluations.evaluator "$REF" samples ${weights[@]+"${weights[@]}"}
-}
+check_adm() { check adm "ADM's reference batch" VIRTUAL_imagenet256_labeled.npz "$@"; }
 
 newest_npz() { # FOLDER
     ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; see the output of generate.py"
 }
 
-make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing where it is not to be measured
-    check_flags "${@:2}"
-    [[ "$REF" = none || " $* " != *" --format png "* ]] || fail "--format png gives nothing to measure; pass REF=none"
+make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing if it is not to be measured
     launch generate.py --ckpt "$CKPT" --sample-dir "$1" --num-fid-samples "$NUM_FID_SAMPLES" "${fast[@]}" "${@:2}"
     if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi
 }
@@ -68,26 +61,22 @@ result_of() { # NPZ [SUFFIX]: file of its result; the npz's name may already con
 }
 
 sample_and_measure() { # NAME [flags of generate.py]: ADM's suite, with the SDE unless a flag names another sampler
-    check_adm
+    check_adm "${@:2}"
     make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME/$1}" --mode sde "${@:2}"
     [ -n "$npz" ] || return 0
-    local json
-    json=$(result_of "$npz")
-    launch -m evaluations.evaluator "$REF" "$npz" --json "$json" ${weights[@]+"${weights[@]}"}
-    python -m evaluations.table "$json"
+    adm launch "$npz" "$(result_of "$npz")"
+    python -m evaluations.table "$(result_of "$npz")"
 }
 
 sample_and_measure_map() { # [flags of generate.py]: EDM2's FID and FD-DINOv2 with each number of STEPS (1 2 4)
     local steps json measured=()
-    check_files "Decoupled MeanFlow's statistics" imgnet256.pkl \
-        python -m evaluations.calculate_metrics calc --images samples --ref "$REF" ${edm2_weights[@]+"${edm2_weights[@]}"}
+    check edm2 "Decoupled MeanFlow's statistics" imgnet256.pkl "$@"
     for steps in ${STEPS:-${NUM_STEPS:-1 2 4}}; do
         make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME}/fid-steps-$steps" --mode euler --num-steps "$steps" "$@"
         [ -n "$npz" ] || continue
         json=$(result_of "$npz" "-steps-$steps")
         measured+=("$json")
-        launch -m evaluations.calculate_metrics calc --images "$npz" --ref "$REF" --num-images "$NUM_FID_SAMPLES" \
-            --json "$json" ${edm2_weights[@]+"${edm2_weights[@]}"}
+        edm2 launch "$npz" "$json"
     done
     [ "$REF" = none ] || python -m evaluations.table "${measured[@]}"
 }

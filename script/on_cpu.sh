@@ -1,6 +1,6 @@
-# Sourced by quickstart*.sh with their arguments, after they define usage: the environment, processes and helpers.
+# Sourced by quickstart*.sh and branches_study.sh with their arguments: help, environment, processes and helpers.
 case "${1:-}" in
-    -h | --help) usage; exit 0 ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;; # the comment at their top
     ?*) echo "error: unknown argument $1; see bash $0 --help" >&2; exit 2 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt

@@ -1,21 +1,15 @@
 #!/usr/bin/env bash
 # DeepFlow end to end on real handwritten digits, on a laptop without GPU.
+#   bash script/quickstart.sh [--help]
+# Sets up .venv, then writes scikit-learn's handwritten digits as an image folder, converts and encodes them, trains a
+# small DeepFlow (two branches), samples 400 digits and measures them. Takes minutes on two CPU cores; needs no GPU and
+# downloads nothing but the packages. Everything goes to quickstart/ (another folder: WORK=...). A second run reuses
+# finished steps; delete the folder to start again. STEPS sets the number of training steps.
+# An active virtual or conda environment is used as it is, without making .venv.
+# Environment: TORCH_INDEX_URL  wheel index for PyTorch, e.g. https://download.pytorch.org/whl/cpu (small CPU wheels)
+#              PYTHON           interpreter that makes .venv (python3)
+#              WORK             folder of the results (quickstart)
 set -euo pipefail
-
-usage() {
-    cat <<'EOF'
-usage: bash script/quickstart.sh [--help]
-
-Sets up .venv, then writes scikit-learn's handwritten digits as an image folder, converts and encodes them, trains a
-small DeepFlow (two branches), samples 400 digits and measures them. Takes minutes on two CPU cores; needs no GPU and
-downloads nothing but the packages. Everything goes to quickstart/ (another folder: WORK=...). A second run reuses
-finished steps; delete the folder to start again. STEPS sets the number of training steps.
-An active virtual or conda environment is used as it is, without making .venv.
-Environment: TORCH_INDEX_URL  wheel index for PyTorch, e.g. https://download.pytorch.org/whl/cpu (small CPU wheels)
-             PYTHON           interpreter that makes .venv (python3)
-             WORK             folder of the results (quickstart)
-EOF
-}
 source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"
 WORK=${WORK:-quickstart}
 STEPS=${STEPS:-3000}

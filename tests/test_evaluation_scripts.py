@@ -69,7 +69,7 @@ def test_samples_and_measures_as_published(environment, tmp_path, size):
     own = f"--inception-weights {tmp_path}/weights.pth"
     measured = f"{tmp_path}/fid/NAME.npz"
     assert evaluate == f"{LAUNCHER} {program} {measured} --json results/run-NAME.json {own}"
-    assert check == f"python {program} samples {own} --json results/run.json --check-only"
+    assert check == f"python {program} samples --json results/run.json {own} --check-only"
     assert table == "python -m evaluations.table results/run-NAME.json"
 
 
@@ -185,7 +185,7 @@ def test_without_an_npz_there_is_nothing_to_measure(environment, tmp_path, scrip
     done = run(script, environment, "--format", "png")
     assert done.returncode == 2
     assert done.stderr == "error: --format png gives nothing to measure; pass REF=none\n"
-    assert "generate.py" not in (tmp_path / "calls").read_text()
+    assert not (tmp_path / "calls").exists()
 
 
 @pytest.mark.parametrize(("script", "kind"), [("base/eval", "ADM"), ("dmf/eval_xl", "Decoupled"), ("guided", "ADM")])

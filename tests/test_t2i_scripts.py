@@ -98,6 +98,11 @@ def test_missing_images_of_coco_end_it_before_anything_is_encoded(environment):
     assert programs(calls) == ["convert", "info"]
 
 
+def test_samples_without_an_npz_are_refused_before_anything_is_sampled(environment):
+    done, calls = run("eval", environment, "--format", "png")
+    assert done.returncode == 2 and "REF=none" in done.stderr and not calls
+
+
 def test_another_number_of_images_is_a_variable_and_not_a_flag(environment):
     done, calls = run("eval", environment, "--num-fid-samples", "5")
     assert done.returncode == 2 and "NUM_FID_SAMPLES=N" in done.stderr and not calls

@@ -17,10 +17,9 @@ line=$(sed -n "${SLURM_ARRAY_TASK_ID:?start this with sbatch --array}p" "${1:?na
 setsid bash -c "trap 'exit 75' TERM; $line" & # in its own process group
 group=$!
 trap 'kill -TERM -- "-$group"' TERM # training writes a checkpoint and ends
-code=0
-wait "$group" || code=$?
-while kill -0 "$group" 2>/dev/null; do # a signal ends `wait` early
-    code=0
-    wait "$group" || code=$?
-done
+while
+    wait "$group"
+    code=$?
+    kill -0 "$group" 2>/dev/null # a signal ended `wait` early
+do :; done
 exit "$code"

@@ -29,12 +29,11 @@ step=$!
 out_of_time=no
 trap 'out_of_time=yes; kill -USR1 "$step"' USR1
 trap 'kill -TERM "$step"' TERM
-code=0
-wait "$step" || code=$?
-while kill -0 "$step" 2>/dev/null; do # a signal ends `wait` early
-    code=0
-    wait "$step" || code=$?
-done
+while
+    wait "$step"
+    code=$?
+    kill -0 "$step" 2>/dev/null # a signal ended `wait` early
+do :; done
 if [ "$out_of_time" = yes ] && [ "$code" -ne 0 ]; then
     echo "stopped at the time limit with code $code; requeued"
     scontrol requeue "$SLURM_JOB_ID"

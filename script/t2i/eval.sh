@@ -18,36 +18,31 @@ sample() { # NAME PROMPTS [flags]
     launch generate_t2i.py --ckpt "$CKPT" --sample-dir "$SAMPLE_DIR/$1" --prompts "$2" "${fast[@]}" "${@:3}"
 }
 
-measuring=(--ref "$REF" --metrics fid,fd_dinov2 ${edm2_weights[@]+"${edm2_weights[@]}"})
-# ten splits for the Inception Score: ADM's splits of 5,000 images would leave a last one of 192
-suite=(--splits 10 ${weights[@]+"${weights[@]}"})
-
-check_measuring() {
-    [ -f "$REF" ] || launch -m evaluations.calculate_metrics ref --data "$VAL_IMAGES" --dest "$REF" \
-        ${edm2_weights[@]+"${edm2_weights[@]}"}
-    check_only python -m evaluations.calculate_metrics calc --images samples "${measuring[@]}"
-    check_only python -m evaluations.evaluator "$VAL_IMAGES" samples "${suite[@]}"
-    check_only python -m evaluations.clip_score samples --clip "$CLIP"
+measure() { # RUNNER SAMPLES [flags]
+    local json=$RESULTS/$EXP_NAME
+    edm2 "$1" "$2" "$json-coco.json" "${@:3}"
+    # ten splits for the Inception Score: ADM's splits of 5,000 images would leave a last one of 192
+    REF=$VAL_IMAGES adm "$1" "$2" "$json-adm.json" --splits 10 "${@:3}"
+    python -m evaluations.clip_score "$2" --clip "$CLIP" --json "$json-clip.json" "${@:3}"
 }
 
-measure() {
-    local npz name=$RESULTS/$EXP_NAME
-    npz=$(newest_npz "$SAMPLE_DIR/coco")
-    launch -m evaluations.calculate_metrics calc --images "$npz" "${measuring[@]}" --num-images "$NUM_FID_SAMPLES" \
-        --json "$name-coco.json"
-    launch -m evaluations.evaluator "$VAL_IMAGES" "$npz" "${suite[@]}" --json "$name-adm.json"
-    python -m evaluations.clip_score "$npz" --clip "$CLIP" --json "$name-clip.json"
-}
-
-check_weights
-check_flags "$@"
+check_sampling "$@"
 need VAL_JSON "name COCO's captions_val2014.json"
 [ "$REF" = none ] || need VAL_IMAGES "make it with script/t2i/preprocess.sh, or pass REF=none to sample only"
-[ -z "$GENEVAL" ] || need GENEVAL "name GenEval's evaluation_metadata.jsonl"
-[ -z "$GENEVAL" ] || check_only python -m evaluations.geneval score results.jsonl --metadata "$GENEVAL"
-[ "$REF" = none ] || check_measuring
+if [ -n "$GENEVAL" ]; then
+    need GENEVAL "name GenEval's evaluation_metadata.jsonl"
+    python -m evaluations.geneval score results.jsonl --metadata "$GENEVAL" --check-only
+fi
+if [ "$REF" != none ]; then
+    [ -f "$REF" ] || launch -m evaluations.calculate_metrics ref --data "$VAL_IMAGES" --dest "$REF" \
+        ${edm2_weights[@]+"${edm2_weights[@]}"}
+    measure python samples --check-only
+fi
 sample coco "$VAL_JSON" --num-fid-samples "$NUM_FID_SAMPLES" "$@"
-[ "$REF" = none ] || measure
+if [ "$REF" != none ]; then
+    npz=$(newest_npz "$SAMPLE_DIR/coco")
+    measure launch "$npz"
+fi
 if [ -n "$GENEVAL" ]; then
     sample geneval "$GENEVAL" --format png "$@"
     python -m evaluations.geneval check "$(ls -td "$SAMPLE_DIR"/geneval/*/ | head -n 1)" "$GENEVAL"

@@ -2,13 +2,11 @@
 # MS-COCO 2014 as text-to-image training reads it: 256² crops, VAE moments, CLIP features of every caption.
 #   COCO=coco bash script/t2i/preprocess.sh
 # COCO holds train2014/, val2014/ and annotations/captions_{train,val}2014.json, as they unpack.
-# Disk: features of the training captions take about 49 GB in fp16, of the validation captions 24 GB.
+# VAE, TEXT_ENCODER and STORED_DTYPE replace the defaults of `encode` and `captions`.
+# Disk: features of the training captions take about 49 GB in fp16, of the validation captions 24 GB; fp32 doubles it.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 COCO=${COCO:-coco}
 DATA_DIR=${DATA_DIR:-data/coco256}
-VAE=${VAE:-stabilityai/sd-vae-ft-ema}
-TEXT_ENCODER=${TEXT_ENCODER:-openai/clip-vit-large-patch14}
-STORED_DTYPE=${STORED_DTYPE:-fp16} # fp32 doubles the disk
 TRAIN_COUNT=${TRAIN_COUNT-82783}   # images of MS-COCO 2014; set to nothing for images of your own
 VAL_COUNT=${VAL_COUNT-40504}
 
@@ -25,10 +23,11 @@ prepare() { # SPLIT COUNT
     local dest=$DATA_DIR/$1
     tool convert --source "$COCO/${1}2014" --dest "$dest/images" --resolution 256x256 --transform center-crop
     check_count "$dest/images" "$2"
-    launch -m preprocessing.dataset_tools encode --source "$dest/images" --dest "$dest/vae-sd" --vae "$VAE" \
-        --per-proc-batch-size 64 --packed
+    launch -m preprocessing.dataset_tools encode --source "$dest/images" --dest "$dest/vae-sd" \
+        ${VAE:+--vae "$VAE"} --per-proc-batch-size 64 --packed
     launch -m preprocessing.dataset_tools captions --source "$dest/images" --dest "$dest/text" \
-        --annotations "$COCO/annotations/captions_${1}2014.json" --text-encoder "$TEXT_ENCODER" --stored-dtype "$STORED_DTYPE"
+        --annotations "$COCO/annotations/captions_${1}2014.json" \
+        ${TEXT_ENCODER:+--text-encoder "$TEXT_ENCODER"} ${STORED_DTYPE:+--stored-dtype "$STORED_DTYPE"}
     tool verify "$dest"
     tool info "$dest"
 }
