@@ -1,20 +1,18 @@
 """The one way to work ahead: an ordered map whose results are made in threads before they are asked for."""
 
 import collections
-import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 
-def ordered_map(function, items, ahead=1, threads=1, pool=None, finish=False):
+def ordered_map(function, items, ahead=1, threads=1, finish=False):
     """Yield function(item) for each item, in order; at most `ahead` results are under way or wait beyond the current.
 
     items is read in the consumer's thread and may be endless. An error of `function` is raised where its result is due.
-    Leaving the loop, also by an error, waits for calls that have begun and, with `finish`, makes those that wait. pool:
-    an executor of the caller's, threads or processes, instead of `threads` new threads.
+    Leaving the loop, also by an error, waits for calls that have begun and, with `finish`, makes those that wait.
     """
     pending = collections.deque()
-    with contextlib.nullcontext(pool) if pool else ThreadPoolExecutor(threads) as executor:
+    with ThreadPoolExecutor(threads) as executor:
         try:
             for item in items:
                 pending.append(executor.submit(function, item))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import InputError, note
 from common.files import regular, write_atomically
-from common.look_ahead import cores_of_process, ordered_map
+from common.look_ahead import cores_of_process
 from common.progress import Progress
 from common.versions import versions
 from latents.manifest import LABELS_JSON, MANIFEST, NAMES, DataManifest
@@ -54,7 +54,7 @@ def convert(options):
     if not zipped and job.begin():
         side = options.resolution[0] if options.resolution else images.first_width(options.skip_bad)
         task = functools.partial(_convert_chunk, images, job, transform, side, options)
-        _convert_images(images, job, task, options.workers or cores_of_process())
+        job.run(batches_of(len(images), CHUNK), functools.partial(_map, images, task, options.workers), "img")
         _finish(images, job, side, options)
     elif zipped or not to_zip:
         note(f"{dest} is complete: nothing to do")
@@ -65,7 +65,7 @@ def convert(options):
 
 
 def _convert_chunk(images, job, transform, side, options, chunk):
-    """Convert the images of one chunk to side × side; returns {index: reason} of those left out."""
+    """Convert the images of one chunk to side × side; returns {index: reason} of those left out, and (), as Job.run."""
     left_out = {}
     for index in chunk:
         result, reason = images.read_or_skip(index, options.skip_bad, transform)
@@ -81,28 +81,18 @@ def _convert_chunk(images, job, transform, side, options, chunk):
         buffer = io.BytesIO()
         result.save(buffer, **FORMATS[options.format][1])
         job.put(image_name(index, options.format), buffer.getbuffer())
-    return left_out
+    return left_out, ()
 
 
-def _convert_images(images, job, task, workers):
-    """Run the task on all chunks that the journal lacks, in this process or in forked ones."""
-    chunks = batches_of(len(images), CHUNK)
-    todo, done = job.unfinished(chunks)
-    results = _map(images, task, [chunks[number] for number in todo], min(workers, len(todo)))
-    with Progress(total=len(images), initial=done, unit="img", desc="convert") as bar:
-        for number, left_out in zip(todo, results, strict=True):
-            job.record(number, left_out)
-            bar.update(len(chunks[number]))
-
-
-def _map(images, task, chunks, workers):
-    """Results of the task on the chunks, in order; at most a few per worker are under way."""
+def _map(images, task, workers, chunks):
+    """Results of the task on the chunks, in order, in this process or in forked ones."""
+    workers = min(workers or cores_of_process(), len(chunks))
     if workers <= 1:
         yield from map(task, chunks)
         return
     context = multiprocessing.get_context("fork")  # a fork shares names and labels
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (images, task)) as pool:
-        yield from ordered_map(_run_chunk, chunks, ahead=4 * workers, pool=pool)
+        yield from pool.map(_run_chunk, chunks)
 
 
 _TASK = None  # set in a worker process

@@ -15,26 +15,17 @@ from common.errors import exit_on_input_error, note
 from common.files import locked, naming
 from common.flags import parse_commands
 from latents.manifest import IMAGES, MOMENTS, TEXT
-from preprocessing.options import (
-    CaptionFlags,
-    ConvertFlags,
-    EncodeFlags,
-    FeatureFlags,
-    InfoFlags,
-    MirrorFlags,
-    PackFlags,
-    VerifyFlags,
-)
+from preprocessing import options as flags
 
 COMMANDS = {  # flags, and the function, imported when it is needed
-    "convert": (ConvertFlags, "preprocessing.convert:convert"),
-    "encode": (EncodeFlags, "preprocessing.encode:encode"),
-    "mirror": (MirrorFlags, "preprocessing.encode:encode"),
-    "features": (FeatureFlags, "preprocessing.encode:write_features"),
-    "captions": (CaptionFlags, "preprocessing.text:write_captions"),
-    "pack": (PackFlags, "preprocessing.pack:pack"),
-    "verify": (VerifyFlags, "preprocessing.verify:run"),
-    "info": (InfoFlags, "preprocessing.info:run"),
+    "convert": (flags.ConvertFlags, "preprocessing.convert:convert"),
+    "encode": (flags.EncodeFlags, "preprocessing.encode:encode"),
+    "mirror": (flags.MirrorFlags, "preprocessing.encode:encode"),
+    "features": (flags.FeatureFlags, "preprocessing.encode:write_features"),
+    "captions": (flags.CaptionFlags, "preprocessing.text:write_captions"),
+    "pack": (flags.PackFlags, "preprocessing.pack:pack"),
+    "verify": (flags.VerifyFlags, "preprocessing.verify:run"),
+    "info": (flags.InfoFlags, "preprocessing.info:run"),
 }
 TOOLS = "python -m preprocessing.dataset_tools"
 NEXT = {  # the next command to run; data: the data folder, or the set itself if it lies in none

@@ -9,7 +9,6 @@ import numpy as np
 
 from common.errors import InputError, note
 from common.look_ahead import ordered_map
-from common.progress import Progress
 from common.versions import versions
 from preprocessing.jobs import batches_of
 from preprocessing.sources import ImageSource
@@ -78,20 +77,17 @@ def fill(writer, rows, function, processes, manifest, package, files=None):
     job, total = writer.job, len(rows.names)
     if not processes.share("begun", processes.is_main and begin(job)):
         return
-    batches = batches_of(total, job.ticket["batch_size"])
-    todo, done = job.unfinished(batches)
-    mine = [number for number in todo if number % processes.world == processes.rank]
-    bar_of = {"total": total, "initial": done, "unit": rows.unit, "desc": job.ticket["command"]}
-    with Progress(**bar_of, disable=not processes.is_main) as bar:
-        inputs = rows.read([batches[number] for number in mine])
-        for number, (batch, left_out) in zip(mine, inputs, strict=True):
-            positions = [index for index in batches[number] if index not in left_out]
+
+    def compute(batches):
+        for batch, (inputs, left_out) in zip(batches, rows.read(batches), strict=True):
+            positions = [index for index in batch if index not in left_out]
             values = ()
             if positions:  # a row keeps the place of its image until the end
-                values = function(batch).float().cpu().numpy()
+                values = function(inputs).float().cpu().numpy()
                 writer.write(positions, values, rows.names)
-            job.record(number, left_out, values)
-            bar.update(min(len(batches[number]) * processes.world, bar.total - bar.n))
+            yield left_out, values
+
+    job.run(batches_of(total, job.ticket["batch_size"]), compute, rows.unit, processes.rank, processes.world)
     processes.barrier()
     if processes.is_main:
         kept, left_out = job.kept(rows.names)

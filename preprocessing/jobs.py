@@ -5,6 +5,7 @@ files that are not whole yet. Batches are fixed by index: one that the journal l
 redone whole. The manifest is written last, so a folder with a manifest is complete, and running it again does nothing.
 """
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -19,6 +20,7 @@ import numpy as np
 
 from common.errors import InputError, note
 from common.files import write_atomically
+from common.progress import Progress
 from common.records import check_record, parse_record, read_record
 from latents.manifest import AGAIN, ENCODERS, FORMAT, MANIFEST, VERSION, DataManifest
 from latents.names import is_data, walk
@@ -107,7 +109,7 @@ class Job:
         write_atomically(self.dest / name, lambda file: file.write(data), durable, temporary)
 
     def record(self, batch, left_out=None, rows=()):
-        """Note in the journal that batch number `batch` is finished; left_out: {position: reason}; rows: its others."""
+        """Note in the journal that batch number `batch` is finished; left_out: {position: reason}; rows: the others."""
         if self._journal is None:  # a new file per run: the last line of a killed run may be cut off
             self._journal = open(self.partial / f"done-{uuid.uuid4().hex}.jsonl", "ab", buffering=0)
         sums = ChannelSums.of(rows) if self.ticket.get("normalize") and len(rows) else None
@@ -146,6 +148,21 @@ class Job:
         done = {record.batch for record in self.records()}
         todo = [number for number in range(len(batches)) if number not in done]
         return todo, sum(map(len, batches)) - sum(len(batches[number]) for number in todo)
+
+    def run(self, batches, work, unit, rank=0, world=1):
+        """Do the work on the batches that the journal lacks, every `world`-th of them, under a progress bar.
+
+        work: a generator, batches → for each in turn what `record` takes: {position: reason}, and the rows of the
+        others, which are written by then. It is closed also after an error, so that its workers end.
+        """
+        todo, done = self.unfinished(batches)
+        mine, total = [number for number in todo if number % world == rank], sum(map(len, batches))
+        about = {"total": total, "initial": done, "unit": unit, "desc": self.ticket["command"]}
+        results = work([batches[number] for number in mine])
+        with contextlib.closing(results), Progress(**about, disable=rank > 0) as bar:
+            for number, (left_out, rows) in zip(mine, results, strict=True):
+                self.record(number, left_out, rows)
+                bar.update(min(len(batches[number]) * world, total - bar.n))
 
     def kept(self, names):
         """(positions of `names` that were kept, [[name, reason]] of the others). Raises InputError if none was."""

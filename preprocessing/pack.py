@@ -8,7 +8,6 @@ import numpy as np
 
 from common.errors import InputError, note
 from common.files import sha256_of_files
-from common.progress import Progress
 from common.versions import versions
 from dataset import open_dataset
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, DataManifest
@@ -51,23 +50,18 @@ def pack_set(source, dest, options):
         note(f"{dest} is complete: nothing to do")
         return
     writer = ShardWriter(job, rows.shape, options)
-    _copy(rows, names, writer, options.workers)
+
+    def copy(batches):
+        buffer = np.empty((BATCH, *rows.shape), rows.dtype)
+        with ThreadPoolExecutor(options.workers) as pool:  # reading small files waits for the disk: several at once
+            for batch in batches:
+                list(pool.map(rows.read, batch, buffer))
+                writer.write(batch, buffer[: len(batch)], names)
+                yield {}, buffer[: len(batch)]
+
+    job.run(batches_of(len(rows), BATCH), copy, "img")
     facts |= {"images": manifest.image_set, "num_classes": info.num_classes, "class_names": info.class_names}
     facts |= {"resolution": info.resolution, "transform": manifest.transform, "left_out": manifest.left_out}
     facts |= {"versions": {**manifest.versions, "packed_with": versions()}}
     writer.finish(len(rows), range(len(rows)), names, labels, facts, {})
     note(f"{dest}: {len(rows)} images packed")
-
-
-def _copy(rows, names, writer, workers):
-    """Copy all batches that the journal lacks."""
-    batches = batches_of(len(rows), BATCH)
-    todo, done = writer.job.unfinished(batches)
-    buffer = np.empty((BATCH, *rows.shape), rows.dtype)
-    with Progress(total=len(rows), initial=done, unit="img", desc="pack") as bar, ThreadPoolExecutor(workers) as pool:
-        for number in todo:
-            batch = batches[number]
-            list(pool.map(rows.read, batch, buffer))  # reading small files waits for the disk: several at once
-            writer.write(batch, buffer[: len(batch)], names)
-            writer.job.record(number, {}, buffer[: len(batch)])
-            bar.update(len(batch))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import zipfile
@@ -446,6 +447,18 @@ def test_workers_stop_at_an_unreadable_image_too(tmp_path, monkeypatch):
     (source / "n0001/1.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"n0001/1\.png cannot be read \(the file is empty\)"):
         convert(ConvertFlags(source, tmp_path / "dest", (16, 16), "center-crop-dhariwal", workers=2))
+
+
+def test_workers_end_with_a_command_that_fails(tmp_path, small_chunks, monkeypatch):
+    source = write_class_folders(tmp_path / "source")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Job, "record", full)
+    with pytest.raises(OSError, match="space") as caught:
+        convert(ConvertFlags(source, tmp_path / "dest", (16, 16), workers=2))
+    assert caught.tb and not multiprocessing.active_children()  # a traceback keeps what its frames hold
 
 
 # -------------------------------------------------------------------------------------------------- command line
