@@ -106,6 +106,8 @@ def _in_one_line(error):
         return "a library reads docstrings, which python -OO drops; unset PYTHONOPTIMIZE, or set it to 1"
     if isinstance(error, OSError | MemoryError | RuntimeError | ImportError) and (fault := system_fault(error)):
         return fault
+    if isinstance(error, RuntimeError) and "out of memory" in str(error):  # a GPU's
+        return f"{first_line(error).partition('. ')[0]}; {REMEDIES[errno.ENOMEM]}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}; check the path"
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile found none

@@ -135,7 +135,8 @@ def _warn_of_splits(images):
     """Warn if the class folders look like the splits of a data set."""
     splits = [name for name in images.folders or () if name.lower().rstrip("0123456789_-") in SPLITS]
     if splits:
-        choice = f"--source {images.path}{'/' if images.path.is_dir() else ':'}{splits[0]} takes that alone"
+        separator = ":" if images.path.is_file() else "/"  # FILE.zip:FOLDER
+        choice = f"--source {images.path}{separator}{splits[0]} takes that alone"
         note(f"warning: {', '.join(splits)} in {images.path} would be classes; {choice}")
 
 

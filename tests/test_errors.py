@@ -9,6 +9,7 @@ import warnings
 import programs
 import pytest
 import tiny
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from common.errors import InputError, exit_on_input_error, system_fault, unreadable
@@ -45,6 +46,7 @@ def end_of(error, capsys):
         (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), ["/tmp", "TMPDIR"]),
         (RuntimeError("No `Args` section is found in the docstring of `A`."), ["PYTHONOPTIMIZE"]),
         (MemoryError(), ["memory", "smaller batches"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to …"), ["CUDA out of memory; choose smaller"]),
         (ModuleNotFoundError("No module named 'absent.part'", name="absent.part"), ["absent", "pip install"]),
         (InputError("--x 1 is wrong; pass 2"), ["--x 1 is wrong; pass 2"]),
     ],

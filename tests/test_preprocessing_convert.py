@@ -238,6 +238,9 @@ def test_the_end_says_what_was_made_and_splits_are_warned_about(tmp_path, capsys
     convert(ConvertFlags(tmp_path / "data", tmp_path / "whole", (16, 16)))
     printed = capsys.readouterr().err
     assert "warning: train, val in" in printed and f"--source {tmp_path}/data/train" in printed
+    nested = zip_of(tmp_path, tmp_path.with_name("nested.zip"))
+    convert(ConvertFlags(f"{nested}:data", tmp_path / "nested", (16, 16)))
+    assert f"--source {nested}:data/train takes" in capsys.readouterr().err
     packed = zip_of(tmp_path / "data", tmp_path / "data.zip")
     convert(ConvertFlags(f"{packed}:train", tmp_path / "dest", (16, 16)))
     printed = capsys.readouterr().err
