@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Measures how much sampling from the branches helps on the quickstart's digits.
 #   bash script/branches_study.sh [--help]
-# Trains the quickstart's model with several seeds on the quickstart's data (run script/quickstart.sh first) and measures
-# internal guidance, exits, gaps and both guidances at equal cost: docs/branches.md. Takes hours on two CPU cores; start
-# it again after an interruption. Everything goes to branches/ (another folder: WORK=...), curve by curve as table.md and
-# plot.png: means and standard errors over the seeds.
+# Trains the quickstart's model with several seeds on the quickstart's data (run script/quickstart.sh first) and
+# measures internal guidance, exits, gaps and both guidances at equal cost: docs/branches.md. Takes hours on two CPU
+# cores; start it again after an interruption. Everything goes to branches/ (another folder: WORK=...), curve by curve
+# as table.md and plot.png: means and standard errors over the seeds.
 # Environment: DATA       folder of the quickstart's data (quickstart/data)
 #              SEEDS      of the runs ("0 1 2")
 #              LENGTHS    training steps that are measured ("500 1000 3000"): the last, and multiples of 500

@@ -32,7 +32,7 @@ need() { # VARIABLE [remedy]: the file that it names
 check_sampling() { # [flags]: the files, and the flags that the recipe got
     need CKPT "name a checkpoint with CKPT=FILE"
     for name in INCEPTION_WEIGHTS DINOV2_WEIGHTS; do [ -z "${!name:-}" ] || need "$name"; done
-    [[ " $* " != *" --num-fid-samples"[\ =]* ]] || fail "--num-fid-samples comes from NUM_FID_SAMPLES=N; leave the flag out"
+    [[ " $* " != *" --num-fid-samples"[\ =]* ]] || fail "--num-fid-samples comes from NUM_FID_SAMPLES=N; leave it out"
     [[ "$REF" = none || " $* " != *" --format png "* ]] || fail "--format png gives nothing to measure; pass REF=none"
 }
 

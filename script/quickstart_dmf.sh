@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # From the quickstart's flow model to a flow map that samples digits in one to four steps, on a laptop without GPU.
 #   bash script/quickstart_dmf.sh [--help]
-# Fine-tunes the flow model of script/quickstart.sh (run first if its checkpoint is missing) into a flow map, samples 400
-# digits with 1, 2 and 4 steps of the map and with 1, 2, 4 and 50 Euler steps of the flow model, and measures all of them.
-# Takes minutes on two CPU cores; needs no GPU and downloads nothing but the packages. Everything goes to quickstart/
-# (another folder: WORK=...). A second run reuses finished steps. STEPS sets the number of training steps.
+# Fine-tunes the flow model of script/quickstart.sh (run first if its checkpoint is missing) into a flow map, samples
+# 400 digits with 1, 2 and 4 steps of the map and with 1, 2, 4 and 50 Euler steps of the flow model, and measures all
+# of them. Takes minutes on two CPU cores; needs no GPU and downloads nothing but the packages. Everything goes to
+# quickstart/ (another folder: WORK=...). A second run reuses finished steps. STEPS sets the number of training steps.
 # TORCH_INDEX_URL and PYTHON as in script/quickstart.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"

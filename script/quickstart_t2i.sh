@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Text-to-image DeepFlow end to end on handwritten digits with captions, on a laptop without GPU.
 #   bash script/quickstart_t2i.sh [--help]
-# Writes scikit-learn's handwritten digits as an image folder with captions in ten wordings ("a handwritten seven", "the
-# digit 7", ...), encodes images and captions, trains a small DeepFlow on MMDiT, and samples 100 prompts worded as no
-# caption is; a classifier counts how many images show the digit of their prompt. Takes minutes on two CPU cores; needs no
-# GPU and downloads nothing but the packages. Everything goes to quickstart-t2i/ (another folder: WORK=...). A second run
-# reuses finished steps. STEPS sets the number of training steps. TORCH_INDEX_URL and PYTHON as in script/quickstart.sh.
+# Writes scikit-learn's handwritten digits as an image folder with captions in ten wordings ("a handwritten seven",
+# "the digit 7", ...), encodes images and captions, trains a small DeepFlow on MMDiT, and samples 100 prompts worded as
+# no caption is; a classifier counts how many images show the digit of their prompt. Takes minutes on two CPU cores;
+# needs no GPU and downloads nothing but the packages. Everything goes to quickstart-t2i/ (another folder: WORK=...). A
+# second run reuses finished steps. STEPS sets the number of training steps. TORCH_INDEX_URL and PYTHON as in
+# script/quickstart.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"
 WORK=${WORK:-quickstart-t2i}

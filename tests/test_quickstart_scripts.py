@@ -47,6 +47,15 @@ def trained(tmp_path, script, *steps):
         path.touch()
 
 
+@pytest.mark.parametrize("script", [*RUNS, "branches_study", "test"])
+def test_help_is_the_comment_at_the_top(script):
+    command = ["bash", f"../script/{script}.sh", "--help"]
+    done = subprocess.run(command, cwd=tiny.ROOT / "tests", capture_output=True, text=True, check=True)
+    first, usage, *others = done.stdout.splitlines()
+    assert first.endswith(".") and usage.startswith(f"  bash script/{script}.sh [--")
+    assert len(others) >= 3 and "set -" not in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize("script", RUNS)
 def test_fewer_steps_than_are_trained_are_an_error_before_anything_starts(run, tmp_path, script):
     trained(tmp_path, script, 4000)
