@@ -4,7 +4,7 @@
         --curve exps/digits/log.jsonl curve.png
     python -m digits.report --samples "map, 1 step=samples/a.npz" "map, 4 steps=samples/b.npz" --grid rows.png
 
-The manifest beside an npz lists the requested digits, or prompts that name them, under `labels`.
+The manifest beside the samples lists the requested digits, or prompts that name them, under `labels`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from evaluations.metrics.results import SampleFlags, manifest_without_labels
 
 @dataclasses.dataclass(kw_only=True)
 class ReportFlags(SampleFlags):
-    samples: list = required("an npz of generate*.py, or several as NAME=FILE", nargs="+", metavar="FILE")
+    samples: list = required("npz, folder or zip of samples, or several as NAME=FILE", nargs="+", metavar="FILE")
     out: str | None = flag(None, "JSON file to write", str, group="output")
     grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")
     curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
