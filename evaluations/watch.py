@@ -115,7 +115,11 @@ def measure(args, step, generate):
 
 
 def forget_rewound(args):
-    """Delete the results that a rewind has outdated, and best.pt if it is of such a step."""
+    """Delete the checkpoints and results that a rewind has outdated, and best.pt if it is of such a step."""
+    for step in existing_steps(args.out):  # held when a measurement was interrupted
+        held = checkpoint_path(args.out, step)
+        if is_outdated(args, step, held.stat().st_mtime):
+            held.unlink()
     for step, path in results(args).items():
         if is_outdated(args, step, path.stat().st_mtime):
             if save_curve(args) == step:
@@ -123,14 +127,14 @@ def forget_rewound(args):
             path.unlink()
 
 
-def is_outdated(args, step, measured):
-    """Whether a rewound run has written a checkpoint again, or set it aside, since the time `measured`."""
+def is_outdated(args, step, time):
+    """Whether a rewound run has written a checkpoint again, or set it aside, since a time."""
     checkpoint = checkpoint_path(args.run, step)
     try:
-        return checkpoint.stat().st_mtime > measured
+        return checkpoint.stat().st_mtime > time
     except FileNotFoundError:
         abandoned = Path(f"{checkpoint}.abandoned")
-        return abandoned.exists() and abandoned.stat().st_ctime > measured  # renaming it has changed its ctime
+        return abandoned.exists() and abandoned.stat().st_ctime > time  # renaming it has changed its ctime
 
 
 def results(args):
