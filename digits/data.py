@@ -50,10 +50,10 @@ def load_digits_split():
     return digits.take(~held), digits.take(held)
 
 
-def upsample(images, resolution=RESOLUTION):
-    """Grey (N, 8, 8) uint8 → RGB (N, R, R, 3) uint8, the bytes that `dataset_tools.py convert` makes of the PNGs."""
+def upsample(images):
+    """Grey (N, 8, 8) uint8 → RGB (N, 32, 32, 3) uint8, the bytes that `dataset_tools.py convert` makes of the PNGs."""
     pictures = (Image.fromarray(image).convert("RGB") for image in images)
-    return np.stack([np.asarray(center_crop_dhariwal(picture, resolution, resolution)) for picture in pictures])
+    return np.stack([np.asarray(center_crop_dhariwal(picture, RESOLUTION, RESOLUTION)) for picture in pictures])
 
 
 def write_image_folder(digits, dest, name="--dest"):

@@ -6,34 +6,13 @@
 
 import numpy as np
 
-from common.errors import InputError
 from common.versions import versions
-from digits.captions import digit_of
 from digits.data import RESOLUTION, load_digits_split, upsample
 from evaluations.metrics.frechet import frechet_distance, statistics
-from evaluations.metrics.images import NpzImages
-from evaluations.metrics.results import sample_labels
-from sampling.manifest import manifest_path
 
 MAX_COUNT = 400  # images a side of the Fréchet distance: as many as there are held-out digits
 FEATURES = 32
 SEED = 0
-
-
-def load_samples(path):
-    """(images, uint8 (N, 32, 32, 3), their digits (N,), their prompts or None) of an npz and the manifest beside it.
-
-    The digit of a sample is its label, or what its prompt names. Raises InputError naming the file.
-    """
-    source, side = NpzImages(path, "--samples"), RESOLUTION
-    if source.shape != (side, side, 3) or len(source) < 2:
-        shape = (len(source), *source.shape)
-        raise InputError(f"--samples {path}: arr_0 is uint8 {shape}, not (N, {side}, {side}, 3) with N of at least 2")
-    remedy = "make the samples with generate.py or generate_t2i.py"
-    labels = sample_labels(path, list[int | str], len(source), remedy)
-    digits = np.array([digit_of(str(label), f"{manifest_path(path)}: label") for label in labels])
-    (images,) = source.batches([np.arange(len(source))])
-    return images, digits, labels if isinstance(labels[0], str) else None
 
 
 def pixels(images):

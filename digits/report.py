@@ -4,7 +4,7 @@
         --curve exps/digits/log.jsonl curve.png
     python -m digits.report --samples "map, 1 step=samples/a.npz" "map, 4 steps=samples/b.npz" --grid rows.png
 
-The manifest beside an npz lists the requested digits, or prompts that name them, under `labels`.
+The manifest beside the samples lists the requested digits, or prompts that name them, under `labels`.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ import dataclasses
 from common.errors import InputError, exit_on_input_error
 from common.files import write_json
 from common.flags import flag, parse_early, parse_flags, required
-from evaluations.metrics.results import SampleFlags, sample_manifest
+from evaluations.metrics.results import SampleFlags, manifest_without_labels
 
 
 @dataclasses.dataclass(kw_only=True)
 class ReportFlags(SampleFlags):
-    samples: list = required("an npz of generate*.py, or several as NAME=FILE", nargs="+", metavar="FILE")
+    samples: list = required("npz, folder or zip of samples, or several as NAME=FILE", nargs="+", metavar="FILE")
     out: str | None = flag(None, "JSON file to write", str, group="output")
     grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")
     curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
@@ -29,8 +29,11 @@ if __name__ == "__main__":
 import numpy as np
 
 from common.pictures import save_grid
-from digits.data import CLASSES
-from digits.judge import build_report, load_samples
+from digits.captions import digit_of
+from digits.data import CLASSES, RESOLUTION
+from digits.judge import build_report
+from evaluations.metrics.images import read_samples
+from sampling.manifest import manifest_path
 from training.plot import save_curves
 
 COLUMNS = 10  # images per row
@@ -45,6 +48,17 @@ def named(texts):
     if len(files) < len(texts):
         raise InputError("--samples: give several files as NAME=FILE, each with a different name")
     return files
+
+
+def load_samples(args, path):
+    """(images, uint8 (N, 32, 32, 3), their digits (N,), their prompts or None). Raises InputError naming the file.
+
+    The digit of a sample is its label, or what its prompt names.
+    """
+    remedy = "make the samples with generate.py or generate_t2i.py"
+    images, labels = read_samples(args, path, RESOLUTION, 2, list[int | str], remedy)
+    digits = np.array([digit_of(str(label), f"{manifest_path(path)}: label") for label in labels])
+    return images, digits, labels if isinstance(labels[0], str) else None
 
 
 def class_grid(images, digits, columns):
@@ -66,16 +80,13 @@ def for_table(report, count):
     """The fields of a report, besides `samples`, that evaluations/table.py reads."""
     agreement, distance = report["agreement"]["samples"]["agree"] / count, report["frechet"]["samples"]
     metrics = {"label agreement": agreement, "Fréchet distance of digits": distance}
-    about = {name: value for name, value in sample_manifest(report["samples"]).to_json().items() if name != "labels"}
-    return {"metrics": metrics, "count": count, "manifest": about}
+    return {"metrics": metrics, "count": count, "manifest": manifest_without_labels(report["samples"])}
 
 
 def main(argv=None):
     args = parse_flags(ReportFlags, argv, __doc__)
     files = named(args.samples)
-    loaded = {name: load_samples(path) for name, path in files.items()}
-    for name, (images, _, _) in loaded.items():
-        args.check_count(files[name], len(images))
+    loaded = {name: load_samples(args, path) for name, path in files.items()}
     if len({len(images) for images, _, _ in loaded.values()}) > 1:
         counts = ", ".join(f"{files[name]} {len(images)}" for name, (images, _, _) in loaded.items())
         raise InputError(f"--samples: the files hold different numbers of images ({counts}); sample equal numbers")

@@ -14,7 +14,7 @@ import pickle
 from common.errors import InputError, exit_on_input_error, note, say
 from common.files import check_writable, write_atomically
 from common.flags import BATCH, SEED, Range, flag, parse_commands, parse_early, required
-from evaluations.metrics.results import AFTER_CHECK, BATCHES, SPEED, MeasureFlags, NetworkFlags, Result
+from evaluations.metrics.results import AFTER_CHECK, BATCHES, SPEED, MeasureFlags, NetworkFlags, Result, SampleFlags
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class CalcFlags(MetricFlags, MeasureFlags):
 
 
 @dataclasses.dataclass(kw_only=True)
-class RefFlags(MetricFlags):
+class RefFlags(MetricFlags, SampleFlags):
     """make a reference"""
 
     data: str = required("folder, zip or npz", metavar="PATH")
@@ -87,7 +87,7 @@ def open_networks(args, device, known=None, size=None):
     if unknown := [name for name in names if name not in loaders]:
         raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(loaders)}')
     if args.features:
-        names.append(f"fd_{features.features_name(args.features)}")
+        names.append(f"fd_{args.extractor}")
         loaders[names[-1]] = (args.features, lambda: features.load_features(args.features, device))
     networks = {}
     for name in names:
@@ -160,6 +160,8 @@ def calc(args, processes):
 
 def ref(args, processes):
     """Statistics of --data, written to --dest."""
+    if args.dest.endswith(".npz"):  # `calc` would read it as ADM's
+        raise InputError(f"--dest {args.dest} is written as a pickle; let its name end in .pkl")
     check_writable(args.dest, "--dest")
     images, extractor = load_images(args, args.data, "--data", 2), open_networks(args, processes.device)
     statistics = calculate_statistics(images, choose_subset(len(images)), extractor, args.batch, processes)

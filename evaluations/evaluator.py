@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import InputError, exit_on_input_error, note, say
 from common.flags import BATCH, Range, flag, parse_early, parse_flags, required
-from evaluations.metrics.results import AFTER_CHECK, BATCHES, SPEED, MeasureFlags, Result
+from evaluations.metrics.results import AFTER_CHECK, BATCHES, LABELS, OTHER, SPEED, MeasureFlags, Result, label
 
 PRECISIONS = ["float16", "float32", "float64"]
 
@@ -47,9 +47,6 @@ from evaluations.metrics.references import other_size, read_statistics
 SAMPLES = 50_000  # what published numbers are computed on
 SPLIT = 5_000  # images per split in ADM's Inception Score
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
-LABELS |= {"precision": "Precision", "recall": "Recall", "kid": "KID", "kid_standard_error": "KID standard error"}
-OTHER = {"fd": "FD", "precision": "Precision", "recall": "Recall", "kd": "KD", "kd_standard_error": "KD standard error"}
 
 
 class Side:
@@ -109,12 +106,6 @@ def compare(reference, sample, extractor, args, device):
     return dict(zip(LABELS, numbers, strict=False))
 
 
-def label(name, features=None):
-    """A metric's name as ADM's evaluator prints it; those of other features with the name of their extractor."""
-    other = OTHER.get(name.removesuffix(f"_{features}"))
-    return LABELS.get(name) or (f"{other} ({features})" if other else name)
-
-
 def open_network(args, sides, device):
     """The extractor of --features, by default InceptionV3. Raises InputError if stored statistics do not fit it."""
     extractor = load_features(args.features, device) if args.features else Inception(args.inception_weights, device)
@@ -140,7 +131,7 @@ def evaluate(args, processes):
     if (args.splits or 1) > len(sample.images):
         raise InputError(f"--splits {args.splits}: {args.samples} holds only {len(sample.images)} images")
     lines, odd = [str(side) for side in sides], oddities(*sides, args)
-    path = args.result_path(args.samples, f"-{Path(args.features).stem}" if args.features else "")
+    path = args.result_path(args.samples, f"-{Path(args.extractor).name}" if args.features else "")
     note("\n".join([*lines, *(f"warning: {line}" for line in odd)]))
     extractor = open_network(args, sides, processes.device)
     for side in sides:

@@ -42,7 +42,7 @@ from common.processes import device_of_process
 from common.progress import Progress
 from evaluations.metrics.results import Result, markdown
 from sampling.conditions import ClassLabels
-from sampling.flags import SamplingFlags
+from sampling.flags import GenerateConfig
 from sampling.sampler import ImageSampler
 
 REDUCTIONS = {  # of a difference (N, T, D) to distances (N,)
@@ -95,14 +95,6 @@ class Probe:
         return curves
 
 
-@dataclasses.dataclass(kw_only=True)
-class Sampled(SamplingFlags):
-    """What is sampled: latents of random classes, without guidance."""
-
-    labels: str = "random"
-    decode: bool = False
-
-
 def mean(curve):
     return fmean(distance for _, distance in curve)
 
@@ -115,7 +107,8 @@ def main(argv=None):
     set_math(allow_tf32=True)
     given = {name: getattr(args, name) for name in ("ckpt", "weights", "mode", "num_steps")}
     sizes = {"num_fid_samples": args.num_samples, "per_proc_batch_size": args.batch_size, "global_seed": args.seed}
-    sampler = ImageSampler(Sampled(**given, **sizes, **args.published()), ClassLabels, device_of_process())
+    config = GenerateConfig(**given, **sizes, **args.published(), decode=False)  # random classes, no guidance
+    sampler = ImageSampler(config, ClassLabels, device_of_process())
     checkpoint = sampler.checkpoint
     sampler.network = probe = Probe(checkpoint.model, args.block)
     batches = sampler.config.batches()

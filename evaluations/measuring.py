@@ -7,19 +7,18 @@ from pathlib import Path
 
 from common.errors import InputError, note
 from common.flags import IMAGES, ROOT, WORKERS, flag, parse_flags, required, shown
+from evaluations.metrics.results import NetworkFlags, label
 
 DIGITS = "digits"  # value of --ref
 
 
 @dataclasses.dataclass(kw_only=True)
-class MeasuringFlags:
+class MeasuringFlags(NetworkFlags):
     """Number of samples and their reference; a subclass adds `out`, the folder for results."""
 
     ref: str = required("reference file as for evaluations.evaluator, or the word digits", metavar="NPZ")
     num_samples: int = flag(5000, "samples per measurement", range=IMAGES, group="sampling", name="--num-fid-samples")
     processes: int = flag(1, "processes for sampling and measuring", range=WORKERS, group="precision and speed")
-    inception_weights: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="FILE")
-    features: str | None = flag(None, "as in evaluations.evaluator", str, group="features", metavar="NAME")
     other_size: bool = flag(False, "as in evaluations.evaluator", group="distances")
 
     @property
@@ -29,17 +28,8 @@ class MeasuringFlags:
             return "Fréchet distance of digits"
         return f"fd_{self.extractor}" if self.features else "fid"
 
-    @property
-    def extractor(self):
-        """How --features is called in the names of metrics, or None."""
-        from evaluations.metrics.features import features_name  # imports torch
-
-        return self.features and features_name(self.features)
-
     def label(self, metric):
         """A metric's name as the evaluator prints it."""
-        from evaluations.evaluator import label
-
         return label(metric, self.extractor)
 
 

@@ -38,8 +38,7 @@ if __name__ == "__main__":
     parse_early(WatchFlags, __doc__, argv=split(sys.argv[1:])[0])
 
 from common.pictures import save_lines
-from evaluations.evaluator import LABELS, OTHER
-from evaluations.metrics.results import Result, is_better
+from evaluations.metrics.results import LABELS, OTHER, Result, is_better
 from models.checkpoints import STEP, checkpoint_path, existing_steps
 from sampling.manifest import check_settings
 from training.logs import parse_line
@@ -78,21 +77,8 @@ def is_finished(run):
     return is_last and int(last["step"]) in existing_steps(run)
 
 
-def result_path(args, step):
-    return Path(args.out, f"{step:07d}.json")
-
-
-def is_measured(args, step):
-    """Whether a result exists that is not older than the checkpoint: a rewound run writes its checkpoints again."""
-    path = result_path(args, step)
-    try:
-        return checkpoint_path(args.run, step).stat().st_mtime <= path.stat().st_mtime
-    except FileNotFoundError:
-        return path.exists()
-
-
 def hold(args, step):
-    """Link or copy a checkpoint into --out, where training cannot delete it; returns its path, None if it is gone."""
+    """Link or copy a checkpoint into --out, where training cannot delete it; returns whether it is there."""
     source, held = checkpoint_path(args.run, step), checkpoint_path(args.out, step)
     partial = held.with_name(f".{held.name}.{os.getpid()}.tmp")
     try:
@@ -101,25 +87,21 @@ def hold(args, step):
             remove_leftovers(held)
             try:
                 os.link(source, partial)
-            except FileNotFoundError:
-                raise
             except OSError:  # --out is on another file system, or there are no links
                 shutil.copy2(source, partial)
             shutil.rmtree(Path(args.out, "samples", held.stem), ignore_errors=True)  # from before a rewind
             os.replace(partial, held)
     except FileNotFoundError:  # training has deleted it
         note(f"{source} is gone{'; its copy is measured' if held.exists() else ' and cannot be measured'}")
-    return held if held.exists() else None
+    return held.exists()
 
 
 def measure(args, step, generate):
     """Measure the checkpoint of a step if that is not done yet, and keep it if it is the best."""
-    held, path = checkpoint_path(args.out, step), result_path(args, step)
-    if not is_measured(args, step):
-        if hold(args, step) is None:
+    held, path = checkpoint_path(args.out, step), Path(args.out, f"{step:07d}.json")
+    if not path.exists():
+        if not hold(args, step):
             return
-        if path.exists():  # an old result: a rewound run has written this checkpoint again
-            forget(args, step)
         make_result(path.stem, held, args, Settings.read(args.run).program, ["--format", "npz", *generate])
         shutil.rmtree(Path(args.out, "samples", path.stem))
     elif not held.exists():
@@ -132,33 +114,43 @@ def measure(args, step, generate):
     print(f"step {step:,}: {args.label(args.metric)} {value:.4g}{', the best so far' * (step == best)}", flush=True)
 
 
-def forget(args, step):
-    """Delete the result of a step, and best.pt if it is of that step."""
-    if save_curve(args) == step:
-        Path(args.out, "best.pt").unlink(missing_ok=True)
-    result_path(args, step).unlink()
+def forget_rewound(args):
+    """Delete the checkpoints and results that a rewind has outdated, and best.pt if it is of such a step."""
+    for step in existing_steps(args.out):  # held when a measurement was interrupted
+        held = checkpoint_path(args.out, step)
+        if is_outdated(args, step, held.stat().st_mtime):
+            held.unlink()
+    for step, path in results(args).items():
+        if is_outdated(args, step, path.stat().st_mtime):
+            if save_curve(args) == step:
+                Path(args.out, "best.pt").unlink(missing_ok=True)
+            path.unlink()
 
 
-def forget_abandoned(args):
-    """Delete the results of checkpoints that a rewind has set aside since they were measured."""
-    for path in Path(args.run, "checkpoints").glob("*.pt.abandoned"):
-        step = int(path.name.partition(".")[0])
-        result = result_path(args, step)
-        # renaming it has changed its ctime; a later checkpoint of the same step may have been measured and deleted
-        if result.exists() and not checkpoint_path(args.run, step).exists():
-            if result.stat().st_mtime < path.stat().st_ctime:
-                forget(args, step)
+def is_outdated(args, step, time):
+    """Whether a rewound run has written a checkpoint again, or set it aside, since a time."""
+    checkpoint = checkpoint_path(args.run, step)
+    try:
+        return checkpoint.stat().st_mtime > time
+    except FileNotFoundError:
+        abandoned = Path(f"{checkpoint}.abandoned")
+        return abandoned.exists() and abandoned.stat().st_ctime > time  # renaming it has changed its ctime
+
+
+def results(args):
+    """{step: file of its result} of what has been measured."""
+    return {int(path.stem): path for path in Path(args.out).glob("*.json") if STEP.fullmatch(path.stem)}
 
 
 def save_curve(args):
     """Write curve.json and curve.png from all results; returns the best step or None. Raises InputError."""
-    paths, remedy = Path(args.out).glob("*.json"), "delete it, and the step is measured again"
-    results = {int(path.stem): Result.read(path, remedy).metrics for path in paths if STEP.fullmatch(path.stem)}
+    paths, remedy = results(args), "delete it, and the step is measured again"
+    measured = {step: Result.read(path, remedy).metrics for step, path in paths.items()}
     best, curves = None, {}
-    for step, metrics in sorted(results.items()):
+    for step, metrics in sorted(measured.items()):
         if args.metric not in metrics:
-            raise InputError(f"{result_path(args, step)} has no {args.metric}; {remedy}, or choose another --metric")
-        if best is None or is_better(args.metric, metrics[args.metric], results[best][args.metric]):
+            raise InputError(f"{paths[step]} has no {args.metric}; {remedy}, or choose another --metric")
+        if best is None or is_better(args.metric, metrics[args.metric], measured[best][args.metric]):
             best = step
         for name, value in metrics.items():
             curves.setdefault(name, []).append((step, value))
@@ -198,7 +190,7 @@ def main(argv=None):
     with locked(args.out, "--out"):
         while True:
             last_look = args.once or is_finished(args.run)  # checked first, so that the list below is complete
-            forget_abandoned(args)
+            forget_rewound(args)
             for step in sorted({*existing_steps(args.run), *existing_steps(args.out)}):
                 measure(args, step, generate)
             if last_look:

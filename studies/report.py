@@ -13,7 +13,7 @@ import dataclasses
 from common.errors import InputError, exit_on_input_error
 from common.files import check_writable
 from common.flags import flag, parse_early, parse_flags, required
-from evaluations.metrics.results import Result, SampleFlags, sample_labels
+from evaluations.metrics.results import Result, SampleFlags
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,34 +27,21 @@ class ReportFlags(SampleFlags):
 if __name__ == "__main__":
     parse_early(ReportFlags, __doc__)
 
-import numpy as np
-
-from evaluations.metrics.images import open_images, read_split
+from evaluations.metrics.images import read_samples, read_split
 from evaluations.metrics.kernel import FEWEST
 from studies.judge import CLASSES, RESOLUTION, load_judge, measure
 
-
-def load_samples(args):
-    """(uint8 images (N, 32, 32, 3), their classes (N,)) of --samples. Raises InputError."""
-    images = open_images(args.samples, "--samples")
-    args.check_count(args.samples, len(images))
-    if images.shape != (RESOLUTION, RESOLUTION, 3) or len(images) < FEWEST:
-        found = f"{len(images)} images of {images.shape[0]}x{images.shape[1]}"
-        raise InputError(f"--samples {args.samples} holds {found}; the judge needs {FEWEST} or more of 32x32")
-    remedy = "make the samples with generate.py, of a model of CIFAR-10's classes"
-    labels = np.array(sample_labels(args.samples, list[int], len(images), remedy))
-    if wrong := {*labels.tolist()} - {*range(CLASSES)}:
-        raise InputError(f"--samples {args.samples}: label {min(wrong)} is no class of CIFAR-10; {remedy}")
-    (pixels,) = images.batches([np.arange(len(images))])
-    return pixels, labels
+REMEDY = "make the samples with generate.py, of a model of CIFAR-10's classes"
 
 
 def main(argv=None):
     args = parse_flags(ReportFlags, argv, __doc__)
     if args.out:
         check_writable(args.out, "--out")
-    sides = {"samples": load_samples(args)}
-    count = len(sides["samples"][1])
+    images, labels = read_samples(args, args.samples, RESOLUTION, FEWEST, list[int], REMEDY)
+    if wrong := {*labels} - {*range(CLASSES)}:
+        raise InputError(f"--samples {args.samples}: label {min(wrong)} is no class of CIFAR-10; {REMEDY}")
+    sides, count = {"samples": (images, labels)}, len(labels)
     if args.data:
         sides["held-out images"] = read_split(args.data, "test", RESOLUTION, count)[:2]
     judge = load_judge(args.judge)

@@ -41,34 +41,25 @@ class Results:
     runs: list[Measured]
 
 
-def read_log(log):
-    """The records of log.jsonl. Raises InputError."""
-    return [parse_line(line, f"{log}, line {number}") for number, line in read_lines(log)]
-
-
-def read_by_time(log, last):
+def errors_by_time(records, last):
     """{branch: {t: held-out error}} of averaged weights at the step `last`; {} if it was not measured there."""
     found = collections.defaultdict(dict)
-    for record in (record for record in read_log(log) if record["step"] == last):
+    for record in (record for record in records if record["step"] == last):
         for name, error in record.items():
             if match := re.fullmatch(r"holdout_v(\d+)_t([\d.]+)", name):
                 found[int(match[1])][float(match[2])] = error
     return dict(found)
 
 
-def read_curve(log, field, last):
-    """[(step, number)] of a field of log.jsonl, up to the step `last`. Raises InputError if there is none.
+def curve_of(records, field, last):
+    """[(step, number)] of a field of log.jsonl's records, up to the step `last`; [] if there is none.
 
     `*` stands for the largest number in the log: loss_v* is loss_v2 for a run with two branches.
     """
-    records = read_log(log)
     pattern = re.compile(re.escape(field).replace(r"\*", r"(\d+)"))
     found = {tuple(map(int, match.groups())): name for r in records for name in r if (match := pattern.fullmatch(name))}
     name = found[max(found)] if found else None
-    points = [(int(record["step"]), record[name]) for record in records if name in record and record["step"] <= last]
-    if not points:
-        raise InputError(f"{log} has no field {field}; correct `fields` in the study file, or the flags that log it")
-    return points
+    return [(int(record["step"]), record[name]) for record in records if name in record and record["step"] <= last]
 
 
 def measured(run):
@@ -78,14 +69,17 @@ def measured(run):
     log, last = run.folder / "log.jsonl", run.config.max_train_steps
     options = read_record(checkpoints.Run, run.folder / "config.json", "move the run away").model_options
     per_step = flops_per_image(run.config, options) * run.config.batch_size
-    curves = {field: read_curve(log, field, last) for field in run.study.fields}
+    records = [parse_line(line, f"{log}, line {number}") for number, line in read_lines(log)]
+    curves = {field: curve_of(records, field, last) for field in run.study.fields}
+    if lost := [field for field, points in curves.items() if not points]:
+        raise InputError(f"{log} has no field {lost[0]}; correct `fields` in the study file, or the flags that log it")
     numbers = {field: points[-1][1] for field, points in curves.items()}
     for measure, path in run.results.items():
         numbers |= {f"{measure}: {name}": number for name, number in Result.read(path).metrics.items()}
     numbers |= zip(COST, (per_step * last, read_curves(log, "hours")["step"][0][-1]), strict=True)
     curves = {field: [(step, step * per_step, number) for step, number in of] for field, of in curves.items()}
-    axis, by_time = dict.fromkeys(run.study.axis, run.value), read_by_time(log, last)
-    return Measured(run.variant, axis, run.seed, numbers, curves, by_time)
+    axis = dict.fromkeys(run.study.axis, run.value)
+    return Measured(run.variant, axis, run.seed, numbers, curves, errors_by_time(records, last))
 
 
 def read_known(study, paths):
@@ -130,36 +124,37 @@ def at_best(groups, field):
     return {(variant, None): best[variant] for variant, _ in groups}
 
 
-def mean_curve(runs, field):
-    """[(step, training FLOPs, mean, standard error)] over the seeds, at the steps that all seeds share."""
-    curves = [{step: (flops, number) for step, flops, number in run.curves[field]} for run in runs]
-    steps = sorted(set.intersection(*map(set, curves)))
-    means = [Estimate.of([curve[step][1] for curve in curves]) for step in steps]
-    return [(step, curves[0][step][0], of.mean, of.error or 0) for step, of in zip(steps, means, strict=True)]
+def mean_curve(curves):
+    """[(x, mean, standard error)] of one {x: number} per seed, at the x that all share; empty ones are left out."""
+    curves = [curve for curve in curves if curve]
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    means = [Estimate.of([curve[x] for curve in curves]) for x in shared]
+    return [(x, of.mean, of.error or 0) for x, of in zip(shared, means, strict=True)]
 
 
-def differences_by_time(pairs):
-    """[(t, mean, standard error)] of the differences in pairs of {t: error}, one pair per seed."""
-    times = sorted(set.intersection(*(set(of) for pair in pairs for of in pair))) if pairs else []
-    means = [Estimate.of([ours[t] - theirs[t] for ours, theirs in pairs]) for t in times]
-    return [(t, of.mean, of.error or 0) for t, of in zip(times, means, strict=True)]
+def last_branch(run):
+    """{t: held-out error} of a Measured's final branch; {} if it was not measured."""
+    return run.by_time[max(run.by_time)] if run.by_time else {}
 
 
-def lines_by_time(groups, value, baseline):
-    """({variant: its final branch's held-out error over t less the baseline's}, {variant: less its first branch's})."""
-    others = {run.seed: run.by_time for run in groups.get((baseline, value), [])}
+def less(ours, theirs):
+    """{t: difference} of two {t: error}."""
+    return {t: ours[t] - theirs[t] for t in ours.keys() & theirs.keys()}
+
+
+def lines_by_time(groups, baseline):
+    """({variant: its final branch's held-out error over t less the baseline's}, {variant: less its first branch's}).
+
+    groups: {variant: [Measured]}.
+    """
+    others = {run.seed: last_branch(run) for run in groups.get(baseline, [])}
     from_baseline, from_first = {}, {}
-    for variant, runs in ((variant, runs) for (variant, at), runs in groups.items() if at == value):
-        runs = [run for run in runs if run.by_time]
-        pairs = [(last_branch(run.by_time), last_branch(others[run.seed])) for run in runs if others.get(run.seed)]
-        from_baseline[variant] = differences_by_time(pairs if variant != baseline else [])
-        pairs = [(last_branch(run.by_time), run.by_time[1]) for run in runs if len(run.by_time) > 1]
-        from_first[variant] = differences_by_time(pairs)
-    return tuple({name: line for name, line in lines.items() if line} for lines in (from_baseline, from_first))
-
-
-def last_branch(by_time):
-    return by_time[max(by_time)]
+    for variant, runs in groups.items():
+        paired = [run for run in runs if run.seed in others and variant != baseline]
+        from_baseline[variant] = mean_curve([less(last_branch(run), others[run.seed]) for run in paired])
+        deep = [run for run in runs if len(run.by_time) > 1]
+        from_first[variant] = mean_curve([less(last_branch(run), run.by_time[1]) for run in deep])
+    return from_baseline, from_first
 
 
 def save_plots(study, groups, rows, columns, out):
@@ -169,21 +164,26 @@ def save_plots(study, groups, rows, columns, out):
     """
 
     def save(lines, y, x, of="", **axes):
-        name = re.sub(r"[^\w.-]+", "-", f"{y} over {x} {of}").strip("-")
-        save_lines(lines, Path(out, f"{name}.png"), xlabel=x, ylabel=y, title=of, **axes)
+        if lines := {label: points for label, points in lines.items() if points}:
+            name = re.sub(r"[^\w.-]+", "-", f"{y} over {x} {of}").strip("-")
+            save_lines(lines, Path(out, f"{name}.png"), xlabel=x, ylabel=y, title=of, **axes)
 
     axis = next(iter(study.axis), None)
     for value in dict.fromkeys(value for _, value in groups):
         of = f"{axis} {value}" if axis else ""
+        at_value = {variant: runs for (variant, at), runs in groups.items() if at == value}
         for field in study.fields:
-            curves = {variant: mean_curve(runs, field) for (variant, at), runs in groups.items() if at == value}
-            for place, x in enumerate(("steps", "training FLOPs")):
-                lines = {variant: [(point[place], *point[2:]) for point in curve] for variant, curve in curves.items()}
-                save(lines, field, x, of)
-        names = f"final branch less {study.baseline}", "final branch less first branch"
-        for name, lines in zip(names, lines_by_time(groups, value, study.baseline), strict=True):
-            if lines:
-                save(lines, f"held-out error, {name}", "t", of, marker="o")
+            over_steps, over_flops = {}, {}
+            for variant, runs in at_value.items():
+                flops = {step: flops for step, flops, _ in runs[0].curves[field]}
+                curves = [{step: number for step, _, number in run.curves[field]} for run in runs]
+                over_steps[variant] = mean_curve(curves)
+                over_flops[variant] = [(flops[step], *rest) for step, *rest in over_steps[variant]]
+            save(over_steps, field, "steps", of)
+            save(over_flops, field, "training FLOPs", of)
+        from_baseline, from_first = lines_by_time(at_value, study.baseline)
+        save(from_baseline, f"held-out error, final branch less {study.baseline}", "t", of, marker="o")
+        save(from_first, "held-out error, final branch less first branch", "t", of, marker="o")
     if axis and all(isinstance(row[axis], int | float) and row[axis] > 0 for row in rows):
         for column in (column for column in columns if column not in COST):
             lines = collections.defaultdict(list)

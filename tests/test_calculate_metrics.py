@@ -269,6 +269,7 @@ def test_bad_flags_are_named(files, tmp_path):
     refused("--metrics leaves nothing to measure", "calc", "--images", folder, "--ref", ref, *none)
     refused("--num 1 is out of range", *flags(folder, ref, features)[:-1], 1)
     refused(f"--dest {tmp_path} is a folder", "ref", "--data", folder, "--dest", tmp_path, "--features", features)
+    refused(r"--dest own\.npz .*\.pkl", "ref", "--data", folder, "--dest", "own.npz", "--features", features)
     refused("download the file first", *flags(folder, "https://host/ref.pkl", features))
     refused("nowhere.pkl cannot be read", *flags(folder, tmp_path / "nowhere.pkl", features))
 

@@ -341,7 +341,7 @@ def test_reports_of_several_folders_have_a_row_each(tmp_path, split, held_images
         (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [1, 2]}, "2 labels for 4 samples"),
         (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, 10]}, "samples.json: label '10' names no digit"),
         (np.zeros((4, 32, 32, 3), np.uint8), {"labels": [0, 1, 2, None]}, "samples.json: labels: '3.int' is None"),
-        (np.zeros((4, 16, 16, 3), np.uint8), {"labels": [0] * 4}, r"arr_0 is uint8 \(4, 16, 16, 3\)"),
+        (np.zeros((4, 16, 16, 3), np.uint8), {"labels": [0] * 4}, "samples.npz holds 4 images of 16x16"),
         (np.zeros((4, 32, 32, 3), np.float32), {"labels": [0] * 4}, "arr_0 is float32"),
     ],
 )

@@ -13,6 +13,7 @@ from PIL import Image
 from common.errors import InputError
 from evaluations import evaluator
 from evaluations.metrics import inception
+from evaluations.metrics.features import Script
 from evaluations.metrics.frechet import frechet_distance, statistics
 from evaluations.metrics.kernel import kernel_distance
 from evaluations.metrics.precision_recall import precision_recall
@@ -383,6 +384,15 @@ def test_bare_json_flag_writes_beside_other_results(files, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     evaluator.main([files[0], files[1], "--features", files[2], "--json"])
     assert json.loads((tmp_path / "results/samples-corners.json").read_text())["samples"] == files[1]
+
+
+def test_results_of_models_that_differ_after_the_point_have_files_of_their_own(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluator, "load_features", lambda name, _: Script(name, torch.jit.load(files[2])))
+    for name in ("vit_base_patch16_224.dino", "hf-hub:timm/vit_base_patch16_224.mae"):
+        evaluator.main([*files[:2], "--features", name, "--json"])
+    found = sorted(path.name for path in tmp_path.glob("results/*"))
+    assert found == [f"samples-vit_base_patch16_224.{name}.json" for name in ("dino", "mae")]
 
 
 def test_a_full_disk_leaves_the_numbers_in_one_line(files, tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.errors import InputError
 from evaluations import feature_distance
+from evaluations.metrics.results import is_better
 from models import load_model
 from samplers import sample_labels, sample_noise
 
@@ -46,6 +47,7 @@ def test_first_step_of_both_features_by_hand(checkpoints, tmp_path, capsys):
         assert per_token == pytest.approx(means[f"distance, {name}"], abs=6e-4)
         assert per_image == pytest.approx(means[f"distance per image, {name}"], abs=6e-4)
     assert "the paper does not say which" in out[-1]
+    assert all(is_better(name, 2.9, than=7.2) for name in means)
     assert (result["settings"]["model"], result["settings"]["step"]) == ("DeepFlow-Ti/2", 3)
     assert Image.open(tmp_path / "plot.png").size[0] > 300
 

@@ -1,5 +1,6 @@
 """Studies: the file, what is started and what is not, the statistics, table and plots."""
 
+import dataclasses
 import glob
 import itertools
 import json
@@ -405,44 +406,53 @@ def test_errors_over_t_are_paired_by_seed():
         return summary.Measured(variant, {}, seed, {}, {}, by_time)
 
     groups = {
-        ("sit", None): [made("sit", seed, {1: {0.5: 2.0 + seed, 0.25: 1.0}}) for seed in (0, 1)],
-        ("full", None): [
+        "sit": [made("sit", seed, {1: {0.5: 2.0 + seed, 0.25: 1.0}}) for seed in (0, 1)],
+        "full": [
             made("full", 1, {1: {0.5: 7.0, 0.25: 1.0}, 2: {0.5: 5.0, 0.25: 1.5}}),
             made("full", 0, {1: {0.5: 2.0, 0.25: 1.0}, 2: {0.5: 2.0, 0.25: 1.5}}),
             made("full", 2, {}),  # without held-out errors
         ],
     }
-    from_baseline, from_first = summary.lines_by_time(groups, None, "sit")
-    assert from_baseline == {"full": [(0.25, 0.5, 0.0), (0.5, 1.0, 1.0)]}  # at t = 0.5: 2 - 2 and 5 - 3
-    assert from_first == {"full": [(0.25, 0.5, 0.0), (0.5, -1.0, 1.0)]}
-    assert summary.lines_by_time({}, None, "sit") == ({}, {})
+    from_baseline, from_first = summary.lines_by_time(groups, "sit")
+    assert from_baseline == {"sit": [], "full": [(0.25, 0.5, 0.0), (0.5, 1.0, 1.0)]}  # at t = 0.5: 2 - 2 and 5 - 3
+    assert from_first == {"sit": [], "full": [(0.25, 0.5, 0.0), (0.5, -1.0, 1.0)]}
 
 
-def test_curves_are_means_at_common_steps(groups):
-    runs = groups["a", 1]
-    runs[0].curves["loss"].append((3, 30.0, 1.0))
-    assert summary.mean_curve(runs, "loss") == [(1, 10.0, 15.0, 5.0), (2, 20.0, 0.0, 0.0)]
+def test_curves_are_means_at_common_steps():
+    assert summary.mean_curve([{3: 1.0, 1: 10.0, 2: 0.0}, {}, {1: 20.0, 2: 0.0}]) == [(1, 15.0, 5.0), (2, 0.0, 0.0)]
+    assert summary.mean_curve([{1: 10.0}, {2: 20.0}]) == []
 
 
-def test_the_star_is_the_last_branch(tmp_path):
-    log = tmp_path / "log.jsonl"
+def test_seeds_without_common_steps_have_no_curve(groups, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(summary, "save_lines", lambda lines, path, **_: drawn.update({path.name: lines}))
+    groups["a", 1][1].curves["loss"] = [(3, 30.0, 1.0)]
+    study = dataclasses.make_dataclass("Study", ["axis", "fields", "baseline"])({"rate": [1, 2]}, ["loss"], "a")
+    summary.save_plots(study, groups, summary.rows_of(groups, ["loss"]), ["loss"], tmp_path)
+    assert drawn["loss-over-steps-rate-1.png"] == {"b": [(1, 134 / 3, pytest.approx(27.8, abs=0.1)), (2, 0.0, 0.0)]}
+    assert [x for x, *_ in drawn["loss-over-training-FLOPs-rate-2.png"]["a"]] == [10.0, 20.0]
+
+
+def test_the_star_is_the_last_branch():
     records = [{"step": step, "loss_v2": 2.0, "loss_v10": 10.0 + step, "loss_a11": 0.0} for step in (1, 2, 3)]
     records.append({"step": 3, "held_v1_t0.5": 5.0})
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert summary.read_curve(log, "loss_v*", 2) == [(1, 11.0), (2, 12.0)]
-    assert summary.read_curve(log, "held_v*_t0.5", 3) == [(3, 5.0)]
+    assert summary.curve_of(records, "loss_v*", 2) == [(1, 11.0), (2, 12.0)]
+    assert summary.curve_of(records, "held_v*_t0.5", 3) == [(3, 5.0)]
     for field in ("loss_v", "held_v*", "held_v*_t0x5"):
-        with pytest.raises(InputError, match=r"log\.jsonl has no field"):
-            summary.read_curve(log, field, 3)
+        assert summary.curve_of(records, field, 3) == []
 
 
-def test_the_last_errors_over_t_are_read_by_branch(tmp_path):
-    log = tmp_path / "log.jsonl"
+def test_a_field_that_no_log_has_is_named(file, out, tmp_path, capsys):
+    path = edited(file, tmp_path, ('["loss_v*"]', '["loss_v*", "loss_w"]'))
+    run.main([str(path), "--out", str(out), "--report"])
+    assert "sit-seed0/log.jsonl has no field loss_w; correct `fields`" in capsys.readouterr().out
+
+
+def test_the_last_errors_over_t_are_read_by_branch():
     records = [{"step": step, "holdout_v1_t0.5": step, "holdout_v2_t0.5": 0.0, "holdout_v2": 9.0} for step in (2, 4)]
     records.append({"step": 4, "holdout_raw_v1_t0.5": 9.0, "holdout_v1_t0.0625": 1.0, "loss_v1": 9.0})
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert summary.read_by_time(log, 4) == {1: {0.5: 4, 0.0625: 1.0}, 2: {0.5: 0.0}}
-    assert summary.read_by_time(log, 3) == {}
+    assert summary.errors_by_time(records, 4) == {1: {0.5: 4, 0.0625: 1.0}, 2: {0.5: 0.0}}
+    assert summary.errors_by_time(records, 3) == {}
 
 
 def test_the_array_script_runs_its_line(tmp_path):

@@ -164,6 +164,22 @@ def test_a_step_that_a_rewind_has_set_aside_is_forgotten(training):
     assert found["best"] == 1 and not (watched / "0000002.json").exists() and not (watched / "best.pt").exists()
 
 
+def test_a_held_checkpoint_that_a_rewind_has_set_aside_is_not_measured(training, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        training.train()
+    os.utime(training.path(2), (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "run_python", fail)
+        with pytest.raises(KeyboardInterrupt):
+            start(training, "--once")
+    training.path(1).write_text("weights of step 1")
+    clear_way(training.folder, 1)
+    assert start(training, "--once")["best"] == 1 and training.calls == [1]
+
+
 def test_after_a_rewind_the_best_checkpoint_may_be_gone_which_is_said(training, monkeypatch, capsys):
     for _ in range(2):
         training.train()

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from common.errors import InputError, first_line, system_fault
 from common.progress import Progress
 from evaluations.metrics.frechet import RunningStatistics
+from evaluations.metrics.results import SCRIPTS, features_name
 from models.checkpoints import check_sums
 from models.encoders import IMAGENET_STATISTICS
 from models.hub import fetching
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
-SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")  # suffixes of files
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 
 
@@ -58,11 +58,6 @@ class Script:
         if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(images):
             raise InputError(f"--features {self.name} returns {getattr(rows, 'shape', type(rows))} and not (N, D)")
         return {"pool": rows}
-
-
-def features_name(features):
-    """Name of an extractor in results: a script's file without folder and suffix, or the model's."""
-    return Path(features).stem if Path(features).suffix in SCRIPTS else features
 
 
 def load_features(name, device="cpu"):

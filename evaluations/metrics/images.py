@@ -10,6 +10,7 @@ import numpy as np
 from common.errors import InputError, first_line, system_fault
 from common.files import regular
 from common.look_ahead import ordered_map
+from evaluations.metrics.results import sample_labels
 from preprocessing.sources import BadImageError, ImageSource
 
 THREADS = 4  # that decode images
@@ -105,14 +106,29 @@ class FolderImages:
             yield np.stack(list(itertools.islice(images, len(indices))))
 
 
-def read_split(data, split, side, count=None, flag="--data"):
+def read_samples(flags, path, side, fewest, kind, remedy):
+    """(uint8 (N, side, side, 3), labels in the manifest beside them, a `kind` such as list[int]) of generated images.
+
+    flags: SampleFlags; fewest: smallest N. Raises InputError.
+    """
+    images = open_images(path, "--samples")
+    flags.check_count(path, len(images))
+    if images.shape != (side, side, 3) or len(images) < fewest:
+        found = "{} images of {}x{}".format(len(images), *images.shape[:2])
+        raise InputError(f"--samples {path} holds {found}; the judge needs {fewest} or more of {side}x{side}")
+    labels = sample_labels(path, kind, len(images), remedy)
+    (pixels,) = images.batches([np.arange(len(images))])
+    return pixels, labels
+
+
+def read_split(data, split, side, count=None):
     """(uint8 (N, side, side, 3), labels (N,), class names) of `split`, a folder in a folder or zip. Raises InputError.
 
     count: at most so many, spaced evenly over the sorted names and so over the classes.
     """
-    images = FolderImages(f"{data}{'/' if Path(data).is_dir() else ':'}{split}", flag)
+    images = FolderImages(f"{data}{'/' if Path(data).is_dir() else ':'}{split}", "--data")
     if images.shape != (side, side, 3):
-        raise InputError(f"{flag} {images.path} holds images of {images.shape}, not {side}x{side}; convert them first")
+        raise InputError(f"--data {images.path} holds images of {images.shape}, not {side}x{side}; convert them first")
     rows = np.linspace(0, len(images), min(count or len(images), len(images)), endpoint=False).astype(int)
     (pixels,) = images.batches([rows])
     return pixels, images.source.labels[rows], images.source.folders

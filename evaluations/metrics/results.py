@@ -19,7 +19,11 @@ from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_mani
 from sampling.stores import GenEvalFiles, PngFiles
 
 # Names of metrics where lower is better begin with one of these.
-LOWER = ("fid", "sfid", "kid", "fd_", "kd_", "feature_distance", "Fréchet")
+LOWER = ("fid", "sfid", "kid", "fd_", "kd_", "distance", "feature_distance", "Fréchet")
+LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
+LABELS |= {"precision": "Precision", "recall": "Recall", "kid": "KID", "kid_standard_error": "KID standard error"}
+OTHER = {"fd": "FD", "precision": "Precision", "recall": "Recall", "kd": "KD", "kd_standard_error": "KD standard error"}
+SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")  # suffixes of TorchScript files
 BATCHES, SPEED = "--per-proc-batch-size", "precision and speed"  # name and group of flags
 
 
@@ -51,15 +55,13 @@ class Result:
         """Write the result, with the manifest beside the samples, to a file; None: nowhere. Raises InputError."""
         if path is None:
             return note(f"the results are not saved; {flag} FILE saves them")
-        self.manifest = sample_manifest(self.samples)
+        manifest = manifest_without_labels(self.samples)
         content = {name: value for name, value in vars(self).items() if value is not None}
-        manifest = self.manifest.to_json() if self.manifest else {}
-        content["manifest"] = {name: value for name, value in manifest.items() if name != "labels"} or None
         try:
-            write_json(path, content)
+            write_json(path, {**content, "manifest": manifest})
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); the numbers are printed above") from None
-        weights = manifest.get("weights")  # printed because REPA's text-to-image sampler uses raw ones
+        weights = manifest and manifest.get("weights")  # printed because REPA's text-to-image sampler uses raw ones
         note(f"wrote {path}" + (f" (samples of the {weights} weights)" if weights else ""))
         note(f"next: python -m evaluations.table {path}")
 
@@ -79,6 +81,17 @@ class Estimate:
         return f"{self.mean:.4g}" + ("" if self.error is None else f" ± {self.error:.2g}")
 
 
+def features_name(features):
+    """Name of an extractor in results: a script's file without folder and suffix, or the model's."""
+    return Path(features).stem if Path(features).suffix in SCRIPTS else features
+
+
+def label(metric, features=None):
+    """A metric's name as ADM's evaluator prints it; those of other features with the name of their extractor."""
+    other = OTHER.get(metric.removesuffix(f"_{features}"))
+    return LABELS.get(metric) or (f"{other} ({features})" if other else metric)
+
+
 def is_better(metric, value, than):
     """Whether `value` of a metric is better than the value `than`: lower for distances, higher for others."""
     return value < than if metric.startswith(LOWER) else value > than
@@ -88,6 +101,12 @@ def sample_manifest(samples):
     """SampleManifest beside an npz or a folder of samples; None where there is no file. Raises InputError."""
     path = manifest_path(samples)
     return read_manifest(path) if path.is_file() else None
+
+
+def manifest_without_labels(samples):
+    """The manifest beside samples as results hold it; None where there is no file. Raises InputError."""
+    manifest = sample_manifest(samples)
+    return manifest and {name: value for name, value in manifest.to_json().items() if name != "labels"}
 
 
 def sample_labels(samples, kind, count, remedy):
@@ -161,11 +180,16 @@ class ResultFlags(SampleFlags):
 
 
 @dataclasses.dataclass(kw_only=True)
-class NetworkFlags(SampleFlags):
-    """Flags of the programs that run images through a network."""
+class NetworkFlags:
+    """The network that images are run through."""
 
     inception_weights: str | None = flag(None, "file; default: torch-fidelity's", str, group="features", metavar="FILE")
     features: str | None = flag(None, "timm model or TorchScript file instead", str, group="features", metavar="NAME")
+
+    @property
+    def extractor(self):
+        """How --features is called in the names of metrics, or None."""
+        return self.features and features_name(self.features)
 
 
 @dataclasses.dataclass(kw_only=True)
