@@ -47,9 +47,9 @@ METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "
 METRICS |= {"kid": "KID", "kid_standard_error": "KID s.e."}
 ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
+UNSTATED = ("seed", "mixed_precision", "holdout")  # of a run: likewise
 REMEDY = "pass files that the evaluators or digits.report wrote"
 UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of unusual settings
-UNSTATED = ("seed", "mixed_precision", "holdout")  # of a run: as above
 UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "init_from")  # flags that the table shows otherwise
 
 
