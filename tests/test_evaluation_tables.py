@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,9 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measuring, "run_python", lambda processes, *words: calls.append(words))
     monkeypatch.setattr(evaluator, "check_inputs", lambda args, processes: calls.append(args))
+    model = types.SimpleNamespace(kind="flow", num_branches=1)
+    checkpoint = types.SimpleNamespace(model=model, weights_sha256=lambda: "a")
+    monkeypatch.setattr(sweep, "open_checkpoint", lambda config: (checkpoint,))
     for name in ("ckpt.pt", "ref.npz"):
         (tmp_path / name).touch()
     (tmp_path / "out").mkdir()
