@@ -5,11 +5,22 @@
 What stands above the line MARK in the page is written by hand and stays.
 """
 
+import dataclasses
 import textwrap
 
 from common.errors import exit_on_input_error, say
 from common.files import write_atomically
-from common.flags import ROOT
+from common.flags import ROOT, parse_early, parse_flags
+
+
+@dataclasses.dataclass
+class PaperFlags:
+    """No flags."""
+
+
+if __name__ == "__main__":
+    parse_early(PaperFlags, __doc__)
+
 from evaluations.metrics.results import markdown
 from evaluations.published import AT_512, FLOW_FILE, PUBLISHED, STEPS_PER_EPOCH
 from models.flops import flops_per_image
@@ -114,7 +125,8 @@ def render(page):
     return "\n".join(lines)
 
 
-def main():
+def main(argv=None):
+    parse_flags(PaperFlags, argv, __doc__)
     page = render(PAGE.read_text())
     write_atomically(PAGE, lambda file: file.write(page.encode()))
     say(f"wrote {PAGE}\nnext: git diff {PAGE}")

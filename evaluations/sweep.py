@@ -64,6 +64,7 @@ from sampling.sampler import open_checkpoint
 
 RECORD = "sweep.json"  # in --out: flags common to all settings
 SAME = ("ckpt", "ref", "num_samples", "features", "inception_weights")
+REMEDY = "delete it to measure this setting again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,14 +122,13 @@ def measure(setting, args, generate):
     Raises InputError if the file of the result is damaged or has other settings.
     """
     path = make_result(setting.name, args.ckpt, args, "generate.py", [*generate, *setting.flags])
-    remedy = "delete it to measure this setting again"
-    result = Result.read(path, remedy)
+    result = Result.read(path, REMEDY)
     about = {"num_steps": setting.num_steps, "cfg_scale": setting.cfg_scale, "num_fid_samples": args.num_samples}
     for name, value in {**about, **dict(setting.branches)}.items():
         if (found := getattr(result.manifest, name, None)) not in (None, value):
-            raise InputError(f"{path} has a different {name} ({found}); {remedy}")
+            raise InputError(f"{path} has a different {name} ({found}); {REMEDY}")
     if args.distance not in result.metrics:
-        raise InputError(f"{path} holds no {args.distance}; {remedy}")
+        raise InputError(f"{path} holds no {args.distance}; {REMEDY}")
     return result
 
 
@@ -193,7 +193,7 @@ def check(sweeps, generate):
         check_writable(Path(each.out, "table.md"), "--out:")
         if Path(each.out, RECORD).exists():
             check_settings(Path(each.out), about[each.out], RECORD, "name another --out")
-        check_branches(each, generate)
+        check_checkpoint(each, generate)
     check_reference(args)
     for out, content in about.items():
         write_json(Path(out, RECORD), content)
@@ -210,13 +210,26 @@ def check_generate(ckpt, generate):
         raise InputError("--format png after -- leaves no npz to measure; leave it out")
 
 
-def check_branches(args, generate):
-    """Raise InputError for settings that do not fit the branches of the checkpoint."""
-    lines = [["--ckpt", args.ckpt, *map(str, of.flags), *generate] for of in settings(args) if of.branches]
+def check_checkpoint(args, generate):
+    """Raise InputError if the checkpoint lacks branches of a setting, or other weights were measured under its name."""
+    measured = measured_weights(args)
+    lines = [["--ckpt", args.ckpt, *map(str, of.flags), *generate] for of in settings(args) if of.branches or measured]
     configs = [parse_flags(GenerateConfig, line).resolve() for line in lines]
-    model = open_checkpoint(configs[0])[0].model if configs else None
+    checkpoint = open_checkpoint(configs[0])[0] if configs else None  # its file may have several GB
     for config in configs:
-        config.for_model(model.kind, model.num_branches)
+        config.for_model(checkpoint.model.kind, checkpoint.model.num_branches)
+    now = checkpoint.weights_sha256() if measured else None
+    if others := [name for name, weights in measured.items() if weights != now]:
+        where = f"{Path(args.out, others[0])}.json and {Path(args.out, 'samples', others[0])}"
+        remedy = "name another --out, or delete both"
+        raise InputError(f"{where} are of weights other than --ckpt {args.ckpt} has now; {remedy}")
+
+
+def measured_weights(args):
+    """{name of a setting: hash of the weights} of the results that exist and state it. Raises InputError."""
+    paths = {of.name: Path(args.out, f"{of.name}.json") for of in settings(args)}
+    manifests = {name: Result.read(path, REMEDY).manifest for name, path in paths.items() if path.exists()}
+    return {name: found.weights_sha256 for name, found in manifests.items() if found and found.weights_sha256}
 
 
 def per_checkpoint(args):

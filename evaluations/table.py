@@ -47,6 +47,7 @@ METRICS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "
 METRICS |= {"kid": "KID", "kid_standard_error": "KID s.e."}
 ALWAYS = ("fid", "sfid", "inception_score")
 FREE = ("legacy_scaling", "projector_dim", "init", "encoder_depth")  # of a model: the papers do not state them
+UNSTATED = ("seed", "mixed_precision", "holdout")  # of a run: likewise
 REMEDY = "pass files that the evaluators or digits.report wrote"
 UNUSUAL = (LookupError, ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError)  # of unusual settings
 UNSAID = ("model", "max_train_steps", "resolution", "data_dir", "init_from")  # flags that the table shows otherwise
@@ -98,7 +99,8 @@ def is_counterpart(row, result):
     if not options or not row.numbers.keys() & result.metrics.keys() or network(options) != network(row.options):
         return False
     started = run.pop("init_from", None)
-    config = dataclasses.replace(row.config, **{name: v for name, v in run.items() if hasattr(row.config, name)})
+    known = {name: v for name, v in run.items() if hasattr(row.config, name) and name not in UNSTATED}
+    config = dataclasses.replace(row.config, **known)
     step, sampler = manifest.step, row.sampler or {}
     try:
         same = settings(config, row.options) == settings(row.config, row.options)

@@ -6,6 +6,7 @@ is_data decides what counts as data, for folders, zips, samples and captions ali
 import collections.abc
 import dataclasses
 import errno
+import hashlib
 import itertools
 import json
 import operator
@@ -109,6 +110,29 @@ def parse_label_list(data, path):
     if twice := [name for name, following in itertools.pairwise(names) if name == following]:
         raise InputError(f"{path} lists {twice[0]!r} more than once; {PREPARE}")
     return names, np.array([NO_LABEL if label is None else label for _, label in pairs], np.int64)
+
+
+def class_of(name):
+    """Top-level folder of a relative name; '' for a file in the root."""
+    return name.split("/", 1)[0] if "/" in name else ""
+
+
+def label_by_folder(names):
+    """(labels, class names or None) of images by sorted top-level folder; a single folder gives no labels."""
+    folders = sorted(set(map(class_of, names)))
+    if len(folders) <= 1:
+        return np.full(len(names), NO_LABEL), list(filter(None, folders)) or None
+    number_of = {folder: number for number, folder in enumerate(folders)}
+    return np.array([number_of[class_of(name)] for name in names], np.int64), folders
+
+
+def fingerprint(names, versions, labels):
+    """sha256 of the names, versions (such as sizes) and labels of images; NO_LABEL for an image without one."""
+    digest = hashlib.sha256()
+    for name, version, label in zip(names, versions, labels, strict=True):
+        text = f"{name}\0{version}\0{None if label == NO_LABEL else label}\n"
+        digest.update(text.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def label_json(names, labels):

@@ -11,9 +11,19 @@ import numpy as np
 
 import models
 from common.errors import InputError, note
+from common.files import read_bytes
 from common.flags import CLASSES
 from latents.manifest import CHECK, IMAGES, LABELS, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, NAMES, PREPARE, DataManifest
-from latents.names import Names, read_label_list, walk_files
+from latents.names import (
+    NO_LABEL,
+    Names,
+    fingerprint,
+    label_by_folder,
+    parse_label_list,
+    read_label_list,
+    walk,
+    walk_files,
+)
 from latents.rows import FolderRows, ImageFiles, PackedRows, StoredRows, read_array
 from models.specs import LatentSpec, resolve_vae, vae_family
 
@@ -205,7 +215,36 @@ def open_images(moments):
     check_finished(root)
     moments.check_pairs_are_known()
     names = images_by_order(root, len(moments.rows)) if moments.names is None else moments.names
+    if not _are_of(moments, root, names):
+        remedy = "put those there, or encode these into a new folder"
+        raise InputError(f"{root} holds other images or labels than {moments.folder} was made from; {remedy}")
     return ImageFiles(root, names.__getitem__, moments.resolution)
+
+
+def _are_of(moments, root, names):
+    """False where the Moments were not made from the images `names` of the folder `root`, as it and they record."""
+    listed, path = {}, root / LABELS_JSON
+    if path.is_file():
+        found, labels = parse_label_list(read_bytes(path, PREPARE), path)
+        listed = dict(zip(found, labels.tolist(), strict=True)) if found else {}
+    if moments.manifest.image_set is None:
+        pairs = () if moments.labels is None else zip(names, moments.labels.tolist(), strict=True)
+        return all(listed.get(name, label) in (label, NO_LABEL) for name, label in pairs)
+    encoded = sorted([*names, *(name for name, _ in moments.manifest.left_out)])
+    sizes = {name: size for name, (size, _) in walk(root)}
+    # without a list, encoding found no labels or, for the published treatment and for class folders, those of folders
+    for label_of in [listed] if listed else [{}, _labels_by_folder(root)]:
+        labels = [label_of.get(name, NO_LABEL) for name in encoded]
+        if moments.has_images(fingerprint(encoded, map(sizes.get, encoded), labels)):
+            return True
+    return False
+
+
+def _labels_by_folder(root):
+    from PIL import Image  # only alignment and preprocessing read images
+
+    names = walk_files(root, Image.registered_extensions())
+    return dict(zip(names, label_by_folder(names)[0].tolist(), strict=True))
 
 
 def images_by_order(folder, count):

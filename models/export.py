@@ -36,7 +36,7 @@ from models.card import model_card
 from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 from models.codec import LatentCodec
 from models.hub import VAE_FOLDER
-from models.specs import TRAINING, LatentSpec
+from models.specs import PLACES, TRAINING, LatentSpec
 
 # What sampling and its manifest need; paths of the training machine are left out.
 RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
@@ -62,9 +62,8 @@ def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, *
         raise InputError(f"{folder} exists already; name a new folder")
     with whole_folder(folder, "folder") as partial:
         checkpoint = load_checkpoint(path, weights, **overrides)
+        checkpoint.run |= {key: Path(checkpoint.run[key]).name for key in PLACES if checkpoint.run.get(key)}
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
-        if run.get("init_from"):
-            run["init_from"] = Path(run["init_from"]).name
         data = {**checkpoint.data, **(write_pipeline(partial, checkpoint, path, vae) if diffusers else {})}
         about = {"run": run, "data": data, "steps": checkpoint.steps, "weights": weights}
         # safetensors rejects tensors that share memory, as those of a published file may

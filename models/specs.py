@@ -17,10 +17,13 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 SHORT_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 VAE_REMEDY = "name a VAE with a scaling_factor above 0 and with both or neither of latents_mean and latents_std"
 DEFAULT_TEXT_ENCODER = "openai/clip-vit-large-patch14"
-# Settings of a run that affect its results, besides the model; exported folders and manifests of samples keep them.
-TRAINING = ("batch_size", "learning_rate", "adam_beta2", "ema_decay", "cfg_prob", "weighting", "tg_upper_bound")
-TRAINING += ("scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "g_type", "omega", "g_min", "g_max")
-TRAINING += ("changes", "init_from")
+# Settings of a run that affect its weights, besides the model; exported folders and manifests of samples keep them.
+TRAINING = ("batch_size", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+TRAINING += ("max_grad_norm", "ema_decay", "seed", "mixed_precision", "mirror", "holdout", "cfg_prob", "weighting")
+TRAINING += ("tg_upper_bound", "scale_weight", "acc_coeff", "ssl_align", "enc_type", "proj_coeff", "deep_supervision")
+TRAINING += ("g_type", "omega", "g_min", "g_max", "P_mean", "P_std", "P_mean_t", "P_std_t", "P_mean_r", "P_std_r")
+TRAINING += ("changes", "init_from", "weights", "new_classes", "from_scratch", "teacher")
+PLACES = ("init_from", "teacher", "holdout")  # those that may be paths
 Size = Annotated[int, Field(ge=1, le=1 << 20)]  # a larger one would only fail on allocation
 Word = Annotated[str, Field(max_length=100)]
 Options = dict[str, Size | bool | Word | Annotated[list[Size], Field(max_length=1000)] | None]  # constructor arguments

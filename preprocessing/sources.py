@@ -1,7 +1,6 @@
 """Images of a folder or zip in published order, with their labels, read as RGB; for unusual ones see docs/data.md."""
 
 import errno
-import hashlib
 import io
 import os
 import re
@@ -13,7 +12,16 @@ from PIL import Image
 
 from common.errors import InputError, first_line, note, system_fault
 from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, MOMENTS, DataManifest
-from latents.names import NO_LABEL, check_names, is_data, parse_label_list, walk
+from latents.names import (
+    NO_LABEL,
+    check_names,
+    class_of,
+    fingerprint,
+    is_data,
+    label_by_folder,
+    parse_label_list,
+    walk,
+)
 from latents.sets import check_finished
 
 LARGEST = 1 << 30  # bytes of an image file
@@ -53,11 +61,6 @@ def decode(data):
         raise
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
         raise BadImageError(first_line(error)) from None
-
-
-def class_of(name):
-    """Top-level folder of a relative name; '' for a file in the root."""
-    return name.split("/", 1)[0] if "/" in name else ""
 
 
 class ImageSource:
@@ -138,12 +141,8 @@ class ImageSource:
         return self.names, batch_size, lambda batch: self._digest(batch, self._versions[batch.start : batch.stop])
 
     def _digest(self, indices, versions):
-        digest = hashlib.sha256()
-        for index, version in zip(indices, versions, strict=True):
-            label = self.labels[index].item()
-            text = f"{self.names[index]}\0{version}\0{None if label == NO_LABEL else label}\n"
-            digest.update(text.encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+        part = slice(indices.start, indices.stop)
+        return fingerprint(self.names[part], versions, self.labels[part].tolist())
 
     def classes(self, kept, unreadable):
         """(labels of the images `kept`, class names, number of classes).
@@ -214,11 +213,8 @@ class ImageSource:
                 return labels, None
             if not published:  # null is what a converted set of one class says: no classes 00000/ …
                 return np.full(len(names), NO_LABEL), None
-        folders = sorted(set(map(class_of, names)))
-        if "" in folders and len(folders) > 1 and not published:
+        labels, folders = label_by_folder(names)
+        if "" in (folders or ()) and not published:
             stray = next(name for name in names if class_of(name) == "")
             raise InputError(f"{self.path}/{stray} lies beside the class folders; move it, or pass --published-labels")
-        if len(folders) <= 1:
-            return np.full(len(names), NO_LABEL), list(filter(None, folders)) or None
-        number_of = {folder: number for number, folder in enumerate(folders)}
-        return np.array([number_of[class_of(name)] for name in names], np.int64), folders
+        return labels, folders

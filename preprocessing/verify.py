@@ -27,14 +27,14 @@ from latents.manifest import (
     TEXT,
     DataManifest,
 )
-from latents.names import Names, read_label_list, walk, walk_files
+from latents.names import Names, class_of, read_label_list, walk, walk_files
 from latents.rows import ImageFiles
-from latents.sets import Moments, is_unfinished, list_sets, open_set
+from latents.sets import Moments, is_unfinished, list_sets, open_images, open_moments, open_set
 from models.codec import LatentCodec
 from models.specs import LatentSpec, vae_family
 from preprocessing.channels import ChannelSums
 from preprocessing.jobs import batches_of
-from preprocessing.sources import class_of, is_image_name
+from preprocessing.sources import is_image_name
 
 BATCH = 256
 SAMPLE = 64  # images to encode again
@@ -235,6 +235,8 @@ def _check_pairs(images, latents, report):
             report.add("pairs", f"{latents}: row {k} is of {name}, which {images} does not have")
         elif labels is not None and label_of[name] not in (None, labels[k]):
             report.add("labels differ", f"{name} has label {label_of[name]} in {images}, {labels[k]} in {latents}")
+    if manifest and manifest.image_set and not report.faults:
+        open_images(open_moments(latents))  # raises InputError for images of other sizes
 
 
 def _check_vae(folder, codec, report):

@@ -122,6 +122,21 @@ def test_images_are_paired_by_order_without_a_manifest(folder):
         open_dataset(folder, images=True)
 
 
+@pytest.mark.parametrize("manifest", [False, True])
+def test_images_with_other_labels_are_refused_where_nothing_identifies_them(manifest, folder):
+    names = [f"00000/img{i:08d}.png" for i in range(COUNT)]
+    write_images(folder / "images", names)
+    if manifest:
+        write_manifest(folder)
+    labels, listed = [[name, i % 3] for i, name in enumerate(names)], folder / "images/dataset.json"
+    for known in (labels, labels[:5], None):  # what is not listed is not compared
+        listed.write_text(json.dumps({"labels": known}))
+        open_dataset(folder, images=True)
+    listed.write_text(json.dumps({"labels": [*labels[:7], [names[7], 2], *labels[8:]]}))
+    with pytest.raises(InputError, match=r"images holds other images or labels than .*vae-sd was made from"):
+        open_dataset(folder, images=True)
+
+
 def test_packed_images_need_known_pairs(packed, folder, tmp_path):
     write_images(packed / "images", ["a.png"])
     with pytest.raises(InputError, match="packed without the images"):

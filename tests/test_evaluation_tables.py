@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,11 @@ ALIGNED = {"ssl_align": True, "enc_type": "dinov2-vit-b"}
         ({"training": {"scale_weight": [1.0, 1.0]}}, []),
         ({"training": {"learning_rate": 2e-4}}, []),
         ({"training": {"batch_size": 512}}, []),
+        ({"training": {"mirror": True}}, []),
+        ({"training": {"adam_beta1": 0.8}}, []),
+        ({"training": {"adam_weight_decay": 0.1}}, []),
+        ({"training": {"max_grad_norm": 0.1}}, []),
+        ({"training": {"seed": 1, "holdout": "0.01", "mixed_precision": "fp16"}}, [23.1]),  # papers do not state them
         ({"changes": [{"step": 1, "changes": {"weighting": ["uniform", "lognormal"]}}]}, []),
         ({"training": {"weighting": "uniform", "tg_upper_bound": 0.0}, "options": {"vera": "none"}}, [33.0]),
         ({"num_steps": 50}, []),
@@ -162,6 +168,8 @@ ALIGNED = {"ssl_align": True, "enc_type": "dinov2-vit-b"}
         ({"model": "DMFT-XL/2", "mode": "restart", "num_steps": 4, "shift": 1.0}, [1.51]),
         ({"model": "DMFT-XL/2", "mode": "euler", "num_steps": 4, "shift": 1.5}, []),
         ({"model": "DMFT-XL/2", "num_steps": 1, "shift": 1.0, "training": {"g_type": "distill"}}, []),
+        ({"model": "DMFT-XL/2", "mode": "euler", "num_steps": 1, "shift": 1.0, "training": {"P_mean_r": 0.0}}, []),
+        ({"model": "DMFT-XL/2", "mode": "euler", "num_steps": 1, "shift": 1.0, "training": {"from_scratch": True}}, []),
         ({"training": None, "step": None, "options": {"ssl_align": True}, "model": "DeepFlow-XL/2"}, [6.5, 5.4, 5.0]),
     ],
 )
@@ -278,6 +286,9 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measuring, "run_python", lambda processes, *words: calls.append(words))
     monkeypatch.setattr(evaluator, "check_inputs", lambda args, processes: calls.append(args))
+    model = types.SimpleNamespace(kind="flow", num_branches=1)
+    checkpoint = types.SimpleNamespace(model=model, weights_sha256=lambda: "a")
+    monkeypatch.setattr(sweep, "open_checkpoint", lambda config: (checkpoint,))
     for name in ("ckpt.pt", "ref.npz"):
         (tmp_path / name).touch()
     (tmp_path / "out").mkdir()

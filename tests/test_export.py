@@ -47,6 +47,16 @@ def test_the_folder_has_the_files_of_the_hub(folder):
     assert (config["steps"], config["weights"], config["data"]["family"]) == (3, "ema", "tiny-vae")
 
 
+def test_paths_of_the_training_machine_are_left_out(ckpt, tmp_path):
+    content = tiny.load(ckpt)
+    content["config"] |= {"init_from": "/a/b.pt", "teacher": "/a/c.pt", "holdout": "/a/held", "data_dir": "/a/data"}
+    torch.save(content, tmp_path / "named.pt")
+    export(tmp_path / "named.pt", tmp_path / "out")
+    run = json.loads((tmp_path / "out/config.json").read_text())["run"]
+    assert (run["init_from"], run["teacher"], run["holdout"]) == ("b.pt", "c.pt", "held")
+    assert "/a/" not in (tmp_path / "out/config.json").read_text() + (tmp_path / "out/README.md").read_text()
+
+
 def test_the_card_says_what_it_is_and_how_to_sample(ckpt, tmp_path):
     content = tiny.load(ckpt)
     content["config"] |= {"batch_size": 96, "weighting": "lognormal"}

@@ -13,6 +13,7 @@ import torch
 import train
 import train_dmf
 import training.run
+from common.errors import InputError
 from common.flags import parse_flags
 from evaluations import paper
 from evaluations.published import CONFIGS, PUBLISHED, STEPS_PER_EPOCH
@@ -50,6 +51,15 @@ def test_the_page_is_up_to_date_but_for_the_cost(monkeypatch):
 def test_the_page_is_up_to_date():
     page = paper.PAGE.read_text()
     assert page == paper.render(page), "run python -m evaluations.paper"
+
+
+def test_help_leaves_the_page_alone(monkeypatch, capsys):
+    monkeypatch.setattr(paper, "write_atomically", lambda *_: pytest.fail("the page is written"))
+    with pytest.raises(SystemExit) as ended:
+        paper.main(["--help"])
+    assert ended.value.code == 0 and "python -m evaluations.paper" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--out is unknown"):
+        paper.main(["--out"])
 
 
 def test_hours_by_hand():

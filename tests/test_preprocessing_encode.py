@@ -21,6 +21,7 @@ from preprocessing.encode import encode
 from preprocessing.info import describe, write_grid
 from preprocessing.options import ConvertFlags, EncodeFlags, MirrorFlags, PackFlags
 from preprocessing.pack import pack
+from preprocessing.verify import verify
 
 ROOT = Path(__file__).parent.parent
 COUNT = 18
@@ -114,6 +115,69 @@ def test_mirror_encodes_flipped_images(data):
     torch.testing.assert_close(moments.float(), expected, rtol=2**-10, atol=1e-4)
     assert (expected - direct_moments(data)).abs().max() > 0.1
     torch.testing.assert_close(LatentCodec.load(tiny_vae()).encode(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def class_folders(place, **options):
+    return write_class_folders(place, size=(16, 16), **options)
+
+
+def no_labels(place):
+    class_folders(place)
+    (place / "dataset.json").write_text('{"labels": null}')
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (class_folders, {}),
+        (class_folders, {"max_images": 3, "packed": True}),  # of one class
+        (lambda place: class_folders(place, classes=1), {}),
+        (no_labels, {"published_labels": True}),
+    ],
+)
+def test_images_that_were_encoded_from_a_folder_are_found_again(make, options, tmp_path):
+    make(tmp_path / "images")
+    encode(EncodeFlags(tmp_path / "images", tmp_path / "vae-sd", tiny_vae(), **options))
+    open_dataset(tmp_path, images=True)
+
+
+def other_images(images):
+    """Images of the same names, sizes and labels."""
+    for path in images.rglob("*.png"):
+        photo(500, 16, 16).save(path)
+
+
+def other_class_order(images):
+    """What converting the same classes gives if the first is called like the last, and the last like the first."""
+    paths = sorted(images.rglob("*.png"))
+    for first, last in zip(paths[:6], paths[12:], strict=True):
+        first.rename(images / "moved")
+        last.rename(first)
+        (images / "moved").rename(last)
+
+
+def other_label(images):
+    content = json.loads((images / "dataset.json").read_text())
+    content["labels"][0][1] = 1
+    (images / "dataset.json").write_text(json.dumps(content))
+
+
+def fewer_images(images):
+    (images / "00000/img00000003.png").unlink()
+
+
+@pytest.mark.parametrize("change", [other_images, other_class_order, other_label, fewer_images])
+def test_images_that_were_not_encoded_are_refused(change, data):
+    encode(EncodeFlags(data / "images", data / "vae-sd", tiny_vae(), packed=True))
+    assert verify(data).faults == {}
+    change(data / "images")
+    open_dataset(data)
+    message = (
+        r"images holds other images or labels than .*vae-sd was made from; put those there, or encode .* new folder"
+    )
+    with pytest.raises(InputError, match=message):
+        open_dataset(data, images=True)
+    assert verify(data).faults
 
 
 def test_round_trip_costs_nothing_beyond_the_vae(tmp_path):

@@ -1,5 +1,6 @@
 """The settings of a run: names that tell them, changes on resume that are recorded, what may be left out."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -12,11 +13,23 @@ import tiny
 import torch
 
 from common.flags import parse_flags
+from models.presets import model_config
+from models.specs import TRAINING
 from training.checkpoint import checkpoint_path
 from training.config import FlowMapConfig, TextTrainConfig, TrainConfig
 from training.logs import resumed_steps
 
+# Settings that the manifests of samples record otherwise (the model, the path), or that only say how a file is read.
+UNRECORDED = {"model", "trans_depth", "path_type", "prediction", "enc_ckpt", "convention"}
 LOGNORMAL = ["--weighting", "lognormal"]
+
+
+@pytest.mark.parametrize("config", [TrainConfig, FlowMapConfig, TextTrainConfig])
+def test_every_setting_that_affects_the_weights_is_recorded(config):
+    recorded = UNRECORDED | {*TRAINING, *model_config(config().model)}
+    fields = {field.name: field.metadata["free"] for field in dataclasses.fields(config)}
+    assert {name for name, free in fields.items() if not free} <= recorded
+    assert not {name for name, free in fields.items() if free} & {*TRAINING}
 
 
 def name_of(cls, *line, resolution=256):

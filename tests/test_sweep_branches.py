@@ -9,6 +9,7 @@ from common.errors import InputError
 from common.flags import parse_flags
 from evaluations import measuring, sweep
 from evaluations.metrics.results import Result
+from models.checkpoints import Checkpoint, load_checkpoint
 from sampling.flags import GenerateConfig
 
 
@@ -34,10 +35,10 @@ def test_flags_of_generate_that_the_sweep_sets_are_refused_before_sampling(words
 
 
 def result_of(folder, name, distance, **manifest):
-    """A finished setting of a sweep of digits."""
+    """A finished setting of a sweep of digits; without `weights_sha256` it does not say of which weights."""
     folder.mkdir(exist_ok=True, parents=True)
     content = {"metrics": {"label agreement": 0.5, "Fréchet distance of digits": distance}}
-    content["manifest"] = {"num_fid_samples": 40, "weights_sha256": folder.name, **manifest}
+    content["manifest"] = {"num_fid_samples": 40, **manifest}
     (folder / f"{name}.json").write_text(json.dumps(content))
 
 
@@ -49,6 +50,7 @@ def test_several_checkpoints_give_means_standard_errors_and_differences(tmp_path
     flags = ["--ref", "digits", "--out", str(tmp_path / "out"), "--num-samples", "40", "--num-steps", "5"]
     for seed, (plain, guided) in enumerate([(1.0, 1.5), (3.0, 3.7)], 1):
         folder, cost = tmp_path / f"out/checkpoint-{seed}", {"num_steps": 5, "model_evaluations": 5}
+        cost["weights_sha256"] = load_checkpoint(ckpts[seed - 1]).weights_sha256()
         result_of(folder, "steps-5-cfg-1.0-ig-scale-1.0", plain, cfg_scale=1.0, **cost)
         result_of(folder, "steps-5-cfg-1.0-ig-scale-2.0", guided, cfg_scale=1.0, ig_scale=2.0, **cost)
     sweep.main(["--ckpt", *ckpts, *flags, "--ig-scale", "1", "2"])
@@ -67,6 +69,32 @@ def test_several_checkpoints_give_means_standard_errors_and_differences(tmp_path
         sweep.main(["--ckpt", *ckpts, *flags, "--ig-scale", "1", "2"])
     with pytest.raises(InputError, match=r"another ckpt .*another --out"):  # in another order
         sweep.main(["--ckpt", *reversed(ckpts), *flags, "--ig-scale", "1", "2"])
+
+
+def test_a_checkpoint_that_was_replaced_under_its_name_is_noticed(tmp_path, monkeypatch):
+    def hash_once(checkpoint):
+        hashed.append(checkpoint.path)
+        return whole(checkpoint)
+
+    hashed, whole = [], Checkpoint.weights_sha256
+    monkeypatch.setattr(Checkpoint, "weights_sha256", hash_once)
+    monkeypatch.setattr(measuring, "run_python", lambda *words: pytest.fail(f"{words} is started"))
+    vae, out = tiny.vae_folder(tmp_path / "tiny-vae"), tmp_path / "out"
+    ckpt = tiny.checkpoint(tmp_path / "a.pt", vae)
+    flags = ["--ckpt", str(ckpt), "--ref", "digits", "--out", str(out), "--num-samples", "40", "--num-steps", "5", "6"]
+    for steps in (5, 6):
+        weights = {"weights_sha256": whole(load_checkpoint(ckpt))}
+        result_of(out, f"steps-{steps}-cfg-1.0", 1.0, num_steps=steps, cfg_scale=1.0, **weights)
+    sweep.main(flags)
+    assert len(hashed) == 1
+    tiny.checkpoint(ckpt, vae, std=0.06)
+    message = r"steps-5-cfg-1\.0\.json and .*samples/steps-5-cfg-1\.0 are of weights other than .*a\.pt has now; name"
+    for words in (flags, [*flags[:-2], "7", "5"]):  # before a setting that is not measured yet is sampled
+        with pytest.raises(InputError, match=message):
+            sweep.main(words)
+    (out / "steps-5-cfg-1.0.json").unlink()
+    with pytest.raises(InputError, match=r"steps-6-cfg-1\.0\.json"):
+        sweep.main(flags)
 
 
 def test_the_plot_is_over_what_varies(tmp_path, monkeypatch):
