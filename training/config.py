@@ -25,7 +25,7 @@ model_flag, loss_flag, data_flag, optim_flag, speed_flag, output_flag = (
 )
 output_flag = functools.partial(output_flag, free=True)
 
-AT_LEAST_0, AT_LEAST_1, POSITIVE, FINITE = Range(low=0), Range(low=1), Range(above=0), Range()
+AT_LEAST_0, AT_LEAST_1, POSITIVE, WIDTHS = Range(low=0), Range(low=1), Range(above=0), Range(1, 2**16)
 THREADS = Range(low=0, high=WORKERS.high)
 PROBABILITY, DECAY = Range(low=0, high=1), Range(low=0, below=1)
 ATTENTION = ["auto", "base", "torch_sdpa", "fa2", "fa3"]
@@ -49,7 +49,7 @@ class RunFlags:
 
     model: str
     trans_depth: int = model_flag(None, "blocks; alone it spaces the preset's branches evenly", int, range=BLOCKS)
-    df_idxs: str = model_flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
+    df_idxs: str | tuple = model_flag(None, "blocks (from 1) that end a branch: [8,16], 8,16 or 8 16", str, nargs="+")
     qk_norm: bool = model_flag(False, "normalise queries and keys")
     legacy_scaling: bool = model_flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
     init_from: str = model_flag(None, "start from these weights, ours or published", str, also=["--pretrained"])
@@ -57,8 +57,8 @@ class RunFlags:
 
     path_type: str = loss_flag("linear", "probability path", choices=["linear", "cosine"])
     prediction: str = loss_flag("v", "what the network predicts; v is the only choice", choices=["v"])
-    scale_weight: float = loss_flag(
-        None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+", range=FINITE
+    scale_weight: tuple[float, ...] = loss_flag(
+        None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+"
     )
     acc_coeff: float = loss_flag(1.0, "weight of the acceleration loss (lambda)", range=AT_LEAST_0)
     cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
@@ -180,7 +180,7 @@ class BranchFlags:
     """What leads from branch to branch, and how the branches' times are drawn."""
 
     vera: str = model_flag("full", "between branches, as in Table 7a: none, gap, acceleration or full")
-    acc_mlp: int = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=Range(1, 2**16), nargs="+")
+    acc_mlp: tuple = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=WIDTHS, nargs="+")
     weighting: str = loss_flag("lognormal", "distribution of t", choices=["uniform", "lognormal"])
     tg_upper_bound: float = loss_flag(
         None, "upper bound of branches' time gap (alpha); default: 0.01, --vera none: 0", float, range=PROBABILITY
@@ -301,11 +301,11 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
     omega: float = loss_flag(0.6, "guidance weight", range=AT_LEAST_0)
     g_min: float = loss_flag(0.0, "guide only at t >= this (t = 0 is data)", range=PROBABILITY)
     g_max: float = loss_flag(0.7, "guide only at t <= this (t = 1 is noise)", range=PROBABILITY)
-    P_mean: float = loss_flag(0.0, "flow part: mean of the logit of t", range=FINITE)
+    P_mean: float = loss_flag(0.0, "flow part: mean of the logit of t")
     P_std: float = loss_flag(1.0, "flow part: standard deviation of the logit of t", range=AT_LEAST_0)
-    P_mean_t: float = loss_flag(0.4, "mean-flow part: mean of the first time's logit", range=FINITE)
+    P_mean_t: float = loss_flag(0.4, "mean-flow part: mean of the first time's logit")
     P_std_t: float = loss_flag(1.0, "mean-flow part: standard deviation of the first time's logit", range=AT_LEAST_0)
-    P_mean_r: float = loss_flag(-1.2, "mean-flow part: mean of the second time's logit", range=FINITE)
+    P_mean_r: float = loss_flag(-1.2, "mean-flow part: mean of the second time's logit")
     P_std_r: float = loss_flag(1.0, "mean-flow part: standard deviation of the second time's logit", range=AT_LEAST_0)
     deep_supervision: bool = loss_flag(True, "with a DeepFlow backbone: keep its branches' losses for the flow part")
 

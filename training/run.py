@@ -43,7 +43,7 @@ class Task:
     start: Callable  # (config, info, resumed checkpoint or None) → constructor arguments; the model, or None: a new one
     objective: Callable  # (run) → function (network, batch, draws) → loss and {name: 0-d tensor} for the log
     draw: Callable  # (run, step) → the random draws of this rank's rows
-    prepare: Callable = lambda config: config  # (config) → config whose --data-dir can be opened
+    prepare: Callable  # (config) → config whose --data-dir can be opened
 
 
 @dataclasses.dataclass
