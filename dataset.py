@@ -96,11 +96,11 @@ class LatentDataset:
     names: of all images; rows: which of them this dataset holds, int64 (N,), all unless `only` restricts it.
     """
 
-    def __init__(self, info, rows, labels, names, images=None, mirror=None, features=None, workers=None):
-        self.info, self.labels, self.images, self.mirror = info, labels, images, mirror
-        self.names, self.rows = names, np.arange(info.count)
-        self.features = features or {}
-        self._moments = StoredRows(rows, mirror)
+    def __init__(self, info, moments, images, mirror, features, workers):
+        self.info, self.labels, self.images, self.mirror = info, moments.labels, images, mirror
+        self.names, self.rows = moments.row_names, np.arange(info.count)
+        self.features = features
+        self._moments = StoredRows(moments.rows, mirror)
         usual = max(4, cores_of_process() if images else 0)  # decoding an image takes milliseconds of a core
         self.workers = max(1, usual if workers is None else workers)
         self._pool = ThreadPoolExecutor(self.workers)
@@ -115,25 +115,25 @@ class LatentDataset:
         return part
 
     def gather_step(self, sampler, step, rows, pin=False):
-        """gather of the given rows (array) of the global batch of a step."""
+        """gather of the given rows (array) of the global batch of a step; the step chooses each image's caption."""
         flip = sampler.flips(step)[rows] if self.mirror is not None else None
-        return self.gather(sampler.batch(step)[rows], flip, pin)
+        return self.gather(sampler.batch(step)[rows], flip, pin, sampler.uniforms(step)[rows])
 
-    def gather(self, indices, flip=None, pin=False, condition=None):
-        """Moments, labels (or the first captions), images and features of rows `indices`, as in Batch.
+    def gather(self, indices, flip=None, pin=False, uniforms=None):
+        """Moments, condition, images and features of rows `indices`, as in Batch.
 
-        flip: optional bool (B,), true where the mirrored set is meant; pin: into page-locked memory; condition: instead
-        of the labels.
+        flip: optional bool (B,), true where the mirrored set is meant; pin: into page-locked memory; uniforms (B,) in
+        [0, 1): which of its captions each image takes, by default the first.
         """
         indices = self.rows[np.asarray(indices, dtype=np.int64)]
         flip = np.zeros(len(indices), bool) if flip is None else np.asarray(flip, bool)
         moments = self._moments.gather(indices, flip, self._pool, pin)
         features = [stored.gather(indices, flip, self._pool, pin) for stored in self.features.values()]
-        condition = self.first_condition(indices, pin) if condition is None else condition
+        condition = self.condition(indices, np.zeros(len(indices)) if uniforms is None else uniforms, pin)
         images = None if self.images is None else self.images.gather(indices.tolist(), flip.tolist(), self._pool)
         return moments, condition, images, *features
 
-    def first_condition(self, rows, pin):
+    def condition(self, rows, uniforms, pin):
         """Labels of rows of the folder."""
         return torch.from_numpy(self.labels[rows])
 
@@ -150,8 +150,8 @@ class LatentDataset:
 class CaptionDataset(LatentDataset):
     """Moments with the features of a caption in place of the label; of an image's captions each step draws one."""
 
-    def __init__(self, info, rows, text, names, images=None, features=None, workers=None):
-        super().__init__(info, rows, None, names, images, features=features, workers=workers)
+    def __init__(self, info, moments, text, images, features, workers):
+        super().__init__(info, moments, images, None, features, workers)
         self.text, self._text_rows = text, StoredRows(text.rows)
         self._empty = text.empty
 
@@ -162,14 +162,9 @@ class CaptionDataset(LatentDataset):
         part.info = dataclasses.replace(part.info, captions=captions)
         return part
 
-    def gather_step(self, sampler, step, rows, pin=False):
-        """gather of the given rows of the global batch of a step, with captions that the step draws."""
-        indices = sampler.batch(step)[rows]
-        chosen = self.text.choose(self.rows[indices], sampler.uniforms(step)[rows])
-        return self.gather(indices, pin=pin, condition=self.context(chosen, pin))
-
-    def first_condition(self, rows, pin):
-        return self.context(self.text.starts[rows], pin)
+    def condition(self, rows, uniforms, pin):
+        """Features (B, L, W) of a caption of each row of the folder."""
+        return self.context(self.text.choose(rows, uniforms), pin)
 
     def context(self, rows, pin=False):
         """Features (B, L, W) of captions by row, in the precision in which they are stored."""
@@ -205,7 +200,7 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
     files = open_images(moments) if images else None
     mirrored = open_mirror(moments) if mirror else None
     stored = {name: open_features(data_dir, name, moments, mirror) for name in features}
-    return LatentDataset(info, rows, moments.labels, moments.row_names, files, mirrored, stored, workers)
+    return LatentDataset(info, moments, files, mirrored, stored, workers)
 
 
 def _count_classes(moments, num_classes):
@@ -233,7 +228,7 @@ def open_captions(data_dir, *, images=False, features=(), data_vae=None, workers
     rows, spec = moments.rows, moments.spec
     info = CaptionInfo(len(rows), 0, spec, rows.shape, moments.resolution, captions=len(text.rows), text=text.spec)
     stored = {name: open_features(data_dir, name, moments) for name in features}
-    return CaptionDataset(info, rows, text, moments.row_names, files, stored, workers)
+    return CaptionDataset(info, moments, text, files, stored, workers)
 
 
 def open_foreign(folder, data_vae):

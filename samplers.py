@@ -79,8 +79,8 @@ class BranchOptions:
         self.exits = [] if self.exit_branch is None else [(0.0, self.exit_branch)]  # (t, branch that ends before it)
         if self.exit_schedule is not None:
             self.exits = parse_exits(self.exit_schedule)
-        if self.gap != "dt":
-            self.gap = parse_gap(self.gap)
+        if self.gap != "dt" and not (isinstance(self.gap, float | int) and -1 <= self.gap <= 1):
+            raise InputError(f"--branch-gap {self.gap}: it must be dt or a number from -1 to 1")
 
     def last(self, t, k):
         """The branch after which a step from t ends."""
@@ -122,17 +122,6 @@ def parse_exits(text):
         form = "it must be like 0.8:1,0.3:2, branch 1 down to t = 0.8 and then 2 down to 0.3, with falling t below 1"
         raise InputError(f"--exit-schedule {text!r}: {form}")
     return exits
-
-
-def parse_gap(text):
-    """A number from −1 to 1. Raises InputError."""
-    try:
-        gap = float(text)
-    except ValueError:
-        gap = float("nan")
-    if not -1 <= gap <= 1:
-        raise InputError(f"--branch-gap {text}: it must be dt or a number from -1 to 1")
-    return gap
 
 
 class GuidedVelocity:

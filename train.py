@@ -22,7 +22,6 @@ from models.encoders import check_grid
 from models.paths import PATHS
 from preprocessing.direct import with_latents
 from training.draws import draw_step
-from training.grids import GridSampler
 from training.run import Task, run_task
 from training.start import start_model
 
@@ -66,7 +65,7 @@ def draw(run, step):
 
 def train(config):
     """Train as the flags say; a folder of images is encoded first. Raises InputError."""
-    run_task(config, Task(start, objective_of, draw, GridSampler, with_latents))
+    run_task(config, Task(start, objective_of, draw, with_latents))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from models.paths import PATHS
 from preprocessing.direct import with_latents
 from training.draws import draw_flow_map_step
 from training.flow_map import guided_target, start
-from training.grids import FlowMapGridSampler
 from training.run import Task, run_task
 
 
@@ -77,7 +76,7 @@ def draw(run, step):
 
 def train(config):
     """Train as the flags say. Raises InputError."""
-    run_task(config, Task(start, objective_of, draw, FlowMapGridSampler, with_latents))
+    run_task(config, Task(start, objective_of, draw, with_latents))
 
 
 if __name__ == "__main__":

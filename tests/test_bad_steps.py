@@ -12,9 +12,8 @@ import train
 import training.run
 from common.errors import InputError
 from training.checkpoint import existing_steps
-from training.guard import BadSteps
 from training.loader import SeekableSampler
-from training.trainer import Trainer
+from training.trainer import BadSteps, Trainer
 
 STATE = ("model", "ema", "opt")
 

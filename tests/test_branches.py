@@ -1,6 +1,7 @@
 """Velocities of single branches, and sampling from them: guidance, early exits, times."""
 
 import itertools
+import math
 import re
 
 import pytest
@@ -155,7 +156,7 @@ PLAIN = {
     "exit of the unconditional half after the last": lambda k: BranchOptions(cfg_exit=k),
     "exit after the last": lambda k: BranchOptions(exit_branch=k),
     "schedule of the last": lambda k: BranchOptions(exit_schedule=f"0.5:{k}"),
-    "gap 0": lambda k: BranchOptions(gap="0.0"),
+    "gap 0": lambda k: BranchOptions(gap=0),
 }
 
 
@@ -290,10 +291,10 @@ def test_one_exit_for_all_steps():
 @pytest.mark.parametrize(
     ("gap", "t", "end", "expected"),
     [
-        ("0.1", 0.5, 0.25, [0.5, 0.6, 0.7]),
-        ("-0.1", 0.5, 0.25, [0.5, 0.4, 0.3]),
-        ("0.4", 0.5, 0.25, [0.5, 0.9, 1.0]),
-        ("-0.4", 0.5, 0.25, [0.5, 0.1, 0.0]),
+        (0.1, 0.5, 0.25, [0.5, 0.6, 0.7]),
+        (-0.1, 0.5, 0.25, [0.5, 0.4, 0.3]),
+        (0.4, 0.5, 0.25, [0.5, 0.9, 1.0]),
+        (-0.4, 0.5, 0.25, [0.5, 0.1, 0.0]),
         ("dt", 0.5, 0.25, [0.5, 0.375, 0.25]),
         ("dt", 0.5, None, [0.5, 0.5, 0.5]),
     ],
@@ -381,7 +382,7 @@ def test_without_options_every_model_will_do():
         *(({"exit_schedule": text}, "--exit-schedule .*0.8:1,0.3:2") for text in ("", "1", "0.8", "0.8:1:2", "0.8:x")),
         *(({"exit_schedule": text}, "--exit-schedule .*falling") for text in ("0.3:1,0.8:2", "0.5:1,0.5:2", "1:1")),
         *(({"exit_schedule": text}, "--exit-schedule .*falling") for text in ("nan:1", "-0.1:1", "1.5:1", "0.5:1,")),
-        *(({"gap": gap}, f"--branch-gap {gap}.* dt or a number") for gap in ("2", "-1.01", "nan", "inf", "step")),
+        *(({"gap": gap}, f"--branch-gap {gap}.* dt or a number") for gap in (2, -1.01, math.nan, math.inf, "step")),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, named):

@@ -91,7 +91,7 @@ def test_network_gets_the_empty_caption_exactly_where_drop_says(data):
     model, seen = create_model("DeepFlow-MMDiT-Ti/2", **options), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     context = dataset.context(range(6))
-    batch = Batch(1, dataset.gather(range(6), condition=context)[0], context, None)
+    batch = Batch(1, dataset.gather(range(6))[0], context, None)
     train.objective(model, batch, draws, config=config, dataset=dataset, weights=[0.2, 1.0])
     ((_, _, y),) = seen
     assert 0 < draws.drop.sum() < 6

@@ -2,8 +2,8 @@
 
 A run that is resumed keeps its flags, unless they are declared free: those change nothing, or the rounding at most.
 
-RunFlags are common to all programs. BranchFlags, ClassFlags and AlignmentFlags are added where a program has them. None
-means: taken from the preset, the data or the machine.
+RunFlags are common to all programs; FlowFlags and ClassFlags are added where a program has them. None means: taken from
+the preset, the data or the machine.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ model_flag, loss_flag, data_flag, optim_flag, speed_flag, output_flag = (
 )
 output_flag = functools.partial(output_flag, free=True)
 
-AT_LEAST_0, AT_LEAST_1, POSITIVE, FINITE = Range(low=0), Range(low=1), Range(above=0), Range()
+AT_LEAST_0, AT_LEAST_1, POSITIVE, WIDTHS = Range(low=0), Range(low=1), Range(above=0), Range(1, 2**16)
 THREADS = Range(low=0, high=WORKERS.high)
 PROBABILITY, DECAY = Range(low=0, high=1), Range(low=0, below=1)
 ATTENTION = ["auto", "base", "torch_sdpa", "fa2", "fa3"]
@@ -49,7 +49,7 @@ class RunFlags:
 
     model: str
     trans_depth: int = model_flag(None, "blocks; alone it spaces the preset's branches evenly", int, range=BLOCKS)
-    df_idxs: str = model_flag(None, "blocks (from 1) after which a branch ends: [8,16], 8,16 or 8 16", str, nargs="+")
+    df_idxs: str | tuple = model_flag(None, "blocks (from 1) that end a branch: [8,16], 8,16 or 8 16", str, nargs="+")
     qk_norm: bool = model_flag(False, "normalise queries and keys")
     legacy_scaling: bool = model_flag(False, "clamp the time-gap scale to [-5, 5] as the SSL-aligned release does")
     init_from: str = model_flag(None, "start from these weights, ours or published", str, also=["--pretrained"])
@@ -57,8 +57,8 @@ class RunFlags:
 
     path_type: str = loss_flag("linear", "probability path", choices=["linear", "cosine"])
     prediction: str = loss_flag("v", "what the network predicts; v is the only choice", choices=["v"])
-    scale_weight: float = loss_flag(
-        None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+", range=FINITE
+    scale_weight: tuple[float, ...] = loss_flag(
+        None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+"
     )
     acc_coeff: float = loss_flag(1.0, "weight of the acceleration loss (lambda)", range=AT_LEAST_0)
     cfg_prob: float = loss_flag(0.1, "probability that a label is dropped", range=PROBABILITY)
@@ -176,29 +176,6 @@ class RunFlags:
 
 
 @dataclasses.dataclass(kw_only=True)
-class BranchFlags:
-    """What leads from branch to branch, and how the branches' times are drawn."""
-
-    vera: str = model_flag("full", "between branches, as in Table 7a: none, gap, acceleration or full")
-    acc_mlp: int = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=Range(1, 2**16), nargs="+")
-    weighting: str = loss_flag("lognormal", "distribution of t", choices=["uniform", "lognormal"])
-    tg_upper_bound: float = loss_flag(
-        None, "upper bound of branches' time gap (alpha); default: 0.01, --vera none: 0", float, range=PROBABILITY
-    )
-
-    def resolve(self):
-        """As of every run; without VeRA all branches have one time (equation 4)."""
-        default = 0.0 if self.vera == "none" else 0.01
-        bound = default if self.tg_upper_bound is None else self.tg_upper_bound
-        return dataclasses.replace(super().resolve(), tg_upper_bound=bound)
-
-    def check(self):
-        super().check()
-        if self.vera == "none" and self.tg_upper_bound:
-            raise InputError("--vera none has one time for all branches; drop --tg-upper-bound, or choose --vera gap")
-
-
-@dataclasses.dataclass(kw_only=True)
 class ClassFlags:
     """What datasets of labelled images have."""
 
@@ -215,25 +192,37 @@ ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; def
 
 
 @dataclasses.dataclass(kw_only=True)
-class AlignmentFlags(ConventionFlag, RunFlags):
-    """Alignment with self-supervised encoders (REPA)."""
+class FlowFlags(ConventionFlag, RunFlags):
+    """Alignment with self-supervised encoders (REPA), what leads from branch to branch, and the branches' times."""
 
     ssl_align: bool = loss_flag(None, ALIGN, bool)
     enc_type: str = loss_flag(None, ENCODER_NAMES, str)
     enc_ckpt: str = loss_flag(None, "the encoders' weight files, comma-separated; default: the hub's", str)
     encoder_depth: int = loss_flag(None, "block of a SiT (from 1) that is aligned; default: the preset's, 8 or 4", int)
     proj_coeff: float = loss_flag(0.5, "weight of the alignment loss", range=AT_LEAST_0)
+    vera: str = model_flag("full", "between branches, as in Table 7a: none, gap, acceleration or full")
+    acc_mlp: tuple = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=WIDTHS, nargs="+")
+    weighting: str = loss_flag("lognormal", "distribution of t", choices=["uniform", "lognormal"])
+    tg_upper_bound: float = loss_flag(
+        None, "upper bound of branches' time gap (alpha); default: 0.01, --vera none: 0", float, range=PROBABILITY
+    )
 
     def resolve(self):
-        """As in the base class; without --ssl-align, REPA's own flags switch on alignment for a single-branch model."""
-        config, aligned = super().resolve(), self.ssl_align
+        """As of every run; without VeRA all branches have one time (equation 4).
+
+        Without --ssl-align, REPA's own flags switch on alignment for a single-branch model.
+        """
+        bound, aligned = self.tg_upper_bound, self.ssl_align
+        if bound is None:
+            bound = 0.0 if self.vera == "none" else 0.01
         if aligned is None:  # a resumed run's settings have it
             named = bool(self.enc_type and models.encoders.parse_enc_type(self.enc_type))
             one_branch = not (self.df_idxs or getattr(PRESETS.get(self.model), "df_idxs", ()))
             aligned = one_branch and (named or (self.encoder_depth is not None and not self.enc_type))
             if named and not aligned:
                 note(f"warning: no alignment: --enc-type {self.enc_type} is unused without --ssl-align")
-        return dataclasses.replace(config, ssl_align=aligned, enc_type=self.enc_type or ENCODER)
+        filled = {"tg_upper_bound": bound, "ssl_align": aligned, "enc_type": self.enc_type or ENCODER}
+        return dataclasses.replace(super().resolve(), **filled)
 
     def model_flags(self):
         """As of every run, and what alignment adds."""
@@ -252,10 +241,12 @@ class AlignmentFlags(ConventionFlag, RunFlags):
             raise InputError("--ssl-align has nothing to align with --enc-type None; name an encoder, or drop it")
         if not self.ssl_align and (self.enc_ckpt or self.encoder_depth is not None):
             raise InputError("--enc-ckpt and --encoder-depth need --ssl-align")
+        if self.vera == "none" and self.tg_upper_bound:
+            raise InputError("--vera none has one time for all branches; drop --tg-upper-bound, or choose --vera gap")
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainConfig(ClassFlags, BranchFlags, AlignmentFlags):
+class TrainConfig(ClassFlags, FlowFlags):
     """Flags of train.py."""
 
     kind = "flow"
@@ -265,7 +256,7 @@ class TrainConfig(ClassFlags, BranchFlags, AlignmentFlags):
 
 
 @dataclasses.dataclass(kw_only=True)
-class TextTrainConfig(BranchFlags, AlignmentFlags):
+class TextTrainConfig(FlowFlags):
     """Flags of train_t2i.py: no classes, and no mirrored images, as captions say left and right."""
 
     kind = "text"
@@ -301,11 +292,11 @@ class FlowMapConfig(ClassFlags, ConventionFlag, RunFlags):
     omega: float = loss_flag(0.6, "guidance weight", range=AT_LEAST_0)
     g_min: float = loss_flag(0.0, "guide only at t >= this (t = 0 is data)", range=PROBABILITY)
     g_max: float = loss_flag(0.7, "guide only at t <= this (t = 1 is noise)", range=PROBABILITY)
-    P_mean: float = loss_flag(0.0, "flow part: mean of the logit of t", range=FINITE)
+    P_mean: float = loss_flag(0.0, "flow part: mean of the logit of t")
     P_std: float = loss_flag(1.0, "flow part: standard deviation of the logit of t", range=AT_LEAST_0)
-    P_mean_t: float = loss_flag(0.4, "mean-flow part: mean of the first time's logit", range=FINITE)
+    P_mean_t: float = loss_flag(0.4, "mean-flow part: mean of the first time's logit")
     P_std_t: float = loss_flag(1.0, "mean-flow part: standard deviation of the first time's logit", range=AT_LEAST_0)
-    P_mean_r: float = loss_flag(-1.2, "mean-flow part: mean of the second time's logit", range=FINITE)
+    P_mean_r: float = loss_flag(-1.2, "mean-flow part: mean of the second time's logit")
     P_std_r: float = loss_flag(1.0, "mean-flow part: standard deviation of the second time's logit", range=AT_LEAST_0)
     deep_supervision: bool = loss_flag(True, "with a DeepFlow backbone: keep its branches' losses for the flow part")
 

@@ -8,6 +8,7 @@ from common.pictures import classes_of_rows, save_grid
 from samplers import GuidedVelocity, euler_step, integrate, map_step, sample_noise, time_grid
 
 GRID_STEPS = 50
+MAP_STEPS = (1, 2, 4)  # of a flow map, side by side
 
 
 class GridSampler:
@@ -23,7 +24,7 @@ class GridSampler:
         device, n = model.pos_embed.device, len(self.y)
         channels, h, w = self.info.spec.channels, *self.info.moments_shape[1:]
         noise = sample_noise(self.seed, range(n), 0, (channels, h, w)).to(device)
-        latents, how = self.sample(model, noise, self.y.to(device), self.y_null.to(device))
+        latents, how = sample(model, noise, self.y.to(device), self.y_null.to(device))
         if not torch.isfinite(latents).all():
             raise InputError(f"samples at step {step} are not finite; the training has diverged, lower --learning-rate")
         path = self.run_dir / "samples" / f"{step:07d}.png"
@@ -37,21 +38,14 @@ class GridSampler:
         write_json(path.with_suffix(".json"), {**manifest, "labels": self.labels, "vae": self.codec.spec.vae})
         return path
 
-    def sample(self, model, noise, y, y_null):
-        """Latents of an Euler ODE, and how they were made for the manifest."""
-        velocity = GuidedVelocity(model.velocity, y, y_null)
-        latents = integrate(euler_step, velocity, noise, time_grid(GRID_STEPS))
-        return latents, {"sampler": "ode-euler", "calls": velocity.calls}
 
-
-class FlowMapGridSampler(GridSampler):
-    """The same for flow maps: every noise and label with 1, 2 and 4 steps side by side."""
-
-    STEPS = (1, 2, 4)
-
-    def sample(self, model, noise, y, y_null):
-        """Latents of Euler steps along the map, and how they were made for the manifest."""
+def sample(model, noise, y, y_null):
+    """Latents of an Euler ODE, or of Euler steps along a flow map, and how they were made for the manifest."""
+    if model.kind == "flow map":
         u = GuidedVelocity(model.average_velocity, y, y_null)
-        latents = [integrate(map_step, u, noise, time_grid(steps)) for steps in self.STEPS]
-        how = {"sampler": "map-euler", "steps": list(self.STEPS), "calls": u.calls}
+        latents = [integrate(map_step, u, noise, time_grid(steps)) for steps in MAP_STEPS]
+        how = {"sampler": "map-euler", "steps": list(MAP_STEPS), "calls": u.calls}
         return torch.stack(latents, dim=1).flatten(0, 1), how
+    velocity = GuidedVelocity(model.velocity, y, y_null)
+    latents = integrate(euler_step, velocity, noise, time_grid(GRID_STEPS))
+    return latents, {"sampler": "ode-euler", "calls": velocity.calls}

@@ -14,15 +14,10 @@ from dataset import Batch
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(count, seed, epoch):
-    """The permutation of an epoch, int64 (count,)."""
-    return np.random.default_rng([seed, epoch, 0]).permutation(count).astype(np.int64, copy=False)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_coins(count, seed, epoch):
-    """A fair coin for each image in an epoch, bool (count,)."""
-    return np.random.default_rng([seed, epoch, 2]).random(count) < 0.5
+def draw_epoch(count, seed, epoch):
+    """Of an epoch, the order of the images, int64 (count,), and a fair coin for each of them, bool (count,)."""
+    order, coins = (np.random.default_rng([seed, epoch, stream]) for stream in (0, 2))
+    return order.permutation(count), coins.random(count) < 0.5
 
 
 @dataclasses.dataclass
@@ -42,11 +37,11 @@ class SeekableSampler:
         """Indices of global batch `step` (from 0): int64 (batch_size,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        return epoch_order(self.count, self.seed, epoch)[start : start + self.batch_size].copy()
+        return draw_epoch(self.count, self.seed, epoch)[0][start : start + self.batch_size].copy()
 
     def flips(self, step):
         """Which rows of global batch `step` come from the mirrored set: bool (batch_size,)."""
-        return epoch_coins(self.count, self.seed, step // self.steps_per_epoch)[self.batch(step)]
+        return draw_epoch(self.count, self.seed, step // self.steps_per_epoch)[1][self.batch(step)]
 
     def uniforms(self, step):
         """A number in [0, 1) for each row of global batch `step`, float64 (batch_size,); it chooses captions."""

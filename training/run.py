@@ -27,6 +27,7 @@ from training.checkpoint import find_resume
 from training.config import RunFlags
 from training.distributed import rows_of_rank, start_accelerator
 from training.draws import BLOCK
+from training.grids import GridSampler
 from training.holdout import describe_holdout, hold_out
 from training.loader import SeekableSampler
 from training.trackers import check_tracker
@@ -42,8 +43,7 @@ class Task:
     start: Callable  # (config, info, resumed checkpoint or None) → constructor arguments; the model, or None: a new one
     objective: Callable  # (run) → function (network, batch, draws) → loss and {name: 0-d tensor} for the log
     draw: Callable  # (run, step) → the random draws of this rank's rows
-    grids: type  # draws the sample grids: grids(codec, dataset, run_dir, seed)
-    prepare: Callable = lambda config: config  # (config) → config whose --data-dir can be opened
+    prepare: Callable  # (config) → config whose --data-dir can be opened
 
 
 @dataclasses.dataclass
@@ -112,7 +112,7 @@ def run_task(config, task):
     grids, complete = None, resumed is not None and resumed.stem == checkpoint_path("", run.stop_step).stem
     if config.sampling_steps and run.accelerator.is_main_process and not complete:  # the main process draws them
         codec = LatentCodec.load(config.vae or info.spec.vae, device=run.accelerator.device)
-        grids = task.grids(codec, dataset, config.folder, config.seed)
+        grids = GridSampler(codec, dataset, config.folder, config.seed)
     torch.manual_seed(config.seed)
     run.model = create_model(config.model, **options) if model is None else model
     run.model.gradient_checkpointing = config.gradient_checkpointing

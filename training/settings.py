@@ -67,11 +67,11 @@ def resumed_settings(run, content, path):
     Changes are {flag, or COUNTS' key: [before, now]}. Raises InputError for changes without --allow-changes, and for
     those that make another network.
     """
-    saved, kind = {RENAMED.get(name, name): value for name, value in content.config.items()}, type(run.config)
-    known = [f for f in dataclasses.fields(kind) if f.name in saved]
-    for f in known:
-        check_type(saved[f.name], f.metadata["kind"], f"{path}, config: {f.name!r}")
-    before = kind(**{f.name: saved[f.name] for f in known}).resolve()
+    from common.records import check_record  # pydantic, which --help does without
+
+    saved = {RENAMED.get(name, name): value for name, value in content.config.items() if value is not None}
+    before = check_record(type(run.config), saved, f"{path}, config", "choose a checkpoint of a run to resume from")
+    before = before.resolve()
     config = run.config.resumed(before)
     old = settings(before, {**model_config(before.model), **saved["model_options"]})
     new = settings(config, run.options)
@@ -83,14 +83,6 @@ def resumed_settings(run, content, path):
         remedy = "start afresh under another --exp-name" + ("" if another else ", or pass --allow-changes to go on")
         raise InputError(f"{path} was made with other settings: {in_words(changes)}; {remedy}")
     return config, changes
-
-
-def check_type(value, kind, where):
-    """Raise InputError unless the value is None, of the flag's kind, or a list of that kind. Key layers may be ints."""
-    kinds = (type(None), kind, *({float: [int], str: [int]}.get(kind, [])))
-    for part in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(part, kinds):
-            raise InputError(f"{where} is {part!r:.60}; choose a checkpoint of a run to resume from")
 
 
 def in_words(changes):

@@ -11,7 +11,6 @@ from common.look_ahead import ordered_map
 from models.compiling import compile_blocks
 from training import checkpoint
 from training.ema import EMA
-from training.guard import BadSteps
 from training.holdout import HeldOut, in_short
 from training.loader import LatentLoader
 from training.logs import RunLog, add_start
@@ -211,6 +210,34 @@ class Trainer:
             "train_state": {**self.bad_steps.state_dict(), **noted},
             **self.saved,
         }
+
+
+class BadSteps:
+    """Counts steps with non-finite loss or gradients on the device: of the whole run, now in a row, most in a row."""
+
+    def __init__(self, device):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.seen = 0  # total when last read
+
+    def count(self, bad):
+        """Note one step; bad: 0-d bool on the device."""
+        total, in_a_row, longest = self.counts
+        in_a_row = (in_a_row + 1) * bad
+        self.counts = torch.stack([total + bad, in_a_row, torch.maximum(longest, in_a_row)])
+
+    def read(self):
+        """Counts (of the whole run, since the last read, most in a row); waits for the device."""
+        total, _, longest = self.counts.tolist()
+        new, self.seen = total - self.seen, total
+        return total, new, longest
+
+    def state_dict(self):
+        total, in_a_row, _ = self.counts.tolist()
+        return {"bad_steps": total, "bad_steps_in_a_row": in_a_row}
+
+    def load_state_dict(self, state):
+        self.seen, in_a_row = state["bad_steps"], state["bad_steps_in_a_row"]
+        self.counts.copy_(torch.tensor([self.seen, in_a_row, in_a_row]))
 
 
 def make_optimizer(config, model):
