@@ -124,8 +124,8 @@ class SamplingFlags(PublishedFlags):
 
     def model_options(self):
         """Constructor arguments and path that flags give, for a file that does not hold them."""
-        names = ("df_idxs", "dmf_depth", "legacy_scaling", "ssl_align", "convention", "path_type")
-        return {"depth": self.trans_depth, **{name: getattr(self, name) for name in names}}
+        given = {"depth": self.trans_depth, "ssl_align": self.ssl_align, "path_type": self.path_type}
+        return {**given, **self.published()}
 
     def grid_size(self):
         """--grid as (rows, columns). Raises InputError."""
@@ -194,6 +194,8 @@ class GenerateConfig(SamplingFlags):
         config = super().resolve()
         if config.classes and not config.grid:
             raise InputError("--classes belongs to --grid; for many images pass --labels")
+        if config.classes and config.labels != "random":
+            raise InputError(f"--classes and --labels {config.labels} exclude each other; pass one")
         if config.classes and (count := len(config.classes.split(","))) > config.num_fid_samples:
             cells = f"{count} classes for {config.num_fid_samples} images"
             raise InputError(f"--classes names {cells}; pass a larger --grid")
