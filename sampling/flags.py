@@ -124,8 +124,8 @@ class SamplingFlags(PublishedFlags):
 
     def model_options(self):
         """Constructor arguments and path that flags give, for a file that does not hold them."""
-        given = {"depth": self.trans_depth, "ssl_align": self.ssl_align, "path_type": self.path_type}
-        return {**given, **self.published()}
+        names = ("df_idxs", "dmf_depth", "legacy_scaling", "ssl_align", "convention", "path_type")
+        return {"depth": self.trans_depth, **{name: getattr(self, name) for name in names}}
 
     def grid_size(self):
         """--grid as (rows, columns). Raises InputError."""
