@@ -26,8 +26,6 @@ if __name__ == "__main__":
 
 import torch
 
-from models.text import import_transformers
-
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = {name: digit for digit, word in enumerate(WORDS) for name in (word, str(digit))}
 WORDINGS = (
@@ -90,7 +88,8 @@ def vocabulary(phrases):
 
 def write_encoder(folder, phrases):
     """A CLIP text model of random weights and its tokenizer, as from_pretrained reads them."""
-    transformers = import_transformers("a text encoder")
+    import transformers
+
     tokens, merges = vocabulary(phrases)
     write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
     write_atomically(folder / "merges.txt", lambda file: file.write("\n".join(["#version: 0.2", *merges, ""]).encode()))

@@ -79,7 +79,7 @@ class Probe:
             self.record(f"branch {number}, after VeRA", t, branch.aligned, final.v_star)
         if self.block is not None:
             self.record(f"block {self.block}", t, self.block_output, final.v_star)
-        return self.model.final_velocity(final)
+        return self.model.velocity_of(final)
 
     def record(self, name, t, features, final):
         """Add the distances of one call, (N, T, D) each; t (N,) is one time for all."""

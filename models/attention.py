@@ -47,15 +47,14 @@ _state = {"kernel": fused, "differentiating": False}
 
 def set_attention(name):
     """Choose the process's kernel as --attn-func names it; auto: torch's. Raises InputError for a missing package."""
+    kernel = written_out if name == "base" else fused
     if name in FLASH_PACKAGES:
         module, remedy = FLASH_PACKAGES[name]
         try:
-            kernel = importlib.import_module(module).flash_attn_func
+            kernel = functools.partial(flash, importlib.import_module(module).flash_attn_func)
         except ImportError:
             raise InputError(f"--attn-func {name} needs the package {module}: {remedy}; or use auto") from None
-        _state["kernel"] = functools.partial(flash, kernel)
-        return
-    _state["kernel"] = written_out if name == "base" else fused
+    _state["kernel"] = kernel
 
 
 def attention(q, k, v):

@@ -1,11 +1,10 @@
 """The model card of an exported folder: README.md, with the YAML header that the Hugging Face hub reads."""
 
-import dataclasses
 import os
 
 from huggingface_hub import ModelCardData
 
-from common.records import Whole, check_record
+from models.checkpoints import TrainingData
 from models.specs import TRAINING, LatentSpec
 
 CARD = """---
@@ -60,17 +59,9 @@ WORDS = {  # by kind of model: description, the hub's task, program that samples
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingData(LatentSpec):
-    """The entries of a checkpoint's data that a card shows."""
-
-    count: Whole | None = None
-    class_names: list[str] | None = None
-
-
-def model_card(checkpoint, path, name, weights, has_pipeline=False):
-    """README.md of the exported folder `name`. Raises InputError that names `path`, the checkpoint."""
-    data = check_record(TrainingData, checkpoint.data, f"{path}, data", "choose another file")
+def model_card(checkpoint, name, weights, has_pipeline=False):
+    """README.md of the exported folder `name`. Raises InputError."""
+    count = checkpoint.data_as(TrainingData).count
     kind, task, program, condition = WORDS[checkpoint.model.kind]
     call = 'prompt=["a red bus"] * 8' if program == "generate_t2i.py" else "class_labels=[0] * 8"
     library = "diffusers" if has_pipeline else "deepflow"
@@ -82,8 +73,8 @@ def model_card(checkpoint, path, name, weights, has_pipeline=False):
         header=header.to_yaml(),
         name=name,
         kind=kind,
-        facts=table(facts(checkpoint, data, weights)),
-        data=f"{data.count:,} images" if data.count else "An unrecorded number of images",
+        facts=table(facts(checkpoint, weights)),
+        data=f"{count:,} images" if count else "An unrecorded number of images",
         settings=table(settings) if settings else "The checkpoint records none.",
         program=program,
         weights=" --weights raw" * (weights == "raw"),
@@ -93,20 +84,21 @@ def model_card(checkpoint, path, name, weights, has_pipeline=False):
     )
 
 
-def facts(checkpoint, data, weights):
+def facts(checkpoint, weights):
     """{fact: text} of the card's first table."""
     options, model, steps = checkpoint.options, checkpoint.model, checkpoint.steps
-    side = options["input_size"] * data.factor
+    spec = checkpoint.data_as(LatentSpec)
+    side = options["input_size"] * spec.factor
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     sizes = f"{options['depth']} blocks of width {options['hidden_size']}, branches: {model.num_branches}"
     found = {
         "model": f"{checkpoint.run.get('model') or 'published file'}: {sizes}, {millions:.1f} M parameters",
         "weights": ("EMA" if weights == "ema" else weights) + (f", step {steps}" if steps is not None else ""),
         "images": f"{side} × {side} pixels",
-        "VAE": data.family if os.path.isabs(data.vae) else data.vae,
+        "VAE": spec.family if os.path.isabs(spec.vae) else spec.vae,
     }
     if model.kind != "text":
-        names = data.class_names or []
+        names = checkpoint.data_as(TrainingData).class_names or []
         listed = ", ".join(names[:20]) + " …" * (len(names) > 20)
         found["classes"] = f"{options['num_classes']}{listed and f': {listed}'}"
     return found

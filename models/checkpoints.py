@@ -56,6 +56,14 @@ class About:
     args: Any = None  # of a published file
 
 
+@dataclasses.dataclass
+class TrainingData:
+    """What a file says about the training data, besides the LatentSpec."""
+
+    count: Whole | None = None
+    class_names: list[str] | None = None  # by number
+
+
 def checkpoint_path(run_dir, step):
     return Path(run_dir) / "checkpoints" / f"{step:07d}.pt"
 
@@ -151,10 +159,9 @@ class Checkpoint:
     steps: int | None
     path: str
 
-    @property
-    def is_ours(self):
-        """Whether the file holds all settings of its model."""
-        return "model_options" in self.run
+    def data_as(self, kind):
+        """Its data as the record `kind`, such as LatentSpec or TrainingData. Raises InputError."""
+        return check_record(kind, self.data, f"{self.path}, data", "choose another file")
 
     def weights_sha256(self):
         """SHA-256 of the weights, the same for every copy or export of them."""

@@ -7,8 +7,8 @@ Letters: N batch, C latent channels, h = w latent size, f downsampling factor of
 import torch
 
 from common.errors import InputError
-from models.hub import fetching
-from models.identity import check_complete, parameters_of, variant_of
+from models.hub import fetching, load_complete
+from models.identity import parameters_of
 from models.specs import DEFAULT_VAE, resolve_vae, vae_spec
 
 
@@ -31,9 +31,7 @@ class LatentCodec:
 
         place = resolve_vae(name)
         with fetching(f"the VAE '{name}'", place, "pass --vae with a folder that holds a diffusers AutoencoderKL"):
-            options = {"torch_dtype": torch.float32, "variant": variant_of(place), "output_loading_info": True}
-            vae, loading_info = AutoencoderKL.from_pretrained(place, **options)
-            check_complete(loading_info, f"the VAE '{name}'")
+            vae = load_complete(AutoencoderKL, place, torch_dtype=torch.float32)
         spec = vae_spec(name, dict(vae.config), parameters_of(vae))
         for part in vae.children():  # diffusers warns if the whole model is given a dtype
             part.to(device, dtype)

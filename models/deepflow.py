@@ -54,6 +54,7 @@ class Branch:
 
     v_star: torch.Tensor  # (N, T, D) tokens after its last block: the velocity feature v*
     condition: torch.Tensor  # (N, D) of its last block
+    is_final: bool = False  # the last of the k branches
     a_star: torch.Tensor | None = None  # (N, T, D) acceleration feature a*; None for the final branch
     # (N, T, D) What projectors see: VeRA's refined tokens; with one branch the tokens after block `encoder_depth`.
     aligned: torch.Tensor | None = None
@@ -226,9 +227,9 @@ class DeepFlow(nn.Module, HubModel):
 
         x (N, C, H, W); t (N,) or k tensors (N,) in [0, 1]; y (N,) labels, num_classes is the null class.
         """
-        *intermediate, final = self.run_branches(x, t, y)
-        velocities, accelerations = self.outputs(intermediate, final)
-        aligned = [branch.aligned for branch in intermediate or [final]]
+        branches = list(self.run_branches(x, t, y))
+        velocities, accelerations = self.outputs(branches)
+        aligned = [branch.aligned for branch in branches[:-1] or branches]
         per_place = len(self.projectors) // len(aligned)  # E
         projections = [project(aligned[i // per_place]) for i, project in enumerate(self.projectors)]
         return DeepFlowOutput(velocities, accelerations, projections)
@@ -249,7 +250,7 @@ class DeepFlow(nn.Module, HubModel):
             raise InputError(f"branch {wrong[0]} is out of range; this model's count from 1 to {numbers[-1]}")
         branches = branches or numbers
         run = itertools.islice(self.run_branches(x, spread(t, x, y, self.num_classes), y), max(branches))
-        return [self.velocity_of(branch, number) for number, branch in enumerate(run, 1) if number in branches]
+        return [self.velocity_of(branch) for number, branch in enumerate(run, 1) if number in branches]
 
     def run_branches(self, x, t, y):
         """Run the blocks and yield a Branch wherever one ends; arguments as those of `velocities`.
@@ -269,7 +270,7 @@ class DeepFlow(nn.Module, HubModel):
                 branch.aligned = tokens
             elif number == self.encoder_depth and not self.df_idxs:  # where REPA aligns a model of one branch
                 aligned = tokens
-        yield Branch(tokens, c, aligned=aligned)
+        yield Branch(tokens, c, is_final=True, aligned=aligned)
 
     def run(self, block, tokens, text, c):
         """block(tokens, text, c); with gradient checkpointing the backward pass recomputes its activations."""
@@ -298,20 +299,16 @@ class DeepFlow(nn.Module, HubModel):
         """A signed gap between times (N,) → (N, W); None without gaps."""
         return None if self.dt_embedder is None else self.dt_embedder(gap)
 
-    def outputs(self, intermediate, final):
-        """Velocities of all branches and accelerations of the intermediate ones: two lists of (N, C, H, W)."""
-        velocities = [self.velocity_of(branch, number) for number, branch in enumerate(intermediate, 1)]
-        pairs = [(branch.a_star, branch.condition) for branch in intermediate if branch.a_star is not None]
-        return [*velocities, self.final_velocity(final)], [self.final_acc_layer(*pair) for pair in pairs]
+    def outputs(self, branches):
+        """Velocities of the branches and accelerations of the intermediate ones: two lists of (N, C, H, W)."""
+        velocities = [self.velocity_of(branch) for branch in branches]
+        pairs = [(branch.a_star, branch.condition) for branch in branches if branch.a_star is not None]
+        return velocities, [self.final_acc_layer(*pair) for pair in pairs]
 
-    def velocity_of(self, branch, number):
-        """Velocity (N, C, H, W) of the Branch with this number, from 1."""
-        layer = self.final_layer[0 if number < self.num_branches else 1] if self.df_idxs else self.final_layer
+    def velocity_of(self, branch):
+        """Velocity (N, C, H, W) of a Branch."""
+        layer = self.final_layer[1 if branch.is_final else 0] if self.df_idxs else self.final_layer
         return layer(branch.v_star, branch.condition)
-
-    def final_velocity(self, branch):
-        """Velocity (N, C, H, W) of the final branch."""
-        return self.velocity_of(branch, self.num_branches)
 
 
 def per_block(values, ends):

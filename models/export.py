@@ -31,7 +31,6 @@ if __name__ == "__main__":
 
 from safetensors.torch import save_file
 
-from common.records import check_record
 from models.card import model_card
 from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 from models.codec import LatentCodec
@@ -64,24 +63,24 @@ def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, *
         checkpoint = load_checkpoint(path, weights, **overrides)
         checkpoint.run |= {key: Path(checkpoint.run[key]).name for key in PLACES if checkpoint.run.get(key)}
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
-        data = {**checkpoint.data, **(write_pipeline(partial, checkpoint, path, vae) if diffusers else {})}
+        data = {**checkpoint.data, **(write_pipeline(partial, checkpoint, vae) if diffusers else {})}
         about = {"run": run, "data": data, "steps": checkpoint.steps, "weights": weights}
         # safetensors rejects tensors that share memory, as those of a published file may
         tensors = (checkpoint.model.half() if half else checkpoint.model).state_dict()
         state = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(partial / CONFIG_FILE, {**checkpoint.options, **about})
-        card = model_card(checkpoint, path, Path(folder).name, weights, diffusers)
+        card = model_card(checkpoint, Path(folder).name, weights, diffusers)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return checkpoint.model.kind
 
 
-def write_pipeline(folder, checkpoint, path, vae):
+def write_pipeline(folder, checkpoint, vae):
     """Write the VAE, code and index of a diffusers pipeline; returns the VAE's hashes. Raises InputError."""
     import diffusers
 
-    spec = check_record(LatentSpec, checkpoint.data, f"{path}, data", "choose another file")
-    codec = LatentCodec.load(vae or spec.vae).fit(spec, path)
+    spec = checkpoint.data_as(LatentSpec)
+    codec = LatentCodec.load(vae or spec.vae).fit(spec, checkpoint.path)
     codec.vae.save_pretrained(folder / VAE_FOLDER)
     index = {
         "_class_name": ["pipeline", "DeepFlowPipeline"],

@@ -37,8 +37,8 @@ class FlowMap(DeepFlow):
     def forward(self, x, t, y, r=None):
         """DeepFlowOutput at x (N, C, H, W), t ≥ r (N,) in [0, 1], y (N,); without r, r = t: the flow."""
         r = t if r is None else r
-        *intermediate, final = self.run_branches(x, (t, r), y)
-        velocities, accelerations = self.outputs(intermediate if self.deep_supervision else [], final)
+        branches = list(self.run_branches(x, (t, r), y))
+        velocities, accelerations = self.outputs(branches if self.deep_supervision else branches[-1:])
         return DeepFlowOutput(velocities, accelerations, [], self.log_variance(t, r))
 
     def average_velocity(self, x, t, r, y):

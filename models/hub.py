@@ -85,6 +85,18 @@ def fetching(what, source, remedy, url=None):
         raise InputError(system_fault(error, what) or f"cannot load {what} ({reason[:200]}); {remedy}") from None
 
 
+def load_complete(cls, place, **options):
+    """A network of diffusers or transformers by name or folder, for a `fetching` context. Raises InputError if it lacks
+    weights: from_pretrained leaves these random.
+    """
+    names = [path.name for path in Path(place).glob("*.*") if path.suffix in (".safetensors", ".bin")]
+    variant = "fp16" if names and all(".fp16." in name for name in names) else None
+    network, info = cls.from_pretrained(place, variant=variant, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"'{place}' lacks {len(missing)} weights, {missing[0]} for one; copy or download it again")
+    return network
+
+
 @functools.cache
 def answers(url):
     """Whether a server at `url` answers within SECONDS, via the environment's proxies; False with HF_HUB_OFFLINE."""

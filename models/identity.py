@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 
@@ -39,18 +38,6 @@ class Identity:
         if field == "family":
             remedy += "; if they are the same, rename the folder: without a recorded hash, only its name is compared"
         raise InputError(f"{self.KIND} mismatch: {both}; {remedy}")
-
-
-def variant_of(folder):
-    """`fp16` for a folder whose weights are all in files of that variant, else None."""
-    names = [path.name for path in Path(folder).glob("*.*") if path.suffix in (".safetensors", ".bin")]
-    return "fp16" if names and all(".fp16." in name for name in names) else None
-
-
-def check_complete(loading_info, what):
-    """Raise InputError if from_pretrained found no weights for a part of the network and left it random."""
-    if missing := sorted(loading_info["missing_keys"]):
-        raise InputError(f"{what} lacks {len(missing)} weights, {missing[0]} for one; copy or download it again")
 
 
 def parameters_of(network):

@@ -7,19 +7,10 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, note
-from models.hub import fetching
-from models.identity import check_complete, content_sha256, parameters_of, variant_of
+from common.errors import note
+from models.hub import fetching, load_complete
+from models.identity import content_sha256, parameters_of
 from models.specs import DEFAULT_TEXT_ENCODER, TextSpec, encoder_family
-
-
-def import_transformers(flag):
-    """The package, or an InputError that names the flag that needs it."""
-    try:
-        import transformers  # takes seconds, and training and sampling of classes never need it
-    except ImportError:
-        raise InputError(f"{flag} needs a package: pip install transformers") from None
-    return transformers
 
 
 class Tokens:
@@ -54,14 +45,14 @@ class Tokens:
 
 def load_clip(kind, name, device, flag):
     """(tokenizer, model of transformers' class `kind`) by hub name or folder, float32. Raises InputError."""
-    transformers, name = import_transformers(flag), str(name)
+    import transformers  # takes seconds, and training and sampling of classes never need it
+
+    name = str(name)
     places = [str(Path(name, part)) for part in ("tokenizer", "text_encoder")]  # of a pipeline folder
     tokenizer_place, place = places if Path(places[1]).is_dir() else (name, name)
     with fetching(f"'{name}'", name, f"pass {flag} with the folder of a CLIP model and its tokenizer"):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(tokenizer_place)
-        options = {"variant": variant_of(place), "output_loading_info": True}
-        model, loading_info = getattr(transformers, kind).from_pretrained(place, **options)
-        check_complete(loading_info, f"'{name}'")
+        model = load_complete(getattr(transformers, kind), place)
         size, needed = len(tokenizer), getattr(model.config, "text_config", model.config).vocab_size
         if not needed / 2 < size <= needed:  # transformers creates an empty one if files are missing
             raise ValueError(f"its tokenizer has {size} words instead of {needed}")

@@ -18,6 +18,7 @@ from common.pictures import classes_of_rows
 from common.precision import DTYPES
 from common.records import check_record, read_record_lines
 from latents.captions import read_annotations
+from models.checkpoints import TrainingData
 from models.text import TextEncoder, TextSpec
 from samplers import sample_labels
 from sampling.stores import GenEvalFiles, PngFiles
@@ -35,8 +36,7 @@ class ClassLabels:
             raise InputError(f"{config.ckpt} is a text-to-image model; sample it with generate_t2i.py")
         self.mode, self.device, self.null, self.file = config.labels, device, checkpoint.options["num_classes"], None
         images = range(config.num_fid_samples)
-        found = check_record(Names, checkpoint.data, f"{config.ckpt}, data", "choose another file")
-        names = self.names = found.class_names or ()
+        names = self.names = checkpoint.data_as(TrainingData).class_names or ()
         if classes := getattr(config, "classes", None):
             classes, _ = read_labels(classes, self.null, names, "--classes")
             labels = [classes[index * len(classes) // len(images)] for index in images]
@@ -67,13 +67,6 @@ class ClassLabels:
 
     def image_store(self, folder):
         return PngFiles(folder)
-
-
-@dataclasses.dataclass
-class Names:
-    """Class names in a checkpoint's data entry, by number."""
-
-    class_names: list[str] | None = None
 
 
 def read_labels(text, num_classes, names=(), flag="--labels"):

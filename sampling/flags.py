@@ -194,6 +194,8 @@ class GenerateConfig(SamplingFlags):
         config = super().resolve()
         if config.classes and not config.grid:
             raise InputError("--classes belongs to --grid; for many images pass --labels")
+        if config.classes and config.labels != "random":
+            raise InputError(f"--classes and --labels {config.labels} exclude each other; pass one")
         if config.classes and (count := len(config.classes.split(","))) > config.num_fid_samples:
             cells = f"{count} classes for {config.num_fid_samples} images"
             raise InputError(f"--classes names {cells}; pass a larger --grid")

@@ -11,12 +11,12 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from PIL import Image
 
 from common.errors import InputError
-from common.records import check_record, read_record
+from common.records import read_record
 from models import load_model
 from models.codec import LatentCodec
 from models.hub import CONFIG_FILE
 from models.specs import LatentSpec
-from sampling import sample
+from sampling.library import checkpoint_of, sample
 
 OUTPUTS = ("pil", "np", "latent")
 
@@ -71,7 +71,7 @@ class DeepFlowPipeline(DiffusionPipeline):
         network = self.transformer.network
         images = sample(network, class_labels, prompts=prompt, seed=seed, decode=False, **given)
         if output_type != "latent":
-            spec = check_record(LatentSpec, network.about["data"], "the model's data", "export it again")
-            images = LatentCodec(self.vae, spec).decode(torch.from_numpy(images)).cpu().numpy()
+            codec = LatentCodec(self.vae, checkpoint_of(network).data_as(LatentSpec))
+            images = codec.decode(torch.from_numpy(images)).cpu().numpy()
             images = images.astype("float32") / 255 if output_type == "np" else [*map(Image.fromarray, images)]
         return ImagePipelineOutput(images) if return_dict else (images,)

@@ -10,7 +10,6 @@ from common.errors import InputError
 from common.flags import shown
 from common.look_ahead import ordered_map
 from common.precision import DTYPES
-from common.records import check_record
 from models import PRESETS, load_checkpoint
 from models.codec import LatentCodec
 from models.compiling import compile_blocks
@@ -134,7 +133,7 @@ def open_checkpoint(config, checkpoint=None):
     if config.cfg_scale != 1.0 and checkpoint.model.kind == "flow" and checkpoint.run.get("cfg_prob") == 0:
         fault = f"{config.ckpt} has no null class, it was trained with --cfg-prob 0"
         raise InputError(f"--cfg-scale {config.cfg_scale}: {fault}; pass --cfg-scale 1")
-    spec = check_record(LatentSpec, checkpoint.data, f"{config.ckpt}, data", "choose another file")
+    spec = checkpoint.data_as(LatentSpec)
     path_type = checkpoint.run.get("path_type") or config.path_type or "linear"
     answers = {
         "path_type": path_type,

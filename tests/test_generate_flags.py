@@ -201,6 +201,7 @@ def test_a_picture_names_the_class_of_a_row_and_no_mixed_row(ckpt, tmp_path):
         ({"grid": "1x2", "classes": "0,x"}, "--classes 0,x: 'x'"),
         ({"grid": "1x2", "out": "a.json"}, "--out a.json must end in .png"),
         ({"classes": "0"}, "--classes belongs to --grid"),
+        ({"grid": "1x2", "classes": "0", "labels": "balanced"}, "--classes and --labels balanced exclude each other"),
         ({"out": "a.png"}, "--out belongs to --grid"),
         ({"decode": False, "format": "png"}, "--no-decode keeps latents"),
         ({"decode": False, "grid": "1x2"}, "--no-decode keeps latents"),

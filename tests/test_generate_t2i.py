@@ -212,3 +212,12 @@ def test_an_exported_folder_samples_the_same(ckpt, tmp_path):
     _, original, _ = captioned.run_generate(ckpt, tmp_path / "b", "a cat")
     assert np.array_equal(exported, original)
     assert MMDiT.from_pretrained(tmp_path / "model").context_dim == captioned.WIDTH
+
+
+def test_a_package_that_is_not_installed_is_named_in_one_line(ckpt, tmp_path):
+    command = ["generate_t2i.py", "--ckpt", ckpt, "--prompts", "a cat", "--grid", "1x1", "--out", tmp_path / "a.png"]
+    done = tiny.run_python("tests/without.py", "transformers", *command)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.splitlines()[-1] == (
+        "error: the package transformers is not installed; pip install -r requirements.txt"
+    )

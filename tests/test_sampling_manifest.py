@@ -10,6 +10,7 @@ import pytest
 from common.errors import InputError
 from generate import GenerateConfig
 from generate_t2i import TextGenerateConfig
+from models.checkpoints import Checkpoint
 from samplers import sample_labels
 from sampling.conditions import ClassLabels
 from sampling.manifest import SETTINGS, SampleManifest, check_settings, manifest_path, read_manifest
@@ -99,11 +100,8 @@ def test_where_a_manifest_lies(name):
 
 def class_labels(mode, seed=0, count=24):
     config = GenerateConfig(ckpt="a.pt", labels=mode, global_seed=seed, num_fid_samples=count)
-    return ClassLabels(
-        config,
-        types.SimpleNamespace(model=types.SimpleNamespace(kind="flow"), options={"num_classes": 10}, data={}),
-        "cpu",
-    )
+    model = types.SimpleNamespace(kind="flow")
+    return ClassLabels(config, Checkpoint(model, {"num_classes": 10}, run={}, data={}, steps=None, path="a.pt"), "cpu")
 
 
 def test_class_labels():

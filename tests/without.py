@@ -20,6 +20,11 @@ class Without:
             return None
         return next((spec for finder in self.finders if (spec := finder.find_spec(name, path, target))), None)
 
+    def find_distributions(self, context):
+        if context.name != self.package:
+            for finder in self.finders:
+                yield from getattr(finder, "find_distributions", lambda _: ())(context)
+
 
 if __name__ == "__main__":
     package = sys.argv[1]

@@ -41,7 +41,7 @@ def start_from_file(path, config, info, name):
     own = checkpoint.options.get("dmf_depth")
     if name == "resume" and checkpoint.model.kind != FlowMap.kind:
         raise InputError(f"{source} is a flow model; start a run from it with --init-from")
-    if own and checkpoint.is_ours and config.dmf_depth not in (None, own):
+    if own and "model_options" in checkpoint.run and config.dmf_depth not in (None, own):
         raise InputError(f"--dmf-depth {config.dmf_depth} contradicts {source}, a flow map with {own}")
     if name == "init-from" and config.g_type == "mg" and config.cfg_prob == 0 == checkpoint.run.get("cfg_prob"):
         raise InputError(f"--g-type mg needs a null class, which --cfg-prob 0 never trains, nor did {source}; raise it")
