@@ -69,7 +69,7 @@ class DataManifest(Header):
     latents: LatentSpec | None = None  # of moments
     text: TextSpec | None = None  # of captions
     encoder: EncoderRecord | None = None  # of features
-    arithmetic: str | None = None  # dtype in which the VAE computed
+    arithmetic: str | None = None  # dtype of the VAE that computed them; GPUs convolve fp32 in TF32
     flipped: bool | None = None  # made of mirrored images
     moments_shape: tuple[Count, ...] | None = None  # (2C, h, w)
     shape: tuple[Count, ...] | None = None  # of a packed row

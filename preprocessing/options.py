@@ -89,7 +89,7 @@ class MirrorFlags(NetworkFlags, ImageFlags):
     normalize: ClassVar = None  # training scales both sets like the first
     vae: str = flag(DEFAULT_VAE, "name or folder", also=("--model-url",), group="model")
     _: dataclasses.KW_ONLY
-    dtype: str = flag("fp32", "of the VAE's arithmetic", choices=DTYPES, group=SPEED)
+    dtype: str = flag("fp32", "of the VAE; GPUs convolve fp32 in TF32, as published", choices=DTYPES, group=SPEED)
     packed: bool = flag(False, "write memory-mapped shards instead of a file per image", group="output")
 
 

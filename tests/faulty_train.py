@@ -3,12 +3,15 @@
 infinite-loss, infinite-gradient: in the second step, on the last process only; slow-write: checkpoints are written in
 small pieces with pauses; late-rank: the last process takes no part in the preflight; report-exit: no fault, every
 process says its exit code; report-exit-after-own-signal: likewise, and the last one sends itself SIGUSR1 in its third
-step; interrupt-twice: Ctrl-C in the second step, and again while it goes on.
+step; interrupt-twice: Ctrl-C in the second step, and again while it goes on; failing-rank, killed-rank: the last
+process fails or is killed in the second step, in which the others wait as NCCL does, while a checkpoint is written.
 """
 
+import datetime
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +23,8 @@ import train
 import training.checkpoint
 import training.distributed
 import training.stop
-from common.errors import exit_on_input_error
+import training.trainer
+from common.errors import InputError, exit_on_input_error
 from common.flags import parse_flags
 from training.config import TrainConfig
 
@@ -45,6 +49,32 @@ def interrupt_twice(loss, network):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(2 * training.stop.ECHO)
     return loss
+
+
+def fail(loss, network):
+    raise InputError("rows-00003.bin is damaged; pack it again")
+
+
+def kill(loss, network):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_the_last(how):
+    """how(loss, network) ends the last process; no checkpoint is written before the others have noticed."""
+    noticed, write = threading.Event(), training.checkpoint.write_atomically
+    finish = training.trainer.Trainer.finish_writing
+
+    def write_later(path, *rest, **options):
+        if str(path).endswith(".pt"):
+            noticed.wait()
+        write(path, *rest, **options)
+
+    def wait_in_c(loss, network):  # where no handler of a signal runs
+        torch.distributed.HashStore().wait(["never"], datetime.timedelta(minutes=1))
+
+    training.stop.GRACE, training.checkpoint.write_atomically = 0.1, write_later
+    training.trainer.Trainer.finish_writing = lambda trainer: noticed.set() or finish(trainer)
+    train.objective = injected(how if LAST else wait_in_c, last_only=False)
 
 
 def injected(inject, at_call=2, last_only=True, objective=train.objective):
@@ -97,6 +127,8 @@ def apply(fault):
         train.objective = injected(lambda loss, network: os.kill(os.getpid(), signal.SIGUSR1) or loss, at_call=3)
     elif fault == "interrupt-twice":
         train.objective = injected(interrupt_twice)
+    elif fault in ("failing-rank", "killed-rank"):
+        lose_the_last(fail if fault == "failing-rank" else kill)
     elif fault != "report-exit":
         raise SystemExit(f"unknown fault {fault}")
 

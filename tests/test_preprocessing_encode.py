@@ -1,5 +1,6 @@
 """encode, mirror, features and pack: the same moments however they are made, whole round trips, every mistake."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -73,6 +74,12 @@ def test_packed_is_the_same_within_half_precision(data, tmp_path):
     ]
     info = open_dataset(tmp_path / "fp16").info
     assert info == open_dataset(tmp_path / "fp32").info and info.class_names == ("n0000", "n0001", "n0002")
+
+
+def test_help_says_that_fp32_convolutions_are_in_tf32():
+    for command in (EncodeFlags, MirrorFlags):
+        (dtype,) = (f for f in dataclasses.fields(command) if f.name == "dtype")
+        assert "GPUs convolve fp32 in TF32" in dtype.metadata["help"]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

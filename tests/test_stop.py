@@ -210,6 +210,17 @@ def test_a_process_that_does_not_answer_is_reported_soon(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["failing-rank", "killed-rank"])
+def test_a_lost_process_ends_the_others_and_no_checkpoint_is_cut_short(data, tmp_path, fault):
+    flags = tiny.train_flags(data, tmp_path, batch_size=6, checkpointing_steps=1)
+    done = programs.run_ranks(3, "tests/faulty_train.py", fault, *flags)
+    assert done.returncode == 1
+    assert "another process of the run has ended, so all end; --resume auto continues" in done.stderr
+    assert ("error: rows-00003.bin is damaged; pack it again" in done.stderr) == (fault == "failing-rank")
+    tiny.load(tmp_path / "run/checkpoints/0000001.pt")
+
+
+@pytest.mark.slow
 def test_every_rank_reports_and_a_common_error_is_printed_once(data, tmp_path):
     done = programs.run_ranks(2, "train.py", *tiny.train_flags(data, tmp_path, batch_size=3))
     for rank in (0, 1):

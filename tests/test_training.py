@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import train
@@ -227,6 +228,20 @@ def test_ema_of_a_run_follows_its_weights(data, tmp_path):
         expected = {name: (0.9 * before[name].double() + 0.1 * new[name].double()).float() for name in now}
         assert tiny.largest_difference(now, expected) < 2e-7
     assert tiny.largest_difference(now, new) > 1e-4
+
+
+def test_the_average_starts_from_the_weights_of_the_first_process(data, tmp_path, monkeypatch):
+    """DistributedDataParallel hands them to the others, whose own may be of another file of --init-from's folder."""
+
+    def synchronised(self, model, *rest, prepare=Accelerator.prepare):
+        return prepare(self, tiny.fill_(model, seed=5), *rest)
+
+    monkeypatch.setattr(Accelerator, "prepare", synchronised)
+    run = tiny.run_train(data, tmp_path, max_train_steps=1, ema_decay=1.0)
+    content = tiny.load(run / "checkpoints/0000001.pt")
+    config = content["config"]
+    expected = tiny.fill_(create_model(config["model"], **config["model_options"]), seed=5).state_dict()
+    assert not tiny.differences(content["ema"], expected)
 
 
 def test_swapped_ema_is_put_back_even_after_an_error():

@@ -33,12 +33,21 @@ class TrainState:
 
 
 @dataclasses.dataclass
+class Source:
+    """A file that a run reads at every start, and the hash of the weights taken from it."""
+
+    file: str
+    sha256: str
+
+
+@dataclasses.dataclass
 class Settings:
-    """The part of a run's configuration that every reader relies on."""
+    """The part of a run's configuration that readers rely on."""
 
     model: Literal[tuple(PRESETS)]
     model_options: Options
     changes: list[dict] = dataclasses.field(default_factory=list)
+    teacher_source: Source | None = None
 
 
 @dataclasses.dataclass

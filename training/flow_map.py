@@ -1,14 +1,21 @@
 """What a flow map's training starts from: a flow model, a flow map, or random weights; and the teacher of a guide."""
 
+from pathlib import Path
+
 import torch
+from accelerate.utils import broadcast_object_list
 
 from common.errors import InputError, note
 from common.processes import device_of_process
+from common.records import check_record
 from loss import GuidedTarget
 from models import PRESETS, create_model, model_config
 from models.attention import set_attention
+from models.checkpoints import find_checkpoint
 from models.compiling import compile_blocks
 from models.flow_map import FlowMap, to_flow_map
+from models.hub import is_on_hub
+from training import checkpoint as run_checkpoint
 from training.start import SIZES, check_arguments, load_source
 
 TOLERANCE = 1e-4  # of u(x, t, t, y) against the flow model's velocity
@@ -98,7 +105,7 @@ def guided_target(run):
     """The GuidedTarget of --g-type. Raises InputError for a teacher that does not fit."""
     config, source = run.config, run.model
     if config.g_type == "distill":
-        teacher = load_flow(config.teacher, config, run.info, "teacher")
+        teacher = load_teacher(run)
         if teacher.run.get("cfg_prob") == 0 and config.omega != 1:
             fault = f"--teacher {config.teacher} has no null class, it was trained with --cfg-prob 0"
             raise InputError(f"{fault}; pass --omega 1")
@@ -106,3 +113,33 @@ def guided_target(run):
         if config.compile:
             compile_blocks(source)
     return GuidedTarget(config.g_type, config.omega, source.velocity, run.info.num_classes)
+
+
+def load_teacher(run):
+    """Checkpoint of --teacher, the same on all processes and at every start of the run. Raises InputError.
+
+    A run's folder stands for its newest checkpoint when this run began: the file and its content are recorded.
+    """
+    config, found = run.config, [None, None]
+    if run.accelerator.is_main_process:
+        source = recorded_teacher(run)
+        found = [source.file, source.sha256] if source else [str(find_checkpoint(config.teacher, "--teacher")), None]
+    file, sha256 = broadcast_object_list(found)
+    fault, remedy = f"--teacher {config.teacher}: {file}", "restore it, or pass another --teacher with --allow-changes"
+    if sha256 and not (Path(file).exists() or is_on_hub(file)):
+        raise InputError(f"{fault}, which this run began with, is gone; {remedy}")
+    teacher = load_flow(file, config, run.info, "teacher")
+    run.sources["teacher_source"] = now = run_checkpoint.Source(file, teacher.weights_sha256())
+    if sha256 not in (None, now.sha256):
+        raise InputError(f"{fault} has other weights than when this run began; {remedy}")
+    return teacher
+
+
+def recorded_teacher(run):
+    """The Source of the teacher in the checkpoint to resume; None if it has none, or the flags name another teacher."""
+    if run.resumed is None:
+        return None
+    before = run_checkpoint.read(run.resumed, run.info).config
+    if any(before.get(name) != getattr(run.config, name) for name in ("teacher", "weights", "convention")):
+        return None
+    return check_record(run_checkpoint.Settings, before, run.resumed, run_checkpoint.REMEDY).teacher_source

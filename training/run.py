@@ -56,7 +56,9 @@ class Run:
     dataset: object  # to train on; None in a dry run without data
     held: object  # the dataset of --holdout, or None
     options: dict  # constructor arguments of the model
+    resumed: Path | None = None  # checkpoint to resume from
     model: torch.nn.Module | None = None  # made last
+    sources: dict = dataclasses.field(default_factory=dict)  # {entry of the saved configuration: Source}
 
     def __post_init__(self):
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
@@ -80,7 +82,8 @@ class Run:
         """What checkpoints and config.json record, JSON-like: flags, model, and data (classes, VAE, shapes)."""
         facts = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self.info).items()}
         spec = facts.pop("spec")
-        config = {**dataclasses.asdict(self.config), "model_options": self.options}
+        sources = {name: dataclasses.asdict(source) for name, source in self.sources.items()}
+        config = {**dataclasses.asdict(self.config), "model_options": self.options, **sources}
         return {"config": config, "data": {**facts, **spec}}
 
 
@@ -104,7 +107,7 @@ def run_task(config, task):
         if config.compile:
             keep_compiled(config.folder)
     options, model = task.start(config, info, resumed)
-    run = Run(config, start_accelerator(config), info, dataset, held, options)
+    run = Run(config, start_accelerator(config), info, dataset, held, options, resumed)
     run.accelerator.print(f"{given}\n{describe(run)}")
     if config.dry_run:
         run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")

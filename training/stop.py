@@ -1,17 +1,25 @@
-"""Stopping a run by SIGTERM, SIGUSR1 or Ctrl-C: all processes end after the same step, with a checkpoint."""
+"""Stopping a run by SIGTERM, SIGUSR1 or Ctrl-C: all processes end after the same step, with a checkpoint.
 
+A process that fails or is killed ends the others within seconds.
+"""
+
+import contextlib
+import datetime
 import os
 import signal
+import threading
 import time
 
 import torch
 import torch.distributed as dist
 
-from common.errors import EXIT_INTERRUPTED
+from common.errors import EXIT_INTERRUPTED, note
 from training.distributed import STALL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO = 0.3  # seconds: terminal and launcher may both pass on one Ctrl-C
+GRACE = 5  # seconds in which the launcher sees who failed first, and a process that is not stuck ends by itself
+ALWAYS = datetime.timedelta(days=3650)
 
 
 class StopRequest:
@@ -19,10 +27,14 @@ class StopRequest:
 
     Several processes add up what they noted on the CPU while the next step runs, and read the sum one step later: all
     of them stop after the same step, and none waits for its device.
+
+    A process that ends early ends the others, which would wait for it in NCCL, where a launcher's signal is at most
+    noted: a thread of each waits for a word of the next process, whose connection breaks when that process is gone.
     """
 
-    def __init__(self, num_processes):
-        self.noted, self.interrupted = False, None
+    def __init__(self, num_processes, finish=lambda: None):
+        """finish: wait for what is to be kept, such as a checkpoint being written, if another process ends early."""
+        self.noted, self.interrupted, self.finish, self.failed = False, None, finish, False
         self.group = dist.new_group(backend="gloo", timeout=STALL) if num_processes > 1 else None
         self.before = torch.futures.Future()  # the previous step's sum over the processes
         self.before.set_result([torch.zeros(1)])
@@ -30,6 +42,11 @@ class StopRequest:
     def __enter__(self):
         heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.handlers = {number: signal.signal(number, self._note) for number in heeded}
+        if self.group is not None:
+            rank, world = dist.get_rank(), dist.get_world_size()
+            self.previous, self.next = (rank - 1) % world, (rank + 1) % world
+            self.watch = threading.Thread(target=self._watch, daemon=True)
+            self.watch.start()
         return self
 
     def _note(self, number, frame):
@@ -52,5 +69,24 @@ class StopRequest:
     def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if kind is None:
+        self.failed = kind is not None
+        if self.group is not None and not self.failed:
             self.before.wait()
+            dist.send(torch.ones(1), self.previous, self.group)
+            self.watch.join()
+
+    def _watch(self):
+        """Return once the next process leaves the context; if one ended early, pass that on and end this one too."""
+        fine = torch.zeros(1)
+        with contextlib.suppress(RuntimeError):  # a broken connection
+            dist.irecv(fine, self.next, self.group).wait(ALWAYS)
+        if fine:
+            return
+        with contextlib.suppress(RuntimeError):
+            dist.send(fine, self.previous, self.group)
+        with contextlib.suppress(Exception):  # the other process's end is what is to be reported
+            self.finish()
+        time.sleep(GRACE)
+        if not self.failed:  # else it ends by its own error
+            note("another process of the run has ended, so all end; --resume auto continues from the last checkpoint")
+            os._exit(1)

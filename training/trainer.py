@@ -26,11 +26,11 @@ class Trainer:
         """objective(network, batch, draws), draw(step): as in Task; on_sample(model, step) → path of a grid."""
         self.run, self.config, self.accelerator, self.saved = run, run.config, run.accelerator, run.saved()
         self.objective, self.draw, self.on_sample = objective, draw, on_sample
-        self.changes = {}  # of settings when resuming
+        self.changes, self.writer = {}, None  # changes: of settings when resuming
         self.run_dir, self.stop_step = run.config.folder, run.stop_step
         self.model = run.model.to(self.accelerator.device)
-        self.ema = EMA(self.model, run.config.ema_decay)
         self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(run.config, self.model))
+        self.ema = EMA(self.model, run.config.ema_decay)  # of the weights that all processes now have from the first
         self.network.broadcast_buffers = False  # they are constants; DDP's argument of this name is deprecated
         if run.config.compile:
             compile_blocks(self.model)
@@ -40,7 +40,8 @@ class Trainer:
     def fit(self):
         """Train from --resume to the last step; returns whether it got there, which a signal may prevent."""
         main = self.accelerator.is_main_process
-        with locked(self.run_dir, "--exp-name", main), StopRequest(self.accelerator.num_processes) as stop:
+        stopping = StopRequest(self.accelerator.num_processes, self.finish_writing)
+        with locked(self.run_dir, "--exp-name", main), stopping as stop:
             step = self.resume()
             if step >= self.stop_step:
                 return True
@@ -196,6 +197,11 @@ class Trainer:
             raise self.diverged(f"the weights at step {step} are not finite and are not saved")
         if self.accelerator.is_main_process:
             self.writer.save(step, stays, self.state(step))
+
+    def finish_writing(self):
+        """Wait for the checkpoint that is being written, if any."""
+        if self.writer is not None:
+            self.writer.check(wait=True)
 
     def state(self, step):
         """Content of the checkpoint of a step."""
