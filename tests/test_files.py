@@ -167,7 +167,7 @@ from models.deepflow import DeepFlow
 velocity = DeepFlow.velocity
 DeepFlow.velocity = lambda *inputs: time.sleep(0.1) or velocity(*inputs)
 sys.argv = sys.argv[1:]
-runpy.run_path("generate.py", run_name="__main__")
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -176,10 +176,11 @@ def test_ctrl_c_ends_a_command_in_one_line_and_the_next_start_goes_on(tmp_path, 
     (tmp_path / "idle.py").write_text(IDLE)  # takes seconds and little time of the processor
     samples = tmp_path / "s"
     flags = ("--ckpt", ckpt, "--vae", vae, "--num-fid-samples", 12, "--per-proc-batch-size", 1, "--sample-dir", samples)
-    run = programs.start(tmp_path / "idle.py", *flags, "--num-steps", 5)
+    run = programs.start(tmp_path / "idle.py", "generate.py", *flags, "--num-steps", 5)
     deadline = time.monotonic() + 60
     while not list(samples.rglob("0*.png")) and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert run.poll() is None, run.stderr.read_text()
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait() == 130, run.stderr.read_text()
     assert "Traceback" not in run.stderr.read_text()

@@ -1,5 +1,9 @@
 """What programs import, and torch on first use: imported once, by the process that tests/programs.py forks."""
 
+import gc
+
+gc.disable()
+
 import accelerate  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import PIL.Image
@@ -19,3 +23,5 @@ from models.flops import count_flops
 
 PIL.Image.init()
 count_flops(create_model("DeepFlow-Ti/2", input_size=4, depth=1, df_idxs=()))
+gc.freeze()  # what is imported stays
+gc.enable()
