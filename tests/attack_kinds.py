@@ -229,6 +229,7 @@ def surroundings(command, folder, chance):
     elif way == "without a package":
         package = chance.choice(OPTIONAL)
         plan.words, plan.detail = ["tests/without.py", package, *command.words], f"without {package}"
+        plan.interpreter = ()  # a fork has imported it already
     return plan
 
 

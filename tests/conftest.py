@@ -1,6 +1,9 @@
 """Options, environment and fixtures that all tests share."""
 
+import gc
 import os
+
+gc.disable()  # until all is imported, whose objects it would look through again and again
 
 import pytest
 import torch
@@ -22,6 +25,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    gc.freeze()  # what is imported stays
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

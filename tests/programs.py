@@ -74,7 +74,8 @@ def start(*command, limits=(), folder=ROOT, interpreter=None, **environment):
     limits: ((resource.RLIMIT_…, number), …). folder: the working folder. interpreter: options of a fresh interpreter,
     which then takes the fork's place.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of what the program starts
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}
     output = Path(tempfile.mkdtemp(prefix="program-", dir=_outputs().name))
     program = Program(None, output / "stdout", output / "stderr")
     options = {"limits": limits, "folder": folder, "interpreter": interpreter}
@@ -94,6 +95,11 @@ def run(*command, **options):
     """Run a program to its end; options as of `start`. Returns Done."""
     program = start(*command, **options)
     return Done(program.wait(), program.stdout.read_text(), program.stderr.read_text())
+
+
+def launcher(count, module="torch.distributed.run"):
+    """Arguments of `run` and `start` for the real torchrun with so many processes, which are not forks."""
+    return "-m", module, "--standalone", "--nproc-per-node", count
 
 
 def start_ranks(count, *command, **environment):

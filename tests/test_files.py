@@ -162,17 +162,28 @@ def test_generate_holds_its_folder(tmp_path, vae):
     assert refused.returncode == 2 and f"another process is writing {folder}" in refused.stderr
 
 
+IDLE = """import runpy, sys, time
+from models.deepflow import DeepFlow
+velocity = DeepFlow.velocity
+DeepFlow.velocity = lambda *inputs: time.sleep(0.1) or velocity(*inputs)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_ctrl_c_ends_a_command_in_one_line_and_the_next_start_goes_on(tmp_path, vae):
     ckpt = tiny.checkpoint(tmp_path / "0000003.pt", vae)
+    (tmp_path / "idle.py").write_text(IDLE)  # takes seconds and little time of the processor
     samples = tmp_path / "s"
     flags = ("--ckpt", ckpt, "--vae", vae, "--num-fid-samples", 12, "--per-proc-batch-size", 1, "--sample-dir", samples)
-    run = programs.start("generate.py", *flags, "--num-steps", 50)
+    run = programs.start(tmp_path / "idle.py", "generate.py", *flags, "--num-steps", 5)
     deadline = time.monotonic() + 60
     while not list(samples.rglob("0*.png")) and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert run.poll() is None, run.stderr.read_text()
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait() == 130, run.stderr.read_text()
     assert "Traceback" not in run.stderr.read_text()
     assert run.stderr.read_text().splitlines()[-1].startswith("interrupted; run the same again")
-    done = programs.run("generate.py", *flags, "--num-steps", 50)
+    done = programs.run("generate.py", *flags, "--num-steps", 5)
     assert done.returncode == 0 and len(list(samples.rglob("0*.png"))) == 12, done.stderr

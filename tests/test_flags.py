@@ -165,14 +165,6 @@ def test_mistakes_are_answered_before_slow_packages_are_imported():
         assert line.startswith("error: ") and part in line
 
 
-def test_a_picture_is_made_without_packages_that_it_does_not_need(ckpt, tmp_path):
-    words = ["generate.py", "--ckpt", str(ckpt), "--grid", "1x1", "--num-steps", "2", "--out", str(tmp_path / "a.png")]
-    code = f"import runpy, sys; sys.argv = {words}; runpy.run_path('generate.py', run_name='__main__')"
-    code += "; print(*sys.modules.keys() & {'sklearn', 'matplotlib', 'timm'})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tiny.ROOT, check=True)
-    assert done.stdout.splitlines()[-1] == ""
-
-
 def declared(cls, name):
     """What a flag is declared with: help, choices, …"""
     return next(field for field in dataclasses.fields(cls) if field.name == name).metadata

@@ -1,7 +1,7 @@
 """common/launch.py: torchrun whose last line is the program's `error:` line."""
 
+import programs
 import pytest
-import tiny
 
 PROGRAM = """
 from common.errors import InputError, exit_on_input_error
@@ -16,7 +16,7 @@ def test_the_error_line_is_the_last_one(tmp_path, error, is_ours):
     """One without an error line ends as under torchrun, which has the same exit code."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(error=error))
-    done = tiny.run_python("-m", "common.launch", "--standalone", "--nproc-per-node", 1, program)
+    done = programs.run(*programs.launcher(1, "common.launch"), program)
     assert done.returncode == 1
     assert (done.stderr.splitlines()[-1] == LINE) == is_ours
     assert ("ChildFailedError" in done.stderr) != is_ours

@@ -119,8 +119,7 @@ def test_help_names_the_exit_code():
 
 # ------------------------------------------------------------------------------------------- real processes
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-TORCHRUN += ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+TORCHRUN = (*programs.launcher(2), "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 LONG = {"max_train_steps": 4000, "checkpointing_steps": 100_000, "ema_decay": 0.9}
 
 
@@ -147,18 +146,6 @@ def said(process):
     return process.stdout.read()
 
 
-def stopped_with(command, number, data, output_dir, **environment):
-    """(exit code, output) of a run that is sent a signal after ten steps."""
-    process = start([*command, *tiny.train_flags(data, output_dir, **LONG)], **environment)
-    try:
-        wait_for_step(output_dir / "run", 10, process)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, output
-
-
 def check_stop_and_go_on(run_dir, data, output_dir):
     """The newest checkpoint is that of the last logged step, and the run continues from there."""
     (step,) = existing_steps(run_dir)
@@ -178,22 +165,22 @@ def test_a_process_alone_exits_with_the_documented_code(data, tmp_path, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])  # torchrun passes SIGTERM on as it does SIGUSR1
 def test_two_processes_stop_after_the_same_step(data, tmp_path, number):
-    code, output = stopped_with(
-        [sys.executable, *TORCHRUN, "tests/faulty_train.py", "report-exit"], number, data, tmp_path
-    )
-    assert code != 0  # the launcher's own
-    assert output.count(f"exits with {EXIT_STOPPED}") == 2, output
+    line = tiny.train_flags(data, tmp_path, **LONG)
+    process = programs.start(*TORCHRUN, "tests/faulty_train.py", "report-exit", *line)
+    wait_for_step(tmp_path / "run", 10, process)
+    os.kill(process.process.pid, number)
+    assert process.wait(60) != 0  # the launcher's own
+    assert said(process).count(f"exits with {EXIT_STOPPED}") == 2, said(process)
     check_stop_and_go_on(tmp_path / "run", data, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(data, tmp_path):
-    command = [sys.executable, *TORCHRUN, "tests/faulty_train.py", "report-exit-after-own-signal"]
-    process = start([*command, *tiny.train_flags(data, tmp_path, **LONG)])
-    output, _ = process.communicate(timeout=100)
-    assert output.count(f"exits with {EXIT_STOPPED}") == 2, output
+    line = tiny.train_flags(data, tmp_path, **LONG)
+    ranks, _store = programs.start_ranks(2, "tests/faulty_train.py", "report-exit-after-own-signal", *line)
+    assert [rank.wait(100) for rank in ranks] == [EXIT_STOPPED, EXIT_STOPPED]
     check_stop_and_go_on(tmp_path / "run", data, tmp_path)
 
 
@@ -266,8 +253,14 @@ def slurm(tmp_path, data):
 def test_the_batch_script_requeues_a_run_that_ran_out_of_time_and_no_other(data, tmp_path):
     command, environment = slurm(tmp_path, data)
     flags = {**LONG, "mixed_precision": "no"}
-    code, output = stopped_with(command, signal.SIGUSR1, data, tmp_path, **environment)
-    assert code == EXIT_STOPPED, output
+    process = start([*command, *tiny.train_flags(data, tmp_path, **LONG)], **environment)
+    try:
+        wait_for_step(tmp_path / "run", 10, process)
+        process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_STOPPED, output
     assert "scontrol requeue 17" in output
     (step,) = existing_steps(tmp_path / "run")
     flags["max_train_steps"] = step + 2

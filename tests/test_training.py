@@ -9,6 +9,7 @@ import math
 import shlex
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -157,7 +158,7 @@ def test_two_torchrun_processes_make_the_same_steps(reference, tmp_path):
     data, (_, *expected) = reference
     # A grid in the middle: only the main process draws it, and no process may wait for it alone.
     grids = {"sampling_steps": 6, "vae": tiny.vae_folder(tmp_path / "tiny-vae")}
-    found = launched(functools.partial(tiny.run_torchrun, 2), data, tmp_path, **grids)
+    found = launched(functools.partial(programs.run, *programs.launcher(2)), data, tmp_path, **grids)
     assert (tmp_path / "run/samples/0000006.png").exists()
     assert_equal_but_for_rounding(found, expected)
 
@@ -165,9 +166,8 @@ def test_two_torchrun_processes_make_the_same_steps(reference, tmp_path):
 @pytest.mark.slow
 def test_two_accelerate_processes_with_accumulation_make_the_same_steps(reference, tmp_path):
     data, (_, *expected) = reference
-    launcher = functools.partial(
-        tiny.run_python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2
-    )
+    line = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2)
+    launcher = functools.partial(programs.run, *line)
     found = launched(launcher, data, tmp_path, gradient_accumulation_steps=2)
     assert_equal_but_for_rounding(found, expected)
 
