@@ -18,7 +18,7 @@ from evaluations.metrics.results import SampleFlags, manifest_without_labels
 @dataclasses.dataclass(kw_only=True)
 class ReportFlags(SampleFlags):
     samples: list = required("npz, folder or zip of samples, or several as NAME=FILE", nargs="+", metavar="FILE")
-    out: str | None = flag(None, "JSON file to write", str, group="output")
+    out: str | None = flag(None, "JSON file to write", str, also=["--json"], group="output")
     grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")
     curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
 
