@@ -61,9 +61,8 @@ class ClassLabels:
         return {"label_mode": self.mode, "labels": self.labels.tolist(), "labels_sha256": sha256}
 
     def words(self, columns):
-        """The class beside a row that holds one class."""
-        rows = classes_of_rows(self.labels.tolist(), columns, self.names)
-        return {"row_names": [row if len(row) == 1 else [] for row in rows]}
+        """The classes beside each row."""
+        return {"row_names": classes_of_rows(self.labels.tolist(), columns, self.names)}
 
     def image_store(self, folder):
         return PngFiles(folder)

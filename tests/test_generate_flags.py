@@ -180,16 +180,14 @@ def test_a_picture_of_chosen_classes(ckpt, tmp_path):
     assert picture[:16, :13].min() < 128  # "2"
 
 
-def test_a_picture_names_the_class_of_a_row_and_no_mixed_row(ckpt, tmp_path):
+def test_a_picture_names_the_classes_of_its_rows(ckpt, tmp_path):
     content = tiny.load(ckpt)
     content["data"]["class_names"] = ["robin", "tench", "tabby"]
     torch.save(content, tmp_path / "named.pt")
-    for labels, named in (("0,0,1,2", [True, False]), ("0,1,2,0", [False, False]), ("1,1,0,0", [True, True])):
-        tiny.run_generate_only(tmp_path / "named.pt", tmp_path, grid="2x2", labels=labels, out=tmp_path / "a.png")
-        picture = np.asarray(Image.open(tmp_path / "a.png"))
-        assert (picture.shape[1] > 130) == any(named)
-        beside = picture[:, : picture.shape[1] - 130]
-        assert [part.min(initial=255) < 128 for part in (beside[:64], beside[66:])] == named
+    tiny.run_generate_only(tmp_path / "named.pt", tmp_path, grid="2x2", labels="0,0,1,2", out=tmp_path / "a.png")
+    beside = np.asarray(Image.open(tmp_path / "a.png"))[:, :-130]
+    one, two = (np.flatnonzero(row.min((1, 2)) < 128) for row in (beside[:64], beside[66:]))
+    assert 0 < len(one) < len(two)  # robin; tench and tabby
 
 
 @pytest.mark.parametrize(
