@@ -17,7 +17,7 @@ launch() { python -m common.launch --standalone --nproc-per-node "$PROCESSES" "$
 # Two processes take longer to start. If the result exists, one is enough to find it complete, or to refuse to continue.
 CKPT= # checkpoint of the run's last step
 train() { # PROGRAM [flags]
-    if [ -e "${CKPT%/*}" ]; then echo "continuing; other settings than before need another folder: WORK=OTHER bash $0"; fi
+    if [ -e "${CKPT%/*}" ]; then echo "continuing; changed settings need another folder: WORK=OTHER bash $0"; fi
     if [ -e "$CKPT" ]; then python "$@"; else launch "$@"; fi
 }
 

@@ -135,7 +135,7 @@ def test_label_files_that_hold_something_else_are_refused(ckpt, tmp_path, text):
         tiny.run_generate(ckpt, tmp_path / "s", labels=tmp_path / "labels.txt")
 
 
-def test_classes_by_name(ckpt, tmp_path):
+def test_classes_by_name(ckpt, tmp_path, capsys):
     content = tiny.load(ckpt)
     content["data"]["class_names"] = ["robin", "0", "tabby cat"]
     torch.save(content, tmp_path / "named.pt")
@@ -144,6 +144,8 @@ def test_classes_by_name(ckpt, tmp_path):
     for number, (text, expected) in enumerate(names.items()):
         _, _, manifest = tiny.run_generate(tmp_path / "named.pt", tmp_path / str(number), labels=text)
         assert manifest["labels"] == expected  # a number is a class's number even if a class is called so
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--labels")]
+        assert said == ["--labels tabby cat, robin,0: 0 is class number 0, robin; the class of that name is 1"][number:]
     out = tmp_path / "a.png"
     tiny.run_generate_only(tmp_path / "named.pt", tmp_path, grid="1x2", classes="tabby cat,robin", out=out)
     assert json.loads(out.with_suffix(".json").read_text())["labels"] == [2, 0]

@@ -60,6 +60,13 @@ def test_help_is_the_comment_at_the_top(script):
 
 
 @pytest.mark.parametrize("script", RUNS)
+def test_the_header_and_the_step_of_training_name_the_model(script):
+    text = (tiny.ROOT / f"script/{script}.sh").read_text()
+    model = re.search(r"--model (\S+)", text)[1]
+    assert model in text.partition("set -euo")[0] and re.search(rf'^step "./. (train|fine-tune) .*{model}', text, re.M)
+
+
+@pytest.mark.parametrize("script", RUNS)
 def test_fewer_steps_than_are_trained_are_an_error_before_anything_starts(run, tmp_path, script):
     trained(tmp_path, script, 4000)
     done, calls = run(script, STEPS="50")
