@@ -45,9 +45,12 @@ def test_npz_alone_leaves_no_images_and_is_not_made_twice(reference, ckpt, tmp_p
 
 def test_an_npz_of_other_settings_is_not_taken_over_where_its_folder_was_deleted(ckpt, tmp_path):
     """The error that refuses other settings says: delete the folder."""
-    folder, array, _ = tiny.run_generate(ckpt, tmp_path, format="npz")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0")
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path, format="npz", labels=labels)
     shutil.rmtree(folder)
-    _, other, manifest = tiny.run_generate(ckpt, tmp_path, format="npz", labels="1")
+    labels.write_text("1")
+    _, other, manifest = tiny.run_generate(ckpt, tmp_path, format="npz", labels=labels)
     assert manifest["labels"] == [1] * 5 and not np.array_equal(other, array)
 
 
