@@ -14,6 +14,7 @@ from models.paths import PATHS
 from training.ema import EMA
 
 PATH = PATHS["linear"]
+SPEED = "precision and speed"  # group of flags
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,11 +23,11 @@ class StepFlags:
 
     model: str = flag("DeepFlow-B/2" if ON_GPU else "DeepFlow-S/2", "a preset", group="model")
     batch_size: int = flag(256 if ON_GPU else 8, "images of a step", range=Range(low=1), group="optimisation")
-    precision: str = flag("bf16" if ON_GPU else "no", "autocast", choices=["bf16", "no"], group="precision and speed")
-    repeats: int = flag(
-        20 if ON_GPU else 5, "interleaved; medians are printed", range=Range(low=1), group="precision and speed"
+    precision: str = flag(
+        "bf16" if ON_GPU else "no", "autocast", choices=["bf16", "no"], also=["--mixed-precision"], group=SPEED
     )
-    compile: bool = flag(True, "measure compiled too", group="precision and speed")
+    repeats: int = flag(20 if ON_GPU else 5, "interleaved; medians are printed", range=Range(low=1), group=SPEED)
+    compile: bool = flag(True, "measure compiled too", group=SPEED)
 
     @property
     def hows(self):

@@ -18,7 +18,7 @@ from evaluations.metrics.results import SampleFlags, manifest_without_labels
 @dataclasses.dataclass(kw_only=True)
 class ReportFlags(SampleFlags):
     samples: list = required("npz, folder or zip of samples, or several as NAME=FILE", nargs="+", metavar="FILE")
-    out: str | None = flag(None, "JSON file to write", str, group="output")
+    out: str | None = flag(None, "JSON file to write", str, also=["--json"], group="output")
     grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")
     curve: list | None = flag(None, "log to read, curve to write", str, group="output", nargs=2, metavar=("LOG", "PNG"))
 
@@ -38,6 +38,7 @@ from training.plot import save_curves
 
 COLUMNS = 10  # images per row
 PER_CLASS = 2  # images per digit in each file's row
+NAMES = [str(digit) for digit in range(CLASSES)]  # of rows or columns
 
 
 def named(texts):
@@ -102,10 +103,11 @@ def main(argv=None):
         write_json(args.out, reports if len(files) > 1 else report)
     if args.grid and len(files) > 1:  # files with the same seed and labels share the noise of each column
         rows = [class_grid(images, digits, PER_CLASS) for images, digits, _ in loaded.values()]
-        save_grid(np.concatenate(rows), CLASSES * PER_CLASS, args.grid)
+        save_grid(np.concatenate(rows), CLASSES * PER_CLASS, args.grid, None, [[name] for name in loaded], NAMES)
     elif args.grid:
         ((images, digits, prompts),) = loaded.values()
-        save_grid(images if prompts else class_grid(images, digits, COLUMNS), COLUMNS, args.grid, prompts)
+        images, rows = (images, ()) if prompts else (class_grid(images, digits, COLUMNS), [[name] for name in NAMES])
+        save_grid(images, COLUMNS, args.grid, prompts, rows)
     if args.curve:
         log, picture = args.curve
         save_curves([log], picture)

@@ -31,7 +31,9 @@ class CalcFlags(MetricFlags, MeasureFlags):
     images: str = required("folder, zip or npz", metavar="PATH")
     ref: str = required(".pkl, or .npz with mu and sigma", metavar="FILE")
     # torchrun takes EDM2's --num for an abbreviation of its own --numa-binding, wherever it stands
-    num: int = flag(50_000, "images to draw", range=Range(2), name="--num-images")
+    num: int = flag(
+        50_000, "images to draw", range=Range(2), name="--num-images", also=["--num-fid-samples", "--num-samples"]
+    )
     seed: int = flag(0, "seed of the draw", range=SEED)
 
 

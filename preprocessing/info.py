@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError
-from common.pictures import save_grid
+from common.pictures import classes_of_rows, save_grid
 from latents.manifest import MOMENTS, DataManifest
 from latents.sets import find_set, open_moments
 from models.codec import LatentCodec
@@ -42,7 +42,9 @@ def write_grid(data_dir, path, vae=None, columns=8):
     for index, out in zip(indices, values.numpy(), strict=True):
         rows.read(index, out)
     latents = spec.sample(values, torch.zeros_like(values[:, : spec.channels]))
-    save_grid(codec.decode(latents).numpy(), columns, path)
+    labels = [] if moments.labels is None else moments.labels[indices].tolist()
+    names = classes_of_rows(labels, columns, moments.manifest.class_names)
+    save_grid(codec.decode(latents).numpy(), columns, path, row_names=names)
 
 
 def run(options):

@@ -81,7 +81,7 @@ class ImageSource:
             remedy = f"unpack a zip of latents into DATA/{MOMENTS}, then train on DATA, or `pack` it"
             raise InputError(f"{flag} {path} holds arrays (.npy), not images; {remedy}")
         if not names and not published_labels:
-            raise InputError(f"{flag} {path} holds no images (files with an extension that Pillow knows)")
+            raise InputError(f"{flag} {path} holds no images (by extensions that Pillow knows); unpack tar files")
         check_names(names)
         root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in versions}
         self.manifest = None
@@ -164,7 +164,9 @@ class ImageSource:
         if not self.path.exists() and (match := re.fullmatch(r"(.+\.zip):(.+)", str(self.path), re.IGNORECASE)):
             self._file, inside = Path(match[1]), match[2].strip("/") + "/"
         if self._file.suffix.lower() != ".zip" or not self._file.is_file():
-            raise InputError(f"{flag} {self._file} is neither a folder nor a .zip file; give one that exists")
+            raise InputError(
+                f"{flag} {self._file} is neither a folder nor a .zip; give one that exists, unpack tar files"
+            )
         try:
             self._zip = zipfile.ZipFile(open(self._file, "rb"))
         except Exception as error:  # zipfile raises nearly everything on damaged directories

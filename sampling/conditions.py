@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import InputError, system_fault
+from common.errors import InputError, note, system_fault
 from common.files import read_lines, regular, sha256_of_files
 from common.pictures import classes_of_rows
 from common.precision import DTYPES
@@ -61,9 +61,8 @@ class ClassLabels:
         return {"label_mode": self.mode, "labels": self.labels.tolist(), "labels_sha256": sha256}
 
     def words(self, columns):
-        """The class beside a row that holds one class."""
-        rows = classes_of_rows(self.labels.tolist(), columns, self.names)
-        return {"row_names": [row if len(row) == 1 else [] for row in rows]}
+        """The classes beside each row."""
+        return {"row_names": classes_of_rows(self.labels.tolist(), columns, self.names)}
 
     def image_store(self, folder):
         return PngFiles(folder)
@@ -85,6 +84,11 @@ def read_labels(text, num_classes, names=(), flag="--labels"):
         wrong = next(word for word, label in zip(words, labels, strict=True) if label >= num_classes)
         named = f", or the name of one ({names[0]}, …)" if names else "; its data have no class names"
         raise InputError(f"{flag} {text}: {wrong!r} is not a class from 0 to {num_classes - 1}{named}")
+    if word := next(
+        (word for word, label in zip(words, labels, strict=True) if numbers.get(word, label) != label), None
+    ):
+        name = names[int(word)]
+        note(f"{flag} {text}: {word} is class number {int(word)}, {name}; the class of that name is {numbers[word]}")
     return labels, file
 
 

@@ -1,6 +1,8 @@
 """A result: a picture, or many images in a folder, an npz and a manifest, made by all processes."""
 
+import dataclasses
 import datetime
+import hashlib
 import re
 import time
 import zipfile
@@ -10,12 +12,15 @@ import numpy as np
 
 from common.errors import InputError, note, say
 from common.files import check_writable, locked, sha256_of_files, write_json
+from common.flags import shown, words_of
 from common.look_ahead import ordered_map
 from common.pictures import save_grid
 from common.progress import Progress
 from models.checkpoints import CONFIG_FILE
 from sampling.manifest import build_manifest, changed_setting, manifest_path, read_manifest
 from sampling.stores import PartFiles, pack, prepare_folder
+
+NAMED = ("labels", "prompts", "text_encoder", "vae", "dtype", "vae_dtype", "tf32", "fused_attn")  # in a result's name
 
 
 def save_picture(sampler, processes):
@@ -167,6 +172,19 @@ def branch_words(config):
     return [f"{name.replace('_', '-')} {value}" for name, value in config.branch_settings().items()]
 
 
+def other_words(config):
+    """`labels balanced`, `no-tf32`, … of the NAMED flags that differ from their defaults; long values as a hash."""
+    words = []
+    for field in dataclasses.fields(config):
+        if field.name in NAMED and (value := getattr(config, field.name)) != field.default:
+            flag, *values = words_of(shown(field.name), value)
+            text = Path(*values[:1]).name
+            if len(values) > 1 or len(text) > 32:
+                text = hashlib.sha256("\n".join(values).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+            words.append(f"{flag[2:]} {text}".strip())
+    return words
+
+
 def default_folder(ckpt):
     """Parent folder of a checkpoint's results; inside its run, whose `samples` holds the grids from training."""
     folder = Path(ckpt).parent
@@ -175,7 +193,7 @@ def default_folder(ckpt):
 
 
 def result_name(sampler):
-    """RUN-STEP-MODE-STEPS-…-seed-N, of the settings that differ most often; the manifest has all."""
+    """RUN-STEP-MODE-STEPS-…-seed-N, of what differs from the defaults; the manifest has all settings."""
     config, found, ckpt = sampler.config, sampler.checkpoint, Path(sampler.config.ckpt)
     low, high, guided = config.guidance_low, config.guidance_high, config.cfg_scale != 1.0
     words = [
@@ -187,6 +205,7 @@ def result_name(sampler):
         f"cfg-{config.cfg_scale}" * guided,
         f"interval-{low}-{high}" * (guided and (low, high) != (0.0, 1.0)),
         *branch_words(config),
+        *other_words(config),
         f"seed-{config.global_seed}",
         "latents" * (not config.decode),
     ]

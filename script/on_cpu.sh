@@ -17,11 +17,8 @@ launch() { python -m common.launch --standalone --nproc-per-node "$PROCESSES" "$
 # Two processes take longer to start. If the result exists, one is enough to find it complete, or to refuse to continue.
 CKPT= # checkpoint of the run's last step
 train() { # PROGRAM [flags]
-    if [ -e "$CKPT" ]; then python "$@"; else launch "$@"; fi || other_settings $?
-}
-other_settings() { # EXIT CODE
-    echo "$0: other settings need another folder: WORK=OTHER bash $0" >&2
-    exit "$1"
+    if [ -e "${CKPT%/*}" ]; then echo "continuing; changed settings need another folder: WORK=OTHER bash $0"; fi
+    if [ -e "$CKPT" ]; then python "$@"; else launch "$@"; fi
 }
 
 sample() { # PROGRAM --ckpt CKPT --sample-dir FOLDER [flags]; if flags have changed, one process samples again

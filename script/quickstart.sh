@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # DeepFlow end to end on real handwritten digits, on a laptop without GPU.
 #   bash script/quickstart.sh [--help]
-# Sets up .venv, then writes scikit-learn's handwritten digits as an image folder, converts and encodes them, trains a
-# small DeepFlow (two branches), samples 400 digits and measures them. Takes minutes on two CPU cores; needs no GPU and
+# Sets up .venv, then writes scikit-learn's handwritten digits as an image folder, converts and encodes them, trains
+# DeepFlow-Ti/2 (two branches), samples 400 digits and measures them. Takes minutes on two CPU cores; needs no GPU and
 # downloads nothing but the packages. Everything goes to quickstart/ (another folder: WORK=...). A second run reuses
 # finished steps; delete the folder to start again. STEPS sets the number of training steps.
 # An active virtual or conda environment is used as it is, without making .venv.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # From the quickstart's flow model to a flow map that samples digits in one to four steps, on a laptop without GPU.
 #   bash script/quickstart_dmf.sh [--help]
-# Fine-tunes the flow model of script/quickstart.sh (run first if its checkpoint is missing) into a flow map, samples
-# 400 digits with 1, 2 and 4 steps of the map and with 1, 2, 4 and 50 Euler steps of the flow model, and measures all
-# of them. Takes minutes on two CPU cores; needs no GPU and downloads nothing but the packages. Everything goes to
-# quickstart/ (another folder: WORK=...). A second run reuses finished steps. STEPS sets the number of training steps.
+# Fine-tunes the flow model of script/quickstart.sh (run first if its checkpoint is missing) into the flow map
+# DeepFlow-DMF-Ti/2, samples 400 digits with 1, 2 and 4 steps of the map and with 1, 2, 4 and 50 Euler steps of the flow
+# model, and measures all of them. Takes minutes on two CPU cores; needs no GPU and downloads nothing but the packages.
+# Everything goes to quickstart/ (another folder: WORK=...). A second run reuses finished steps. STEPS sets the number
+# of training steps.
 # TORCH_INDEX_URL and PYTHON as in script/quickstart.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/on_cpu.sh"
@@ -15,7 +16,7 @@ CKPT=$(checkpoint "$WORK/exps/digits-map" "$STEPS")
 [ -e "$FLOW" ] || STEPS=3000 bash script/quickstart.sh
 SECONDS=0
 
-step "1/3 fine-tune the flow model into a flow map, $STEPS steps: $WORK/exps/digits-map"
+step "1/3 fine-tune the flow model into DeepFlow-DMF-Ti/2, $STEPS steps: $WORK/exps/digits-map"
 train train_dmf.py --exp-name digits-map --output-dir "$WORK/exps" --data-dir "$WORK/data" --resume auto \
     --model DeepFlow-DMF-Ti/2 --init-from "$FLOW" --g-type mg --omega 0.6 --g-min 0.0 --g-max 0.7 \
     --batch-size 64 --learning-rate 1e-3 --ema-decay 0.99 \

@@ -21,7 +21,7 @@ class ReportFlags(SampleFlags):
     samples: str = required("npz, folder or zip of samples", group="data")
     data: str | None = flag(None, "CIFAR-10, for its test/: a folder or zip", str, group="data", metavar="DIR|ZIP")
     judge: str = flag("assets/cifar10-judge", "folder that studies.train_judge made", group="data")
-    out: str | None = flag(None, "JSON file to write", str, group="output")
+    out: str | None = flag(None, "JSON file to write", str, also=["--json"], group="output")
 
 
 if __name__ == "__main__":

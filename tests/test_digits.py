@@ -297,7 +297,7 @@ def test_command_writes_report_grid_and_curve(tmp_path, split, held_images):
     assert result.returncode == 0, result.stderr
     agree = json.loads(out.read_text())["agreement"]["samples"]["agree"]
     assert f"samples: {agree} of 400 carry their label" in result.stdout and "400 images a side" in result.stdout
-    assert Image.open(grid).size == (658, 658)  # 64 pixels each, 2 between
+    assert Image.open(grid).size == (13 + 658, 658)  # digits of rows; images of 64 pixels, 2 between
     assert len(np.unique(np.asarray(Image.open(curve).convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 

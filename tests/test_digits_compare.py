@@ -35,8 +35,9 @@ def test_numbers_and_picture_of_two_samplings(files, tmp_path, capsys):
     assert found["right"]["frechet"]["samples"] < 0.1
     assert f"{agreement['right']['agree']} of 400" in capsys.readouterr().out
     with Image.open(picture) as grid:
-        assert grid.size == (20 * 66 - 2, 2 * 66 - 2)  # two digits of each class, a row per sampling
-        rows = np.asarray(grid)
+        # two digits of each class, a row per sampling; digits above the columns, names beside the rows
+        assert grid.size == (7 * 5 + 6 + 20 * 66 - 2, 16 + 2 * 66 - 2)
+        rows = np.asarray(grid)[16:, 41:]
     assert not np.array_equal(rows[:64], rows[66:])  # the labels decide which digits stand where
 
 

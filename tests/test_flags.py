@@ -16,10 +16,11 @@ import generate_t2i
 import train
 import train_dmf
 import train_t2i
+from benchmarks import steps
 from common import precision
 from common.errors import InputError
 from common.flags import LARGEST, Range, flag, parse_flags, shown
-from digits import gallery, train_vae
+from digits import gallery, report, train_vae
 from evaluations import (
     calculate_metrics,
     clip_score,
@@ -38,6 +39,7 @@ from preprocessing import convert, transforms
 from preprocessing.dataset_tools import COMMANDS
 from samplers import SAMPLERS
 from studies import features, train_judge
+from studies import report as cifar10_report
 
 PROGRAMS = [train.TrainConfig, train_dmf.FlowMapConfig, train_t2i.TextTrainConfig, generate.GenerateConfig]
 PROGRAMS += [
@@ -199,6 +201,23 @@ def test_defaults_of_samplers_are_those_of_the_help():
     ]
     for name, sampler in SAMPLERS.items():
         assert name == "ode-heun" or f"{sampler.num_steps} for {name}" in words
+
+
+@pytest.mark.parametrize(
+    ("cls", "words", "name", "value"),
+    [
+        (calculate_metrics.CalcFlags, "--images a --ref b --num-fid-samples 7", "num", 7),
+        (calculate_metrics.CalcFlags, "--images a --ref b --num-samples 7", "num", 7),
+        (report.ReportFlags, "--samples a --json b.json", "out", "b.json"),
+        (cifar10_report.ReportFlags, "--samples a --json b.json", "out", "b.json"),
+        (steps.StepFlags, "--mixed-precision no", "precision", "no"),
+        (feature_distance.DistanceFlags, "--ckpt a --num-samples 7", "num_samples", 7),
+        (generate.GenerateConfig, "--ckpt a --seed 3 --batch-size 8", "global_seed", 3),
+        (train.TrainConfig, "--global-seed 3 --workers 2", "seed", 3),
+    ],
+)
+def test_a_thing_has_the_name_that_other_programs_have_for_it(cls, words, name, value):
+    assert getattr(parse_flags(cls, words.split()), name) == value
 
 
 PROGRAM = """import dataclasses

@@ -92,8 +92,9 @@ def test_interrupted_sampling_goes_on(ckpt, tmp_path):
     (folder / "000001.png").unlink()
     _, again, _ = captioned.run_generate(ckpt, tmp_path, *prompts)
     assert np.array_equal(whole, again)
-    with pytest.raises(InputError, match="another"):
+    with pytest.raises(ValueError, match="unpack"):  # two results
         captioned.run_generate(ckpt, tmp_path, "other", *prompts[1:])
+    assert len([*tmp_path.glob("*.npz")]) == 2 and np.array_equal(np.load(f"{folder}.npz")["arr_0"], whole)
 
 
 def test_a_file_of_prompts(ckpt, tmp_path):

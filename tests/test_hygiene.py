@@ -12,9 +12,11 @@ import pytest
 from common.flags import HIDDEN, parse_flags
 from generate import GenerateConfig
 from generate_t2i import TextGenerateConfig
+from sampling.manifest import manifest_path
 from train_dmf import FlowMapConfig
 from train_t2i import TextTrainConfig
 from training.config import TrainConfig
+from training.plot import PlotFlags
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
@@ -289,3 +291,9 @@ def test_importing_anything_needs_no_network_and_no_gpu(tmp_path):
     assert done.returncode == 0, done.stdout.splitlines()[-1] + done.stderr
     assert done.stdout.splitlines() == [*paths, "done"]
     assert not list(tmp_path.iterdir())
+
+
+def test_default_outputs_are_ignored_by_git():
+    picture = parse_flags(GenerateConfig, ["--ckpt", "x", "--grid", "1x1"]).resolve().out
+    outputs = {picture, str(manifest_path(picture)), parse_flags(PlotFlags, ["x"]).out}
+    assert {f"/{output}" for output in outputs} <= {*(ROOT / ".gitignore").read_text().splitlines()}

@@ -39,3 +39,11 @@ def test_names_of_rows_and_columns_leave_the_images_as_they_are(tmp_path):
     for part in (beside[:64], beside[64 + GAP :], *(above[:, 66 * column :][:, :64] for column in range(3))):
         assert part.min() < 128  # letters
     assert (named[:-height, :-width] == 255).all()
+
+
+def test_more_names_than_a_row_has_lines_for_are_joined(tmp_path):
+    names = [[], [f"class {number}" for number in range(20)], []]
+    save_grid(images(3, 64), 1, tmp_path / "grid.png", row_names=names)
+    beside = opened(tmp_path / "grid.png")[:, :-64]
+    assert [beside[66 * row :][:64].min() < 128 for row in range(3)] == [False, True, False]
+    assert (beside[66 + 32 : 66 + 64] < 128).any()  # more than two lines

@@ -300,7 +300,8 @@ def test_info_says_ten_lines_and_draws(data, tmp_path):
     assert len(describe(data)) == 10 and "18" in text and "n0000, n0001, n0002" in text and "random-vae" in text
     write_grid(data, tmp_path / "grid.png", columns=4)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (4 * 66 - 2, 4 * 66 - 2, 3)
+    beside, grid = np.split(grid, [7 * 5 + 6], axis=1)  # n0000, n0001, …
+    assert grid.shape == (4 * 66 - 2, 4 * 66 - 2, 3) and all(beside[66 * row :][:64].min() < 128 for row in range(4))
     codec = LatentCodec.load(tiny_vae())
     first = codec.decode(direct_moments(data)[:1, :4])[0].numpy()
     assert abs(grid[:64:4, :64:4].astype(int) - first).max() <= 2

@@ -194,8 +194,10 @@ def test_names_and_labels_of_a_dataset_json_that_make_no_sense(labels, tmp_path)
 
 
 def test_a_source_without_images_or_half_filled_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"--source .* holds no images"):
-        ImageSource(tmp_path)
+    (tmp_path / "n01440764.tar").touch()
+    for path, fault in ((tmp_path, "holds no images"), (tmp_path / "n01440764.tar", "is neither a folder nor a .zip")):
+        with pytest.raises(InputError, match=rf"--source {path} {fault}.* unpack tar files"):
+            ImageSource(path)
     source = write_class_folders(tmp_path / "source")
     (source / ".partial").mkdir()
     with pytest.raises(InputError, match="source is not finished; run the same"):

@@ -13,7 +13,10 @@ from sampling.flags import GenerateConfig
 
 STUB = """#!/usr/bin/env bash
 echo "python $*" >> "$CALLS"
-case " $*" in *" train"*.py*) exit "${TRAINED:-0}" ;; esac
+case " $*" in *" train"*.py*)
+    [ "${TRAINED:-0}" = 0 ] || echo "error: of training" >&2
+    exit "${TRAINED:-0}" ;;
+esac
 dirname "$CALLS"
 while [ $# -gt 0 ] && [ "$1" != --sample-dir ]; do shift; done
 [ $# = 0 ] || { mkdir -p "$2"; touch "$2/NAME.npz"; }
@@ -57,6 +60,13 @@ def test_help_is_the_comment_at_the_top(script):
 
 
 @pytest.mark.parametrize("script", RUNS)
+def test_the_header_and_the_step_of_training_name_the_model(script):
+    text = (tiny.ROOT / f"script/{script}.sh").read_text()
+    model = re.search(r"--model (\S+)", text)[1]
+    assert model in text.partition("set -euo")[0] and re.search(rf'^step "./. (train|fine-tune) .*{model}', text, re.M)
+
+
+@pytest.mark.parametrize("script", RUNS)
 def test_fewer_steps_than_are_trained_are_an_error_before_anything_starts(run, tmp_path, script):
     trained(tmp_path, script, 4000)
     done, calls = run(script, STEPS="50")
@@ -86,11 +96,14 @@ def test_what_is_no_number_of_steps_is_named(run, steps):
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_refused_settings_name_work(run, tmp_path, script):
-    trained(tmp_path, script)
-    done, calls = run(script, TRAINED="2")
-    assert done.returncode == 2 and "WORK=OTHER" in done.stderr.splitlines()[-1]
-    assert not any(" generate" in call for call in calls)
+@pytest.mark.parametrize(("continued", "code"), [(False, "2"), (True, "2"), (True, "130")])
+def test_a_failure_of_training_ends_with_its_own_line(run, tmp_path, script, continued, code):
+    """A run that continues names WORK before, as settings may be what is refused."""
+    if continued:
+        trained(tmp_path, script, 50)
+    done, calls = run(script, TRAINED=code, STEPS="4000")
+    assert str(done.returncode) == code and done.stderr == "error: of training\n"
+    assert ("WORK=OTHER" in done.stdout) == continued and not any(" generate" in call for call in calls)
 
 
 @pytest.mark.parametrize("script", RUNS)

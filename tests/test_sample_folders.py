@@ -35,10 +35,16 @@ def name(steps=400_000, exp_name="b", **changes):
         ({"mode": "euler", "num_steps": 4, "shift": 1.5}, "b-0400000-euler-4-shift-1.5-seed-0"),
         ({"ckpt": "published/XL 2.pt", "steps": None, "exp_name": None}, "XL-2-sde-250-seed-0"),
         ({"ckpt": "a.pt", "steps": None, "exp_name": None, "model": "SiT-B/2"}, "SiT-B-2-a-sde-250-seed-0"),
+        (
+            {"labels": "balanced", "dtype": "bf16", "tf32": False},
+            "b-0400000-sde-250-dtype-bf16-no-tf32-labels-balanced-seed-0",
+        ),
+        ({"labels": "lists/a.txt", "vae": "/vaes/mse/"}, "b-0400000-sde-250-vae-mse-labels-a.txt-seed-0"),
+        ({"labels": ",".join(["7"] * 40)}, "b-0400000-sde-250-labels-5499fac9-seed-0"),
         ({"exp_name": "../α = 1"}, "..-α-=-1-0400000-sde-250-seed-0"),
     ],
 )
-def test_names_carry_what_differs(changes, expected):
+def test_a_result_is_called_after_what_differs(changes, expected):
     assert name(**changes) == expected
 
 

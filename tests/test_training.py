@@ -505,6 +505,15 @@ def test_epochs_end_a_run_before_the_last_step(data, tmp_path):
     assert existing_steps(run_dir) == [6]
 
 
+@pytest.mark.parametrize(
+    ("steps", "epochs", "first"), [(100, 2, "epochs"), (4, 2, "max-train-steps"), (4, 1400, None), (6, 2, None)]
+)
+def test_what_ends_a_run_before_the_end_that_was_asked_for_is_said(data, tmp_path, capsys, steps, epochs, first):
+    tiny.run_train(data, tmp_path, dry_run=True, max_train_steps=steps, epochs=epochs)
+    said = [line for line in capsys.readouterr().out.splitlines() if "ends the run" in line]
+    assert [line.split()[1] for line in said] == ([f"--{first}"] if first else [])
+
+
 def test_a_kill_around_a_checkpoint_leaves_none_that_nothing_deletes(tmp_path):
     def save(step, killed=None, stays=False):
         with contextlib.suppress(KeyboardInterrupt), replacing_old(tmp_path, step, stays, keep=2):
