@@ -22,7 +22,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.errors import TYPED, InputError, exit_on_input_error
+from common.errors import InputError, exit_on_input_error
 from common.published_flags import translate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,6 @@ def check_ranges(config):
         allowed, values = field.metadata["range"], getattr(config, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:
             name = field.metadata.get("name", shown(field.name))
-            name = TYPED.get(name, name)
             if value == "" and not field.metadata["empty"]:  # an empty path would be the current folder
                 raise InputError(f"{name} is empty; give it a value, or leave it out")
             if allowed is not None and value is not None and value not in allowed:
