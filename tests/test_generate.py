@@ -212,7 +212,7 @@ def test_fewer_images_than_there_are_cost_none_of_them(ckpt, tmp_path, output):
 
 @pytest.mark.parametrize(
     ("changes", "culprit"),
-    [({"vae_dtype": "bf16"}, "vae_dtype"), ({"dtype": "bf16"}, "dtype"), ({"labels": "balanced"}, "labels")],
+    [({"vae_dtype": "bf16"}, "--vae-dtype"), ({"dtype": "bf16"}, "--dtype"), ({"labels": "balanced"}, "--labels")],
 )
 def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes, culprit):
     folder, array, _ = tiny.run_generate(ckpt, tmp_path)
