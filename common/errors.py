@@ -1,6 +1,7 @@
 """What is said to the user: remarks, and the one kind of exception for a mistake with the one way it ends a command."""
 
 import contextlib
+import difflib
 import errno
 import importlib.util
 import json
@@ -132,6 +133,11 @@ def first_line(error):
     """One line about an exception: the first of its text, else its type."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def did_you_mean(word, choices):
+    """`did you mean CHOICE? ` with the closest choice, else nothing."""
+    return "".join(f"did you mean {choice}? " for choice in difflib.get_close_matches(word, choices, 1))
 
 
 def as_typed(text):
