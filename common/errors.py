@@ -1,6 +1,7 @@
 """What is said to the user: remarks, and the one kind of exception for a mistake with the one way it ends a command."""
 
 import contextlib
+import difflib
 import errno
 import importlib.util
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
-TYPED = {}  # {flag: the other name under which it was given}, for messages
+TYPED = {}  # {flag, or flag and value: the words that were typed for it}, for messages
 ROOM = "free space, or raise the quota (ulimit -f), and run the same again: what is finished is kept"
 REMEDIES = {  # by errno, for what the operating system refuses, which says nothing about a file's content
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
@@ -95,7 +96,7 @@ def exit_on_input_error():
 def _in_one_line(error):
     """The line to print instead of a traceback; None for a bug in this program."""
     if isinstance(error, InputError):
-        return re.sub(r"--[a-z][\w-]*", lambda flag: TYPED.get(flag[0], flag[0]), str(error))
+        return as_typed(str(error))
     compiler = sys.modules.get("torch._dynamo.exc")  # only imported together with the compiler
     if compiler and isinstance(error, compiler.TorchDynamoException):
         reason = first_line(getattr(error, "inner_exception", error))
@@ -134,6 +135,17 @@ def first_line(error):
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def did_you_mean(word, choices):
+    """`did you mean CHOICE? ` with the closest choice, else nothing."""
+    return "".join(f"did you mean {choice}? " for choice in difflib.get_close_matches(word, choices, 1))
+
+
+def as_typed(text):
+    """A message, with flags as they were typed."""
+    ours = "|".join(sorted(map(re.escape, TYPED), key=len, reverse=True))  # a flag and its value before the flag alone
+    return re.sub(rf"(?<![\w-])({ours})(?![\w-])", lambda flag: TYPED[flag[0]], text) if TYPED else text
+
+
 def note(text):
     """Print a remark to stderr once, whatever the number of processes."""
     say(text, sys.stderr)
@@ -141,5 +153,5 @@ def note(text):
 
 def say(text, file=None):
     """Print a line to stdout once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=file, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # the next command may be of a program that lacks the names that were typed
+        print(text if text.startswith("next: ") else as_typed(text), file=file, flush=True)

@@ -16,13 +16,12 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
-import difflib
 import math
 import re
 import sys
 from pathlib import Path
 
-from common.errors import TYPED, InputError, exit_on_input_error
+from common.errors import InputError, did_you_mean, exit_on_input_error
 from common.published_flags import translate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,8 +108,7 @@ class Parser(argparse.ArgumentParser):
         text = message.removeprefix("argument ")
         if found := re.fullmatch(r"(.*?): invalid choice: (.*) \(choose from (.*)\)", text, re.DOTALL):
             name, value, *choices = (word.strip("'\"") for word in (found[1], found[2], *found[3].split(", ")))
-            close = [f"did you mean {choice}?" for choice in difflib.get_close_matches(value, choices, 1)]
-            text = " ".join([f"{name} {value} is unknown;", *close, f"choose one of {', '.join(choices)}"])
+            text = f"{name} {value} is unknown; {did_you_mean(value, choices)}choose one of {', '.join(choices)}"
         elif found := re.fullmatch(r"(.*?): invalid (int|float) value: '(.*)'", text, re.DOTALL):
             text = f"{found[1]} {found[3]} is not a number; pass a {'whole ' * (found[2] == 'int')}number"
         else:
@@ -169,7 +167,6 @@ def check_ranges(config):
         allowed, values = field.metadata["range"], getattr(config, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:
             name = field.metadata.get("name", shown(field.name))
-            name = TYPED.get(name, name)
             if value == "" and not field.metadata["empty"]:  # an empty path would be the current folder
                 raise InputError(f"{name} is empty; give it a value, or leave it out")
             if allowed is not None and value is not None and value not in allowed:

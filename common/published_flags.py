@@ -36,31 +36,42 @@ OURS = {  # our flag, or flag and value; used only if the program has that flag
     # DeepFlow
     "--ema-param": "--ema-decay",
 }
-FIRST_REPA = "files in REPA's first format are recognised by the names of their weights"
-UNUSED = {  # ignored, with a note on why nothing is lost
-    **dict.fromkeys(("--sampling-method=Euler", "--sampling-method=euler"), "steps are Euler's without --heun"),
-    "--last-step=Mean": "the last step adds no noise",
-    "--last-step-size=0.04": "that is the last step of --mode sde",
-    **dict.fromkeys(("--diffusion-form=sigma", "--diffusion-norm=1.0"), "--mode sde has it on the linear path"),
-    "--loss-weight=None": "the loss has no weight over time",
-    "--prediction=velocity": "networks predict the velocity",
-    "--encoder-depth": "it is inferred from the file's weights",
-    **dict.fromkeys(("--legacy", "--no-legacy"), FIRST_REPA),
-    "--attn-func": "torch chooses the kernel",
-    "--project-name": "W&B's project is called deepflow; --exp-name names the run",
+TRAINING, SAMPLING, MEASURING = "--init-from", "--cfg-scale", "--metrics"  # flags by which a program's kind is known
+SWITCHES = ("--legacy", "--no-legacy")  # of UNUSED: no value follows them
+BOTH = {"--loss-weight=None": "the loss has no weight over time", "--attn-func": "torch chooses the kernel"}
+UNUSED = {  # ignored by programs of a kind, with a note on why nothing is lost
+    TRAINING: {**BOTH, "--project-name": "W&B's project is called deepflow; --exp-name names the run"},
+    SAMPLING: {
+        **BOTH,
+        **dict.fromkeys(("--sampling-method=Euler", "--sampling-method=euler"), "steps are Euler's without --heun"),
+        "--last-step=Mean": "the last step adds no noise",
+        "--last-step-size=0.04": "that is the last step of --mode sde",
+        **dict.fromkeys(("--diffusion-form=sigma", "--diffusion-norm=1.0"), "--mode sde has it on the linear path"),
+        "--prediction=velocity": "networks predict the velocity",
+        "--encoder-depth": "it is inferred from the file's weights",
+        **dict.fromkeys(SWITCHES, "files in REPA's first format are recognised by the names of their weights"),
+    },
+    MEASURING: {"--workers": "images are read ahead without it"},
 }
-REFUSED = {  # the remedy
-    "--sampling-method": "steps are Euler's, or Heun's with --mode ode --heun; choose --num-steps",
-    **dict.fromkeys(("--atol", "--rtol"), "steps are fixed; choose --num-steps"),
-    **dict.fromkeys(("--diffusion-form", "--diffusion-norm"), "the diffusion of --mode sde is 2t; leave it out"),
-    **dict.fromkeys(("--last-step", "--last-step-size"), "--mode sde ends with a noiseless step of 0.04; omit it"),
-    **dict.fromkeys(("--train-eps", "--sample-eps"), "times run from 0 to 1; leave it out"),
-    **dict.fromkeys(("--reverse", "--likelihood"), "generate.py only samples; leave it out"),
-    "--prediction": "networks predict the velocity; leave it out",
-    "--loss-weight": "choose the distribution of t with --weighting instead",
-    "--ckpt": "resume a run with --resume; start one from the weights of a file, ours or published, with --init-from",
-    "--cfg-scale": "sample grids of a run are not guided; pass it to generate.py",
-    "--ema-param": "choose EMA or raw weights with --weights",
+TIMES = dict.fromkeys(("--train-eps", "--sample-eps"), "times run from 0 to 1; leave it out")
+REFUSED = {  # by programs of a kind, with the remedy
+    TRAINING: {
+        **TIMES,
+        "--loss-weight": "choose the distribution of t with --weighting instead",
+        "--ckpt": "resume a run with --resume; start from the weights of a file, ours or published, with --init-from",
+        "--cfg-scale": "sample grids of a run are not guided; pass it to generate.py",
+    },
+    SAMPLING: {
+        **TIMES,
+        "--sampling-method": "steps are Euler's, or Heun's with --mode ode --heun; choose --num-steps",
+        **dict.fromkeys(("--atol", "--rtol"), "steps are fixed; choose --num-steps"),
+        **dict.fromkeys(("--diffusion-form", "--diffusion-norm"), "the diffusion of --mode sde is 2t; leave it out"),
+        **dict.fromkeys(("--last-step", "--last-step-size"), "--mode sde ends with a noiseless step of 0.04; omit it"),
+        **dict.fromkeys(("--reverse", "--likelihood"), "generate.py only samples; leave it out"),
+        "--prediction": "networks predict the velocity; leave it out",
+        "--loss-weight": "it belongs to training; leave it out",
+        "--ema-param": "choose EMA or raw weights with --weights",
+    },
 }
 
 
@@ -70,43 +81,46 @@ def translate(words, own, also):
     For an unknown flag, the error suggests the program's closest one. Messages show the names that were typed.
     """
     TYPED.clear()
+    unused, refused = (
+        {key: text for kind in own & table.keys() for key, text in table[kind].items()} for table in (UNUSED, REFUSED)
+    )
     names = {word.partition("=")[0] for word in words}
     if "--data-path" in names and "--weighting" in own - names:  # SiT's training has no such flag
         note("--weighting uniform is assumed with --data-path, as in SiT; --data-dir DATA takes the default")
         words = [*words, "--weighting=uniform"]
     if "--dry-run" in words:  # published scripts leave --data-dir for the user to fill in
-        words = [word for word in words if word != "--data-dir="]
+        unused["--data-dir="] = "a dry run needs no data"
+    ours = {theirs: name for theirs, name in OURS.items() if name.partition("=")[0] in own} | also | {n: n for n in own}
     result, dropping = [], False
     for index, word in enumerate(words):
         if word == "--":
             return result + words[index:]
-        if word.startswith("--") or (index == 0 and word in OURS):
-            taken, dropping = take(word, words[index + 1 : index + 2], own, also)
+        if word.startswith("--") or (index == 0 and word in ours):
+            taken, dropping = take(word, words[index + 1 : index + 2], ours, unused, refused)
             result += taken
         elif not dropping:
             result.append(word)
     return result
 
 
-def take(word, following, own, also):
+def take(word, following, ours, unused, refused):
     """(our arguments for a flag, whether to drop the arguments that follow it, its values)."""
-    name, separator, value = word.partition("=")
+    typed, separator, value = word.partition("=")
+    name = typed.replace("_", "-")
     full = f"{name}={value}" if separator else "=".join([name, *following])
     for key, rest in ((full, ""), (name, separator + value)):
-        if key == name and name in own:
-            return [word], False
-        if (ours := also.get(key) or OURS.get(key, "")).partition("=")[0] in own:
-            if key == name and ours in own:
-                TYPED[ours] = name
-            return [ours + rest], key != name and not separator
-        if key in UNUSED:
-            note(f"{name} is unused: {UNUSED[key]}")
-            return [], True
-    if (spelled := name.replace("_", "-")) in own or spelled in also:
-        return [also.get(spelled, spelled) + separator + value], False
+        if key in ours:
+            TYPED[ours[key].replace("=", " ")] = typed if key == name else " ".join([typed, value or following[0]])
+            return [ours[key] + rest], key != name and not separator
+        if key in unused:
+            note(f"{typed} is unused: {unused[key]}")
+            return [], not separator and key not in SWITCHES
     if " " in word:  # a text that begins with dashes
         return [word], False
-    if name in REFUSED:
-        raise InputError(f"{name} is not supported: {REFUSED[name]}")
-    close = [f"did you mean {flag}?" for flag in difflib.get_close_matches(name, sorted(own), 1, 0.7)]
-    raise InputError(" ".join([f"{name} is unknown;", *close, "--help lists all flags"]))
+    if name in refused:
+        raise InputError(f"{typed} is not supported: {refused[name]}")
+    known = [flag for flag in sorted(ours) if "=" not in flag]
+    longer = [flag for flag in known if flag.startswith(name)]
+    close = difflib.get_close_matches(name, longer or known, 1, 0 if longer else 0.7)
+    close = [f"did you mean {ours[flag].replace('=', ' ')}?" for flag in close]
+    raise InputError(" ".join([f"{typed} is unknown;", *close, "--help lists all flags"]))

@@ -11,6 +11,7 @@ A published row belongs to a result that differs from it in nothing that both st
 import collections
 import csv
 import dataclasses
+import functools
 import io
 import math
 from pathlib import Path
@@ -20,14 +21,16 @@ from common.files import check_writable, write_atomically
 from common.flags import BLOCKS, flag, parse_early, parse_flags, required, shown
 from common.records import check_record, read_record
 
+output_flag = functools.partial(flag, group="output")
+
 
 @dataclasses.dataclass
 class TableFlags:
     results: list = required("JSON files that the evaluators, or digits.report, wrote", positional=True, nargs="+")
-    sort: str | None = flag(None, "sort by this metric, best first; named as in the files or the table", str)
-    csv: str | None = flag(None, "write the table to this file, with all digits", str, metavar="FILE")
-    plot_epochs: str | None = flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
-    plot_parameters: str | None = flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
+    sort: str | None = output_flag(None, "sort by this metric, best first; named as in the files or the table", str)
+    csv: str | None = output_flag(None, "write the table to this file, with all digits", str, metavar="FILE")
+    plot_epochs: str | None = output_flag(None, "draw FID over epochs, a line per run (Figure 1)", str, metavar="PNG")
+    plot_parameters: str | None = output_flag(None, "draw FID over parameters (Figure 2e)", str, metavar="PNG")
 
 
 if __name__ == "__main__":

@@ -241,10 +241,11 @@ class DeepFlow(nn.Module, HubModel):
     def velocities(self, x, t, y, branches=None):
         """Velocities, (N, C, H, W) each, of all branches or of those numbered in `branches`, in order; one pass.
 
-        x (N, C, H, W); t (N,) or a number, or k of them, one per branch; y (N,). A branch whose t has fewer rows runs
-        only the first rows, and so do those after it. Nothing is run beyond the last branch requested. Raises
+        x (N, C, H, W); t (N,) or a number, or k of them, one per branch; y (N,) or a number. A branch whose t has fewer
+        rows runs only the first rows, and so do those after it. Nothing is run beyond the last branch requested. Raises
         InputError for branches or labels out of range; labels on a GPU, which cause a wait, only if t are numbers.
         """
+        y = torch.full((len(x),), y, device=x.device) if isinstance(y, int) else y
         numbers = range(1, self.num_branches + 1)
         if wrong := [branch for branch in branches or () if branch not in numbers]:
             raise InputError(f"branch {wrong[0]} is out of range; this model's count from 1 to {numbers[-1]}")

@@ -141,7 +141,7 @@ def parse_enc_type(text):
 
 def parse_enc_ckpt(text, names):
     """--enc-ckpt as one path per encoder; None, for an empty entry or without the flag, means the hub's weights."""
-    if text is None:
+    if text is None or not names:
         return (None,) * len(names)
     paths = tuple(path.strip() or None for path in text.split(","))
     if len(paths) != len(names):

@@ -20,10 +20,10 @@ from models.flags import PublishedFlags
 class ExportFlags(PublishedFlags):
     ckpt: str = required("checkpoint of ours, or a published file", positional=True)
     dir: str = required("folder to write, which must not exist", positional=True)
-    weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"])
-    half: bool = flag(False, "store the weights in float16; they are converted to float32 on reading")
-    diffusers: bool = flag(False, "also write the VAE and what DiffusionPipeline.from_pretrained needs")
-    vae: str | None = flag(None, "with --diffusers: name or folder of the VAE, if it has moved", str)
+    weights: str = flag("ema", "which weights of the file", choices=["ema", "raw"], group="model")
+    half: bool = flag(False, "store the weights in float16; they are converted to float32 on reading", group="output")
+    diffusers: bool = flag(False, "also write the VAE and what DiffusionPipeline.from_pretrained needs", group="output")
+    vae: str | None = flag(None, "with --diffusers: name or folder of the VAE, if it has moved", str, group="output")
 
 
 if __name__ == "__main__":

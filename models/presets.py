@@ -5,7 +5,7 @@ import inspect
 import re
 
 import models  # the networks are imported on first use: the table itself needs no torch
-from common.errors import InputError
+from common.errors import InputError, did_you_mean
 
 NETWORKS = {"flow": "DeepFlow", "flow map": "FlowMap", "text": "MMDiT"}  # by kind
 
@@ -134,7 +134,7 @@ def model_config(name, **overrides):
     `depth` without `df_idxs` spaces the preset's number of branches evenly. Raises InputError.
     """
     if name not in PRESETS:
-        raise InputError(f"--model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise InputError(f"model {name!r} is unknown; {did_you_mean(name, PRESETS)}choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
     config = constructor_defaults(preset.kind)
     given = {key: value for key, value in overrides.items() if value is not None}

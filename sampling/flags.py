@@ -12,7 +12,7 @@ from models.presets import PRESETS
 DTYPES = ["bf16", "fp16", "fp32"]
 MODES = ["sde", "ode", "euler", "restart"]
 MODE = "sampler; euler and restart are for flow maps; default: sde, or euler for flow maps"
-STEPS = "number of steps; default: 250 for sde, 50 for ode, 4 for euler, 4 for restart"
+STEPS = "number of steps; default: 250 for sde, 50 for ode"
 SAMPLE_DIR = "parent folder of the results; default: RUN/generated of a run's checkpoint, else samples"
 MODEL, SAMPLING, BRANCHES, SPEED, OUTPUT = "model", "sampling", "branches", "precision and speed", "output"
 
@@ -49,7 +49,7 @@ class SamplingFlags(PublishedFlags):
     vae: str | None = flag(None, "ema, mse, a hub name or a folder; default: the training data's", str, group=MODEL)
 
     mode: str | None = flag(None, MODE, str, choices=MODES, group=SAMPLING)
-    num_steps: int | None = flag(None, STEPS, int, range=SAMPLER_STEPS, group=SAMPLING)
+    num_steps: int | None = flag(None, f"{STEPS}, 4 for euler, 4 for restart", int, range=SAMPLER_STEPS, group=SAMPLING)
     shift: float = flag(1.0, "of a flow map's times: s*t / (1 + (s - 1)*t)", range=Range(above=0), group=SAMPLING)
     heun: bool = flag(False, "second-order steps for ode", group=SAMPLING)
     cfg_scale: float = flag(1.0, "classifier-free guidance; 1.0 is none", group=SAMPLING)
@@ -204,11 +204,15 @@ class GenerateConfig(SamplingFlags):
 
 @dataclasses.dataclass(kw_only=True)
 class TextGenerateConfig(SamplingFlags):
-    """Flags of generate_t2i.py."""
+    """Flags of generate_t2i.py; there are no flow maps of prompts."""
 
     prompts: list = required(PROMPTS, str, nargs="+", group=SAMPLING, empty=True)
     images_per_prompt: int | None = flag(None, "default 1, for GenEval 4", int, range=IMAGES, group=SAMPLING)
     text_encoder: str | None = flag(None, "name or folder; default: the training data's", str, group=MODEL)
+    mode: str | None = flag(None, "sampler; default: sde", str, choices=MODES[:2], group=SAMPLING)
+    num_steps: int | None = flag(None, STEPS, int, range=SAMPLER_STEPS, group=SAMPLING)
+    shift: float = flag(1.0, HIDDEN, range=Range(above=0), group=SAMPLING)
+    dmf_depth: int | None = flag(None, HIDDEN, int, range=Range(low=1), group=MODEL)
     cfg_scale: float = flag(2.0, "classifier-free guidance with the empty caption; 1.0 is none", group=SAMPLING)
     num_fid_samples: int | None = flag(None, "default: --images-per-prompt each", int, range=IMAGES, group=OUTPUT)
 

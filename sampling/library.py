@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, did_you_mean
 from common.flags import parse_flags, shown
 from common.precision import DTYPES
 from models.checkpoints import Checkpoint
@@ -32,6 +32,7 @@ KEYWORDS = {  # flag → keyword of `sample`, where the names differ
 }
 SETTINGS = {"shift", "heun", "guidance_low", "guidance_high", "vae", "vae_dtype", "decode_batch_size", "decode"}
 SETTINGS |= {"text_encoder", *BRANCH_FLAGS}
+NAMED = {"classes", "prompts", "steps", "mode", "cfg_scale", "seed", "batch_size"}  # the other keywords of `sample`
 # The last VAE and text encoder stay in memory for the next call, because loading them takes seconds.
 load_codec, load_encoder = functools.lru_cache(1)(LatentCodec.load), functools.lru_cache(1)(TextEncoder)
 
@@ -50,8 +51,9 @@ def sample(
     given = {"mode": mode, "num_steps": steps, "cfg_scale": cfg_scale, "seed": seed, "per_proc_batch_size": batch_size}
     with naming_keywords():
         checkpoint = checkpoint_of(model)
-        if unknown := settings.keys() - SETTINGS:
-            raise InputError(f"{min(unknown)} is not a setting of sample(); choose from {', '.join(sorted(SETTINGS))}")
+        if unknown := sorted(settings.keys() - SETTINGS):
+            remedy = f"{did_you_mean(unknown[0], NAMED | SETTINGS)}choose from {', '.join(sorted(SETTINGS))}"
+            raise InputError(f"{unknown[0]} is not a setting of sample(); {remedy}")
         config, make_condition = condition_of(model.kind, classes, prompts, checkpoint, {**given, **settings})
         sampler = ImageSampler(config, make_condition, model.pos_embed.device, checkpoint, load_codec)
         return np.concatenate([wait() for _, wait in sampler.batches(config.batches())])

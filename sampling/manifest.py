@@ -5,17 +5,20 @@ import json
 from pathlib import Path
 
 from common.errors import InputError
+from common.flags import shown
 from common.records import check_record, read_record
 from common.versions import versions
 from latents.manifest import AGAIN, ENCODERS
 from models.specs import TRAINING
-from sampling.flags import BRANCH_FLAGS
+from sampling.flags import BRANCH_FLAGS, GenerateConfig, TextGenerateConfig
 
 SETTINGS = "settings.json"
 SEALED = "sealed"  # entry: whether all files have seals; those of earlier versions do not
 # What decides no pixel, or only its rounding. A checkpoint may be moved: its weights decide.
 FREE = ("ckpt", "training", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
 FREE += ("versions", "npz_sha256")
+FLAGS = {field.name for cls in (GenerateConfig, TextGenerateConfig) for field in dataclasses.fields(cls)}
+KEPT_AS = {"png": "png or both", "parts": "npz"}  # {a store's kind: --format}
 OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
 
 
@@ -135,7 +138,10 @@ def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or
     """Settings in the file `name` of a folder. Raises InputError if its images were made with others."""
     found = read_record(dict, folder / name, remedy)
     if key := changed_setting(found, settings, folder / name):
-        change = f"another {key} ({found.get(key)}, now {settings.get(key)})"
+        old, new = found.get(key), settings.get(key)
+        if key == "kept_as":
+            key, old, new = "format", KEPT_AS.get(old, old), KEPT_AS.get(new, new)
+        change = f"another {shown(key) if key in FLAGS else key} ({old}, now {new})"
         raise InputError(f"{folder} holds images made with {change}; {remedy}")
     return found
 

@@ -9,6 +9,7 @@ that is resumed, and finished parts are left alone. If a run fails, the others c
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -17,30 +18,38 @@ from pathlib import Path
 
 from common.errors import EXIT_STOPPED, InputError, exit_on_input_error, note
 from common.files import check_writable
-from common.flags import WORKERS, Range, flag, parse_flags, required
-from common.look_ahead import ordered_map
-from models.flops import flops_per_image
+from common.flags import WORKERS, Range, flag, parse_early, parse_flags, required
 from models.gpus import MFU, PEAK_FLOPS, gpu_hours
-from models.presets import model_config
-from studies.study import read_study
-from studies.summary import read_known, summarise
-from training.run import open_data
 
 OUTPUT = "study.txt"  # in the folder of a run: the output of its commands
+run_flag, other_flag = (functools.partial(flag, group=group) for group in ("running", "instead of running"))
 
 
 @dataclasses.dataclass(kw_only=True)
 class StudyFlags:
     study: str = required("TOML file of the study", positional=True, metavar="FILE")
-    out: str | None = flag(None, "folder of runs, table.md, results.json, plots; default: exps/NAME", str)
-    jobs: int = flag(1, "runs side by side", range=WORKERS)
-    known: list = flag((), "results.json of other machines, for their finished runs", str, nargs="+", metavar="JSON")
-    report: bool = flag(False, "start nothing: table and plots of what is finished")
-    print: bool = flag(False, "print the commands of every unfinished run in a line each, and stop")
-    hours_on: str | None = flag(
+    out: str | None = run_flag(None, "folder of runs, table.md, results.json, plots; default: exps/NAME", str)
+    jobs: int = run_flag(1, "runs side by side", range=WORKERS)
+    known: tuple = run_flag(
+        (), "results.json of other machines, for their finished runs", str, nargs="+", metavar="JSON"
+    )
+    report: bool = other_flag(False, "start nothing: table and plots of what is finished")
+    print: bool = other_flag(False, "print the commands of every unfinished run in a line each, and stop")
+    hours_on: str | None = other_flag(
         None, "print the hours that runs not in --known train on one such GPU, and stop", str, choices=list(PEAK_FLOPS)
     )
-    mfu: float = flag(MFU, "share of the GPU's peak that --hours-on assumes", range=Range(above=0, high=1))
+    mfu: float = other_flag(MFU, "share of the GPU's peak that --hours-on assumes", range=Range(above=0, high=1))
+
+
+if __name__ == "__main__":
+    parse_early(StudyFlags, __doc__)
+
+from common.look_ahead import ordered_map
+from models.flops import flops_per_image
+from models.presets import model_config
+from studies.study import read_study
+from studies.summary import read_known, summarise
+from training.run import open_data
 
 
 class Shell:

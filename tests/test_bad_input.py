@@ -305,7 +305,11 @@ def test_batch_that_the_processes_do_not_divide(data, tmp_path):
         ({"enc_type": "dinov9-vit-b"}, r"--enc-type 'dinov9-vit-b' is unknown"),
         ({"ssl_align": True, "enc_type": "dino"}, r"--enc-type 'dino' is unknown; choose from dinov2-vit-s, "),
         ({"ssl_align": True, "enc_ckpt": "a,b"}, r"--enc-ckpt names 2 files for 1 encoders \(dinov2-vit-b\)"),
-        ({"enc_ckpt": "a"}, r"--enc-ckpt and --encoder-depth need --ssl-align"),
+        ({"enc_ckpt": "a"}, r"^--enc-ckpt without alignment: pass --ssl-align, or drop it"),
+        (
+            {"encoder_depth": 1, "enc_type": "None"},
+            r"^--encoder-depth without alignment: with --enc-type None .* drop one",
+        ),
         ({"ssl_align": True, "enc_type": "None"}, r"--ssl-align has nothing to align with --enc-type None; name an"),
         ({"mixed_precision": "fp16"}, r"--mixed-precision fp16 needs a GPU"),
         ({"cfg_prob": 1.5}, r"--cfg-prob 1.5 is out of range; it must be at least 0 and at most 1"),

@@ -13,6 +13,7 @@ import tiny
 
 import generate
 import generate_t2i
+import studies.run
 import train
 import train_dmf
 import train_t2i
@@ -30,6 +31,7 @@ from evaluations import (
     geneval,
     probe,
     sweep,
+    table,
     watch,
 )
 from evaluations.metrics import precision_recall
@@ -40,6 +42,7 @@ from preprocessing.dataset_tools import COMMANDS
 from samplers import SAMPLERS
 from studies import features, train_judge
 from studies import report as cifar10_report
+from training import plot
 
 PROGRAMS = [train.TrainConfig, train_dmf.FlowMapConfig, train_t2i.TextTrainConfig, generate.GenerateConfig]
 PROGRAMS += [
@@ -60,6 +63,7 @@ PROGRAMS += [
     calculate_metrics.RefFlags,
     geneval.ScoreFlags,
 ]
+PROGRAMS += [plot.PlotFlags, table.TableFlags, studies.run.StudyFlags]
 
 
 @dataclasses.dataclass
@@ -81,6 +85,12 @@ def test_every_number_has_bounds(program):
             assert allowed.high <= 1024
         if "seed" in field.name:
             assert 2**62 in allowed and 2**63 not in allowed
+
+
+@pytest.mark.parametrize("program", [plot.PlotFlags, table.TableFlags, studies.run.StudyFlags, export.ExportFlags])
+def test_every_flag_has_a_heading_in_the_help(program):
+    fields = (field for field in dataclasses.fields(program) if not field.metadata.get("positional"))
+    assert not [field.name for field in fields if field.metadata["group"] is None]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", str(LARGEST + 1), "1" + 20 * "0"])
@@ -120,7 +130,7 @@ def test_no_program_needs_its_docstring_or_an_assertion():
 
 # ------------------------------------------------------------------------------------------------- before torch
 
-ROOMS = ("training", "preprocessing", "evaluations", "digits", "models")
+ROOMS = ("training", "preprocessing", "evaluations", "digits", "models", "studies")
 HEAVY = "torch torchvision scipy sklearn matplotlib diffusers accelerate timm transformers safetensors".split()
 ANSWER = """
 import runpy, sys
@@ -152,7 +162,7 @@ def programs():
 
 def test_help_is_printed_before_slow_packages_are_imported():
     names = programs()
-    assert {"train.py", "generate_t2i.py", "evaluations.evaluator", "training.plot"} < {*names}
+    assert {"train.py", "generate_t2i.py", "evaluations.evaluator", "training.plot", "studies.run"} < {*names}
     lines, _ = answers([[name, "--help"] for name in names])
     assert lines == [f"{name} --help 0" for name in names]
 

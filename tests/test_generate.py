@@ -210,8 +210,11 @@ def test_fewer_images_than_there_are_cost_none_of_them(ckpt, tmp_path, output):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("changes", [{"vae_dtype": "bf16"}, {"dtype": "bf16"}, {"labels": "balanced"}])
-def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [({"vae_dtype": "bf16"}, "--vae-dtype"), ({"dtype": "bf16"}, "--dtype"), ({"labels": "balanced"}, "--labels")],
+)
+def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes, culprit):
     """They have a folder of their own, and are refused in that of others."""
     folder, array, _ = tiny.run_generate(ckpt, tmp_path)
     tiny.run_generate_only(ckpt, tmp_path, **changes)
@@ -219,7 +222,7 @@ def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes):
     assert np.array_equal(np.load(folder.with_suffix(".npz"))["arr_0"], array)
     shutil.rmtree(other.with_suffix(""))
     folder.rename(other.with_suffix(""))
-    with pytest.raises(InputError, match=f"holds images made with another {next(iter(changes))} "):
+    with pytest.raises(InputError, match=f"holds images made with another {culprit} "):
         tiny.run_generate_only(ckpt, tmp_path, **changes)
 
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,16 @@ def test_help_names_every_flag(config, capsys):
         name = field.metadata.get("name", f"--{field.name.replace('_', '-')}")
         assert name in text or field.metadata["help"] == HIDDEN
         assert field.metadata["help"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(TextGenerateConfig, r"--shift|--dmf-depth|euler|restart|--projector"), (TrainConfig, "--prediction")],
+)
+def test_help_leaves_out_what_a_program_has_no_use_for(config, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(config, ["--help"])
+    assert not re.search(words, capsys.readouterr().out)
 
 
 # ----------------------------------------------------------------------------------------------- structure

@@ -103,6 +103,7 @@ def test_the_model_is_used_in_its_current_state(files):
         ("flow map", {"classes": 1, "exit_branch": 1}, "exit_branch: only the last branch"),
         ("flow", {"classes": 1, "vae": "/nowhere"}, "cannot load the VAE '/nowhere'"),
         ("flow", {"classes": 1, "grid": "2x2"}, "grid is not a setting of sample"),
+        ("flow", {"classes": 1, "step": 3}, "step is not a setting of sample(); did you mean steps? choose from"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_keyword(files, kind, given, culprit):

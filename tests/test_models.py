@@ -228,7 +228,9 @@ def test_options_that_do_not_fit_are_refused(options, named):
 
 
 def test_an_unknown_model_is_refused_with_the_choices():
-    with pytest.raises(InputError, match=r"--model 'DeepFlow-XXL/2' is unknown.*DeepFlow-XL/2"):
+    with pytest.raises(
+        InputError, match=r"^model 'DeepFlow-XXL/2' is unknown; did you mean DeepFlow-XL/2\? choose one of "
+    ):
         create_model("DeepFlow-XXL/2")
 
 
@@ -477,6 +479,9 @@ def test_a_number_is_the_time_of_all_samples(options, number):
 def test_a_label_out_of_range_is_refused_with_the_range(label, time):
     model, x = tiny().eval(), torch.zeros(2, 4, 4, 4)
     model.velocity(x, time, torch.tensor([0, NULL]))
+    assert torch.equal(model.velocity(x, time, 1), model.velocity(x, time, torch.tensor([1, 1])))
+    with pytest.raises(ValueError, match=f"label {label} "):
+        model.velocity(x, time, label)
     with pytest.raises(ValueError, match=rf"label {label} .* 0 to {NULL - 1}, nor {NULL}"):
         model.velocity(x, time, torch.tensor([0, label]))
 

@@ -11,14 +11,16 @@ import torch
 
 import train
 import train_dmf
-from common.errors import InputError, exit_on_input_error
+from common.errors import InputError, exit_on_input_error, say
 from common.flags import parse_commands, parse_flags, shown
-from common.published_flags import OURS, REFUSED, UNUSED
+from common.published_flags import MEASURING, OURS, REFUSED, SAMPLING, TRAINING, UNUSED
 from dataset import open_dataset
+from evaluations.calculate_metrics import CalcFlags
 from generate import GenerateConfig
 from models.attention import set_attention
 from preprocessing import dataset_tools
 from training.config import FlowMapConfig, TextTrainConfig, TrainConfig
+from training.plot import PlotFlags
 
 SIT_TRAIN = """--model SiT-XL/2 --data-path /path/to/imagenet/train --results-dir out --image-size 256
     --num-classes 1000 --epochs 80 --global-batch-size 128 --global-seed 3 --vae ema --num-workers 4 --log-every 50
@@ -74,6 +76,27 @@ def test_an_error_names_a_published_flag_that_was_typed(capsys):
     with pytest.raises(SystemExit), exit_on_input_error():
         parse_flags(TrainConfig, ["--image-size", "0"])
     assert "--image-size 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("SDE --sampling-method Heun", "--sampling-method Heun is a method for the ODE; pass --mode ode"),
+        ("--no-create-npz --no-decode", "--no-decode keeps latents, in an npz; leave out --no-create-npz and --grid"),
+        ("--num_steps 0", "--num_steps 0 is out of range"),
+    ],
+)
+def test_errors_show_the_words_that_were_typed(words, said, capsys):
+    with pytest.raises(SystemExit), exit_on_input_error():
+        parse_flags(GenerateConfig, [*words.split(), "--ckpt", "x"]).resolve()
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_remarks_show_the_flag_that_was_typed(capsys):
+    dry_run(train, TrainConfig, "--data-path", "/absent", "--model", "DeepFlow-Ti/2")
+    assert "--data-path /absent does not exist" in capsys.readouterr().out
+    say("next: python train.py --data-dir DATA")  # another program may lack that name
+    assert "--data-dir" in capsys.readouterr().out
 
 
 def test_sit_training():
@@ -136,7 +159,9 @@ def test_deepflow_training_is_described_without_gpu_and_data(capsys):
     config = dry_run(train, TrainConfig, *DEEPFLOW_TRAIN.split())
     holds(config, ema_decay=0.9999, ssl_align=False, data_dir=TrainConfig.data_dir, mixed_precision="fp16")
     assert config.model in capsys.readouterr().out
-    assert "--data-dir is empty" in refusal(TrainConfig, *DEEPFLOW_TRAIN.split())
+    holds(parse_flags(TrainConfig, ["--data-dir", "", "--dry-run"]), data_dir=TrainConfig.data_dir, dry_run=True)
+    for empty in (["--data-dir="], ["--data-dir", ""]):
+        assert "--data-dir is empty" in refusal(TrainConfig, *empty)
     assert "--weights" in refusal(GenerateConfig, "--ckpt", "a.pt", "--ema-param", "0.9999")
 
 
@@ -179,6 +204,17 @@ def test_unknown_flags_are_refused_with_the_closest_one():
     assert "did you mean --learning-rate?" in refusal(TrainConfig, "--learning-rat", "1")
     assert "did you mean --no-compile?" in refusal(TrainConfig, "--no-compil")
     assert "--help" in refusal(GenerateConfig, "--ckpt", "a.pt", "--zzzz")
+    for cls, typed, meant in [
+        (GenerateConfig, "--batch-siz", "--per-proc-batch-size"),
+        (GenerateConfig, "--allow-tf3", "--tf32"),
+        (GenerateConfig, "--see", "--global-seed"),
+        (TrainConfig, "--ema", "--ema-decay"),
+        (TrainConfig, "--pretraine", "--init-from"),
+        (TrainConfig, "--image-siz", "--resolution"),
+        (TrainConfig, "--global_batch_siz", "--batch-size"),
+        (dataset_tools.COMMANDS["encode"][0], "--model-ur", "--vae"),
+    ]:
+        assert f"did you mean {meant}?" in refusal(cls, typed, "1")
     with pytest.raises(InputError, match=r"--resolutio is unknown; did you mean --resolution\?"):
         parse_commands({n: cls for n, (cls, _) in dataset_tools.COMMANDS.items()}, ["convert", "--resolutio", "8x8"])
 
@@ -220,9 +256,30 @@ def test_commands_of_the_page_are_understood():
             config.check()
 
 
+def test_other_programs_know_nothing_of_training_and_sampling(capsys):
+    for cls, words in [
+        (PlotFlags, "--legacy exps/s1"),
+        (PlotFlags, "--ckpt x"),
+        (CalcFlags, "--ckpt x --images a --ref b"),
+        (TrainConfig, "--legacy --model SiT-S/2"),
+    ]:
+        assert " is unknown; " in refusal(cls, *words.split())
+    assert capsys.readouterr().err == ""
+    config = parse_flags(CalcFlags, "--images a --workers 2 --ref b".split())
+    assert (config.images, config.ref) == ("a", "b") and "--workers is unused" in capsys.readouterr().err
+    assert parse_flags(PlotFlags, ["SDE"]).runs == ["SDE"]
+
+
+def test_a_flag_without_a_value_swallows_none():
+    assert "unrecognized arguments: x" in refusal(GenerateConfig, "--ckpt", "a.pt", "--legacy", "x")
+    assert "unrecognized arguments: x" in refusal(GenerateConfig, "--ckpt", "a.pt", "--encoder-depth=8", "x")
+
+
 def test_tables_name_flags_that_exist():
-    programs = (TrainConfig, FlowMapConfig, GenerateConfig)
-    taken = {shown(field.name) for cls in programs for field in dataclasses.fields(cls)}
-    assert {ours.partition("=")[0] for ours in OURS.values()} <= taken
-    for text in [*REFUSED.values(), *UNUSED.values()]:
-        assert {word.strip(",;") for word in text.split() if word.startswith("--")} <= taken
+    kinds = {TRAINING: (TrainConfig, FlowMapConfig), SAMPLING: (GenerateConfig,), MEASURING: (CalcFlags,)}
+    taken = {kind: {shown(f.name) for cls in kinds[kind] for f in dataclasses.fields(cls)} for kind in kinds}
+    assert {ours.partition("=")[0] for ours in OURS.values()} <= taken[TRAINING] | taken[SAMPLING]
+    for table in (UNUSED, REFUSED):
+        for kind, texts in table.items():
+            named = {word.strip(",;") for text in texts.values() for word in text.split() if word.startswith("--")}
+            assert {kind, *named} <= taken[kind]

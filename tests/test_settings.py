@@ -48,6 +48,7 @@ def name_of(cls, *line, resolution=256):
         ("--model DeepFlow-B/2 --df-idxs 4 8", "deepflow-b-3t"),
         ("--model DeepFlow-B/2 --df-idxs []", "deepflow-b-1t"),
         ("--model SiT-XL/2 --ssl-align", "sit-xl-dinov2b"),
+        ("--model SiT-XL/2 --ssl-align --enc-ckpt x.pth", "sit-xl-dinov2b"),
         ("--model SiT-S/4 --ssl-align --enc-type mae-vit-l,clip-vit-L --proj-coeff 1", "sit-s-p4-mael_clipl-proj1.0"),
         ("--model DeepFlow-B/2 --tg-upper-bound 0.05 --acc-coeff 0.5", "deepflow-b-2t-alpha0.05-lambda0.5"),
         ("--model DeepFlow-B/2 --tg-upper-bound 0.01 --acc-coeff 1 --vera gap", "deepflow-b-2t-vera-gap"),

@@ -399,6 +399,7 @@ def test_a_dry_run_without_data_assumes_latents_that_suit_the_patches(patch, sha
 def test_a_start_says_what_differs_and_four_lines(data, tmp_path, capsys):
     run_dir = tiny.run_train(data, tmp_path, max_train_steps=1, df_idxs="1", ema_decay=0.05, mirror=False)
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("flags: ")  # and not with "rank 0 of 1"
     (given,) = (shlex.split(line) for line in lines if line.startswith("flags: "))
     assert {"--df-idxs", "--max-train-steps", "--ema-decay"} < set(given) and "--mirror" not in given
     assert given[given.index("--data-dir") + 1] == str(data) and "--seed" not in given

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import models  # its modules are imported on first use
 from common.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, note
-from common.flags import BATCH, BLOCKS, CLASSES, IMAGES, SEED, SIDE, WORKERS, Range, flag
+from common.flags import BATCH, BLOCKS, CLASSES, HIDDEN, IMAGES, SEED, SIDE, WORKERS, Range, flag, shown
 from models.flags import ENCODERS, ConventionFlag
 from models.gpus import MFU, PEAK_FLOPS
 from models.presets import CLASS_MODELS, FLOW_MAPS, PRESETS, TEXT_MODELS
@@ -56,7 +56,7 @@ class RunFlags:
     weights: str = model_flag("ema", "which weights of --init-from", choices=["ema", "raw"])
 
     path_type: str = loss_flag("linear", "probability path", choices=["linear", "cosine"])
-    prediction: str = loss_flag("v", "what the network predicts; v is the only choice", choices=["v"])
+    prediction: str = loss_flag("v", HIDDEN, choices=["v"])  # the published commands give it
     scale_weight: tuple[float, ...] = loss_flag(
         None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+"
     )
@@ -239,8 +239,11 @@ class FlowFlags(ConventionFlag, RunFlags):
         super().check()
         if self.ssl_align and not self.encoders():
             raise InputError("--ssl-align has nothing to align with --enc-type None; name an encoder, or drop it")
-        if not self.ssl_align and (self.enc_ckpt or self.encoder_depth is not None):
-            raise InputError("--enc-ckpt and --encoder-depth need --ssl-align")
+        given = " and ".join(shown(name) for name in ("enc_ckpt", "encoder_depth") if getattr(self, name) is not None)
+        if given and not self.ssl_align:
+            names = models.encoders.parse_enc_type(self.enc_type or ENCODER)
+            remedy = "pass --ssl-align, or drop it" if names else "with --enc-type None nothing is aligned; drop one"
+            raise InputError(f"{given} without alignment: {remedy}")
         if self.vera == "none" and self.tg_upper_bound:
             raise InputError("--vera none has one time for all branches; drop --tg-upper-bound, or choose --vera gap")
 

@@ -43,12 +43,11 @@ def start_accelerator(config):
 
 
 def preflight(accelerator):
-    """Say who takes part, and fail early and readably when the processes cannot talk to each other."""
-    world = accelerator.num_processes
+    """Say which processes take part, and fail early and readably when they cannot talk to each other."""
+    if (world := accelerator.num_processes) == 1:
+        return
     who = f"rank {accelerator.process_index} of {world} on {platform.node()}, {accelerator.device}"
     print(f"{who}\n", end="", flush=True)  # one write: the processes share a terminal
-    if world == 1:
-        return
     answer = [f"nothing within {PREFLIGHT_SECONDS} s"]
 
     def add_up():

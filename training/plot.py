@@ -4,6 +4,7 @@ python -m training.plot exps/b2 exps/sit-b2 --out curves.png --x epoch --smooth 
 """
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -11,16 +12,18 @@ from common.errors import InputError, exit_on_input_error
 from common.files import read_lines, write_atomically
 from common.flags import Range, flag, parse_early, parse_flags, required
 
+axis_flag = functools.partial(flag, group="axes")
+
 
 @dataclasses.dataclass
 class PlotFlags:
     """Flags of the command."""
 
     runs: list = required("folder of a run, or its log.jsonl", positional=True, nargs="+", metavar="RUN")
-    out: str = flag("curves.png", "picture to write")
-    x: str = flag("step", "horizontal axis; hours exclude pauses between runs", choices=["step", "epoch", "hours"])
-    smooth: int = flag(1, "average over this many log lines; held-out errors are not smoothed", range=Range(low=1))
-    log_axis: bool = flag(False, "logarithmic vertical axes for panels with only positive values")
+    out: str = flag("curves.png", "picture to write", group="output")
+    x: str = axis_flag("step", "horizontal axis; hours exclude pauses between runs", choices=["step", "epoch", "hours"])
+    smooth: int = axis_flag(1, "average over this many log lines; held-out errors are not smoothed", range=Range(low=1))
+    log_axis: bool = axis_flag(False, "logarithmic vertical axes for panels with only positive values")
 
 
 if __name__ == "__main__":
