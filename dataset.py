@@ -163,7 +163,7 @@ class CaptionDataset(LatentDataset):
         return part
 
     def condition(self, rows, uniforms, pin):
-        """Features (B, L, W) of a caption of each row of the folder."""
+        """Features (B, L, W) of one caption for each row of the folder."""
         return self.context(self.text.choose(rows, uniforms), pin)
 
     def context(self, rows, pin=False):

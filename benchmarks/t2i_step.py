@@ -1,11 +1,11 @@
 """Images per second of a text-to-image training step beside class-conditional ones of equal width, in one run.
 
     OMP_NUM_THREADS=2 python -m benchmarks.t2i_step                                     # CPU, fp32
-    python -m benchmarks.t2i_step                                                       # GPU of 80 GB, bf16
+    python -m benchmarks.t2i_step                                                       # 80 GB GPU, bf16
     python -m benchmarks.t2i_step --model DeepFlow-MMDiT-S/2 --batch-size 256           # likewise
 
 Side by side: the model, its baseline of one branch (MMDiT), and the class-conditional DeepFlow and SiT of equal width,
-depth and key layers. All four are held at once, first eager, then compiled. A step is that of train_step.py.
+depth and key layers. All four are in memory at once, first eager, then compiled. A step is that of train_step.py.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from pathlib import Path
 
 EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
-TYPED = {}  # {flag, or flag and value: the words that were typed for it}, for messages
+TYPED = {}  # {flag, or flag and value: the words typed for it}, for messages
 ROOM = "free space, or raise the quota (ulimit -f), and run the same again: what is finished is kept"
 REMEDIES = {  # by errno, for what the operating system refuses, which says nothing about a file's content
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
@@ -107,7 +107,7 @@ def _in_one_line(error):
         return "a library reads docstrings, which python -OO drops; unset PYTHONOPTIMIZE, or set it to 1"
     if isinstance(error, OSError | MemoryError | RuntimeError | ImportError) and (fault := system_fault(error)):
         return fault
-    if isinstance(error, RuntimeError) and "out of memory" in str(error):  # a GPU's
+    if isinstance(error, RuntimeError) and "out of memory" in str(error):  # on a GPU
         return f"{first_line(error).partition('. ')[0]}; {REMEDIES[errno.ENOMEM]}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}; check the path"
@@ -136,12 +136,12 @@ def first_line(error):
 
 
 def did_you_mean(word, choices):
-    """`did you mean CHOICE? ` with the closest choice, else nothing."""
+    """`did you mean CHOICE? ` with the closest choice; empty if none is close."""
     return "".join(f"did you mean {choice}? " for choice in difflib.get_close_matches(word, choices, 1))
 
 
 def as_typed(text):
-    """A message, with flags as they were typed."""
+    """The message with flags as the user typed them."""
     ours = "|".join(sorted(map(re.escape, TYPED), key=len, reverse=True))  # a flag and its value before the flag alone
     return re.sub(rf"(?<![\w-])({ours})(?![\w-])", lambda flag: TYPED[flag[0]], text) if TYPED else text
 
@@ -153,5 +153,5 @@ def note(text):
 
 def say(text, file=None):
     """Print a line to stdout once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") == "0":  # the next command may be of a program that lacks the names that were typed
+    if os.environ.get("RANK", "0") == "0":  # a `next:` line may name a program without the typed flags
         print(text if text.startswith("next: ") else as_typed(text), file=file, flush=True)

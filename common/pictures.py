@@ -50,7 +50,7 @@ def classes_of_rows(labels, columns, class_names=None):
 
 
 def with_names(grid, row_names, column_names):
-    """A picture with names left of its rows (lists of lines; too many are joined) and above its columns (texts)."""
+    """A picture with names left of its rows (lists of lines, joined if too many) and above its columns (texts)."""
     fit = max(1, grid.height // max(1, len(row_names)) // (LINE + GAP))
     joined = [textwrap.wrap(", ".join(lines), LONGEST, max_lines=fit, placeholder=" …") for lines in row_names]
     row_names = [short if len(lines) > fit else lines for lines, short in zip(row_names, joined, strict=True)]

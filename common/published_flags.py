@@ -36,10 +36,10 @@ OURS = {  # our flag, or flag and value; used only if the program has that flag
     # DeepFlow
     "--ema-param": "--ema-decay",
 }
-TRAINING, SAMPLING, MEASURING = "--init-from", "--cfg-scale", "--metrics"  # flags by which a program's kind is known
-SWITCHES = ("--legacy", "--no-legacy")  # of UNUSED: no value follows them
+TRAINING, SAMPLING, MEASURING = "--init-from", "--cfg-scale", "--metrics"  # the flags that tell a program's kind
+SWITCHES = ("--legacy", "--no-legacy")  # in UNUSED; they take no value
 BOTH = {"--loss-weight=None": "the loss has no weight over time", "--attn-func": "torch chooses the kernel"}
-UNUSED = {  # ignored by programs of a kind, with a note on why nothing is lost
+UNUSED = {  # by kind of program: flags that are ignored, with a note on why nothing is lost
     TRAINING: {**BOTH, "--project-name": "W&B's project is called deepflow; --exp-name names the run"},
     SAMPLING: {
         **BOTH,
@@ -54,7 +54,7 @@ UNUSED = {  # ignored by programs of a kind, with a note on why nothing is lost
     MEASURING: {"--workers": "images are read ahead without it"},
 }
 TIMES = dict.fromkeys(("--train-eps", "--sample-eps"), "times run from 0 to 1; leave it out")
-REFUSED = {  # by programs of a kind, with the remedy
+REFUSED = {  # by kind of program: flags that are rejected, with the remedy
     TRAINING: {
         **TIMES,
         "--loss-weight": "choose the distribution of t with --weighting instead",

@@ -162,8 +162,8 @@ def calc(args, processes):
 
 def ref(args, processes):
     """Statistics of --data, written to --dest."""
-    if args.dest.endswith(".npz"):  # `calc` would read it as ADM's
-        raise InputError(f"--dest {args.dest} is written as a pickle; let its name end in .pkl")
+    if args.dest.endswith(".npz"):  # `calc` would take it for ADM's
+        raise InputError(f"--dest {args.dest} is written as a pickle; use a name that ends in .pkl")
     check_writable(args.dest, "--dest")
     images, extractor = load_images(args, args.data, "--data", 2), open_networks(args, processes.device)
     statistics = calculate_statistics(images, choose_subset(len(images)), extractor, args.batch, processes)

@@ -215,7 +215,7 @@ def check_checkpoint(args, generate):
     measured = measured_weights(args)
     lines = [["--ckpt", args.ckpt, *map(str, of.flags), *generate] for of in settings(args) if of.branches or measured]
     configs = [parse_flags(GenerateConfig, line).resolve() for line in lines]
-    checkpoint = open_checkpoint(configs[0])[0] if configs else None  # its file may have several GB
+    checkpoint = open_checkpoint(configs[0])[0] if configs else None  # only if needed: it may be several GB
     for config in configs:
         config.for_model(checkpoint.model.kind, checkpoint.model.num_branches)
     now = checkpoint.weights_sha256() if measured else None
@@ -226,7 +226,7 @@ def check_checkpoint(args, generate):
 
 
 def measured_weights(args):
-    """{name of a setting: hash of the weights} of the results that exist and state it. Raises InputError."""
+    """{name of a setting: hash of the weights} of the existing results that record one. Raises InputError."""
     paths = {of.name: Path(args.out, f"{of.name}.json") for of in settings(args)}
     manifests = {name: Result.read(path, REMEDY).manifest for name, path in paths.items() if path.exists()}
     return {name: found.weights_sha256 for name, found in manifests.items() if found and found.weights_sha256}

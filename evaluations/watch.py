@@ -116,7 +116,7 @@ def measure(args, step, generate):
 
 def forget_rewound(args):
     """Delete the checkpoints and results that a rewind has outdated, and best.pt if it is of such a step."""
-    for step in existing_steps(args.out):  # held when a measurement was interrupted
+    for step in existing_steps(args.out):  # left by an interrupted measurement
         held = checkpoint_path(args.out, step)
         if is_outdated(args, step, held.stat().st_mtime):
             held.unlink()
@@ -128,17 +128,17 @@ def forget_rewound(args):
 
 
 def is_outdated(args, step, time):
-    """Whether a rewound run has written a checkpoint again, or set it aside, since a time."""
+    """Whether a rewound run has rewritten a checkpoint or set it aside since `time`."""
     checkpoint = checkpoint_path(args.run, step)
     try:
         return checkpoint.stat().st_mtime > time
     except FileNotFoundError:
         abandoned = Path(f"{checkpoint}.abandoned")
-        return abandoned.exists() and abandoned.stat().st_ctime > time  # renaming it has changed its ctime
+        return abandoned.exists() and abandoned.stat().st_ctime > time  # renaming changes the ctime
 
 
 def results(args):
-    """{step: file of its result} of what has been measured."""
+    """{step: result file} of the measured steps."""
     return {int(path.stem): path for path in Path(args.out).glob("*.json") if STEP.fullmatch(path.stem)}
 
 

@@ -222,7 +222,7 @@ def open_images(moments):
 
 
 def _are_of(moments, root, names):
-    """False where the Moments were not made from the images `names` of the folder `root`, as it and they record."""
+    """False if the records show that the Moments were not made from the images `names` of the folder `root`."""
     listed, path = {}, root / LABELS_JSON
     if path.is_file():
         found, labels = parse_label_list(read_bytes(path, PREPARE), path)
@@ -232,7 +232,7 @@ def _are_of(moments, root, names):
         return all(listed.get(name, label) in (label, NO_LABEL) for name, label in pairs)
     encoded = sorted([*names, *(name for name, _ in moments.manifest.left_out)])
     sizes = {name: size for name, (size, _) in walk(root)}
-    # without a list, encoding found no labels or, for the published treatment and for class folders, those of folders
+    # without a list, encoding found no labels, or took the folders' (published treatment, class folders)
     for label_of in [listed] if listed else [{}, _labels_by_folder(root)]:
         labels = [label_of.get(name, NO_LABEL) for name in encoded]
         if moments.has_images(fingerprint(encoded, map(sizes.get, encoded), labels)):

@@ -86,8 +86,9 @@ def fetching(what, source, remedy, url=None):
 
 
 def load_complete(cls, place, **options):
-    """A network of diffusers or transformers by name or folder, for a `fetching` context. Raises InputError if it lacks
-    weights: from_pretrained leaves these random.
+    """A diffusers or transformers network by name or folder, for use inside `fetching`.
+
+    Raises InputError for missing weights, which from_pretrained leaves random.
     """
     names = [path.name for path in Path(place).glob("*.*") if path.suffix in (".safetensors", ".bin")]
     variant = "fp16" if names and all(".fp16." in name for name in names) else None

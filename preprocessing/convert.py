@@ -65,7 +65,7 @@ def convert(options):
 
 
 def _convert_chunk(images, job, transform, side, options, chunk):
-    """Convert the images of one chunk to side × side; returns {index: reason} of those left out, and (), as Job.run."""
+    """Convert the images of a chunk to side × side; returns, for Job.run, {index: reason} of those left out, and ()."""
     left_out = {}
     for index in chunk:
         result, reason = images.read_or_skip(index, options.skip_bad, transform)

@@ -152,8 +152,8 @@ class Job:
     def run(self, batches, work, unit, rank=0, world=1):
         """Do the work on the batches that the journal lacks, every `world`-th of them, under a progress bar.
 
-        work: a generator, batches → for each in turn what `record` takes: {position: reason}, and the rows of the
-        others, which are written by then. It is closed also after an error, so that its workers end.
+        work: a generator function of the batches. For each in turn, once its rows are written, it yields what `record`
+        takes: {position: reason}, and the rows of the others. It is closed even after errors, so that its workers end.
         """
         todo, done = self.unfinished(batches)
         mine, total = [number for number in todo if number % world == rank], sum(map(len, batches))

@@ -81,7 +81,7 @@ class ImageSource:
             remedy = f"unpack a zip of latents into DATA/{MOMENTS}, then train on DATA, or `pack` it"
             raise InputError(f"{flag} {path} holds arrays (.npy), not images; {remedy}")
         if not names and not published_labels:
-            raise InputError(f"{flag} {path} holds no images (by extensions that Pillow knows); unpack tar files")
+            raise InputError(f"{flag} {path} holds no images (by extensions that Pillow knows); unpack tar files first")
         check_names(names)
         root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in versions}
         self.manifest = None
@@ -165,7 +165,7 @@ class ImageSource:
             self._file, inside = Path(match[1]), match[2].strip("/") + "/"
         if self._file.suffix.lower() != ".zip" or not self._file.is_file():
             raise InputError(
-                f"{flag} {self._file} is neither a folder nor a .zip; give one that exists, unpack tar files"
+                f"{flag} {self._file} is neither a folder nor a .zip; give one that exists, and unpack tar files first"
             )
         try:
             self._zip = zipfile.ZipFile(open(self._file, "rb"))

@@ -204,7 +204,7 @@ class GenerateConfig(SamplingFlags):
 
 @dataclasses.dataclass(kw_only=True)
 class TextGenerateConfig(SamplingFlags):
-    """Flags of generate_t2i.py; there are no flow maps of prompts."""
+    """Flags of generate_t2i.py; there are no text-to-image flow maps."""
 
     prompts: list = required(PROMPTS, str, nargs="+", group=SAMPLING, empty=True)
     images_per_prompt: int | None = flag(None, "default 1, for GenEval 4", int, range=IMAGES, group=SAMPLING)

@@ -193,7 +193,7 @@ def default_folder(ckpt):
 
 
 def result_name(sampler):
-    """RUN-STEP-MODE-STEPS-…-seed-N, of what differs from the defaults; the manifest has all settings."""
+    """RUN-STEP-MODE-STEPS-…-seed-N, with what differs from the defaults; the manifest has all settings."""
     config, found, ckpt = sampler.config, sampler.checkpoint, Path(sampler.config.ckpt)
     low, high, guided = config.guidance_low, config.guidance_high, config.cfg_scale != 1.0
     words = [

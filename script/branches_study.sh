@@ -8,7 +8,7 @@
 # Environment: DATA       folder of the quickstart's data (quickstart/data)
 #              SEEDS      of the runs ("0 1 2")
 #              LENGTHS    training steps that are measured ("500 1000 3000"): the last, and multiples of 500
-#              SAMPLES    images of a point (2000)
+#              SAMPLES    images per point (2000)
 #              SDE_STEPS  of a curve (25); at equal cost as many, 4/3 and twice as many
 #              CURVES     ("internal exits gaps single both cheap")
 set -euo pipefail

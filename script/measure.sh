@@ -29,7 +29,7 @@ need() { # VARIABLE [remedy]: the file that it names
     [ -e "${!1}" ] || fail "$1 ${!1} does not exist${2:+; $2}"
 }
 
-check_sampling() { # [flags]: the files, and the flags that the recipe got
+check_sampling() { # [flags]: the files, and the flags given to the recipe
     need CKPT "name a checkpoint with CKPT=FILE"
     for name in INCEPTION_WEIGHTS DINOV2_WEIGHTS; do [ -z "${!name:-}" ] || need "$name"; done
     [[ " $* " != *" --num-fid-samples"[\ =]* ]] || fail "--num-fid-samples comes from NUM_FID_SAMPLES=N; leave it out"
@@ -49,7 +49,7 @@ newest_npz() { # FOLDER
     ls -t "$1"/*.npz 2>/dev/null | head -n 1 | grep . || fail "$1 holds no npz to measure; see the output of generate.py"
 }
 
-make_npz() { # FOLDER [flags of generate.py]; sets npz, to nothing if it is not to be measured
+make_npz() { # FOLDER [flags of generate.py]; sets npz, which is empty if there is nothing to measure
     launch generate.py --ckpt "$CKPT" --sample-dir "$1" --num-fid-samples "$NUM_FID_SAMPLES" "${fast[@]}" "${@:2}"
     if [ "$REF" = none ]; then echo "REF=none: $1 is not measured"; npz=; else npz=$(newest_npz "$1"); fi
 }

@@ -2,8 +2,8 @@
 # Text-to-image DeepFlow end to end on handwritten digits with captions, on a laptop without GPU.
 #   bash script/quickstart_t2i.sh [--help]
 # Writes scikit-learn's handwritten digits as an image folder with captions in ten wordings ("a handwritten seven",
-# "the digit 7", ...), encodes images and captions, trains DeepFlow-MMDiT-Ti/2, and samples 100 prompts worded as
-# no caption is; a classifier counts how many images show the digit of their prompt. Takes minutes on two CPU cores;
+# "the digit 7", ...), encodes images and captions, trains DeepFlow-MMDiT-Ti/2, and samples 100 prompts in wordings
+# that no caption has; a classifier counts how many images show the digit of their prompt. Takes minutes on two CPU cores;
 # needs no GPU and downloads nothing but the packages. Everything goes to quickstart-t2i/ (another folder: WORK=...). A
 # second run reuses finished steps. STEPS sets the number of training steps. TORCH_INDEX_URL and PYTHON as in
 # script/quickstart.sh.

@@ -34,7 +34,7 @@ class StudyFlags:
         (), "results.json of other machines, for their finished runs", str, nargs="+", metavar="JSON"
     )
     report: bool = other_flag(False, "start nothing: table and plots of what is finished")
-    print: bool = other_flag(False, "print the commands of every unfinished run in a line each, and stop")
+    print: bool = other_flag(False, "print the commands of each unfinished run on one line, and stop")
     hours_on: str | None = other_flag(
         None, "print the hours that runs not in --known train on one such GPU, and stop", str, choices=list(PEAK_FLOPS)
     )

@@ -56,7 +56,7 @@ class RunFlags:
     weights: str = model_flag("ema", "which weights of --init-from", choices=["ema", "raw"])
 
     path_type: str = loss_flag("linear", "probability path", choices=["linear", "cosine"])
-    prediction: str = loss_flag("v", HIDDEN, choices=["v"])  # the published commands give it
+    prediction: str = loss_flag("v", HIDDEN, choices=["v"])  # published commands pass it
     scale_weight: tuple[float, ...] = loss_flag(
         None, "weight of each branch's velocity loss (beta); default: 0.2 ... 0.2 1.0", float, nargs="+"
     )
@@ -193,7 +193,7 @@ ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; def
 
 @dataclasses.dataclass(kw_only=True)
 class FlowFlags(ConventionFlag, RunFlags):
-    """Alignment with self-supervised encoders (REPA), what leads from branch to branch, and the branches' times."""
+    """Alignment with self-supervised encoders (REPA), what connects the branches, and their times."""
 
     ssl_align: bool = loss_flag(None, ALIGN, bool)
     enc_type: str = loss_flag(None, ENCODER_NAMES, str)
@@ -208,7 +208,7 @@ class FlowFlags(ConventionFlag, RunFlags):
     )
 
     def resolve(self):
-        """As of every run; without VeRA all branches have one time (equation 4).
+        """As for every run; without VeRA all branches share one time (equation 4).
 
         Without --ssl-align, REPA's own flags switch on alignment for a single-branch model.
         """

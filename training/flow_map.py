@@ -118,7 +118,7 @@ def guided_target(run):
 def load_teacher(run):
     """Checkpoint of --teacher, the same on all processes and at every start of the run. Raises InputError.
 
-    A run's folder stands for its newest checkpoint when this run began: the file and its content are recorded.
+    A run's folder means its newest checkpoint when this run began; the file and a hash of its weights are recorded.
     """
     config, found = run.config, [None, None]
     if run.accelerator.is_main_process:

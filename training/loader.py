@@ -15,7 +15,7 @@ from dataset import Batch
 
 @functools.lru_cache(maxsize=2)
 def draw_epoch(count, seed, epoch):
-    """Of an epoch, the order of the images, int64 (count,), and a fair coin for each of them, bool (count,)."""
+    """The order of an epoch's images, int64 (count,), and a fair coin for each of them, bool (count,)."""
     order, coins = (np.random.default_rng([seed, epoch, stream]) for stream in (0, 2))
     return order.permutation(count), coins.random(count) < 0.5
 

@@ -185,7 +185,7 @@ def describe(run):
     if (left := config.ema_decay**steps) > INITIAL_SHARE:
         share = f"after {steps:,} steps the averaged weights still contain {left:.0%} of the initial ones"
         lines.append(f"warning: --ema-decay {config.ema_decay}: {share}; lower it, or train longer")
-    ends = [f"--epochs {config.epochs}", f"--max-train-steps {config.max_train_steps}"]  # in the order that they come
+    ends = [f"--epochs {config.epochs}", f"--max-train-steps {config.max_train_steps}"]  # the earlier end comes first
     if by_steps := steps < config.epochs * epoch:
         ends.reverse()
     if steps < config.max_train_steps or (by_steps and config.epochs != type(config).epochs):

@@ -67,7 +67,7 @@ def resumed_settings(run, content, path):
     Changes are {flag, or COUNTS' key: [before, now]}. Raises InputError for changes without --allow-changes, and for
     those that make another network.
     """
-    from common.records import check_record  # pydantic, which --help does without
+    from common.records import check_record  # imports pydantic, which --help does not need
 
     saved = {RENAMED.get(name, name): value for name, value in content.config.items() if value is not None}
     before = check_record(type(run.config), saved, f"{path}, config", "choose a checkpoint of a run to resume from")

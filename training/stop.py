@@ -1,6 +1,6 @@
 """Stopping a run by SIGTERM, SIGUSR1 or Ctrl-C: all processes end after the same step, with a checkpoint.
 
-A process that fails or is killed ends the others within seconds.
+If a process fails or is killed, the others end within seconds.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from training.distributed import STALL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO = 0.3  # seconds: terminal and launcher may both pass on one Ctrl-C
-GRACE = 5  # seconds in which the launcher sees who failed first, and a process that is not stuck ends by itself
+GRACE = 5  # seconds for the launcher to see which process failed first, and for those not stuck to end by themselves
 ALWAYS = datetime.timedelta(days=3650)
 
 
@@ -28,12 +28,12 @@ class StopRequest:
     Several processes add up what they noted on the CPU while the next step runs, and read the sum one step later: all
     of them stop after the same step, and none waits for its device.
 
-    A process that ends early ends the others, which would wait for it in NCCL, where a launcher's signal is at most
-    noted: a thread of each waits for a word of the next process, whose connection breaks when that process is gone.
+    If a process ends early, the others would wait for it in NCCL, where a launcher's signal is at most noted. So a
+    thread of each waits for a message from the next process; the connection breaks when that process is gone.
     """
 
     def __init__(self, num_processes, finish=lambda: None):
-        """finish: wait for what is to be kept, such as a checkpoint being written, if another process ends early."""
+        """finish: called if another process ends early, to wait for what must be kept, such as a checkpoint."""
         self.noted, self.interrupted, self.finish, self.failed = False, None, finish, False
         self.group = dist.new_group(backend="gloo", timeout=STALL) if num_processes > 1 else None
         self.before = torch.futures.Future()  # the previous step's sum over the processes
@@ -84,9 +84,9 @@ class StopRequest:
             return
         with contextlib.suppress(RuntimeError):
             dist.send(fine, self.previous, self.group)
-        with contextlib.suppress(Exception):  # the other process's end is what is to be reported
+        with contextlib.suppress(Exception):  # only the other process's end is worth reporting
             self.finish()
         time.sleep(GRACE)
-        if not self.failed:  # else it ends by its own error
+        if not self.failed:  # else it ends with its own error
             note("another process of the run has ended, so all end; --resume auto continues from the last checkpoint")
             os._exit(1)

@@ -30,7 +30,7 @@ class Trainer:
         self.run_dir, self.stop_step = run.config.folder, run.stop_step
         self.model = run.model.to(self.accelerator.device)
         self.network, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(run.config, self.model))
-        self.ema = EMA(self.model, run.config.ema_decay)  # of the weights that all processes now have from the first
+        self.ema = EMA(self.model, run.config.ema_decay)  # all processes now have the first one's weights
         self.network.broadcast_buffers = False  # they are constants; DDP's argument of this name is deprecated
         if run.config.compile:
             compile_blocks(self.model)

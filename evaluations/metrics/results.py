@@ -87,7 +87,7 @@ def features_name(features):
 
 
 def label(metric, features=None):
-    """A metric's name as ADM's evaluator prints it; those of other features with the name of their extractor."""
+    """A metric's name as ADM's evaluator prints it; for other features, with the extractor's name."""
     other = OTHER.get(metric.removesuffix(f"_{features}"))
     return LABELS.get(metric) or (f"{other} ({features})" if other else metric)
 
@@ -104,7 +104,7 @@ def sample_manifest(samples):
 
 
 def manifest_without_labels(samples):
-    """The manifest beside samples as results hold it; None where there is no file. Raises InputError."""
+    """The manifest beside samples, as results store it; None if there is no file. Raises InputError."""
     manifest = sample_manifest(samples)
     return manifest and {name: value for name, value in manifest.to_json().items() if name != "labels"}
 
@@ -188,7 +188,7 @@ class NetworkFlags:
 
     @property
     def extractor(self):
-        """How --features is called in the names of metrics, or None."""
+        """The name of --features in metric names, or None."""
         return self.features and features_name(self.features)
 
 

@@ -3,7 +3,7 @@
 #   COCO=coco bash script/t2i/preprocess.sh
 # COCO holds train2014/, val2014/ and annotations/captions_{train,val}2014.json, as they unpack.
 # VAE, TEXT_ENCODER and STORED_DTYPE replace the defaults of `encode` and `captions`.
-# Disk: features of the training captions take about 49 GB in fp16, of the validation captions 24 GB; fp32 doubles it.
+# Disk: in fp16, features of the training captions take about 49 GB, of the validation captions 24 GB; fp32 doubles both.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 COCO=${COCO:-coco}
 DATA_DIR=${DATA_DIR:-data/coco256}
