@@ -20,7 +20,7 @@ from models.checkpoints import CONFIG_FILE
 from sampling.manifest import build_manifest, changed_setting, manifest_path, read_manifest
 from sampling.stores import PartFiles, pack, prepare_folder
 
-NAMED = ("labels", "prompts", "text_encoder", "vae", "dtype", "vae_dtype", "tf32", "fused_attn")  # in a result's name
+NAMED = ("labels", "prompts", "dtype", "vae_dtype", "tf32", "fused_attn")  # in a result's name
 
 
 def save_picture(sampler, processes):

@@ -56,7 +56,7 @@ def test_the_paper_stands_beside(capsys):
     for other in ("DeepFlow-Ti/2", "MMDiT-L/2", "DMFT-L/2"):  # the last two have the size and depth of SiT-L
         count_flops.main([other])
         assert "Table 8 has no such model; " in capsys.readouterr().out
-    with pytest.raises(InputError, match="--model 'B' is unknown"):
+    with pytest.raises(InputError, match="model 'B' is unknown"):
         count_flops.main(["B"])
 
 

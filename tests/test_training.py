@@ -428,7 +428,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, capsys, m
             log.add({"loss": torch.tensor(2.0), "grad_norm": torch.tensor(1.0)}, torch.tensor(False))
             log.write(step, epoch=0.1)
         log.bar.close()
-    bar, lines = stderr.getvalue(), capsys.readouterr().out.splitlines()[1:]
+    bar, lines = stderr.getvalue(), capsys.readouterr().out.splitlines()
     shown = bar.split("\r")[-1] if terminal else lines[-1]
     assert all(part in shown for part in ("loss 2.0000", "images/s", "00:00 left")), shown
     assert (bar != "", len(lines)) == (terminal, 0 if terminal else 3)
