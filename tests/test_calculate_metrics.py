@@ -270,7 +270,7 @@ def test_bad_flags_are_named(files, tmp_path):
     refused('Invalid metric "is"', "calc", "--images", folder, "--ref", ref, "--metrics", "fid,is", "--num", 25)
     none = ("--metrics", "", "--num", 25)
     refused("--metrics leaves nothing to measure", "calc", "--images", folder, "--ref", ref, *none)
-    refused("--num-images 1 is out of range", *flags(folder, ref, features)[:-1], 1)
+    refused("--num 1 is out of range", *flags(folder, ref, features)[:-1], 1)
     refused(f"--dest {tmp_path} is a folder", "ref", "--data", folder, "--dest", tmp_path, "--features", features)
     refused(r"--dest own\.npz .*\.pkl", "ref", "--data", folder, "--dest", "own.npz", "--features", features)
     refused("download the file first", *flags(folder, "https://host/ref.pkl", features))
