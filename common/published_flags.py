@@ -84,11 +84,11 @@ def translate(words, own, also):
     unused, refused = (
         {key: text for kind in own & table.keys() for key, text in table[kind].items()} for table in (UNUSED, REFUSED)
     )
-    names = {word.partition("=")[0] for word in words}
+    names = {word.partition("=")[0].replace("_", "-") for word in words}
     if "--data-path" in names and "--weighting" in own - names:  # SiT's training has no such flag
         note("--weighting uniform is assumed with --data-path, as in SiT; --data-dir DATA takes the default")
         words = [*words, "--weighting=uniform"]
-    if "--dry-run" in words:  # published scripts leave --data-dir for the user to fill in
+    if "--dry-run" in names:  # published scripts leave --data-dir for the user to fill in
         unused["--data-dir="] = "a dry run needs no data"
     ours = {theirs: name for theirs, name in OURS.items() if name.partition("=")[0] in own} | also | {n: n for n in own}
     result, dropping = [], False

@@ -117,8 +117,8 @@ def measure(args, step, generate):
 def forget_rewound(args):
     """Delete the checkpoints and results that a rewind has outdated, and best.pt if it is of such a step."""
     for step in existing_steps(args.out):  # left by an interrupted measurement
-        held = checkpoint_path(args.out, step)
-        if is_outdated(args, step, held.stat().st_mtime):
+        held, abandoned = checkpoint_path(args.out, step), Path(f"{checkpoint_path(args.run, step)}.abandoned")
+        if abandoned.exists() and abs(abandoned.stat().st_mtime - held.stat().st_mtime) < 2:  # seconds: it is a copy
             held.unlink()
     for step, path in results(args).items():
         if is_outdated(args, step, path.stat().st_mtime):

@@ -5,6 +5,7 @@ A data folder holds sets: `vae-sd` (moments), optionally `images`, `vae-sd-mirro
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,7 @@ def open_images(moments):
     check_finished(root)
     moments.check_pairs_are_known()
     names = images_by_order(root, len(moments.rows)) if moments.names is None else moments.names
-    if not _are_of(moments, root, names):
+    if os.environ.get("RANK", "0") == "0" and not _are_of(moments, root, names):  # it reads the size of every file
         remedy = "put those there, or encode these into a new folder"
         raise InputError(f"{root} holds other images or labels than {moments.folder} was made from; {remedy}")
     return ImageFiles(root, names.__getitem__, moments.resolution)
@@ -227,11 +228,12 @@ def _are_of(moments, root, names):
     if path.is_file():
         found, labels = parse_label_list(read_bytes(path, PREPARE), path)
         listed = dict(zip(found, labels.tolist(), strict=True)) if found else {}
-    if moments.manifest.image_set is None:
+    sizes = {name: size for name, (size, _) in walk(root)} if moments.manifest.image_set else {}
+    left_out = [name for name, _ in moments.manifest.left_out]
+    if not sizes or not sizes.keys() >= set(left_out):  # what was left out may have been deleted since
         pairs = () if moments.labels is None else zip(names, moments.labels.tolist(), strict=True)
         return all(listed.get(name, label) in (label, NO_LABEL) for name, label in pairs)
-    encoded = sorted([*names, *(name for name, _ in moments.manifest.left_out)])
-    sizes = {name: size for name, (size, _) in walk(root)}
+    encoded = sorted([*names, *left_out])
     # without a list, encoding found no labels, or took the folders' (published treatment, class folders)
     for label_of in [listed] if listed else [{}, _labels_by_folder(root)]:
         labels = [label_of.get(name, NO_LABEL) for name in encoded]

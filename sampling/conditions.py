@@ -87,7 +87,7 @@ def read_labels(text, num_classes, names=(), flag="--labels"):
     if word := next(
         (word for word, label in zip(words, labels, strict=True) if numbers.get(word, label) != label), None
     ):
-        name = names[int(word)]
+        name = dict(enumerate(names)).get(int(word), "without a name")
         note(f"{flag} {text}: {word} is class number {int(word)}, {name}; the class of that name is {numbers[word]}")
     return labels, file
 

@@ -1,6 +1,5 @@
 """A result: a picture, or many images in a folder, an npz and a manifest, made by all processes."""
 
-import dataclasses
 import datetime
 import hashlib
 import re
@@ -12,15 +11,12 @@ import numpy as np
 
 from common.errors import InputError, note, say
 from common.files import check_writable, locked, sha256_of_files, write_json
-from common.flags import shown, words_of
 from common.look_ahead import ordered_map
 from common.pictures import save_grid
 from common.progress import Progress
 from models.checkpoints import CONFIG_FILE
 from sampling.manifest import build_manifest, changed_setting, manifest_path, read_manifest
 from sampling.stores import PartFiles, pack, prepare_folder
-
-NAMED = ("labels", "prompts", "dtype", "vae_dtype", "tf32", "fused_attn")  # in a result's name
 
 
 def save_picture(sampler, processes):
@@ -172,17 +168,14 @@ def branch_words(config):
     return [f"{name.replace('_', '-')} {value}" for name, value in config.branch_settings().items()]
 
 
-def other_words(config):
-    """`labels balanced`, `no-tf32`, … of the NAMED flags that differ from their defaults; long values as a hash."""
-    words = []
-    for field in dataclasses.fields(config):
-        if field.name in NAMED and (value := getattr(config, field.name)) != field.default:
-            flag, *values = words_of(shown(field.name), value)
-            text = Path(*values[:1]).name
-            if len(values) > 1 or len(text) > 32:
-                text = hashlib.sha256("\n".join(values).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-            words.append(f"{flag[2:]} {text}".strip())
-    return words
+def condition_words(config):
+    """`labels balanced` or `prompts FILE` if these are not random labels; long or several values as a hash."""
+    labels, prompts = getattr(config, "labels", "random"), getattr(config, "prompts", None)
+    name, *values = ("prompts", *prompts) if prompts else ("labels", labels)
+    text = Path(values[0]).name
+    if len(values) > 1 or len(text) > 32:
+        text = hashlib.sha256("\n".join(values).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return [] if text == "random" else [name, text]
 
 
 def default_folder(ckpt):
@@ -205,7 +198,7 @@ def result_name(sampler):
         f"cfg-{config.cfg_scale}" * guided,
         f"interval-{low}-{high}" * (guided and (low, high) != (0.0, 1.0)),
         *branch_words(config),
-        *other_words(config),
+        *condition_words(config),
         f"seed-{config.global_seed}",
         "latents" * (not config.decode),
     ]

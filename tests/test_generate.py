@@ -211,19 +211,24 @@ def test_fewer_images_than_there_are_cost_none_of_them(ckpt, tmp_path, output):
 
 
 @pytest.mark.parametrize(
-    ("changes", "culprit"),
-    [({"vae_dtype": "bf16"}, "--vae-dtype"), ({"dtype": "bf16"}, "--dtype"), ({"labels": "balanced"}, "--labels")],
+    ("changes", "culprit"), [({"vae_dtype": "bf16"}, "--vae-dtype"), ({"dtype": "bf16"}, "--dtype")]
 )
 def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes, culprit):
-    """They have a folder of their own, and are refused in that of others."""
     folder, array, _ = tiny.run_generate(ckpt, tmp_path)
-    tiny.run_generate_only(ckpt, tmp_path, **changes)
+    with pytest.raises(InputError, match=f"{folder} holds images made with another {culprit} "):
+        tiny.run_generate(ckpt, tmp_path, **changes)
+    assert np.array_equal(tiny.results(tmp_path)[1], array)
+
+
+def test_images_of_other_labels_have_their_own_folder(ckpt, tmp_path):
+    folder, array, _ = tiny.run_generate(ckpt, tmp_path)
+    tiny.run_generate_only(ckpt, tmp_path, labels="balanced")
     (other,) = {*tmp_path.glob("*.npz")} - {folder.with_suffix(".npz")}
     assert np.array_equal(np.load(folder.with_suffix(".npz"))["arr_0"], array)
     shutil.rmtree(other.with_suffix(""))
     folder.rename(other.with_suffix(""))
-    with pytest.raises(InputError, match=f"holds images made with another {culprit} "):
-        tiny.run_generate_only(ckpt, tmp_path, **changes)
+    with pytest.raises(InputError, match="holds images made with another --labels "):
+        tiny.run_generate_only(ckpt, tmp_path, labels="balanced")
 
 
 def test_images_of_another_checkpoint_of_the_same_name_are_not_mixed(vae, tmp_path):

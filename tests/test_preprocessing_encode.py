@@ -187,6 +187,18 @@ def test_images_that_were_not_encoded_are_refused(change, data):
     assert verify(data).faults
 
 
+def test_images_that_were_left_out_may_be_deleted(data):
+    bad = data / "images/00000/img00000003.png"
+    bad.write_bytes(b"no image")
+    encode(EncodeFlags(data / "images", data / "vae-sd", tiny_vae(), skip_bad=True))
+    open_dataset(data, images=True)
+    bad.unlink()
+    open_dataset(data, images=True)
+    other_label(data / "images")
+    with pytest.raises(InputError, match="images holds other images or labels"):
+        open_dataset(data, images=True)
+
+
 def test_round_trip_costs_nothing_beyond_the_vae(tmp_path):
     """Image → moments → packed → pixels, against the VAE alone."""
     vae = ROOT / "assets/tiny-vae"

@@ -93,6 +93,7 @@ def test_errors_show_the_words_that_were_typed(words, said, capsys):
 
 
 def test_remarks_show_the_flag_that_was_typed(capsys):
+    holds(parse_flags(TrainConfig, ["--data_path", "/absent", "--model", "SiT-Ti/2"]), weighting="uniform")
     dry_run(train, TrainConfig, "--data-path", "/absent", "--model", "DeepFlow-Ti/2")
     assert "--data-path /absent does not exist" in capsys.readouterr().out
     say("next: python train.py --data-dir DATA")  # another program may lack that name

@@ -37,7 +37,7 @@ def name(steps=400_000, exp_name="b", **changes):
         ({"ckpt": "a.pt", "steps": None, "exp_name": None, "model": "SiT-B/2"}, "SiT-B-2-a-sde-250-seed-0"),
         (
             {"labels": "balanced", "dtype": "bf16", "tf32": False},
-            "b-0400000-sde-250-dtype-bf16-no-tf32-labels-balanced-seed-0",
+            "b-0400000-sde-250-labels-balanced-seed-0",
         ),
         ({"labels": "lists/a.txt", "vae": "/vaes/mse/"}, "b-0400000-sde-250-labels-a.txt-seed-0"),  # a VAE may move
         ({"labels": ",".join(["7"] * 40)}, "b-0400000-sde-250-labels-5499fac9-seed-0"),

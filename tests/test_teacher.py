@@ -43,6 +43,8 @@ def test_a_resumed_run_keeps_its_teacher_when_the_teacher_trains_on(data, flow, 
     recorded = json.loads((parts / "config.json").read_text())["teacher_source"]
     assert recorded == b["config"]["teacher_source"] == a["config"]["teacher_source"]
     assert recorded["file"] == str(first)
+    first.unlink()
+    distilled(data, tmp_path / "parts", flow, teaching)  # is complete and needs none
     without = tiny.run_train_dmf(data, tmp_path, flow, max_train_steps=1)
     assert "teacher_source" not in json.loads((without / "config.json").read_text())
 

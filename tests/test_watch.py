@@ -180,6 +180,28 @@ def test_a_held_checkpoint_that_a_rewind_has_set_aside_is_not_measured(training,
     assert start(training, "--once")["best"] == 1 and training.calls == [1]
 
 
+def test_a_copy_that_is_all_that_is_left_of_a_checkpoint_is_measured(training, monkeypatch):
+    """The one that was set aside is of an earlier rewind."""
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    training.train()
+    aside = Path(f"{training.path(1)}.abandoned")
+    aside.write_text("weights of step 1, before a rewind")
+    os.utime(aside, (0, 0))  # sets its ctime, too
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "run_python", fail)
+        with pytest.raises(KeyboardInterrupt):
+            start(training, "--once")
+    held = training.folder / "watch/checkpoints/0000001.pt"
+    later = aside.stat().st_ctime - 5
+    os.utime(held, (later, later))
+    training.train()
+    start(training, "--once")
+    assert training.calls == [1, 2]
+
+
 def test_after_a_rewind_the_best_checkpoint_may_be_gone_which_is_said(training, monkeypatch, capsys):
     for _ in range(2):
         training.train()

@@ -119,7 +119,8 @@ def run_task(config, task):
     torch.manual_seed(config.seed)
     run.model = create_model(config.model, **options) if model is None else model
     run.model.gradient_checkpointing = config.gradient_checkpointing
-    trainer = Trainer(run, task.objective(run), functools.partial(task.draw, run), grids)
+    objective = None if complete else task.objective(run)  # it may need a teacher, which may be gone by now
+    trainer = Trainer(run, objective, functools.partial(task.draw, run), grids)
     finished = trainer.fit()
     if finished and not complete:  # for one that was complete before, the trainer says how to continue
         program = "generate_t2i.py --prompts 'a dog'" if config.kind == "text" else "generate.py"
