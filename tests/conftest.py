@@ -50,6 +50,14 @@ def ckpt(vae, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """Checkpoint of a tiny flow model to start a flow map from."""
+    import tiny
+
+    return tiny.flow_file(tmp_path_factory.mktemp("flow") / "0000003.pt")
+
+
+@pytest.fixture(scope="module")
 def reference(ckpt, tmp_path_factory):
     """(folder, arr_0, manifest) of five images in batches of two."""
     import tiny

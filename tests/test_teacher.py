@@ -15,11 +15,6 @@ def data(tmp_path_factory):
     return tiny.data_folder(tmp_path_factory.mktemp("data"), count=24)
 
 
-@pytest.fixture(scope="module")
-def flow(tmp_path_factory):
-    return tiny.flow_file(tmp_path_factory.mktemp("flow") / "0000003.pt")
-
-
 @pytest.fixture
 def teaching(tmp_path):
     """The folder of a flow model's run with one checkpoint, the teacher of runs that `distilled` makes."""

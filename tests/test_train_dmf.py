@@ -30,11 +30,6 @@ def data(tmp_path_factory):
     return tiny.data_folder(tmp_path_factory.mktemp("data"), count=24)
 
 
-@pytest.fixture(scope="module")
-def flow(tmp_path_factory):
-    return tiny.flow_file(tmp_path_factory.mktemp("flow") / "0000003.pt")
-
-
 def relative_differences(found, expected):
     """Largest |a − b| / max|b| over the gradients."""
     return max(((found[n] - g).abs().max() / g.abs().max()).item() for n, g in expected.items())
