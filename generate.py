@@ -35,7 +35,7 @@ def generate(config, make_condition=ClassLabels):
     set_math(config.tf32, config.fused_attn)
     with Processes.join() as processes:
         # a run may write a newer checkpoint before the other processes look
-        ckpt = processes.share("ckpt", str(find_checkpoint(config.ckpt)) if processes.is_main else None)
+        ckpt = processes.share("ckpt", str(find_checkpoint(config.ckpt, quiet=True)) if processes.is_main else None)
         config = dataclasses.replace(config, ckpt=ckpt, sample_dir=config.sample_dir or default_folder(ckpt))
         if config.compile:
             keep_compiled(config.sample_dir)

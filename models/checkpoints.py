@@ -74,10 +74,10 @@ def existing_steps(run_dir):
     return sorted(int(path.stem) for path in files if STEP.fullmatch(path.stem) and path.is_file())
 
 
-def find_checkpoint(path, flag="--ckpt"):
-    """The newest checkpoint of a run's folder, `user/repo@COMMIT` of a repository, or the path. Prints what it found.
+def find_checkpoint(path, flag="--ckpt", quiet=False):
+    """The newest checkpoint of a run's folder, `user/repo@COMMIT` of a repository, or the path.
 
-    flag: the one that gave `path`. Raises InputError.
+    Prints what it found in a run, unless quiet. flag: the one that gave `path`. Raises InputError.
     """
     if is_on_hub(path):
         return pin(str(path), flag)
@@ -86,7 +86,8 @@ def find_checkpoint(path, flag="--ckpt"):
     if not (steps := existing_steps(path)):
         raise InputError(f"{path} holds no checkpoint yet; train further, or name another run or a file")
     newest = checkpoint_path(path, steps[-1])
-    note(f"{path}: using {newest}, its newest checkpoint")
+    if not quiet:
+        note(f"{path}: using {newest}, its newest checkpoint")
     return newest
 
 

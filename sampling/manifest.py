@@ -18,7 +18,7 @@ SEALED = "sealed"  # entry: whether all files have seals; those of earlier versi
 FREE = ("ckpt", "training", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
 FREE += ("versions", "npz_sha256")
 FLAGS = {field.name for cls in (GenerateConfig, TextGenerateConfig) for field in dataclasses.fields(cls)}
-KEPT_AS = {"png": "png or both", "parts": "npz"}  # {a store's kind: --format}
+KEPT_AS = {"png": "png or both", "geneval": "png or both", "parts": "npz"}  # {a store's kind: --format}
 OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
 
 
@@ -141,6 +141,7 @@ def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or
         old, new = found.get(key), settings.get(key)
         if key == "kept_as":
             key, old, new = "format", KEPT_AS.get(old, old), KEPT_AS.get(new, new)
+            remedy = f"pass --format {old.split()[-1]}, or another --sample-dir"
         change = f"another {shown(key) if key in FLAGS else key} ({old}, now {new})"
         raise InputError(f"{folder} holds images made with {change}; {remedy}")
     return found

@@ -15,6 +15,7 @@ from common.look_ahead import ordered_map
 from common.pictures import save_grid
 from common.progress import Progress
 from models.checkpoints import CONFIG_FILE
+from models.specs import LatentSpec
 from sampling.manifest import build_manifest, changed_setting, manifest_path, read_manifest
 from sampling.stores import PartFiles, pack, prepare_folder
 
@@ -32,7 +33,8 @@ def save_picture(sampler, processes):
         _, columns = config.grid_size()
         save_grid(np.concatenate(images), columns, config.out, **sampler.condition.words(columns))
         write_json(record, manifest.to_json())
-    say(f"{config.out}: {config.grid} images, {rounded(sampler.cost.evaluations)} model evaluations each")
+    evaluations = rounded(sampler.cost.evaluations)
+    say(f"{config.out}: {config.grid} images of {config.ckpt}, {evaluations} model evaluations each")
     say("next: the same command with --num-fid-samples 50000 instead of --grid")
     return Path(config.out)
 
@@ -178,6 +180,12 @@ def condition_words(config):
     return [] if text == "random" else [name, text]
 
 
+def decoder_word(sampler):
+    """`vae-1f2e3d4c`, of the weights' hash, if --vae names a decoder other than the training data's; a VAE may move."""
+    own, used = (spec.decoder_sha256 for spec in (sampler.checkpoint.data_as(LatentSpec), sampler.spec))
+    return f"vae-{used[:8]}" if sampler.config.vae and used not in (None, own) else ""
+
+
 def default_folder(ckpt):
     """Parent folder of a checkpoint's results; inside its run, whose `samples` holds the grids from training."""
     folder = Path(ckpt).parent
@@ -199,6 +207,11 @@ def result_name(sampler):
         f"interval-{low}-{high}" * (guided and (low, high) != (0.0, 1.0)),
         *branch_words(config),
         *condition_words(config),
+        decoder_word(sampler),
+        config.dtype * (config.dtype != "fp32"),
+        f"vae-{config.vae_dtype}" * (config.vae_dtype != "fp32"),
+        "no-tf32" * (not config.tf32),
+        "no-fused-attn" * (not config.fused_attn),
         f"seed-{config.global_seed}",
         "latents" * (not config.decode),
     ]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from common.errors import InputError, exit_on_input_error
-from common.flags import parse_flags
+from common.flags import parse_flags, shown
 from generate import GenerateConfig
 from models.codec import LatentCodec
 from samplers import sample_labels, sample_noise
@@ -210,25 +210,21 @@ def test_fewer_images_than_there_are_cost_none_of_them(ckpt, tmp_path, output):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "culprit"), [({"vae_dtype": "bf16"}, "--vae-dtype"), ({"dtype": "bf16"}, "--dtype")]
-)
-def test_images_of_other_settings_are_not_mixed(ckpt, tmp_path, changes, culprit):
-    folder, array, _ = tiny.run_generate(ckpt, tmp_path)
-    with pytest.raises(InputError, match=f"{folder} holds images made with another {culprit} "):
-        tiny.run_generate(ckpt, tmp_path, **changes)
-    assert np.array_equal(tiny.results(tmp_path)[1], array)
-
-
-def test_images_of_other_labels_have_their_own_folder(ckpt, tmp_path):
-    folder, array, _ = tiny.run_generate(ckpt, tmp_path)
-    tiny.run_generate_only(ckpt, tmp_path, labels="balanced")
-    (other,) = {*tmp_path.glob("*.npz")} - {folder.with_suffix(".npz")}
+@pytest.mark.parametrize("changes", [{"labels": "balanced"}, {"dtype": "bf16"}, {"vae_dtype": "bf16"}, {"vae": ""}])
+def test_images_of_other_settings_have_their_own_folder(ckpt, tmp_path, changes):
+    if "vae" in changes:
+        changes = {"vae": tiny.vae_folder(tmp_path / "another/tiny-vae", act_fn="relu")}
+    samples = tmp_path / "samples"
+    folder, array, _ = tiny.run_generate(ckpt, samples)
+    tiny.run_generate_only(ckpt, samples, **changes)
+    (other,) = {*samples.glob("*.npz")} - {folder.with_suffix(".npz")}
     assert np.array_equal(np.load(folder.with_suffix(".npz"))["arr_0"], array)
     shutil.rmtree(other.with_suffix(""))
     folder.rename(other.with_suffix(""))
-    with pytest.raises(InputError, match="holds images made with another --labels "):
-        tiny.run_generate_only(ckpt, tmp_path, labels="balanced")
+    (name,) = changes
+    culprit = {"vae": "latents"}.get(name, shown(name))
+    with pytest.raises(InputError, match=f"holds images made with another {culprit} "):
+        tiny.run_generate_only(ckpt, samples, **changes)
 
 
 def test_images_of_another_checkpoint_of_the_same_name_are_not_mixed(vae, tmp_path):

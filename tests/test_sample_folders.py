@@ -8,16 +8,19 @@ import tiny
 
 from common.flags import parse_flags
 from generate import GenerateConfig, generate
+from models.checkpoints import Checkpoint
+from models.specs import LatentSpec
 from sampling.results import default_folder, result_name
 
 CKPT = "exps/b/checkpoints/0400000.pt"
 
 
-def name(steps=400_000, exp_name="b", **changes):
-    """The name of a result, for a checkpoint of which only step and run are known."""
+def name(steps=400_000, exp_name="b", decoder="a" * 64, **changes):
+    """The name of a result, for a checkpoint of which only step, run and VAE are known; decoder: hash of the one used."""
     settings = {"ckpt": CKPT, "sample_dir": "samples", "mode": "sde", "num_steps": 250, **changes}
-    checkpoint = types.SimpleNamespace(steps=steps, run={"exp_name": exp_name})
-    return result_name(types.SimpleNamespace(config=GenerateConfig(**settings), checkpoint=checkpoint))
+    checkpoint = Checkpoint(None, {}, {"exp_name": exp_name}, {"decoder_sha256": "a" * 64}, steps, CKPT)
+    spec = LatentSpec(decoder_sha256=decoder)
+    return result_name(types.SimpleNamespace(config=GenerateConfig(**settings), checkpoint=checkpoint, spec=spec))
 
 
 @pytest.mark.parametrize(
@@ -35,10 +38,10 @@ def name(steps=400_000, exp_name="b", **changes):
         ({"mode": "euler", "num_steps": 4, "shift": 1.5}, "b-0400000-euler-4-shift-1.5-seed-0"),
         ({"ckpt": "published/XL 2.pt", "steps": None, "exp_name": None}, "XL-2-sde-250-seed-0"),
         ({"ckpt": "a.pt", "steps": None, "exp_name": None, "model": "SiT-B/2"}, "SiT-B-2-a-sde-250-seed-0"),
-        (
-            {"labels": "balanced", "dtype": "bf16", "tf32": False},
-            "b-0400000-sde-250-labels-balanced-seed-0",
-        ),
+        ({"labels": "balanced", "dtype": "bf16"}, "b-0400000-sde-250-labels-balanced-bf16-seed-0"),
+        ({"vae_dtype": "fp16", "tf32": False}, "b-0400000-sde-250-vae-fp16-no-tf32-seed-0"),
+        ({"fused_attn": False, "per_proc_batch_size": 4}, "b-0400000-sde-250-no-fused-attn-seed-0"),
+        ({"vae": "mse", "decoder": "b" * 64}, "b-0400000-sde-250-vae-bbbbbbbb-seed-0"),
         ({"labels": "lists/a.txt", "vae": "/vaes/mse/"}, "b-0400000-sde-250-labels-a.txt-seed-0"),  # a VAE may move
         ({"labels": ",".join(["7"] * 40)}, "b-0400000-sde-250-labels-5499fac9-seed-0"),
         ({"exp_name": "../α = 1"}, "..-α-=-1-0400000-sde-250-seed-0"),

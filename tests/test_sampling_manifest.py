@@ -88,7 +88,7 @@ def test_the_first_changed_setting_is_named(tmp_path):
         InputError, match=r"another --num-steps \(50, now 4\); delete the folder or pass .*--sample-dir"
     ):
         check_settings(tmp_path, changed.settings("png"))
-    with pytest.raises(InputError, match=r"another --format \(png or both, now npz\)"):
+    with pytest.raises(InputError, match=r"another --format \(png or both, now npz\); pass --format both, or another"):
         check_settings(tmp_path, MANIFEST.settings("parts"))
     write(tmp_path / SETTINGS, [])
     with pytest.raises(InputError, match=SETTINGS):

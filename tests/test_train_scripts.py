@@ -176,7 +176,7 @@ def test_recipe_of_the_flow_model_that_flow_maps_start_from(size, resolution, bl
     assert (program, config.model, config.weighting) == ("train.py", f"SiT-{size}/2", "lognormal")
     assert (config.resolution, config.data_dir) == (resolution, f"data/imagenet{resolution}")
     assert (config.adam_beta2, config.max_train_steps) == (0.95, steps)
-    assert (list(config.encoders()), config.proj_coeff) == (["dinov2-vit-b"], 0.5)
+    assert (list(config.encoders()), config.resolve().proj_coeff) == (["dinov2-vit-b"], 0.5)
     assert model_config(config.model, **config.model_flags())["encoder_depth"] == block
 
 

@@ -185,7 +185,7 @@ class ClassFlags:
 
 ALIGN = (
     "align VeRA's output (a block's, if single-branch) with a self-supervised encoder; default: single-branch models "
-    "align if --enc-type or --encoder-depth is given, as in REPA"
+    "align if --enc-type, --encoder-depth or --proj-coeff is given, as in REPA"
 )
 ENCODER = "dinov2-vit-b"
 ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; default: {ENCODER}"
@@ -199,7 +199,7 @@ class FlowFlags(ConventionFlag, RunFlags):
     enc_type: str = loss_flag(None, ENCODER_NAMES, str)
     enc_ckpt: str = loss_flag(None, "the encoders' weight files, comma-separated; default: the hub's", str)
     encoder_depth: int = loss_flag(None, "block of a SiT (from 1) that is aligned; default: the preset's, 8 or 4", int)
-    proj_coeff: float = loss_flag(0.5, "weight of the alignment loss", range=AT_LEAST_0)
+    proj_coeff: float = loss_flag(None, "weight of the alignment loss; default: 0.5", float, range=AT_LEAST_0)
     vera: str = model_flag("full", "between branches, as in Table 7a: none, gap, acceleration or full")
     acc_mlp: tuple = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=WIDTHS, nargs="+")
     weighting: str = loss_flag("lognormal", "distribution of t", choices=["uniform", "lognormal"])
@@ -216,13 +216,15 @@ class FlowFlags(ConventionFlag, RunFlags):
         if bound is None:
             bound = 0.0 if self.vera == "none" else 0.01
         if aligned is None:  # a resumed run's settings have it
-            named = bool(self.enc_type and models.encoders.parse_enc_type(self.enc_type))
-            one_branch = not (self.df_idxs or getattr(PRESETS.get(self.model), "df_idxs", ()))
-            aligned = one_branch and (named or (self.encoder_depth is not None and not self.enc_type))
-            if named and not aligned:
-                note(f"warning: no alignment: --enc-type {self.enc_type} is unused without --ssl-align")
-        filled = {"tg_upper_bound": bound, "ssl_align": aligned, "enc_type": self.enc_type or ENCODER}
-        return dataclasses.replace(super().resolve(), **filled)
+            given = {name: getattr(self, name) for name in ("enc_type", "encoder_depth", "proj_coeff")}
+            words = [f"{shown(name)} {value}" for name, value in given.items() if value is not None]
+            named = self.enc_type is None or bool(models.encoders.parse_enc_type(self.enc_type))
+            aligned = bool(words) and named and not (self.df_idxs or getattr(PRESETS.get(self.model), "df_idxs", ()))
+            if words and named and not aligned:
+                note(f"warning: no alignment without --ssl-align; unused: {', '.join(words)}")
+        weight = 0.5 if self.proj_coeff is None else self.proj_coeff
+        filled = {"ssl_align": aligned, "enc_type": self.enc_type or ENCODER, "proj_coeff": weight}
+        return dataclasses.replace(super().resolve(), tg_upper_bound=bound, **filled)
 
     def model_flags(self):
         """As of every run, and what alignment adds."""
