@@ -16,7 +16,7 @@ CKPT = "exps/b/checkpoints/0400000.pt"
 
 
 def name(steps=400_000, exp_name="b", decoder="a" * 64, **changes):
-    """The name of a result, for a checkpoint of which only step, run and VAE are known; decoder: hash of the one used."""
+    """The name of a result of a checkpoint with step, run and VAE only; decoder: hash of the one used."""
     settings = {"ckpt": CKPT, "sample_dir": "samples", "mode": "sde", "num_steps": 250, **changes}
     checkpoint = Checkpoint(None, {}, {"exp_name": exp_name}, {"decoder_sha256": "a" * 64}, steps, CKPT)
     spec = LatentSpec(decoder_sha256=decoder)
