@@ -17,7 +17,15 @@ SEALED = "sealed"  # entry: whether all files have seals; those of earlier versi
 # What decides no pixel, or only its rounding. A checkpoint may be moved: its weights decide.
 FREE = ("ckpt", "training", "num_fid_samples", "per_proc_batch_size", "decode_batch_size", "compile", "format")
 FREE += ("versions", "npz_sha256")
-FLAGS = {field.name for cls in (GenerateConfig, TextGenerateConfig) for field in dataclasses.fields(cls)}
+FLAGS = [field.name for cls in (GenerateConfig, TextGenerateConfig) for field in dataclasses.fields(cls)]
+FLAGS += ["ref", "features", "inception_weights", "metric"]  # of sweep and watch
+SHOWN = {  # names of settings in messages; others as in the file
+    **{name: shown(name) for name in FLAGS},
+    "num_samples": "--num-fid-samples",
+    "kept_as": "--format",
+    "labels_sha256": "file of that name: --labels",
+    "weights_sha256": "checkpoint of that name: --ckpt",
+}
 KEPT_AS = {"png": "png or both", "geneval": "png or both", "parts": "npz"}  # {a store's kind: --format}
 OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
 
@@ -140,9 +148,9 @@ def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or
     if key := changed_setting(found, settings, folder / name):
         old, new = found.get(key), settings.get(key)
         if key == "kept_as":
-            key, old, new = "format", KEPT_AS.get(old, old), KEPT_AS.get(new, new)
+            old, new = KEPT_AS.get(old, str(old)), KEPT_AS[new]
             remedy = f"pass --format {old.split()[-1]}, or another --sample-dir"
-        change = f"another {shown(key) if key in FLAGS else key} ({old}, now {new})"
+        change = f"another {SHOWN.get(key, key)} ({old}, now {new})"
         raise InputError(f"{folder} holds images made with {change}; {remedy}")
     return found
 

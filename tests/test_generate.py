@@ -247,7 +247,7 @@ def test_a_copied_checkpoint_goes_on_and_other_weights_of_the_same_name_do_not(c
     content = tiny.load(ckpt)
     content["ema"]["final_layer.1.linear.bias"][0] += 1e-6
     torch.save(content, copy)
-    with pytest.raises(InputError, match="holds images made with another weights_sha256 "):
+    with pytest.raises(InputError, match="holds images made with another checkpoint of that name: --ckpt "):
         tiny.run_generate(copy, tmp_path / "samples")
 
 

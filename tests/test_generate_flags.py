@@ -111,7 +111,7 @@ def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
         _, _, manifest = tiny.run_generate(ckpt, tmp_path / f"{len(expected)}{expected[2]}", labels=text)
         assert manifest["labels"] == expected
     (tmp_path / "labels.txt").write_text("2\n1\n")
-    with pytest.raises(InputError, match="made with another labels_sha256"):
+    with pytest.raises(InputError, match="made with another file of that name: --labels"):
         tiny.run_generate(ckpt, tmp_path / "50", labels=tmp_path / "labels.txt")
 
 

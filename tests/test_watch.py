@@ -244,7 +244,7 @@ def test_mistakes_are_named_before_anything_is_sampled(training, words, message)
 def test_only_runs_are_watched_and_results_of_other_settings_are_not_mixed(training, tmp_path):
     training.train()
     start(training, "--once")
-    with pytest.raises(InputError, match=r"another num_samples \(5000, now 10\); name another --out"):
+    with pytest.raises(InputError, match=r"another --num-fid-samples \(5000, now 10\); name another --out"):
         start(training, "--once", "--num-samples", "10")
     (training.folder / "watch/0000001.json").write_text("{")
     with pytest.raises(InputError, match=re.escape("0000001.json is not JSON") + ".*delete it"):
