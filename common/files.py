@@ -120,7 +120,8 @@ def remove_leftovers(path):
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         number = left.name.split(".")[-2]
-        if number.isdecimal() and (int(number) == os.getpid() or not _is_alive(int(number))):
+        is_own = left.name == f".{path.name}.{number}.tmp"  # not that of another file whose name begins alike
+        if is_own and number.isdecimal() and (int(number) == os.getpid() or not _is_alive(int(number))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 

@@ -15,7 +15,9 @@ from PIL import Image
 from common.errors import InputError, exit_on_input_error
 from common.files import whole_folder
 from common.flags import flag, parse_flags, required
-from preprocessing.sources import BadImageError, decode
+from latents.names import walk
+from latents.rows import BadImageError
+from preprocessing.sources import decode
 from preprocessing.transforms import center_crop_dhariwal
 
 CLASSES = 10
@@ -64,7 +66,7 @@ def write_image_folder(digits, dest, name="--dest"):
     dest = Path(dest)
     names = (f"{label}/{index:04d}.png" for label, index in zip(digits.labels, digits.indices, strict=True))
     pictures = dict(zip(names, digits.images, strict=True))
-    found = {path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file()}  # none if DEST is absent
+    found = {name for name, _ in walk(dest)} if dest.is_dir() else set()
     others = [name for name in found if name not in pictures or not shows(dest / name, pictures[name])]
     if found == pictures.keys() and not others:
         return False

@@ -137,8 +137,8 @@ def main(argv=None):
 def open_map(path):
     """The flow map of digits in a file. Raises InputError for another model."""
     model, options = load_model(path)
-    if model.kind != "flow map" or options["num_classes"] != CLASSES:
-        held = f"it is a {model.kind} model of {options['num_classes']} classes"
+    if model.kind != "flow map" or options.get("num_classes") != CLASSES:
+        held = f"it is a {model.kind} model of {options.get('num_classes')} classes"
         raise InputError(f"--flow-map {path} is no flow map of digits ({held}); make one with script/quickstart_dmf.sh")
     return model
 

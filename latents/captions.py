@@ -102,4 +102,9 @@ def read_annotations(path, flag):
     if not captions:
         raise InputError(f"{where} holds no captions; name another file")
     groups = {name: [group] if isinstance(group, str) else group for name, group in captions.items()}
-    return {name: [" ".join(caption.split()) for caption in group] for name, group in groups.items()}
+    return {name: [plain(caption) for caption in group] for name, group in groups.items()}
+
+
+def plain(caption):
+    """A caption on one line, with ? for what UTF-8 cannot hold (half an emoji in JSON)."""
+    return " ".join(caption.encode("utf-8", "replace").decode().split())

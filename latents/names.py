@@ -146,8 +146,9 @@ def label_json(names, labels):
 class Names(collections.abc.Sequence):
     """names.txt, memory-mapped: names[i] is the source name of row i."""
 
-    def __init__(self, path, count):
-        content = map_file(path, CHECK)
+    def __init__(self, path, count, content=None):
+        """content: the file's bytes where they come from a zip."""
+        content = map_file(path, CHECK) if content is None else content
         width = content.find(b"\n") + 1 or 1
         if len(content) != count * width:
             raise InputError(f"{path} does not hold {count} lines of one width; {CHECK}")

@@ -138,6 +138,22 @@ class StoredRows:
         return out
 
 
+class BadImageError(Exception):
+    """An image that cannot be read; the message is the reason."""
+
+
+def to_rgb(image):
+    """A PIL image as RGB, published treatment. Raises BadImageError for samples without an 8-bit meaning."""
+    from PIL import Image  # only alignment and preprocessing read images
+
+    deep_png = image.mode == "I" and image.format == "PNG"
+    if image.mode.startswith("I;16") or deep_png:  # Pillow's own conversion would clip everything above 255 to white
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImageError("32-bit samples have no stated range")
+    return image.convert("RGB")
+
+
 class ImageFiles:
     """Image files of a data folder, as uint8 (3, R, R)."""
 
@@ -160,7 +176,7 @@ class ImageFiles:
             raise InputError(f"{path} leaves the folder; {CHECK}")
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = np.asarray(to_rgb(image))
         except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
             fault = f"{path} is missing or not a readable image ({first_line(error)}); convert again; {CHECK}"
             raise InputError(system_fault(error, path) or fault) from None

@@ -28,6 +28,7 @@ from latents.names import (
 from latents.rows import FolderRows, ImageFiles, PackedRows, StoredRows, read_array
 from models.specs import LatentSpec, resolve_vae, vae_family
 
+MIRROR_AGAIN = "make it again with preprocessing/dataset_tools.py mirror"
 PARTIAL = ".partial"  # folder in a set that is not finished
 
 
@@ -201,10 +202,11 @@ def open_mirror(moments):
     if found != expected:
         raise InputError(f"{folder} holds rows of {found}, {MOMENTS} of {expected}; encode it again")
     if manifest is not None:
+        if manifest.flipped is False and manifest.job.get("command") == "encode":  # `pack` once wrote false of any set
+            raise InputError(f"{folder} was made without flipping the images; {MIRROR_AGAIN}")
         moments.spec.check_same(manifest.moments_spec().scaled_as(moments.spec), MOMENTS, str(folder))
         if manifest.image_set and not moments.has_images(manifest.image_set):
-            fault = f"{folder} was made from other images than {moments.folder}"
-            raise InputError(f"{fault}; make it again with preprocessing/dataset_tools.py mirror")
+            raise InputError(f"{folder} was made from other images than {moments.folder}; {MIRROR_AGAIN}")
     return rows
 
 

@@ -11,7 +11,7 @@ import os
 import pkgutil
 from pathlib import Path
 
-from common.errors import exit_on_input_error, note
+from common.errors import InputError, exit_on_input_error, note
 from common.files import locked, naming
 from common.flags import parse_commands
 from latents.manifest import IMAGES, MOMENTS, TEXT
@@ -44,14 +44,17 @@ def next_command(name, options):
     """The command to run after the command `name`."""
     dest = Path(getattr(options, "dest", None) or options.data_dir)
     data = dest.parent if (dest.parent / MOMENTS).is_dir() else dest
-    if name in ("info", "verify") and (data / IMAGES).is_dir() and not (data / MOMENTS).is_dir():
-        name, dest = "convert", data / IMAGES
+    images = data if data.name == IMAGES else data / IMAGES
+    if name in ("info", "verify") and images.is_dir() and not (data / MOMENTS).is_dir():
+        name, dest = "convert", images
     train = "train_t2i.py" if (data / TEXT).is_dir() else "train.py"
     return NEXT[name].format(dest=dest, data=data, train=train, options=options)
 
 
 def main(arguments=None):
     name, options = parse_commands({name: cls for name, (cls, _) in COMMANDS.items()}, arguments, __doc__)
+    if name in ("convert", "pack") and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"{name} runs in one process (--workers makes it faster); start it without torchrun")
     dest = getattr(options, "dest", None)
     writes = dest is not None and os.environ.get("RANK", "0") == "0"
     with locked(dest or ".", "--dest", writes), naming(dest or "the disk"):

@@ -87,9 +87,12 @@ def fill(writer, rows, function, processes, manifest, package, files=None):
                 writer.write(positions, values, rows.names)
             yield left_out, values
 
-    job.run(batches_of(total, job.ticket["batch_size"]), compute, rows.unit, processes.rank, processes.world)
+    batches = batches_of(total, job.ticket["batch_size"])
+    job.run(batches, compute, rows.unit, processes.rank, processes.world)
     processes.barrier()
     if processes.is_main:
+        if job.unfinished(batches)[0]:
+            raise InputError(f"{job.dest}: not all batches are recorded as finished; run the same again")
         kept, left_out = job.kept(rows.names)
         names, labels = [rows.names[index] for index in kept], np.asarray(rows.labels)[kept]
         manifest = {**manifest, **rows.facts, "left_out": left_out, "versions": versions("torch", package)}

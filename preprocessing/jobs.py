@@ -163,6 +163,8 @@ class Job:
             for number, (left_out, rows) in zip(mine, results, strict=True):
                 self.record(number, left_out, rows)
                 bar.update(min(len(batches[number]) * world, total - bar.n))
+        if self._journal is not None:
+            self._journal.close()  # so that the first process can read all of it, on any file system
 
     def kept(self, names):
         """(positions of `names` that were kept, [[name, reason]] of the others). Raises InputError if none was."""
@@ -184,8 +186,6 @@ class Job:
             content["latents"] = dataclasses.asdict(normalizing(spec, [sums[batch] for batch in sorted(sums)]))
         for name, data in {**files, MANIFEST: to_json(content)}.items():
             self.put(name, data, durable=True)
-        if self._journal is not None:
-            self._journal.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def remove_stale(self, names):

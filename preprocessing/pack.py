@@ -10,9 +10,9 @@ from common.errors import InputError, note
 from common.files import sha256_of_files
 from common.versions import versions
 from dataset import open_dataset
-from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE, DataManifest
-from latents.names import check_names
-from latents.sets import check_unpacked, images_by_order, is_set, open_set
+from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE
+from latents.names import NO_LABEL, check_names
+from latents.sets import check_unpacked, images_by_order, is_set, open_moments
 from preprocessing.jobs import Job, batches_of
 from preprocessing.packed import ShardWriter
 
@@ -32,15 +32,20 @@ def pack(options):
 
 def pack_set(source, dest, options):
     """Pack one set of moments into the folder `dest`."""
-    info = open_dataset(source, num_classes=options.num_classes, data_vae=options.vae).info
-    manifest, rows, labels, names = open_set(source)
-    manifest = manifest or DataManifest(count=len(rows))
-    facts = {"kind": "moments", "latents": dataclasses.asdict(info.spec), "flipped": bool(manifest.flipped)}
-    facts |= {"arithmetic": manifest.arithmetic, "moments_shape": info.moments_shape}
+    moments = open_moments(source, options.vae)
+    manifest, rows, labels, names = moments.manifest, moments.rows, moments.labels, moments.names
+    num_classes = manifest.num_classes
+    if labels is None:  # images that captions describe
+        labels = np.full(len(rows), NO_LABEL)
+    else:
+        num_classes = open_dataset(source, num_classes=options.num_classes, data_vae=options.vae).info.num_classes
+    flipped = source.name == MIRROR if manifest.flipped is None else manifest.flipped
+    facts = {"kind": "moments", "latents": dataclasses.asdict(moments.spec), "flipped": flipped}
+    facts |= {"arithmetic": manifest.arithmetic, "moments_shape": rows.shape}
     fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
     ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
     ticket["normalize"] = None if source.name == MIRROR else options.normalize  # training uses the scale of MOMENTS
-    job = Job(dest, {**ticket, "batch": BATCH, "num_classes": info.num_classes})
+    job = Job(dest, {**ticket, "batch": BATCH, "num_classes": num_classes})
     images = source.parent / IMAGES
     if names is None and images.is_dir():  # as published: the folder's images, in order, are those of the set
         names = images_by_order(images, len(rows))
@@ -60,8 +65,8 @@ def pack_set(source, dest, options):
                 yield {}, buffer[: len(batch)]
 
     job.run(batches_of(len(rows), BATCH), copy, "img")
-    facts |= {"images": manifest.image_set, "num_classes": info.num_classes, "class_names": info.class_names}
-    facts |= {"resolution": info.resolution, "transform": manifest.transform, "left_out": manifest.left_out}
+    facts |= {"images": manifest.image_set, "num_classes": num_classes, "class_names": manifest.class_names}
+    facts |= {"resolution": moments.resolution, "transform": manifest.transform, "left_out": manifest.left_out}
     facts |= {"versions": {**manifest.versions, "packed_with": versions()}}
     writer.finish(len(rows), range(len(rows)), names, labels, facts, {})
     note(f"{dest}: {len(rows)} images packed")

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError, first_line, note, system_fault
-from latents.manifest import FORMAT, LABELS_JSON, MANIFEST, MOMENTS, DataManifest
+from latents.manifest import FORMAT, IMAGES, LABELS_JSON, MANIFEST, MOMENTS, NAMES, DataManifest
 from latents.names import (
     NO_LABEL,
+    Names,
     check_names,
     class_of,
     fingerprint,
@@ -22,29 +23,16 @@ from latents.names import (
     parse_label_list,
     walk,
 )
+from latents.rows import BadImageError, to_rgb
 from latents.sets import check_finished
 
 LARGEST = 1 << 30  # bytes of an image file
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)  # not the fault of one image
 
 
-class BadImageError(Exception):
-    """An image that cannot be read; the message is the reason."""
-
-
 def is_image_name(name):
     """True for a name with an extension that Pillow knows."""
     return os.path.splitext(name)[1].lower() in Image.registered_extensions()
-
-
-def to_rgb(image):
-    """A PIL image as RGB, published treatment. Raises BadImageError for samples without an 8-bit meaning."""
-    deep_png = image.mode == "I" and image.format == "PNG"
-    if image.mode.startswith("I;16") or deep_png:  # Pillow's own conversion would clip everything above 255 to white
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise BadImageError("32-bit samples have no stated range")
-    return image.convert("RGB")
 
 
 def decode(data):
@@ -83,10 +71,13 @@ class ImageSource:
         if not names and not published_labels:
             raise InputError(f"{flag} {path} holds no images (by extensions that Pillow knows); unpack tar files first")
         check_names(names)
+        if MANIFEST not in versions and f"{IMAGES}/{MANIFEST}" in versions:
+            raise InputError(f"{flag} {path} is a data folder; name its images: {self.path / IMAGES}")
         root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in versions}
         self.manifest = None
         if FORMAT.encode() in root.get(MANIFEST, b""):  # other tools write a file of that name too
             self.manifest = DataManifest.parse(root[MANIFEST], self.path / MANIFEST)
+        self._has_origins = self.manifest is not None and NAMES in versions
         labels, self.folders = self._label(names, root.get(LABELS_JSON), published_labels)
         self.class_names, self.num_classes = self.folders, len(self.folders or ())
         if self.manifest and not self.folders:
@@ -98,6 +89,13 @@ class ImageSource:
 
     def __len__(self):
         return len(self.names)
+
+    def origins(self):
+        """What the images were called before convert, with folders; their own names where convert made none of them."""
+        if not self._has_origins:
+            return self.names
+        content = None if self._zip is None else self._read_root(NAMES)
+        return Names(self.path / NAMES, self.manifest.count, content)
 
     def read(self, index):
         """Image `index` as PIL RGB. Raises BadImageError with the reason."""
@@ -121,7 +119,9 @@ class ImageSource:
         except BadImageError as error:
             if skip_bad:
                 return None, str(error)
-            raise InputError(f"{self.where(index)} cannot be read ({error}); repair it, or pass --skip-bad") from None
+            raise InputError(
+                f"{self.where(index)} cannot be read ({error}); repair it, or pass --skip-bad to convert"
+            ) from None
 
     def where(self, index):
         """Path of image `index`, for messages."""

@@ -9,8 +9,8 @@ import numpy as np
 from common.errors import InputError, note
 from common.processes import Processes
 from latents.captions import CAPTIONS, EMPTY, read_annotations
-from latents.manifest import CHECK, NAMES
-from latents.names import Names, is_data, pack_names
+from latents.manifest import CHECK
+from latents.names import is_data, pack_names
 from models.text import TextEncoder
 from preprocessing.fill import fill, ticket
 from preprocessing.jobs import Job, to_npy
@@ -30,8 +30,7 @@ class Captions:
     def __init__(self, source, annotations, max_images=None):
         images = ImageSource(source, max_images=max_images)
         groups = read_annotations(annotations, "--annotations")
-        listed = images.path / NAMES  # what the files were called before convert, with folders
-        origins = Names(listed, images.manifest.count) if images.manifest and listed.is_file() else images.names
+        origins = images.origins()
         if origins is not images.names and images.count != len(origins):  # a gap would shift the captions after it
             raise InputError(f"--source {source} has {images.count} images, its manifest says {len(origins)}; {CHECK}")
         self.texts, owners, without = [], [], []

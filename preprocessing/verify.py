@@ -33,7 +33,7 @@ from latents.sets import Moments, is_unfinished, list_sets, open_images, open_mo
 from models.codec import LatentCodec
 from models.specs import LatentSpec, vae_family
 from preprocessing.channels import ChannelSums
-from preprocessing.jobs import batches_of
+from preprocessing.jobs import OWN, batches_of
 from preprocessing.sources import is_image_name
 
 BATCH = 256
@@ -206,7 +206,8 @@ def _check_images(folder, manifest, report, decode):
         _check_labels(folder, manifest, labels, sources, report)
         classes = {name: number for number, name in enumerate(manifest.class_names or ())}
         for source, label in zip(sources, labels.tolist(), strict=True):
-            expected = classes.get(class_of(source), label)  # the top folder, where it is a class
+            # the top folder, where it is a class and not a number that convert gave
+            expected = label if OWN.fullmatch(source) else classes.get(class_of(source), label)
             if expected != label:
                 report.add("label", f"{folder}: {source} has label {label}, its folder is class {expected}")
     for name in Progress(present, unit="img", desc=folder.name):
@@ -227,7 +228,7 @@ def _check_pairs(images, latents, report):
     names, image_labels = read_label_list(images) if (images / LABELS_JSON).is_file() else (None, None)
     if names is None:
         names = walk_files(images, Image.registered_extensions())
-    if len(names) != len(rows) + len(manifest.left_out if manifest else ()):
+    if sources is None and len(names) != len(rows) + len(manifest.left_out if manifest else ()):
         report.add("count", f"{images} holds {len(names)} images, {latents} {len(rows)} latents")
     label_of = dict.fromkeys(names) if image_labels is None else dict(zip(names, image_labels.tolist(), strict=True))
     for k, name in zip(range(len(rows)), names if sources is None else sources, strict=False):

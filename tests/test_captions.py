@@ -16,8 +16,10 @@ from PIL import Image
 from common.errors import InputError
 from dataset import open_captions
 from models.text import TextEncoder, TextSpec, encoder_family
+from preprocessing.encode import encode
 from preprocessing.info import describe, write_grid
-from preprocessing.options import CaptionFlags
+from preprocessing.options import CaptionFlags, EncodeFlags, PackFlags
+from preprocessing.pack import pack
 from preprocessing.text import Captions, write_captions
 from preprocessing.verify import verify
 from training.loader import LatentLoader, SeekableSampler
@@ -270,6 +272,26 @@ def test_captions_are_read_right_or_refused_in_any_encoding(data, tmp_path, enco
             Captions(data / "images", tmp_path / "c.json")
         return
     assert Captions(data / "images", tmp_path / "c.json").texts[0] == "astronaut.png: 狗"
+
+
+def test_half_an_emoji_becomes_a_question_mark(data, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({name: "a \ud83d dog" for name in captioned.PHOTOS}))
+    assert Captions(data / "images", tmp_path / "c.json").texts[0] == "a ? dog"
+
+
+def test_images_in_a_zip_have_the_same_captions(data, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", data / "images")
+    packed, plain = (Captions(source, data.parent / "captions.json") for source in (archive, data / "images"))
+    assert (packed.texts, packed.names, packed.fingerprint) == (plain.texts, plain.names, plain.fingerprint)
+
+
+def test_latents_without_labels_are_packed(copy, tmp_path):
+    shutil.rmtree(copy / "vae-sd")
+    encode(EncodeFlags(copy / "images", copy / "vae-sd", copy.parent / "vae"))
+    pack(PackFlags(copy, tmp_path / "packed"))
+    shutil.copytree(copy / "text", tmp_path / "packed/text")
+    (a, x), (b, y) = ((found, found.gather(range(6))[0]) for found in map(open_captions, (copy, tmp_path / "packed")))
+    assert a.info == b.info and torch.equal(x.half(), y)
 
 
 def test_a_converted_image_that_is_gone_does_not_shift_the_captions(copy):

@@ -86,7 +86,13 @@ def test_a_place_for_no_lock_is_named_with_its_flag(tmp_path):
 
 
 def test_what_killed_processes_left_of_a_result_is_removed_and_nothing_else(tmp_path):
-    names = [f".result.{DEAD}.tmp", f".result.{os.getpid()}.tmp", f".result.{os.getppid()}.tmp", f".results.{DEAD}.tmp"]
+    names = [
+        f".result.{DEAD}.tmp",
+        f".result.{os.getpid()}.tmp",
+        f".result.{os.getppid()}.tmp",
+        f".results.{DEAD}.tmp",
+        f".result.zip.{DEAD}.tmp",
+    ]
     for name in names:
         (tmp_path / name).touch()
     (tmp_path / f".result.{DEAD + 1}.tmp").mkdir()

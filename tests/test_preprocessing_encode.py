@@ -14,9 +14,11 @@ from PIL import Image
 
 from common.errors import InputError
 from common.flags import parse_commands
+from common.processes import Processes
 from dataset import open_dataset
 from latents.sets import open_set
 from models.codec import LatentCodec
+from preprocessing import dataset_tools
 from preprocessing.convert import convert
 from preprocessing.encode import encode
 from preprocessing.info import describe, write_grid
@@ -111,6 +113,51 @@ def test_pack_of_a_foreign_folder_records_what_is_assumed(tmp_path):
     assert info.num_classes == 7 and info.spec.family == "sd-vae-ft" and info.spec.scale == 0.18215
     with pytest.raises(InputError, match=r"holds another result \(num_classes: 7 there, 5 now\)"):
         pack(PackFlags(tmp_path / "foreign", tmp_path / "packed", num_classes=5))
+    (tmp_path / "foreign/vae-sd").rename(tmp_path / "foreign/vae-sd-mirror")
+    pack(PackFlags(tmp_path / "foreign", tmp_path / "mirrored", num_classes=7))
+    assert open_set(tmp_path / "mirrored/vae-sd-mirror")[0].flipped is True
+
+
+def test_a_mirror_of_images_that_were_not_flipped_is_refused(data):
+    encode(EncodeFlags(data / "images", data / "vae-sd", tiny_vae()))
+    encode(EncodeFlags(data / "images", data / "vae-sd-mirror", tiny_vae()))
+    with pytest.raises(InputError, match=r"vae-sd-mirror was made without flipping .*mirror"):
+        open_dataset(data, mirror=True)
+
+
+def test_a_data_folder_in_place_of_its_images_is_refused(data):
+    with pytest.raises(InputError, match=f"--source {data} is a data folder; name its images: {data / 'images'}"):
+        encode(EncodeFlags(data, data / "vae-sd", tiny_vae()))
+
+
+def test_batches_that_another_process_has_not_recorded_are_not_taken_for_written(data):
+    class FirstOfTwo(Processes):
+        def barrier(self):
+            self.world = 1
+
+    options = EncodeFlags(data / "images", data / "vae-sd", tiny_vae(), batch_size=4)
+    first = FirstOfTwo.alone()
+    first.world = 2
+    with pytest.raises(InputError, match="not all batches are recorded as finished; run the same again"):
+        encode(options, first)
+    encode(options)
+    assert len(open_dataset(data).gather(range(COUNT))[0]) == COUNT
+
+
+def test_16_bit_images_look_alike_to_alignment_and_encoding(tmp_path):
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    (tmp_path / "images/a").mkdir(parents=True)
+    Image.fromarray(ramp).save(tmp_path / "images/a/0.png")
+    encode(EncodeFlags(tmp_path / "images", tmp_path / "vae-sd", tiny_vae()))
+    seen = open_dataset(tmp_path, images=True).gather([0])[2][0, 0]
+    np.testing.assert_array_equal(seen, (ramp >> 8).astype(np.uint8))
+
+
+@pytest.mark.parametrize("command", ["convert", "pack"])
+def test_commands_of_one_process_refuse_torchrun(command, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=f"{command} runs in one process .* without torchrun"):
+        dataset_tools.main([command, "--source", str(data / "images"), "--dest", str(data / "x")])
 
 
 def test_mirror_encodes_flipped_images(data):
