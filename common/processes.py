@@ -1,5 +1,6 @@
 """Joining a process to a launch: torchrun, accelerate, the Slurm recipe, or plain python."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -50,6 +51,14 @@ class Processes:
     def __exit__(self, error, *_):
         if self.world > 1 and error is None:  # NCCL's end waits for all processes: an error would never be shown
             dist.destroy_process_group()
+        elif self.world > 1:
+            with contextlib.suppress(Exception):  # the process that keeps the store may be gone
+                self.count("failed", 1)
+
+    def check_others(self):
+        """Raise InputError if another process has failed; on another machine, no launcher would end this one."""
+        if self.count("failed"):
+            raise InputError("another process failed; see its message, then run the same again")
 
     @property
     def is_main(self):

@@ -266,8 +266,10 @@ def check_overrides(options, overrides, path):
             value = parse_df_idxs(value)
         if key == "dmf_depth" and kind_of(options) != "flow map":
             raise InputError(f"--dmf-depth {value}: {path} is a flow model; train_dmf.py turns it into a flow map")
-        if options.get(key, value) != value:
-            flag = shown("trans_depth" if key == "depth" else key)
-            raise InputError(f"{flag} {value} contradicts {path}, which has {options[key]}; leave the flag out")
+        if key == "num_classes" and kind_of(options) == "text":
+            raise InputError(f"--num-classes {value}: {path} is a text-to-image model; sample it with generate_t2i.py")
+        if options.get(key, False if key == "ssl_align" else value) != value:
+            flag, held = shown("trans_depth" if key == "depth" else key), options.get(key, False)
+            raise InputError(f"{flag} {value} contradicts {path}, which has {held}; leave the flag out")
         options[key] = value
     return options

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from models.card import model_card
 from models.checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 from models.codec import LatentCodec
-from models.hub import VAE_FOLDER
+from models.hub import VAE_FOLDER, is_on_hub
 from models.specs import PLACES, TRAINING, LatentSpec
 
 # What sampling and its manifest need; paths of the training machine are left out.
@@ -61,7 +61,9 @@ def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, *
         raise InputError(f"{folder} exists already; name a new folder")
     with whole_folder(folder, "folder") as partial:
         checkpoint = load_checkpoint(path, weights, **overrides)
-        checkpoint.run |= {key: Path(checkpoint.run[key]).name for key in PLACES if checkpoint.run.get(key)}
+        places = {key: place for key in PLACES if (place := checkpoint.run.get(key)) and not is_on_hub(place)}
+        checkpoint.run |= {key: Path(place).name for key, place in places.items()}
+        checkpoint.run.pop("changes", None)  # may have paths too
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
         data = {**checkpoint.data, **(write_pipeline(partial, checkpoint, vae) if diffusers else {})}
         about = {"run": run, "data": data, "steps": checkpoint.steps, "weights": weights}

@@ -113,7 +113,7 @@ def own_operations(counts):
 
 
 def part_of(name):
-    """The part that a parameter or module belongs to: `blocks.3.attn.qkv` → `blocks.attn`, `final_layer.1` → itself.
+    """The part that a parameter or module belongs to: `blocks.3.attn.qkv` → `blocks.attn`.
 
     What runs in a block itself is its attention's products.
     """

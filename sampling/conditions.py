@@ -69,13 +69,18 @@ class ClassLabels:
 
 
 def read_labels(text, num_classes, names=(), flag="--labels"):
-    """(Classes, their file or None) of `207,robin` or a text file; names: those of the classes. Raises InputError."""
+    """(Classes, their file or None) of `207,robin`, a list of words, or a text file with a class per line.
+
+    names: those of the classes. Raises InputError.
+    """
     numbers = {name: number for number, name in enumerate(names)}
-    file, words = None, [word.strip() for word in text.split(",")]
+    file, words = None, [word.strip() for word in (text.split(",") if isinstance(text, str) else text)]
+    text = text if isinstance(text, str) else ",".join(words)
     is_list = flag == "--classes" or all(word in numbers or re.fullmatch("[0-9]+", word) for word in words)
     if not is_list and (len(words) == 1 or os.path.exists(text)):
         try:
-            words, file = Path(regular(text)).read_text("utf-8-sig").split() or ["nothing"], text
+            lines, file = Path(regular(text)).read_text("utf-8-sig").split("\n"), text
+            words = [line.strip() for line in lines if line.strip()] or ["nothing"]
         except (OSError, UnicodeDecodeError) as error:
             fault = system_fault(error) or f"{text}: not random, balanced, a list like 207,robin or a text file"
             raise InputError(f"{flag} {fault}") from None

@@ -81,8 +81,8 @@ def condition_of(kind, classes, prompts, checkpoint, settings):
         config = parse_flags(TextGenerateConfig, [*line, "--prompts="]).resolve(source)
         return config, functools.partial(Prompts, source=source, load=load_encoder)
     config = parse_flags(GenerateConfig, line).resolve()
-    joined = ",".join(words)  # a string may name several classes, as on the command line
-    return dataclasses.replace(config, classes=joined, num_fid_samples=joined.count(",") + 1), ClassLabels
+    words = classes.split(",") if isinstance(classes, str) else words  # as on the command line
+    return dataclasses.replace(config, classes=words, num_fid_samples=len(words)), ClassLabels
 
 
 def texts(values):

@@ -158,14 +158,16 @@ def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or
 def changed_setting(found, settings, path):
     """The first key at which settings differ from those `found` in the file `path`, else None.
 
-    VAE and text encoder are compared by content, not by name.
+    VAE, text encoder and files of labels or prompts are compared by content, not by name.
     """
+    sha256 = settings.get("labels_sha256")
+    names = ("labels", "prompts") if sha256 and sha256 == found.get("labels_sha256") else ()  # the file may have moved
     for key in {**settings, **found}:
         old, new = found.get(key), settings.get(key)
         if key in ENCODERS and old and new:
             old, new = (check_record(ENCODERS[key], spec, f"{path}, {key}", AGAIN) for spec in (old, new))
             if old.difference(new) or (key == "latents" and old.difference(new, "decoder_sha256", "vae")):
                 return key
-        elif old != new and key not in (SEALED, "vae", "text_encoder"):
+        elif old != new and key not in (SEALED, "vae", "text_encoder", *names):
             return key
     return None

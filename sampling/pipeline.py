@@ -19,6 +19,7 @@ from models.specs import LatentSpec
 from sampling.library import checkpoint_of, sample
 
 OUTPUTS = ("pil", "np", "latent")
+OWN = {"vae", "vae_dtype", "decode", "seed"}  # settings of `sampling.sample` that a pipeline has in other places
 
 
 class DeepFlowTransformer(ModelMixin):
@@ -29,12 +30,13 @@ class DeepFlowTransformer(ModelMixin):
         self.network = network
 
     @classmethod
-    def from_pretrained(cls, folder, torch_dtype=None, **_):
+    def from_pretrained(cls, folder, torch_dtype=None, device_map=None, **_):
         """The network of the exported folder that holds `folder`, as load_model reads it. Raises InputError."""
         parent = Path(folder).parent
         config = read_record(dict, parent / CONFIG_FILE, "export the model again")
         network, _ = load_model(parent, config.get("weights", "ema"))
-        return cls(network.to(torch_dtype or torch.float32))
+        device = device_map.get("") if isinstance(device_map, dict) else device_map
+        return cls(network.to(device, torch_dtype or torch.float32))
 
     def save_pretrained(self, folder, **_):
         """Raises InputError: the network alone would lack the pipeline's other files."""
@@ -62,16 +64,19 @@ class DeepFlowPipeline(DiffusionPipeline):
         """ImagePipelineOutput with an image per class or prompt: "pil", "np" (N, R, R, 3) in [0, 1], or "latent".
 
         generator: only its initial seed is used, like --seed of generate.py; default: 0. settings: others of
-        `sampling.sample`, such as mode="ode". Raises InputError.
+        `sampling.sample`, such as mode="ode", but none of OWN. Raises InputError.
         """
         if output_type not in OUTPUTS:
             raise InputError(f"output_type {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
+        if own := sorted(OWN & settings.keys()):
+            raise InputError(f"{own[0]} is no setting of a pipeline; use its vae, generator and output_type")
+        chunk = settings.pop("decode_batch_size", 32)
         given = {"steps": num_inference_steps, "cfg_scale": guidance_scale, **settings}
         seed = generator.initial_seed() if generator else 0
         network = self.transformer.network
         images = sample(network, class_labels, prompts=prompt, seed=seed, decode=False, **given)
         if output_type != "latent":
             codec = LatentCodec(self.vae, checkpoint_of(network).data_as(LatentSpec))
-            images = codec.decode(torch.from_numpy(images)).cpu().numpy()
+            images = codec.decode(torch.from_numpy(images), chunk).cpu().numpy()
             images = images.astype("float32") / 255 if output_type == "np" else [*map(Image.fromarray, images)]
         return ImagePipelineOutput(images) if return_dict else (images,)

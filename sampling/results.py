@@ -73,6 +73,7 @@ def sample_share(sampler, store, todo, processes):
             show_progress(processes.count("images", count))
         while processes.is_main and bar.n < total:
             time.sleep(0.2)
+            processes.check_others()
             show_progress(processes.count("images"))
 
 

@@ -130,10 +130,13 @@ def open_checkpoint(config, checkpoint=None):
     """(Checkpoint, its path, LatentSpec of its data) of --ckpt. Raises InputError if flags contradict the file."""
     checkpoint = checkpoint or load_checkpoint(config.ckpt, config.weights, **config.model_options())
     check_model(config, checkpoint)
-    if config.cfg_scale != 1.0 and checkpoint.model.kind == "flow" and checkpoint.run.get("cfg_prob") == 0:
+    if config.cfg_scale != 1.0 and checkpoint.model.kind != "flow map" and checkpoint.run.get("cfg_prob") == 0:
         fault = f"{config.ckpt} has no null class, it was trained with --cfg-prob 0"
         raise InputError(f"--cfg-scale {config.cfg_scale}: {fault}; pass --cfg-scale 1")
     spec = checkpoint.data_as(LatentSpec)
+    if config.decode and (made := checkpoint.options["in_channels"]) != spec.channels:
+        fault = f"{config.ckpt} makes latents of {made} channels, its VAE {spec.vae} decodes {spec.channels}"
+        raise InputError(f"{fault}; pass --no-decode")
     path_type = checkpoint.run.get("path_type") or config.path_type or "linear"
     answers = {
         "path_type": path_type,

@@ -105,14 +105,24 @@ def test_what_is_compiled_is_the_network_and_kept_beside_the_samples(ckpt, tmp_p
     assert [model.kind for model in compiled] == ["flow"] and manifest["compile"]
 
 
+def test_latents_that_the_vae_cannot_decode_are_refused(vae, tmp_path):
+    path = tiny.checkpoint(tmp_path / "eight.pt", vae, in_channels=8)
+    with pytest.raises(InputError, match=r"eight\.pt makes latents of 8 channels, its VAE .* decodes 4; pass"):
+        tiny.run_generate(path, tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
+
+
 def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
     (tmp_path / "labels.txt").write_text("\ufeff2\n0\n0\n1\n2\n", "utf-8")  # as some editors write it
     for text, expected in (("2,0", [2, 0, 2, 0, 2]), (tmp_path / "labels.txt", [2, 0, 0, 1, 2])):
         _, _, manifest = tiny.run_generate(ckpt, tmp_path / f"{len(expected)}{expected[2]}", labels=text)
         assert manifest["labels"] == expected
-    (tmp_path / "labels.txt").write_text("2\n1\n")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "labels.txt").rename(tmp_path / "moved/labels.txt")
+    assert tiny.run_generate(ckpt, tmp_path / "50", labels=tmp_path / "moved/labels.txt")[2]["labels"] == expected
+    (tmp_path / "moved/labels.txt").write_text("2\n1\n")
     with pytest.raises(InputError, match="made with another file of that name: --labels"):
-        tiny.run_generate(ckpt, tmp_path / "50", labels=tmp_path / "labels.txt")
+        tiny.run_generate(ckpt, tmp_path / "50", labels=tmp_path / "moved/labels.txt")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +152,7 @@ def test_classes_by_name(ckpt, tmp_path, capsys):
     content = tiny.load(ckpt)
     content["data"]["class_names"] = ["robin", "0", "tabby cat"]
     torch.save(content, tmp_path / "named.pt")
-    (tmp_path / "labels.txt").write_text("robin\n2\n")
+    (tmp_path / "labels.txt").write_text("robin\ntabby cat\n")
     names = {"tabby cat, robin,0": [2, 0, 0, 2, 0], tmp_path / "labels.txt": [0, 2, 0, 2, 0], "robin": [0] * 5}
     for number, (text, expected) in enumerate(names.items()):
         _, _, manifest = tiny.run_generate(tmp_path / "named.pt", tmp_path / str(number), labels=text)

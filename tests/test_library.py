@@ -120,14 +120,23 @@ def test_models_that_cannot_be_sampled_are_refused(files):
         sample(load_model(files["flow"])[0].double(), classes=1)
 
 
-def test_guidance_needs_a_null_class(files, tmp_path):
-    content = tiny.load(files["flow"])
+@pytest.mark.parametrize(("kind", "given"), [("flow", {"classes": 1}), ("text", {"prompts": "a cat"})])
+def test_guidance_needs_a_null_class(files, tmp_path, kind, given):
+    content = tiny.load(files[kind])
     content["config"]["cfg_prob"] = 0.0
     torch.save(content, tmp_path / "a.pt")
     model, _ = load_model(tmp_path / "a.pt")
-    assert len(sample(model, classes=1, steps=1)) == 1
+    assert len(sample(model, **given, steps=1, cfg_scale=1.0)) == 1
     with pytest.raises(InputError, match=f"{tmp_path / 'a.pt'} has no null class.*pass cfg_scale 1"):
-        sample(model, classes=1, cfg_scale=1.5)
+        sample(model, **given, cfg_scale=1.5)
+
+
+def test_names_of_classes_may_have_commas(files, tmp_path):
+    content = tiny.load(files["flow"])
+    content["data"]["class_names"] = ["owl, great", "robin", "tabby"]
+    torch.save(content, tmp_path / "a.pt")
+    model, _ = load_model(tmp_path / "a.pt")
+    assert np.array_equal(sample(model, ["robin", "owl, great"], steps=1), sample(model, [1, 0], steps=1))
 
 
 def test_sample_is_imported_on_first_use():

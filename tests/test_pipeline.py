@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from common.errors import InputError
 from models.export import export, main
+from sampling.pipeline import DeepFlowTransformer
 
 CLASSES = [0, 2, 1, 1]
 
@@ -84,6 +85,15 @@ def test_a_pipeline_takes_a_precision(folder):
     assert pipe(class_labels=[0], num_inference_steps=2).images[0].size == (16, 16)
 
 
+def test_a_pipeline_takes_a_device_and_the_size_of_its_decoded_batches(folder, pipe, monkeypatch):
+    assert DeepFlowTransformer.from_pretrained(folder / "transformer", device_map="meta").network.pos_embed.is_meta
+    sizes = []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    pipe(class_labels=[0, 1, 2], num_inference_steps=1, decode_batch_size=2)
+    assert sizes == [2, 1]
+
+
 def test_the_card_shows_diffusers(folder):
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "diffusers"
@@ -97,6 +107,7 @@ def test_the_card_shows_diffusers(folder):
         ({"class_labels": [0], "num_inference_steps": 0}, "steps"),
         ({"class_labels": [0], "output_type": "tensor"}, "output_type 'tensor'.*pil"),
         ({"class_labels": [0], "strength": 1}, "strength"),
+        ({"class_labels": [0], "seed": 1}, "seed is no setting of a pipeline; use its .* generator"),
         ({"prompt": "a cat"}, "classes"),
         ({}, "classes"),
     ],

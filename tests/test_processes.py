@@ -45,5 +45,15 @@ def test_an_error_waits_for_no_other_process(monkeypatch, world):
         raise InputError("a mistake")
     assert ended == []
     with Processes(0, world, torch.device("cpu"), None):
-        pass
+        pass  # without an error
     assert ended == [2] * (world > 1)
+
+
+def test_a_process_of_another_machine_that_failed_is_noticed():
+    store = dist.HashStore()
+    first, second = (Processes(rank, 2, torch.device("cpu"), store) for rank in (0, 1))
+    first.check_others()
+    with pytest.raises(OSError), second:
+        raise OSError("no space left")
+    with pytest.raises(InputError, match="another process failed"):
+        first.check_others()

@@ -12,6 +12,7 @@ from common.errors import InputError
 from models.paths import PATHS
 from samplers import (
     SAMPLERS,
+    BranchOptions,
     Guidance,
     GuidedVelocity,
     euler_step,
@@ -270,6 +271,13 @@ def test_the_ends_of_the_guidance_interval_are_guided():
     assert network.times == [1.0, 0.75, 0.5, 0.25]
     assert network.rows == [3, 6, 6, 6]
     assert velocity.guided_calls == 3
+
+
+def test_rounding_of_the_times_leaves_no_step_out():
+    """0.3 of ten steps is 0.30000000000000004, and a shift can put the first time above 1."""
+    exits = BranchOptions(exit_schedule="0.8:1,0.3:2")
+    assert [exits.last(t, 3) for t in time_grid(10)] == [1, 1, *[2] * 5, *[3] * 4]
+    assert all(time_grid(4, shift=shift / 100).max() <= 1 for shift in range(1, 300))
 
 
 def test_guidance_is_u_plus_scale_times_difference():
