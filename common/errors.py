@@ -117,6 +117,12 @@ def _in_one_line(error):
 
 
 def _end(line, code):
+    report(line)
+    sys.exit(code)
+
+
+def report(line):
+    """Print the last line of a command that fails, and record it for torchrun."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     if record := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its contents at the end
@@ -126,7 +132,6 @@ def _end(line, code):
             os.replace(f"{record}.part", record)
     with contextlib.suppress(OSError):  # stderr may go to the same full disk
         print(line, file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 def first_line(error):

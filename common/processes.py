@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -49,11 +50,14 @@ class Processes:
         return self
 
     def __exit__(self, error, *_):
-        if self.world > 1 and error is None:  # NCCL's end waits for all processes: an error would never be shown
+        if self.world == 1:
+            return
+        with contextlib.suppress(Exception):  # the process that keeps the store may be gone
+            self.count("left" if error is None else "failed", 1)
+            while error is None and self.is_main and self.count("left") + self.count("failed") < self.world:
+                time.sleep(0.1)  # the others may still read the store, which this process may keep
+        if error is None:  # NCCL's end waits for all processes: an error would never be shown
             dist.destroy_process_group()
-        elif self.world > 1:
-            with contextlib.suppress(Exception):  # the process that keeps the store may be gone
-                self.count("failed", 1)
 
     def check_others(self):
         """Raise InputError if another process has failed; on another machine, no launcher would end this one."""

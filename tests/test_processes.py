@@ -1,5 +1,8 @@
 """One process among those of a launch: its device, and how it leaves."""
 
+import threading
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,3 +60,23 @@ def test_a_process_of_another_machine_that_failed_is_noticed():
         raise OSError("no space left")
     with pytest.raises(InputError, match="another process failed"):
         first.check_others()
+
+
+@pytest.mark.parametrize("way", ["left", "failed"])
+def test_the_first_process_leaves_last(way):
+    """It may keep the store, which slower processes still read."""
+    store, order = dist.HashStore(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", lambda: order.append("first"))
+
+        def leave_late():
+            time.sleep(0.3)
+            order.append("second")
+            store.add(way, 1)
+
+        other = threading.Thread(target=leave_late)
+        other.start()
+        with Processes(0, 2, torch.device("cpu"), store):
+            pass
+        other.join()
+    assert order == ["second", "first"]

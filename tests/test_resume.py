@@ -174,7 +174,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     capsys.readouterr()
     tiny.run_train(data, tmp_path, max_train_steps=2, resume="auto")
-    says = f"{run_dir} is complete at step 2; raise --max-train-steps to continue"
+    says = f"{run_dir} is complete at step 2; raise --max-train-steps or --epochs to continue"
     assert capsys.readouterr().out.splitlines()[-1] == says
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 

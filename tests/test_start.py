@@ -116,6 +116,15 @@ def test_another_resolution_gets_its_own_position_embedding(data, tmp_path, caps
     assert f"--init-from {source}: new pos_embed (4x4 tokens instead of 2x2)" in capsys.readouterr().out
 
 
+def test_flags_say_what_the_weights_of_a_published_file_leave_open(data, tmp_path):
+    path = tmp_path / "theirs.pt"
+    torch.save(tiny.load(tiny.flow_file(tmp_path / "a.pt", depth=4, df_idxs=(1,)))["ema"], path)
+    with pytest.raises(InputError, match=r"has df_idxs \(2,\), this run has \(3,\)"):
+        start(data, tiny.flow_file(tmp_path / "b.pt", depth=4, df_idxs=(2,)), trans_depth=4, df_idxs="3")
+    model = start(data, path, trans_depth=4, df_idxs="1", legacy_scaling=True)
+    assert (model.df_idxs, model.df_blocks[0].acc_norm.legacy_scaling) == ((1,), True)
+
+
 def test_a_sit_becomes_a_deepflow(data, tmp_path, capsys):
     source = sit_file(tmp_path / "a.pt")
     check_started(capsys, data, source, DEEPFLOW, ["final_layer"])
@@ -220,7 +229,7 @@ def test_text_to_image_starts_from_text_to_image_only(data, source, tmp_path, ca
         ({"qk_norm": "rms"}, {"qk_norm": True}, ["qk_norm rms", "--qk-norm"]),
         ({"legacy_scaling": True}, {}, ["legacy_scaling True", "--legacy-scaling"]),
         ({"vera": "gap"}, {}, ["vera gap", "full", "--vera"]),
-        ({"acc_mlp": (8,)}, {}, ["df_blocks.0.acc_mlp", "name another"]),
+        ({"acc_mlp": (8,)}, {}, ["acc_mlp (8,)", "--acc-mlp"]),
         ({}, {"path_type": "cosine"}, ["--path-type linear"]),
     ],
 )

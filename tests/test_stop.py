@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -191,9 +192,19 @@ def test_a_process_that_does_not_answer_is_reported_soon(data, tmp_path):
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: preflight: rank 0 of 2 on ")
-    assert "asked for the sum of 2 ones and got: nothing within 2 s" in line
+    assert "did not reach all others within 2 s; check that all processes started" in line
     assert time.monotonic() - before < 60
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_never_started_is_reported_soon(data, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = programs.run("tests/faulty_train.py", "late-rank", *tiny.train_flags(data, tmp_path), **alone)
+    assert done.returncode == 2
+    assert "error: preflight: rank 0 of 2 on " in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -4,13 +4,15 @@ import importlib.machinery
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import tiny
 
 import train
 from common.errors import InputError
-from training.trackers import wandb_id
+from training.config import TrainConfig
+from training.trackers import folder_of, wandb_id
 
 
 @pytest.fixture
@@ -32,6 +34,12 @@ def test_tensorboard_has_each_step_once(data, tmp_path):
     for name in ("loss", "images_per_s"):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in tiny.log_lines(run_dir)]
+
+
+def test_an_absolute_folder_has_one_for_each_run():
+    of = {"output_dir": "exps", "exp_name": "a"}
+    assert folder_of(TrainConfig(**of)) == Path("exps/a/logs")
+    assert folder_of(TrainConfig(**of, logging_dir="/scratch/tb")) == Path("/scratch/tb/a")
 
 
 class FakeRun:

@@ -1,19 +1,25 @@
 """Starting a run on one or many processes: precision, attention kernels, preflight."""
 
+import contextlib
 import datetime
 import os
 import platform
 import threading
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, report
 from common.precision import set_math
 from common.processes import device_of_process
 
 PREFLIGHT_SECONDS = 60
+REACH = (
+    "check that all processes started and reach each other "
+    "(address, port, firewall, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+)
 STALL = datetime.timedelta(hours=1)  # how long processes wait for one that a file system stalls
 WRAPPERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")  # wrappers of accelerate that split the model
 
@@ -27,42 +33,58 @@ def start_accelerator(config):
         if os.environ.get(name, "").lower() in ("true", "1"):
             raise InputError(f"accelerate is configured to split the model ({name}); launch with --multi_gpu instead")
     set_math(config.allow_tf32, config.fused_attn)
-    accelerator = Accelerator(
-        cpu=device_of_process().type == "cpu",
-        mixed_precision="no" if config.dry_run else config.mixed_precision,  # fp16 needs a GPU
-        dynamo_backend="no",  # --compile compiles
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
-        kwargs_handlers=[
-            # few large reductions, overlapping with the backward pass
-            DistributedDataParallelKwargs(bucket_cap_mb=250, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=STALL),
-        ],
-    )
-    preflight(accelerator)
+    with connecting():
+        accelerator = Accelerator(
+            cpu=device_of_process().type == "cpu",
+            mixed_precision="no" if config.dry_run else config.mixed_precision,  # fp16 needs a GPU
+            dynamo_backend="no",  # --compile compiles
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+            kwargs_handlers=[
+                # few large reductions, overlapping with the backward pass
+                DistributedDataParallelKwargs(bucket_cap_mb=250, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=STALL),
+            ],
+        )
+        preflight(accelerator)
     return accelerator
+
+
+@contextlib.contextmanager
+def connecting():
+    """End the process with an error if the block takes more than PREFLIGHT_SECONDS: it may wait for absent ones."""
+
+    def give_up():
+        report(f"error: preflight: {name_of_process()} did not reach all others within {PREFLIGHT_SECONDS} s; {REACH}")
+        os._exit(2)
+
+    timer = threading.Timer(PREFLIGHT_SECONDS, give_up)
+    timer.daemon = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def name_of_process():
+    return f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} on {platform.node()}"
 
 
 def preflight(accelerator):
     """Say which processes take part, and fail early and readably when they cannot talk to each other."""
     if (world := accelerator.num_processes) == 1:
         return
-    who = f"rank {accelerator.process_index} of {world} on {platform.node()}, {accelerator.device}"
-    print(f"{who}\n", end="", flush=True)  # one write: the processes share a terminal
-    answer = [f"nothing within {PREFLIGHT_SECONDS} s"]
-
-    def add_up():
-        try:
-            answer[0] = accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum").item()
-        except RuntimeError as error:
-            answer[0] = first_line(error)
-
-    thread = threading.Thread(target=add_up, daemon=True)  # a collective itself may wait for many minutes
-    thread.start()
-    thread.join(PREFLIGHT_SECONDS)
-    if answer[0] != world:
-        fault = f"preflight: {who} asked for the sum of {world} ones and got: {answer[0]}"
-        remedy = "check that all processes started and reach each other (address, port, firewall, NCCL_SOCKET_IFNAME)"
-        raise InputError(f"{fault}; {remedy}")
+    print(f"{name_of_process()}, {accelerator.device}\n", end="", flush=True)  # one write: they share a terminal
+    ones = torch.ones(1)
+    try:
+        answer = accelerator.reduce(ones.to(accelerator.device), reduction="sum").item()
+        dist.all_reduce(ones, group=dist.new_group(backend="gloo"))  # signals and lost processes are told over gloo
+    except RuntimeError as error:
+        answer = first_line(error)
+    if not answer == ones.item() == world:
+        fault = f"{name_of_process()} asked for the sum of {world} ones and got: {answer}"
+        raise InputError(f"preflight: {fault}; {REACH}")
 
 
 def rows_of_rank(batch_size, world, accumulation, rank):

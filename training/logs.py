@@ -148,7 +148,7 @@ class RunLog:
         self.since += time.perf_counter() - start
 
     def _warn_of_spike(self, record, step):
-        name = "error_map" if "error_map" in record else "loss"  # a flow map's loss is a logarithm, often negative
+        name = "error_map" if "error_map" in record else "loss_v1"  # positive, which the whole loss often is not
         if len(self.recent) >= 10 and record[name] > self.SPIKE * (median := statistics.median(self.recent)):
             self.say(f"warning: at step {step} the {name} is {record[name]:.4f}, its running median {median:.4f}")
         self.recent.append(record[name])

@@ -15,7 +15,6 @@ from common.files import check_writable
 from common.flags import shown, words_of
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
-from models.checkpoints import checkpoint_path
 from models.codec import LatentCodec
 from models.compiling import keep_compiled
 from models.flops import count_flops
@@ -112,7 +111,7 @@ def run_task(config, task):
     if config.dry_run:
         run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")
         return note("next: the same command without --dry-run")
-    grids, complete = None, resumed is not None and resumed.stem == checkpoint_path("", run.stop_step).stem
+    grids, complete = None, resumed is not None and resumed.stem.isdecimal() and int(resumed.stem) >= run.stop_step
     if config.sampling_steps and run.accelerator.is_main_process and not complete:  # the main process draws them
         codec = LatentCodec.load(config.vae or info.spec.vae, device=run.accelerator.device)
         grids = GridSampler(codec, dataset, config.folder, config.seed)

@@ -6,6 +6,7 @@ from common.errors import InputError, say
 from common.flags import shown
 from models import load_checkpoint
 from models.checkpoints import find_checkpoint, load_strictly
+from models.deepflow import acc_widths
 from models.layers import sincos_2d
 from models.presets import build, constructor_defaults, kind_of
 from training.checkpoint import check_encoders
@@ -63,6 +64,9 @@ def start_model(config, options, info):
     checkpoint = load_source(config.init_from, config, info, "init-from")
     found = {**constructor_defaults(checkpoint.model.kind), **checkpoint.options}
     found["z_dims"] = tuple(found["z_dims"])
+    if "model_options" not in checkpoint.run and len(found["df_idxs"]) == len(options["df_idxs"]):
+        for name in ("df_idxs", "legacy_scaling"):  # which a published file may leave open
+            found[name] = options[name] if getattr(config, name) else found[name]
     check_network(source, found, options, config)
     torch.manual_seed(config.seed)
     model, state = build(options), checkpoint.model.state_dict()
@@ -95,7 +99,11 @@ def check_network(source, found, options, config):
     classes = () if getattr(config, "new_classes", False) else ("num_classes",)
     branching = BRANCHING if found["df_idxs"] else ()
     names = (*SIZES, "depth", "in_channels", "context_dim", *classes, "qk_norm", *branching)
-    check_arguments(source, found, {name: options.get(name) for name in names})
+    wanted = {name: options.get(name) for name in names}
+    if branching:
+        widths = [acc_widths(of["acc_mlp"], of["projector_dim"]) for of in (found, options)]
+        found, wanted = {**found, "acc_mlp": widths[0]}, {**wanted, "acc_mlp": widths[1]}
+    check_arguments(source, found, wanted)
 
 
 def replaced_parts(source, checkpoint, found, options, config):

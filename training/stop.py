@@ -13,7 +13,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from common.errors import EXIT_INTERRUPTED, note
+from common.errors import EXIT_INTERRUPTED
 from training.distributed import STALL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -77,9 +77,10 @@ class StopRequest:
 
     def _watch(self):
         """Return once the next process leaves the context; if one ended early, pass that on and end this one too."""
-        fine = torch.zeros(1)
+        fine, told = torch.zeros(1), False
         with contextlib.suppress(RuntimeError):  # a broken connection
             dist.irecv(fine, self.next, self.group).wait(ALWAYS)
+            told = True
         if fine:
             return
         with contextlib.suppress(RuntimeError):
@@ -88,5 +89,6 @@ class StopRequest:
             self.finish()
         time.sleep(GRACE)
         if not self.failed:  # else it ends with its own error
-            note("another process of the run has ended, so all end; --resume auto continues from the last checkpoint")
+            if not told:  # the one that noticed says so
+                os.write(2, b"another process of the run has ended, so all end; --resume auto continues\n")
             os._exit(1)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+from pathlib import Path
 
 from common.errors import InputError, first_line, note
 
@@ -37,10 +38,16 @@ def failing_in_one_line(wandb):
         raise InputError(f"--report-to wandb: {first_line(error)}; {remedy}") from None
 
 
+def folder_of(config):
+    """Folder of tracker files: in the run's, or one for the run in an absolute --logging-dir."""
+    place = Path(config.logging_dir)
+    return place / config.exp_name if place.is_absolute() else config.folder / place
+
+
 @contextlib.contextmanager
 def tracking(config, start):
     """A function (values, step) that sends {name: number} to the tracker, which discards steps after `start`."""
-    flags, folder = dataclasses.asdict(config), config.folder / config.logging_dir
+    flags, folder = dataclasses.asdict(config), folder_of(config)
     if config.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 

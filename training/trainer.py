@@ -70,7 +70,8 @@ class Trainer:
             fault = f"the processes find different checkpoints in {self.run_dir} (steps {seen})"
             raise InputError(f"{fault}; --output-dir must be on a file system that all nodes share")
         if step >= self.stop_step:
-            self.accelerator.print(f"{self.run_dir} is complete at step {step}; raise --max-train-steps to continue")
+            remedy = "raise --max-train-steps or --epochs to continue"
+            self.accelerator.print(f"{self.run_dir} is complete at step {step}; {remedy}")
         elif path:
             changed = f"; changed from here on: {in_words(self.changes)}" if self.changes else ""
             self.accelerator.print(f"resumed from {path}{changed}")
@@ -206,14 +207,13 @@ class Trainer:
     def state(self, step):
         """Content of the checkpoint of a step."""
         scaler = self.accelerator.scaler
-        noted = {"samples_seen": step * self.config.batch_size, "noise_block": self.run.noise_block}
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "opt": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "steps": step,
-            "train_state": {**self.bad_steps.state_dict(), **noted},
+            "train_state": {**self.bad_steps.state_dict(), "noise_block": self.run.noise_block},
             **self.saved,
         }
 
@@ -243,7 +243,7 @@ class BadSteps:
 
     def load_state_dict(self, state):
         self.seen, in_a_row = state["bad_steps"], state["bad_steps_in_a_row"]
-        self.counts.copy_(torch.tensor([self.seen, in_a_row, in_a_row]))
+        self.counts.copy_(torch.tensor([self.seen, in_a_row, 0]))  # the most in a row of this start
 
 
 def make_optimizer(config, model):
