@@ -12,11 +12,11 @@ import dataclasses
 from common.errors import InputError, exit_on_input_error
 from common.files import write_json
 from common.flags import flag, parse_early, parse_flags, required
-from evaluations.metrics.results import SampleFlags, manifest_without_labels
+from evaluations.metrics.results import CountedSamples, manifest_without_labels
 
 
 @dataclasses.dataclass(kw_only=True)
-class ReportFlags(SampleFlags):
+class ReportFlags(CountedSamples):
     samples: list = required("npz, folder or zip of samples, or several as NAME=FILE", nargs="+", metavar="FILE")
     out: str | None = flag(None, "JSON file to write", str, also=["--json"], group="output")
     grid: str | None = flag(None, "image grid; for several files, a row each", str, group="output", metavar="PNG")

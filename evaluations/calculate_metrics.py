@@ -62,7 +62,7 @@ from evaluations.metrics.inception import Inception
 from evaluations.metrics.references import other_size, read_reference
 
 RESIZE = "torch's (bicubic, antialiased), as EDM2; Stein et al., whom the DeepFlow paper's Table 6 cites, use Pillow's"
-SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "features")  # kept in the result
+SETTINGS = ("num", "seed", "batch", "sqrtm", "inception_weights", "dinov2_weights", "features")  # kept in the result
 
 
 def choose_subset(count, num=None, seed=0):
@@ -89,6 +89,8 @@ def open_networks(args, device, known=None, size=None):
     if unknown := [name for name in names if name not in loaders]:
         raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(loaders)}')
     if args.features:
+        if f"fd_{args.extractor}" in loaders:
+            raise InputError(f"--features {args.features}: its results would be called fd_dinov2; rename the file")
         names.append(f"fd_{args.extractor}")
         loaders[names[-1]] = (args.features, lambda: features.load_features(args.features, device))
     networks = {}
@@ -111,13 +113,12 @@ def open_networks(args, device, known=None, size=None):
 
 
 def load_images(args, path, flag, needed):
-    """Open images. Raises InputError if there are too few, or fewer than their manifest says."""
+    """(Images, accepted faults). Raises InputError if there are too few, or fewer than their manifest says."""
     say(f"Loading images from {path} ...")
     images = open_images(path, flag)
     if len(images) < needed:
         raise InputError(f"{flag} {path}: Found {len(images)} images, but expected at least {needed}")
-    args.check_count(path, len(images))
-    return images
+    return images, args.check_count(path, len(images))
 
 
 def calculate_statistics(images, indices, extractor, batch_size, processes):
@@ -136,9 +137,10 @@ def calc(args, processes):
     if args.check_only:
         open_networks(args, processes.device, reference, size)
         return say(f"{args.ref}: reference and networks are ready\n{AFTER_CHECK}")
-    images = load_images(args, args.images, "--images", args.num)
+    images, accepted = load_images(args, args.images, "--images", args.num)
     if line := other_size(images, size, args.other_size):
         note(f"warning: {line}")
+        accepted.append(line)
     extractor = open_networks(args, processes.device, reference, images.shape[:2])
     indices = choose_subset(len(images), args.num, args.seed)
     note(f"{len(indices)} of the {len(images)} images are measured")
@@ -157,7 +159,8 @@ def calc(args, processes):
     if "fd_dinov2" in metrics:
         settings["fd_dinov2_resize"] = RESIZE
         note(f"fd_dinov2: the resize is {RESIZE}")
-    Result(metrics, args.images, reference=args.ref, count=len(indices), settings=settings).write(path)
+    about = {"reference": args.ref, "warnings": accepted, "count": len(indices), "settings": settings}
+    Result(metrics, args.images, **about).write(path)
 
 
 def ref(args, processes):
@@ -165,7 +168,7 @@ def ref(args, processes):
     if args.dest.endswith(".npz"):  # `calc` would take it for ADM's
         raise InputError(f"--dest {args.dest} is written as a pickle; use a name that ends in .pkl")
     check_writable(args.dest, "--dest")
-    images, extractor = load_images(args, args.data, "--data", 2), open_networks(args, processes.device)
+    (images, _), extractor = load_images(args, args.data, "--data", 2), open_networks(args, processes.device)
     statistics = calculate_statistics(images, choose_subset(len(images)), extractor, args.batch, processes)
     if processes.is_main:
         content = {"num_images": len(images), "image_size": images.shape[:2]}

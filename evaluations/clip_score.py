@@ -103,12 +103,12 @@ def main(argv=None):
         ClipScorer(args.clip, args.device)
         return print(f"{args.clip}: ready to score\n{AFTER_CHECK}")
     images = open_images(args.samples, "samples")
-    args.check_count(args.samples, len(images))
+    accepted = args.check_count(args.samples, len(images))
     prompts = read_prompts(args.samples, len(images), args.prompts)
     scores = score(images, prompts, ClipScorer(args.clip, args.device), args.batch_size)
     print(f"{len(images)} images, {args.clip}")
     print("\n".join(f"{name:24} {value:.4f}" for name, value in scores.items()))
-    Result(scores, args.samples, clip=args.clip, count=len(images)).write(path)
+    Result(scores, args.samples, clip=args.clip, count=len(images), warnings=accepted).write(path)
 
 
 if __name__ == "__main__":

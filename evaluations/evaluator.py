@@ -127,7 +127,7 @@ def check_inputs(args, processes):
 def evaluate(args, processes):
     """Wire files, extractor and distances; every process takes its share of the images, the first does the rest."""
     sides = reference, sample = Side("reference", args.reference, args), Side("sample", args.samples, args)
-    args.check_count(args.samples, len(sample.images))
+    accepted = args.check_count(args.samples, len(sample.images))
     if (args.splits or 1) > len(sample.images):
         raise InputError(f"--splits {args.splits}: {args.samples} holds only {len(sample.images)} images")
     lines, odd = [str(side) for side in sides], oddities(*sides, args)
@@ -148,7 +148,7 @@ def evaluate(args, processes):
     kept = ("precision", "block", "neighbors", "splits", "sqrtm", "batch_size")
     settings = {name: getattr(args, name) for name in kept}
     settings |= {"features": extractor.name, "inception_weights": args.inception_weights}
-    about = {"reference": args.reference, "arrays": lines, "warnings": odd, "count": len(sample.images)}
+    about = {"reference": args.reference, "arrays": lines, "warnings": [*accepted, *odd], "count": len(sample.images)}
     Result(metrics, args.samples, **about, settings=settings).write(path)
 
 

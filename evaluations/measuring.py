@@ -39,6 +39,19 @@ def split(words):
     return words[:cut], words[cut + 1 :]
 
 
+def check_generate(given, ckpt, own=()):
+    """Raise InputError for flags of generate*.py, parsed from the words after `--`, that the program itself sets.
+
+    own: names of others than these that it sets.
+    """
+    plain = {field.name: field.default for field in dataclasses.fields(given)} | {"ckpt": ckpt}
+    for name in ("ckpt", "num_fid_samples", "sample_dir", "grid", "decode", *own):
+        if getattr(given, name) != plain[name]:
+            raise InputError(f"{shown(name)} after --: it is set here, or cannot be; leave it out")
+    if given.format == "png":
+        raise InputError("--format png after -- leaves no npz to measure; leave it out")
+
+
 def run_python(processes, *command):
     """Run a program of the repository, under torchrun if there are several processes. Raises InputError if it fails."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]

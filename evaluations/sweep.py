@@ -20,7 +20,7 @@ from pathlib import Path
 from common.errors import InputError, exit_on_input_error
 from common.files import check_writable, write_atomically, write_json
 from common.flags import BLOCKS, SAMPLER_STEPS, FlagTextError, flag, parse_early, parse_flags, required, shown
-from evaluations.measuring import DIGITS, MeasuringFlags, check_reference, make_result, split
+from evaluations.measuring import DIGITS, MeasuringFlags, check_generate, check_reference, make_result, split
 from sampling.flags import BRANCH_FLAGS, GenerateConfig, gap
 
 AS_THERE = "as in generate.py"
@@ -91,7 +91,7 @@ class Setting:
     def flags(self):
         """Of generate.py."""
         guidance = ["--cfg-scale", self.cfg_scale, "--guidance-low", self.low, "--guidance-high", self.high]
-        branches = [word for name, value in self.branches for word in (shown(name), value)]
+        branches = [f"{shown(name)}={value}" for name, value in self.branches]  # argparse takes -1e-05 for a flag
         return ["--num-steps", self.num_steps, *guidance, *branches]
 
     @property
@@ -185,7 +185,8 @@ def check(sweeps, generate):
     inputs += [("--ref", args.ref)] * (args.ref != DIGITS)
     if missing := [f"{flag} {path}" for flag, path in inputs if not Path(path).exists()]:
         raise InputError(f"{missing[0]} does not exist")
-    check_generate(args.ckpt, generate)
+    given = parse_flags(GenerateConfig, ["--ckpt", args.ckpt, *generate])
+    check_generate(given, args.ckpt, ("num_steps", "cfg_scale", "guidance_low", "guidance_high"))
     for setting in settings(args):
         Guidance(setting.cfg_scale, setting.low, setting.high).check([setting.low] * 2)  # for any sampler's times
     for each in sweeps:
@@ -197,17 +198,6 @@ def check(sweeps, generate):
     check_reference(args)
     for out, content in about.items():
         write_json(Path(out, RECORD), content)
-
-
-def check_generate(ckpt, generate):
-    """Raise InputError for flags of generate.py that contradict the sweep's own."""
-    plain, given = (parse_flags(GenerateConfig, ["--ckpt", ckpt, *words]) for words in ([], generate))
-    own = ("num_fid_samples", "sample_dir", "num_steps", "cfg_scale", "guidance_low", "guidance_high")
-    for name in own:
-        if getattr(given, name) != getattr(plain, name):
-            raise InputError(f"{shown(name)} after --: the sweep sets it; leave it out")
-    if given.format == "png":
-        raise InputError("--format png after -- leaves no npz to measure; leave it out")
 
 
 def check_checkpoint(args, generate):

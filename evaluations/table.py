@@ -64,8 +64,13 @@ def made(result):
         guidance = f"cfg {manifest.cfg_scale}{f' in {interval}' if interval != [0.0, 1.0] else ''}"
         guidance = guidance if is_guided(manifest) else "no guidance"
         branches = [f"{name.replace('_', ' ')} {value}" for name, value in manifest.branch_settings().items()]
-        words = [manifest.mode, f"{manifest.num_steps} steps", guidance, *branches, manifest.weights]
-    return ", ".join(filter(None, [*words, result.count is not None and f"{result.count} images"]))
+        labels = manifest.label_mode not in (None, "random", "prompts") and f"labels {manifest.label_mode}"
+        shift = manifest.shift not in (None, 1.0) and f"shift {manifest.shift}"
+        sampler = f"{manifest.mode}{' with heun' * bool(manifest.heun)}"
+        words = [sampler, f"{manifest.num_steps} steps", shift, guidance, *branches, labels, manifest.weights]
+    words += [result.count is not None and f"{result.count} images"]
+    words += [result.reference and f"against {Path(result.reference).name}"]
+    return ", ".join(filter(None, words))
 
 
 def is_guided(manifest):

@@ -20,7 +20,7 @@ from common.errors import InputError, exit_on_input_error, note
 from common.files import check_writable, locked, read_bytes, remove_leftovers, write_json
 from common.flags import LARGEST, Range, flag, parse_early, parse_flags, required
 from common.records import Count, read_record
-from evaluations.measuring import DIGITS, MeasuringFlags, check_reference, make_result, split
+from evaluations.measuring import DIGITS, MeasuringFlags, check_generate, check_reference, make_result, split
 from models.presets import PRESETS
 from sampling.flags import GenerateConfig, TextGenerateConfig
 
@@ -165,7 +165,8 @@ def save_curve(args):
 def check(args, generate):
     """Raise InputError early for what would fail later or mix results; returns the flags with defaults filled in."""
     settings = Settings.read(args.run)
-    parse_flags(TextGenerateConfig if settings.is_text else GenerateConfig, ["--ckpt", args.run, *generate])
+    words = ["--ckpt", args.run, *generate]
+    check_generate(parse_flags(TextGenerateConfig if settings.is_text else GenerateConfig, words), args.run)
     if args.ref != DIGITS and not Path(args.ref).exists():
         raise InputError(f"--ref {args.ref} does not exist; name a reference file, or pass --ref digits")
     args = dataclasses.replace(args, metric=args.metric or args.distance, out=args.out or str(Path(args.run, "watch")))

@@ -13,11 +13,11 @@ import dataclasses
 from common.errors import InputError, exit_on_input_error
 from common.files import check_writable
 from common.flags import flag, parse_early, parse_flags, required
-from evaluations.metrics.results import Result, SampleFlags
+from evaluations.metrics.results import CountedSamples, Result
 
 
 @dataclasses.dataclass(kw_only=True)
-class ReportFlags(SampleFlags):
+class ReportFlags(CountedSamples):
     samples: str = required("npz, folder or zip of samples", group="data")
     data: str | None = flag(None, "CIFAR-10, for its test/: a folder or zip", str, group="data", metavar="DIR|ZIP")
     judge: str = flag("assets/cifar10-judge", "folder that studies.train_judge made", group="data")

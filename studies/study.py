@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -91,7 +92,7 @@ class Run:
 
     @property
     def name(self):
-        axis = "".join(f"-{name}{self.value}" for name in self.study.axis)
+        axis = "".join(f"-{name}" + re.sub(r"[/\\:]", "_", str(self.value)) for name in self.study.axis)
         return f"{self.variant}{axis}-seed{self.seed}"
 
     @property

@@ -51,15 +51,25 @@ def errors_by_time(records, last):
     return dict(found)
 
 
-def curve_of(records, field, last):
+def curve_of(records, field, last, every):
     """[(step, number)] of a field of log.jsonl's records, up to the step `last`; [] if there is none.
 
-    `*` stands for the largest number in the log: loss_v* is loss_v2 for a run with two branches.
+    Means over parts of `every` steps, which a stop leaves, become one. `*` stands for the largest number in the log:
+    loss_v* is loss_v2 for a run with two branches.
     """
     pattern = re.compile(re.escape(field).replace(r"\*", r"(\d+)"))
     found = {tuple(map(int, match.groups())): name for r in records for name in r if (match := pattern.fullmatch(name))}
     name = found[max(found)] if found else None
-    return [(int(record["step"]), record[name]) for record in records if name in record and record["step"] <= last]
+    points, begin, end, total = [], 0, 0, 0.0
+    for record in (record for record in records if name in record and record["step"] <= last):
+        step, number = int(record["step"]), record[name]
+        if "steps_per_s" in record:  # a mean since the line before, not measured at this step
+            total, end = total + (step - end) * number, step
+            if step % every and step != last:
+                continue
+            number, total, begin = total / (step - begin), 0.0, step
+        points.append((step, number))
+    return points
 
 
 def measured(run):
@@ -70,7 +80,7 @@ def measured(run):
     options = read_record(checkpoints.Run, run.folder / "config.json", "move the run away").model_options
     per_step = flops_per_image(run.config, options) * run.config.batch_size
     records = [parse_line(line, f"{log}, line {number}") for number, line in read_lines(log)]
-    curves = {field: curve_of(records, field, last) for field in run.study.fields}
+    curves = {field: curve_of(records, field, last, run.config.log_every) for field in run.study.fields}
     if lost := [field for field, points in curves.items() if not points]:
         raise InputError(f"{log} has no field {lost[0]}; correct `fields` in the study file, or the flags that log it")
     numbers = {field: points[-1][1] for field, points in curves.items()}

@@ -152,7 +152,9 @@ def test_a_reference_of_another_size_is_refused_unless_asked_for(files, tmp_path
     for other in ("large.pkl", "adm.npz"):
         refused(f"{says}; .*pass --other-size", *flags(folder, tmp_path / other, features))
     assert "Setting up" not in capsys.readouterr().out.split("wrote")[-1]  # before any network is loaded
-    run(*flags(folder, tmp_path / "large.pkl", features), "--other-size")
+    run(*flags(folder, tmp_path / "large.pkl", features), "--other-size", "--json", tmp_path / "odd.json")
+    (warning,) = json.loads((tmp_path / "odd.json").read_text())["warnings"]
+    assert warning.startswith(says)
     out, err = capsys.readouterr()
     assert "fd_corners = " in out and f"warning: {says}" in err
     content = pickle.loads(ref.read_bytes())

@@ -148,6 +148,26 @@ def test_a_place_that_cannot_be_written_ends_the_search(environment, tmp_path):
     assert "evaluations.sweep" not in (tmp_path / "calls").read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "remedy"),
+    [
+        ("base/eval", ["--sample-dir", "other"], "SAMPLE_DIR=FOLDER"),
+        ("base/eval", ["--num_samples=5"], "NUM_FID_SAMPLES=N"),
+        ("t2i/eval", ["--ckpt", "other.pt"], "CKPT=FILE"),
+        ("dmf/eval_xl", ["--num-steps", "8"], 'STEPS="1 2 4"'),
+        ("base/eval", ["--format=png"], "REF=none"),
+        ("dmf/eval_xl", ["--no-create-npz"], "REF=none"),
+    ],
+)
+def test_flags_that_a_recipe_needs_for_itself_are_refused(environment, tmp_path, script, words, remedy):
+    (tmp_path / "VAL").mkdir()
+    own = {"VAL_JSON": str(tmp_path / "ref.npz"), "VAL_IMAGES": str(tmp_path / "VAL")}
+    done = run(script, {**environment, **own}, *words)
+    assert done.returncode == 2 and remedy in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    calls = tmp_path / "calls"
+    assert not calls.exists() or "generate" not in calls.read_text()
+
+
 def test_guided_evaluation_needs_a_reference(environment, tmp_path):
     done = run("guided", {**environment, "REF": "none"})
     assert done.returncode == 2 and done.stderr.startswith("error: REF=none leaves nothing")

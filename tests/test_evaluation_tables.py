@@ -206,6 +206,17 @@ def test_no_match_says_so(tmp_path, capsys):
     assert papers(capsys) == ["| *no published row* |  |  |  |  |  |  |"]
 
 
+def test_what_was_sampled_otherwise_is_told_apart(tmp_path):
+    same = table.made(Result.read(result(tmp_path / "a.json")))
+    for changes in ({"mode": "ode", "heun": True}, {"label_mode": "balanced"}, {"shift": 1.5, "mode": "euler"}):
+        other = {**changes, **{name: None for name in changes if name != "mode"}}
+        texts = [table.made(Result.read(result(tmp_path / "b.json", **given))) for given in (changes, other)]
+        assert len({same, *texts}) == 3 - ("mode" not in changes)
+    content = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps({**content, "reference": "/refs/own.npz"}))
+    assert table.made(Result.read(tmp_path / "c.json")) == f"{same}, against own.npz"
+
+
 def test_plots_hold_the_published_curves_and_the_runs(tmp_path, capsys):
     xl = [result(tmp_path / f"{k}.json", "DeepFlow-XL/2", step=k * 1000, metrics={"fid": 100 - k}) for k in (10, 20)]
     guided = result(tmp_path / "guided.json", cfg_scale=1.5)

@@ -436,10 +436,27 @@ def test_seeds_without_common_steps_have_no_curve(groups, tmp_path, monkeypatch)
 def test_the_star_is_the_last_branch():
     records = [{"step": step, "loss_v2": 2.0, "loss_v10": 10.0 + step, "loss_a11": 0.0} for step in (1, 2, 3)]
     records.append({"step": 3, "held_v1_t0.5": 5.0})
-    assert summary.curve_of(records, "loss_v*", 2) == [(1, 11.0), (2, 12.0)]
-    assert summary.curve_of(records, "held_v*_t0.5", 3) == [(3, 5.0)]
+    assert summary.curve_of(records, "loss_v*", 2, 1) == [(1, 11.0), (2, 12.0)]
+    assert summary.curve_of(records, "held_v*_t0.5", 3, 1) == [(3, 5.0)]
     for field in ("loss_v", "held_v*", "held_v*_t0x5"):
-        assert summary.curve_of(records, field, 3) == []
+        assert summary.curve_of(records, field, 3, 1) == []
+
+
+def test_means_that_a_stop_cut_become_one():
+    """8 and 2 of ten steps, and a held-out line, which is no mean; with one line per ten steps nothing changes."""
+    lines = [(10, 5.0), (18, 1.0), (20, 2.0)]
+    records = [{"step": step, "loss_v1": loss, "steps_per_s": 3.0} for step, loss in lines]
+    assert summary.curve_of([*records, {"step": 20, "loss_v1": 9.0}], "loss_v1", 20, 10) == [
+        *((10, 5.0), (20, pytest.approx(1.2))),
+        (20, 9.0),
+    ]
+
+
+def test_an_axis_may_be_of_models(tmp_path):
+    axis = '[axis]\nmodel = ["SiT-Ti/2", "DeepFlow-Ti/2"]\n[variants.a]\n'
+    (tmp_path / "s.toml").write_text(f'baseline = "a"\nseeds = [0]\nfields = ["loss"]\n{axis}')
+    _, runs = read_study(tmp_path / "s.toml", tmp_path)
+    assert [run.name for run in runs] == ["a-modelSiT-Ti_2-seed0", "a-modelDeepFlow-Ti_2-seed0"]
 
 
 def test_a_field_that_no_log_has_is_named(file, out, tmp_path, capsys):

@@ -26,7 +26,16 @@ def test_branches_are_axes(tmp_path):
     assert exit.name == "steps-250-cfg-1.0-exit-schedule-0.8-1-0.3-2"
 
 
-@pytest.mark.parametrize("words", [["--num-steps", "5"], ["--cfg-scale", "2"], ["--format", "png"]], ids=" ".join)
+def test_a_small_negative_gap_is_passed_on():
+    axes = ["--ckpt", "x", "--ref", "digits", "--out", "o", "--num-steps", "5", "--branch-gap=-0.00001"]
+    (setting,) = sweep.settings(sweep.parse(axes)[0])
+    assert parse_flags(GenerateConfig, ["--ckpt", "x", *map(str, setting.flags)]).branch_gap == -1e-5
+
+
+SET = [["--num-steps", "5"], ["--cfg-scale", "2"], ["--format", "png"], ["--ckpt", "o.pt"], ["--grid", "2x2"]]
+
+
+@pytest.mark.parametrize("words", SET, ids=" ".join)
 def test_flags_of_generate_that_the_sweep_sets_are_refused_before_sampling(words, ckpt, tmp_path):
     own = ["--ckpt", str(ckpt), "--ref", "digits", "--out", str(tmp_path / "sweep"), "--num-fid-samples", "4"]
     with pytest.raises(InputError, match=f"^{words[0]} .*after --.*leave it out"):
@@ -63,7 +72,7 @@ def test_several_checkpoints_give_means_standard_errors_and_differences(tmp_path
     ]
     ((plain, guided),) = drawn.values()
     assert plain == (1.0, 2.0, pytest.approx(1.0)) and guided == (2.0, pytest.approx(2.6), pytest.approx(1.1))
-    assert (tmp_path / "out/best.txt").read_text().endswith("--ig-scale 1.0\n")
+    assert (tmp_path / "out/best.txt").read_text().endswith("--ig-scale=1.0\n")
     result_of(folder, "steps-5-cfg-1.0-ig-scale-2.0", 1.0, **{**cost, "ig_scale": 3.0})
     with pytest.raises(InputError, match=r"ig_scale \(3.0\).*delete it"):
         sweep.main(["--ckpt", *ckpts, *flags, "--ig-scale", "1", "2"])

@@ -132,6 +132,8 @@ def test_evaluation_samples_and_measures_as_table_6(environment, tmp_path):
     suite = parse_flags(EvaluatorFlags, calls[2][1:])
     assert (suite.reference, suite.samples, suite.splits) == (images, npz, 10)
     assert parse_flags(ClipFlags, calls[3][1:]).samples == npz
+    written = [line[line.index("--json") + 1] for line in calls[1:4]]
+    assert [name.rpartition("NAME")[2] for name in written] == ["-coco.json", "-adm.json", "-clip.json"]
     shown = parse_flags(TextGenerateConfig, calls[4][1:])
     assert (shown.prompts, shown.format) == ([str(tmp_path / "metadata.jsonl")], "png")
     _, checked = parse_commands({"check": CheckFlags}, calls[5][1:])

@@ -109,7 +109,7 @@ class FolderImages:
 def read_samples(flags, path, side, fewest, kind, remedy):
     """(uint8 (N, side, side, 3), labels in the manifest beside them, a `kind` such as list[int]) of generated images.
 
-    flags: SampleFlags; fewest: smallest N. Raises InputError.
+    flags: CountedSamples; fewest: smallest N. Raises InputError.
     """
     images = open_images(path, "--samples")
     flags.check_count(path, len(images))

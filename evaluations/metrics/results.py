@@ -19,7 +19,7 @@ from sampling.manifest import SETTINGS, SampleManifest, manifest_path, read_mani
 from sampling.stores import GenEvalFiles, PngFiles
 
 # Names of metrics where lower is better begin with one of these.
-LOWER = ("fid", "sfid", "kid", "fd_", "kd_", "distance", "feature_distance", "Fréchet")
+LOWER = ("fid", "sfid", "kid", "fd_", "kd_", "distance", "Fréchet")
 LABELS = {"inception_score": "Inception Score", "fid": "FID", "sfid": "sFID"}  # as ADM's evaluator prints them
 LABELS |= {"precision": "Precision", "recall": "Recall", "kid": "KID", "kid_standard_error": "KID standard error"}
 OTHER = {"fd": "FD", "precision": "Precision", "recall": "Recall", "kd": "KD", "kd_standard_error": "KD standard error"}
@@ -133,31 +133,43 @@ def markdown(header, rows):
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
-@dataclasses.dataclass(kw_only=True)
-class SampleFlags:
-    """Whether incomplete samples are accepted."""
+class CountedSamples:
+    """Refuses samples that are not all there."""
 
-    incomplete: bool = flag(False, "measure incomplete samples instead of refusing them", group="data")
+    incomplete = None  # the value of --incomplete, where a program has it
 
     def check_count(self, samples, count):
-        """Refuse `count` samples if they contradict the files beside them, or if sampling is not finished."""
+        """[A fault that --incomplete accepts], [] if none: `count` samples contradict the files beside them.
+
+        Raises InputError.
+        """
         manifest = sample_manifest(samples)
         said = manifest and manifest.num_fid_samples
         if said not in (None, count):
-            self.refuse(f"{samples} holds {count} samples, {manifest_path(samples)} says {said}")
+            return self.refuse(f"{samples} holds {count} samples, {manifest_path(samples)} says {said}")
         elif said and (paths := lacking(samples, manifest)):
-            self.refuse(f"{samples} lacks {len(paths)} images, the first is {paths[0]}")
+            return self.refuse(f"{samples} lacks {len(paths)} images, the first is {paths[0]}")
         elif manifest and manifest.npz_sha256 and Path(samples).suffix == ".npz":
             if sha256_of_files(samples) != manifest.npz_sha256:
-                self.refuse(f"{samples} is not the file that {manifest_path(samples)} describes")
+                return self.refuse(f"{samples} is not the file that {manifest_path(samples)} describes")
         elif manifest is None and (Path(samples) / SETTINGS).is_file():
-            self.refuse(f"sampling into {samples} is not finished ({count} samples)")
+            return self.refuse(f"sampling into {samples} is not finished ({count} samples)")
+        return []
 
     def refuse(self, fault):
-        """Raise InputError for incomplete samples; with --incomplete only warn."""
+        """Raise InputError for incomplete samples; with --incomplete print the fault and return it in a list."""
         if not self.incomplete:
-            raise InputError(f"{fault}; complete them, or pass --incomplete to measure what is there")
+            remedy = "" if self.incomplete is None else ", or pass --incomplete to measure what is there"
+            raise InputError(f"{fault}; complete or repeat them{remedy}")
         note(f"warning: {fault}")
+        return [fault]
+
+
+@dataclasses.dataclass(kw_only=True)
+class SampleFlags(CountedSamples):
+    """Whether incomplete samples are accepted."""
+
+    incomplete: bool = flag(False, "measure incomplete samples instead of refusing them", group="data")
 
 
 AFTER_CHECK = "next: the same command without --check-only"

@@ -19,11 +19,10 @@ sample() { # NAME PROMPTS [flags]
 }
 
 measure() { # RUNNER SAMPLES [flags]
-    local json=$RESULTS/$EXP_NAME
-    edm2 "$1" "$2" "$json-coco.json" "${@:3}"
+    edm2 "$1" "$2" "$(result_of "$2" -coco)" "${@:3}"
     # ten splits for the Inception Score: ADM's splits of 5,000 images would leave a last one of 192
-    REF=$VAL_IMAGES adm "$1" "$2" "$json-adm.json" --splits 10 "${@:3}"
-    python -m evaluations.clip_score "$2" --clip "$CLIP" --json "$json-clip.json" "${@:3}"
+    REF=$VAL_IMAGES adm "$1" "$2" "$(result_of "$2" -adm)" --splits 10 "${@:3}"
+    python -m evaluations.clip_score "$2" --clip "$CLIP" --json "$(result_of "$2" -clip)" "${@:3}"
 }
 
 check_sampling "$@"
