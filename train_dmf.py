@@ -3,8 +3,8 @@
     accelerate launch train_dmf.py --exp-name map --model DMFT-XL/2 --init-from SiT-XL-2.pt --data-dir DATA
     python train_dmf.py --exp-name map --model DeepFlow-DMF-B/2 --init-from exps/b/checkpoints/0400000.pt
 
-Everything else is as in train.py. The curves to watch are error_flow and error_map of log.jsonl: the loss itself is a
-logarithm whose level says little.
+Flags that train.py has too mean the same. The curves to watch are error_flow and error_map of log.jsonl: the loss
+itself is a logarithm whose level says little.
 """
 
 import functools

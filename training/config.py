@@ -187,6 +187,7 @@ ALIGN = (
     "align VeRA's output (a block's, if single-branch) with a self-supervised encoder; default: single-branch models "
     "align if --enc-type, --encoder-depth or --proj-coeff is given, as in REPA"
 )
+TIMES = "distribution of t; lognormal: sigmoid(N(0, 1))"
 ENCODER = "dinov2-vit-b"
 ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; default: {ENCODER}"
 
@@ -202,7 +203,7 @@ class FlowFlags(ConventionFlag, RunFlags):
     proj_coeff: float = loss_flag(None, "weight of the alignment loss; default: 0.5", float, range=AT_LEAST_0)
     vera: str = model_flag("full", "between branches, as in Table 7a: none, gap, acceleration or full")
     acc_mlp: tuple = model_flag(None, "widths of ACC_MLP; default: 2048 4096 2048", int, range=WIDTHS, nargs="+")
-    weighting: str = loss_flag("lognormal", "distribution of t", choices=["uniform", "lognormal"])
+    weighting: str = loss_flag("lognormal", TIMES, choices=["uniform", "lognormal"])
     tg_upper_bound: float = loss_flag(
         None, "upper bound of branches' time gap (alpha); default: 0.01, --vera none: 0", float, range=PROBABILITY
     )
@@ -268,7 +269,7 @@ class TextTrainConfig(FlowFlags):
 
     model: str = model_flag("DeepFlow-MMDiT-L/2", "preset, one of " + ", ".join(TEXT_MODELS))
     init: str = model_flag(None, "initialisation (repa: PyTorch's); default: preset's", str, choices=["dit", "repa"])
-    weighting: str = loss_flag("uniform", "distribution of t", choices=["uniform", "lognormal"])
+    weighting: str = loss_flag("uniform", TIMES, choices=["uniform", "lognormal"])
     cfg_prob: float = loss_flag(0.1, "probability that a caption becomes the empty one", range=PROBABILITY)
     data_dir: str = data_flag("data/coco256/train", "folder that holds vae-sd/ and text/, or U-ViT's", free=True)
     max_train_steps: int = optim_flag(150_000, "optimizer steps", range=AT_LEAST_1, free=True)
