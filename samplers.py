@@ -23,7 +23,7 @@ def time_grid(num_steps, last=0.0, shift=1.0):
         even = torch.cat([torch.linspace(1, last, num_steps, dtype=torch.float64), torch.zeros(1).double()])
     else:
         even = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return (shift * even / (1 + (shift - 1) * even)).clamp(max=1)  # rounding
+    return (shift * even / (1 + (shift - 1) * even)).clamp(max=1)  # rounding may exceed 1
 
 
 @dataclasses.dataclass
@@ -84,7 +84,7 @@ class BranchOptions:
 
     def last(self, t, k):
         """The branch after which a step from t ends."""
-        t = round(float(t), 6)  # 0.30000000000000004 of a time grid is 0.3
+        t = round(float(t), 6)  # a time grid's 0.30000000000000004 counts as 0.3
         return next((branch for end, branch in self.exits if t > end), k)
 
     def times(self, t, end, k):

@@ -3,7 +3,7 @@
     accelerate launch train_dmf.py --exp-name map --model DMFT-XL/2 --init-from SiT-XL-2.pt --data-dir DATA
     python train_dmf.py --exp-name map --model DeepFlow-DMF-B/2 --init-from exps/b/checkpoints/0400000.pt
 
-Flags that train.py has too mean the same. The curves to watch are error_flow and error_map of log.jsonl: the loss
+Flags shared with train.py mean the same. The curves to watch are error_flow and error_map of log.jsonl: the loss
 itself is a logarithm whose level says little.
 """
 

@@ -122,7 +122,7 @@ def _end(line, code):
 
 
 def report(line):
-    """Print the last line of a command that fails, and record it for torchrun."""
+    """Print the final message of a failing command, and record it for torchrun."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     if record := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its contents at the end

@@ -120,7 +120,7 @@ def remove_leftovers(path):
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         number = left.name.split(".")[-2]
-        is_own = left.name == f".{path.name}.{number}.tmp"  # not that of another file whose name begins alike
+        is_own = left.name == f".{path.name}.{number}.tmp"  # not that of a file whose name starts the same
         if is_own and number.isdecimal() and (int(number) == os.getpid() or not _is_alive(int(number))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 

@@ -52,17 +52,17 @@ class Processes:
     def __exit__(self, error, *_):
         if self.world == 1:
             return
-        with contextlib.suppress(Exception):  # the process that keeps the store may be gone
+        with contextlib.suppress(Exception):  # the process that hosts the store may be gone
             self.count("left" if error is None else "failed", 1)
             while error is None and self.is_main and self.count("left") + self.count("failed") < self.world:
-                time.sleep(0.1)  # the others may still read the store, which this process may keep
+                time.sleep(0.1)  # this process may host the store, and others may still read it
         if error is None:  # NCCL's end waits for all processes: an error would never be shown
             dist.destroy_process_group()
 
     def check_others(self):
-        """Raise InputError if another process has failed; on another machine, no launcher would end this one."""
+        """Raise InputError if another process has failed: no launcher ends this one if that was on another machine."""
         if self.count("failed"):
-            raise InputError("another process failed; see its message, then run the same again")
+            raise InputError("another process failed; fix what its message says, then run the same again")
 
     @property
     def is_main(self):

@@ -90,7 +90,8 @@ def open_networks(args, device, known=None, size=None):
         raise InputError(f'Invalid metric "{unknown[0]}"; --metrics takes {", ".join(loaders)}')
     if args.features:
         if f"fd_{args.extractor}" in loaders:
-            raise InputError(f"--features {args.features}: its results would be called fd_dinov2; rename the file")
+            fault = f"--features {args.features}: its result would be named fd_dinov2, as DINOv2's is"
+            raise InputError(f"{fault}; rename the file")
         names.append(f"fd_{args.extractor}")
         loaders[names[-1]] = (args.features, lambda: features.load_features(args.features, device))
     networks = {}

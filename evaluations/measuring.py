@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from common.errors import InputError, note
-from common.flags import IMAGES, ROOT, WORKERS, flag, parse_flags, required, shown
+from common.flags import IMAGES, ROOT, WORKERS, flag, parse_flags, required, shown, words_of
 from evaluations.metrics.results import NetworkFlags, label
 
 DIGITS = "digits"  # value of --ref
@@ -40,14 +40,15 @@ def split(words):
 
 
 def check_generate(given, ckpt, own=()):
-    """Raise InputError for flags of generate*.py, parsed from the words after `--`, that the program itself sets.
+    """Raise InputError if a flag of generate*.py given after `--` is one that the calling program sets itself.
 
-    own: names of others than these that it sets.
+    given: those flags, parsed; own: further names that it sets.
     """
     plain = {field.name: field.default for field in dataclasses.fields(given)} | {"ckpt": ckpt}
     for name in ("ckpt", "num_fid_samples", "sample_dir", "grid", "decode", *own):
         if getattr(given, name) != plain[name]:
-            raise InputError(f"{shown(name)} after --: it is set here, or cannot be; leave it out")
+            flag = words_of(shown(name), getattr(given, name))[0]
+            raise InputError(f"{flag} is not allowed after --: this program decides it; leave it out")
     if given.format == "png":
         raise InputError("--format png after -- leaves no npz to measure; leave it out")
 

@@ -45,20 +45,22 @@ ABOUT = {  # what stands above a table
     "2": "256², 80 epochs, SDE with 250 steps, no guidance. Lower FID is better.",
     "3": "256², SDE with 250 steps, no guidance; the row of 100 epochs is from the text.",
     "4": "256² with classifier-free guidance. Sampler, guidance scale and interval are not stated. SiT's "
-    "rows are those that the papers of SiT and REPA report, which train with uniform t: add `--weighting uniform`.",
-    "5": "512² with classifier-free guidance, as little stated as for Table 4; SiT's rows likewise.",
+    "numbers are those of the SiT and REPA papers, which train with uniform t. To match them, add "
+    "`--weighting uniform` to the training command; the run's name, `EXP_NAME`, then contains `uniform`.",
+    "5": "512² with classifier-free guidance. What Table 4 leaves open is open here too; its note on SiT applies.",
     "6": "Text-to-image on MS-COCO 256². FDD is FD-DINOv2, CLIP the mean cosine of a CLIP that the paper does not "
     "name, GenEval the mean over its six tags. Sampler and guidance are not stated.",
     "7a": "Parts of the method: B, uniform t, 80 epochs, SDE with 250 steps; as read above.",
     "7b": "α, the upper bound of the time gap; otherwise as Table 7a.",
     "7c": "λ, the weight of the acceleration loss, and a shallow ACC_MLP of widths {2048, 768}; otherwise as Table 7a.",
-    "8": "Sizes: lognormal t, 80 epochs, SDE with 250 steps. Parameters are in millions, as printed; GFLOPS are "
-    "multiply-adds of a forward pass as the paper counts them. It prints SiT-XL/2 with 13.7 here and 13.8 in Table 3.",
+    "8": "Sizes: lognormal t, 80 epochs, SDE with 250 steps. Parameters (in millions) and GFLOPS are the "
+    "paper's; its GFLOPS are multiply-adds of a forward pass. It gives SiT-XL/2 an FID of 13.7 here and of 13.8 in "
+    "Table 3.",
     "2d": "Euclidean distance between the features of the middle and of the last branch; how it is reduced over tokens "
     "and images is not stated. The models are taken to be those of Table 7a.",
     "DMF": "FID of flow maps by EDM2's calculate_metrics against the statistics of the full training set "
     "(`REF=imgnet256.pkl`, `imgnet512.pkl`); guidance is trained in. The first row of each resolution is the flow "
-    f"model that the map starts from, as `{FLOW_FILE}`. Nobody has published B.",
+    f"model that the map starts from, as `{FLOW_FILE}`. No numbers are published for B.",
 }
 
 

@@ -147,7 +147,7 @@ class Names(collections.abc.Sequence):
     """names.txt, memory-mapped: names[i] is the source name of row i."""
 
     def __init__(self, path, count, content=None):
-        """content: the file's bytes where they come from a zip."""
+        """content: the file's bytes, if it is in a zip."""
         content = map_file(path, CHECK) if content is None else content
         width = content.find(b"\n") + 1 or 1
         if len(content) != count * width:

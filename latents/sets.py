@@ -202,7 +202,7 @@ def open_mirror(moments):
     if found != expected:
         raise InputError(f"{folder} holds rows of {found}, {MOMENTS} of {expected}; encode it again")
     if manifest is not None:
-        if manifest.flipped is False and manifest.job.get("command") == "encode":  # `pack` once wrote false of any set
+        if manifest.flipped is False and manifest.job.get("command") == "encode":  # older `pack`: always
             raise InputError(f"{folder} was made without flipping the images; {MIRROR_AGAIN}")
         moments.spec.check_same(manifest.moments_spec().scaled_as(moments.spec), MOMENTS, str(folder))
         if manifest.image_set and not moments.has_images(manifest.image_set):

@@ -15,7 +15,7 @@ PEAK_FLOPS = {
     "A100": 312e12,  # A100 data sheet
     "L40S": 362e12,  # L40S data sheet
     "V100": 125e12,  # V100 data sheet, fp16 only
-    "V100 PCIE": 112e12,
+    "V100 PCIE": 112e12,  # spelled as torch reports it
     "RTX 4090": 165.2e12,  # Ada architecture white paper, appendix
     "RTX 3090": 71e12,  # GA102 architecture white paper, appendix
 }

@@ -54,7 +54,7 @@ def next_command(name, options):
 def main(arguments=None):
     name, options = parse_commands({name: cls for name, (cls, _) in COMMANDS.items()}, arguments, __doc__)
     if name in ("convert", "pack") and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(f"{name} runs in one process (--workers makes it faster); start it without torchrun")
+        raise InputError(f"{name} must be started without torchrun; --num-workers makes it faster")
     dest = getattr(options, "dest", None)
     writes = dest is not None and os.environ.get("RANK", "0") == "0"
     with locked(dest or ".", "--dest", writes), naming(dest or "the disk"):

@@ -92,7 +92,7 @@ def fill(writer, rows, function, processes, manifest, package, files=None):
     processes.barrier()
     if processes.is_main:
         if job.unfinished(batches)[0]:
-            raise InputError(f"{job.dest}: not all batches are recorded as finished; run the same again")
+            raise InputError(f"{job.dest}: some batches are not recorded as finished; run the same again")
         kept, left_out = job.kept(rows.names)
         names, labels = [rows.names[index] for index in kept], np.asarray(rows.labels)[kept]
         manifest = {**manifest, **rows.facts, "left_out": left_out, "versions": versions("torch", package)}

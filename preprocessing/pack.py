@@ -35,7 +35,7 @@ def pack_set(source, dest, options):
     moments = open_moments(source, options.vae)
     manifest, rows, labels, names = moments.manifest, moments.rows, moments.labels, moments.names
     num_classes = manifest.num_classes
-    if labels is None:  # images that captions describe
+    if labels is None:  # captioned images have none
         labels = np.full(len(rows), NO_LABEL)
     else:
         num_classes = open_dataset(source, num_classes=options.num_classes, data_vae=options.vae).info.num_classes

@@ -72,7 +72,7 @@ class ImageSource:
             raise InputError(f"{flag} {path} holds no images (by extensions that Pillow knows); unpack tar files first")
         check_names(names)
         if MANIFEST not in versions and f"{IMAGES}/{MANIFEST}" in versions:
-            raise InputError(f"{flag} {path} is a data folder; name its images: {self.path / IMAGES}")
+            raise InputError(f"{flag} {path} is a data folder; pass its images instead: {self.path / IMAGES}")
         root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in versions}
         self.manifest = None
         if FORMAT.encode() in root.get(MANIFEST, b""):  # other tools write a file of that name too
@@ -91,7 +91,7 @@ class ImageSource:
         return len(self.names)
 
     def origins(self):
-        """What the images were called before convert, with folders; their own names where convert made none of them."""
+        """Names of the images before convert, with folders; their present names if convert did not make them."""
         if not self._has_origins:
             return self.names
         content = None if self._zip is None else self._read_root(NAMES)
@@ -120,7 +120,7 @@ class ImageSource:
             if skip_bad:
                 return None, str(error)
             raise InputError(
-                f"{self.where(index)} cannot be read ({error}); repair it, or pass --skip-bad to convert"
+                f"{self.where(index)} cannot be read ({error}); repair it, or run convert with --skip-bad"
             ) from None
 
     def where(self, index):

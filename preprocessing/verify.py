@@ -206,7 +206,7 @@ def _check_images(folder, manifest, report, decode):
         _check_labels(folder, manifest, labels, sources, report)
         classes = {name: number for number, name in enumerate(manifest.class_names or ())}
         for source, label in zip(sources, labels.tolist(), strict=True):
-            # the top folder, where it is a class and not a number that convert gave
+            # the top folder's class, unless convert itself named the file (00000/img…)
             expected = label if OWN.fullmatch(source) else classes.get(class_of(source), label)
             if expected != label:
                 report.add("label", f"{folder}: {source} has label {label}, its folder is class {expected}")

@@ -23,8 +23,8 @@ SHOWN = {  # names of settings in messages; others as in the file
     **{name: shown(name) for name in FLAGS},
     "num_samples": "--num-fid-samples",
     "kept_as": "--format",
-    "labels_sha256": "file of that name: --labels",
-    "weights_sha256": "checkpoint of that name: --ckpt",
+    "labels_sha256": "SHA-256 of the --labels or --prompts file",
+    "weights_sha256": "SHA-256 of the weights in --ckpt",
 }
 KEPT_AS = {"png": "png or both", "geneval": "png or both", "parts": "npz"}  # {a store's kind: --format}
 OF_PROMPTS = ("prompts", "images_per_prompt", "text_encoder", "text")
@@ -150,8 +150,8 @@ def check_settings(folder, settings, name=SETTINGS, remedy="delete the folder or
         if key == "kept_as":
             old, new = KEPT_AS.get(old, str(old)), KEPT_AS[new]
             remedy = f"pass --format {old.split()[-1]}, or another --sample-dir"
-        change = f"another {SHOWN.get(key, key)} ({old}, now {new})"
-        raise InputError(f"{folder} holds images made with {change}; {remedy}")
+        change = f"{SHOWN.get(key, key)} was {old}, is now {new}"
+        raise InputError(f"{folder} holds images made with other settings: {change}; {remedy}")
     return found
 
 

@@ -19,7 +19,7 @@ from models.specs import LatentSpec
 from sampling.library import checkpoint_of, sample
 
 OUTPUTS = ("pil", "np", "latent")
-OWN = {"vae", "vae_dtype", "decode", "seed"}  # settings of `sampling.sample` that a pipeline has in other places
+OWN = {"vae", "vae_dtype", "decode", "seed"}  # replaced by a pipeline's vae, generator and output_type
 
 
 class DeepFlowTransformer(ModelMixin):
@@ -64,12 +64,12 @@ class DeepFlowPipeline(DiffusionPipeline):
         """ImagePipelineOutput with an image per class or prompt: "pil", "np" (N, R, R, 3) in [0, 1], or "latent".
 
         generator: only its initial seed is used, like --seed of generate.py; default: 0. settings: others of
-        `sampling.sample`, such as mode="ode", but none of OWN. Raises InputError.
+        `sampling.sample`, such as mode="ode", except OWN. Raises InputError.
         """
         if output_type not in OUTPUTS:
             raise InputError(f"output_type {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
         if own := sorted(OWN & settings.keys()):
-            raise InputError(f"{own[0]} is no setting of a pipeline; use its vae, generator and output_type")
+            raise InputError(f"a pipeline does not take {own[0]}; use its vae, generator or output_type instead")
         chunk = settings.pop("decode_batch_size", 32)
         given = {"steps": num_inference_steps, "cfg_scale": guidance_scale, **settings}
         seed = generator.initial_seed() if generator else 0

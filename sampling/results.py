@@ -34,7 +34,7 @@ def save_picture(sampler, processes):
         save_grid(np.concatenate(images), columns, config.out, **sampler.condition.words(columns))
         write_json(record, manifest.to_json())
     evaluations = rounded(sampler.cost.evaluations)
-    say(f"{config.out}: {config.grid} images of {config.ckpt}, {evaluations} model evaluations each")
+    say(f"{config.out}: a {config.grid} grid from {config.ckpt}, {evaluations} model evaluations each")
     say("next: the same command with --num-fid-samples 50000 instead of --grid")
     return Path(config.out)
 
@@ -182,9 +182,9 @@ def condition_words(config):
 
 
 def decoder_word(sampler):
-    """`vae-1f2e3d4c`, of the weights' hash, if --vae names a decoder other than the training data's; a VAE may move."""
+    """`vae-HASH` of its weights if --vae has another decoder than the training data's; its path may change."""
     own, used = (spec.decoder_sha256 for spec in (sampler.checkpoint.data_as(LatentSpec), sampler.spec))
-    return f"vae-{used[:8]}" if sampler.config.vae and used not in (None, own) else ""
+    return "" if None in (own, used) or own == used else f"vae-{used[:8]}"
 
 
 def default_folder(ckpt):

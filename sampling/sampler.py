@@ -135,7 +135,7 @@ def open_checkpoint(config, checkpoint=None):
         raise InputError(f"--cfg-scale {config.cfg_scale}: {fault}; pass --cfg-scale 1")
     spec = checkpoint.data_as(LatentSpec)
     if config.decode and (made := checkpoint.options["in_channels"]) != spec.channels:
-        fault = f"{config.ckpt} makes latents of {made} channels, its VAE {spec.vae} decodes {spec.channels}"
+        fault = f"{config.ckpt} makes latents of {made} channels, but its VAE {spec.vae} decodes {spec.channels}"
         raise InputError(f"{fault}; pass --no-decode")
     path_type = checkpoint.run.get("path_type") or config.path_type or "linear"
     answers = {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # FID with guidance (Tables 4 and 5). The paper states no scale, interval or sampler: a sweep measures small sets of
-# images over SCALES, INTERVALS (LOW,HIGH of t, 0 is data) and STEPS; then 50,000 images at the lowest FID.
+# images over SCALES, INTERVALS (LOW,HIGH of t, 0 is data) and STEPS; then 50,000 images with the setting of lowest FID.
 #   REF=VIRTUAL_imagenet256_labeled.npz bash script/guided.sh [more flags of generate.py, e.g. --mode ode --heun]
 EXP_NAME=${EXP_NAME:-deepflow-xl-3t}
 LAST_STEP=${LAST_STEP:-2000000}

@@ -35,10 +35,10 @@ check_sampling() { # [flags]: the files, and the flags given to the recipe
     local flags=" $* " name
     flags=${flags//_/-}
     for name in num-fid-samples=NUM_FID_SAMPLES=N num-samples=NUM_FID_SAMPLES=N sample-dir=SAMPLE_DIR=FOLDER ckpt=CKPT=FILE; do
-        [[ $flags != *" --${name%%=*}"[\ =]* ]] || fail "--${name%%=*} comes from ${name#*=}; leave it out"
+        [[ $flags != *" --${name%%=*}"[\ =]* ]] || fail "pass ${name#*=} instead of --${name%%=*}"
     done
     [[ $REF = none || ! $flags =~ " --format"[\ =]"png "|" --no-create-npz " ]] \
-        || fail "--format png gives nothing to measure; pass REF=none"
+        || fail "without an npz there is nothing to measure; leave out --format png and --no-create-npz, or pass REF=none"
 }
 
 check() { # SUITE REFERENCE FILE [flags]: everything but the samples; FILE: the usual name of such a reference
@@ -75,7 +75,7 @@ sample_and_measure() { # NAME [flags of generate.py]: ADM's suite, with the SDE 
 
 sample_and_measure_map() { # [flags of generate.py]: EDM2's FID and FD-DINOv2 with each number of STEPS (1 2 4)
     local steps json measured=()
-    [[ " $* " != *" --num"[-_]"steps"[\ =]* ]] || fail "--num-steps comes from STEPS=\"1 2 4\"; leave it out"
+    [[ " $* " != *" --num"[-_]"steps"[\ =]* ]] || fail "pass STEPS=\"1 2 4\" instead of --num-steps"
     check edm2 "Decoupled MeanFlow's statistics" imgnet256.pkl "$@"
     for steps in ${STEPS:-${NUM_STEPS:-1 2 4}}; do
         make_npz "${SAMPLE_DIR:-$OUTPUT_DIR/$EXP_NAME}/fid-steps-$steps" --mode euler --num-steps "$steps" "$@"

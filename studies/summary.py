@@ -54,8 +54,8 @@ def errors_by_time(records, last):
 def curve_of(records, field, last, every):
     """[(step, number)] of a field of log.jsonl's records, up to the step `last`; [] if there is none.
 
-    Means over parts of `every` steps, which a stop leaves, become one. `*` stands for the largest number in the log:
-    loss_v* is loss_v2 for a run with two branches.
+    A line is a mean over `every` steps; where a stop has split these, the means of the parts are combined. `*` stands
+    for the largest number in the log: loss_v* is loss_v2 for a run with two branches.
     """
     pattern = re.compile(re.escape(field).replace(r"\*", r"(\d+)"))
     found = {tuple(map(int, match.groups())): name for r in records for name in r if (match := pattern.fullmatch(name))}
@@ -63,7 +63,7 @@ def curve_of(records, field, last, every):
     points, begin, end, total = [], 0, 0, 0.0
     for record in (record for record in records if name in record and record["step"] <= last):
         step, number = int(record["step"]), record[name]
-        if "steps_per_s" in record:  # a mean since the line before, not measured at this step
+        if "steps_per_s" in record:  # a mean over the steps since the previous line, not a value at this step
             total, end = total + (step - end) * number, step
             if step % every and step != last:
                 continue

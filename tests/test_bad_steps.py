@@ -158,7 +158,7 @@ def test_counters_of_bad_steps():
     assert resumed.read() == (6, 1, 2)
     resumed.load_state_dict({"bad_steps": 9, "bad_steps_in_a_row": 4})
     resumed.count(torch.tensor(False))
-    assert resumed.read() == (9, 0, 0)  # cured: what was before this start does not end it
+    assert resumed.read() == (9, 0, 0)  # cured: bad steps before this start do not end the run
 
 
 @pytest.mark.parametrize(("max_bad_steps", "log_every", "stops_at"), [(2, 1, 2), (2, 5, 5), (3, 2, 4)])

@@ -281,7 +281,7 @@ def test_a_sweep_samples_and_measures_each_setting_once(tmp_path, capfd, monkeyp
     sweep.main([str(flag) for flag in flags])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.npz")} == before
     assert "computing sample" not in capfd.readouterr().out
-    with pytest.raises(InputError, match=r"another --num-fid-samples \(4, now 5\); name another --out"):
+    with pytest.raises(InputError, match=r"--num-fid-samples was 4, is now 5; name another --out"):
         sweep.main(
             [str(flag) for flag in ["--num-samples" if f == "--num-samples" else 5 if f == 4 else f for f in flags]]
         )

@@ -107,7 +107,7 @@ def test_what_is_compiled_is_the_network_and_kept_beside_the_samples(ckpt, tmp_p
 
 def test_latents_that_the_vae_cannot_decode_are_refused(vae, tmp_path):
     path = tiny.checkpoint(tmp_path / "eight.pt", vae, in_channels=8)
-    with pytest.raises(InputError, match=r"eight\.pt makes latents of 8 channels, its VAE .* decodes 4; pass"):
+    with pytest.raises(InputError, match=r"eight\.pt makes latents of 8 channels, but its VAE .* decodes 4; pass"):
         tiny.run_generate(path, tmp_path / "samples")
     assert not (tmp_path / "samples").exists()
 
@@ -121,7 +121,7 @@ def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
     (tmp_path / "labels.txt").rename(tmp_path / "moved/labels.txt")
     assert tiny.run_generate(ckpt, tmp_path / "50", labels=tmp_path / "moved/labels.txt")[2]["labels"] == expected
     (tmp_path / "moved/labels.txt").write_text("2\n1\n")
-    with pytest.raises(InputError, match="made with another file of that name: --labels"):
+    with pytest.raises(InputError, match="other settings: SHA-256 of the --labels or --prompts file was "):
         tiny.run_generate(ckpt, tmp_path / "50", labels=tmp_path / "moved/labels.txt")
 
 

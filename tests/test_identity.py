@@ -284,8 +284,13 @@ def test_sampling_goes_on_with_the_same_decoder_only(known, vae, tmp_path, monke
         _, again, _ = tiny.run_generate(known, tmp_path / "samples", vae=copied(vae, tmp_path / "moved/tiny-vae"))
     assert rows == [] and np.array_equal(again, images)
     other = changed_weights(vae, tmp_path / "other/tiny-vae", "decoder")
-    with pytest.raises(InputError, match=r"holds images made with another latents .*--sample-dir"):
-        tiny.run_generate(known, tmp_path / "samples", vae=other)
+    tiny.run_generate_only(known, tmp_path / "samples", vae=other)  # in a folder of its own
+    (npz,) = (tmp_path / "samples").glob(f"*-vae-{spec_of(other).decoder_sha256[:8]}-*.npz")
+    assert not np.array_equal(np.load(npz)["arr_0"], images)
+    record = npz.with_suffix("") / "settings.json"
+    record.write_text(record.read_text().replace(spec_of(other).decoder_sha256, "0" * 64))
+    with pytest.raises(InputError, match=r"holds images made with other settings: latents was .*--sample-dir"):
+        tiny.run_generate_only(known, tmp_path / "samples", vae=other)
 
 
 @pytest.mark.parametrize("form", ["both", "npz"])

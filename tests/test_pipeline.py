@@ -107,7 +107,7 @@ def test_the_card_shows_diffusers(folder):
         ({"class_labels": [0], "num_inference_steps": 0}, "steps"),
         ({"class_labels": [0], "output_type": "tensor"}, "output_type 'tensor'.*pil"),
         ({"class_labels": [0], "strength": 1}, "strength"),
-        ({"class_labels": [0], "seed": 1}, "seed is no setting of a pipeline; use its .* generator"),
+        ({"class_labels": [0], "seed": 1}, "does not take seed; use its .* generator"),
         ({"prompt": "a cat"}, "classes"),
         ({}, "classes"),
     ],

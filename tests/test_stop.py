@@ -213,7 +213,7 @@ def test_a_lost_process_ends_the_others_and_no_checkpoint_is_cut_short(data, tmp
     flags = tiny.train_flags(data, tmp_path, batch_size=6, checkpointing_steps=1)
     done = programs.run_ranks(3, "tests/faulty_train.py", fault, *flags)
     assert done.returncode == 1
-    assert "another process of the run has ended, so all end; --resume auto continues" in done.stderr
+    assert "another process of the run ended early, so this one ends too; use --resume auto" in done.stderr
     assert ("error: rows-00003.bin is damaged; pack it again" in done.stderr) == (fault == "failing-rank")
     tiny.load(tmp_path / "run/checkpoints/0000001.pt")
 

@@ -443,7 +443,7 @@ def test_the_star_is_the_last_branch():
 
 
 def test_means_that_a_stop_cut_become_one():
-    """8 and 2 of ten steps, and a held-out line, which is no mean; with one line per ten steps nothing changes."""
+    """Ten steps logged as 8 and 2, and a held-out line, which is not a mean; whole lines stay as they are."""
     lines = [(10, 5.0), (18, 1.0), (20, 2.0)]
     records = [{"step": step, "loss_v1": loss, "steps_per_s": 3.0} for step, loss in lines]
     assert summary.curve_of([*records, {"step": 20, "loss_v1": 9.0}], "loss_v1", 20, 10) == [

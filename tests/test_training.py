@@ -498,7 +498,7 @@ def test_a_jump_of_the_loss_is_announced(tmp_path, capsys, watched):
             log.write(step, epoch=0.1)
         log.bar.close()
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert warnings == [f"warning: at step 12 the {watched} is 7.0000, its running median 2.0000"]
+    assert warnings == [f"warning: at step 12, {watched} is 7.0000; its running median is 2.0000"]
 
 
 def test_epochs_end_a_run_before_the_last_step(data, tmp_path):

@@ -231,9 +231,9 @@ def test_training_leaves_temporary_files_of_other_programs_alone(training):
         (["--metric", "fid"], "--metric fid .*label agreement"),
         (["--once"], "holds no checkpoint yet; leave --once out"),
         (["--", "--num-stepz", "4"], "--num-stepz"),
-        (["--", "--num-samples", "7"], "--num-fid-samples after --: .*leave it out"),
-        (["--", "--ckpt", "other.pt"], "--ckpt after --: .*leave it out"),
-        (["--", "--no-decode"], "--decode after --: .*leave it out"),
+        (["--", "--num-samples", "7"], "--num-fid-samples is not allowed after --: .*leave it out"),
+        (["--", "--ckpt", "other.pt"], "--ckpt is not allowed after --: .*leave it out"),
+        (["--", "--no-decode"], "--no-decode is not allowed after --: .*leave it out"),
         (["--ref", "nowhere.npz"], "--ref nowhere.npz does not exist"),
         (["--every", "0"], "--every 0 is out of range"),
     ],
@@ -247,7 +247,7 @@ def test_mistakes_are_named_before_anything_is_sampled(training, words, message)
 def test_only_runs_are_watched_and_results_of_other_settings_are_not_mixed(training, tmp_path):
     training.train()
     start(training, "--once")
-    with pytest.raises(InputError, match=r"another --num-fid-samples \(5000, now 10\); name another --out"):
+    with pytest.raises(InputError, match=r"--num-fid-samples was 5000, is now 10; name another --out"):
         start(training, "--once", "--num-samples", "10")
     (training.folder / "watch/0000001.json").write_text("{")
     with pytest.raises(InputError, match=re.escape("0000001.json is not JSON") + ".*delete it"):

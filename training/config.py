@@ -187,7 +187,7 @@ ALIGN = (
     "align VeRA's output (a block's, if single-branch) with a self-supervised encoder; default: single-branch models "
     "align if --enc-type, --encoder-depth or --proj-coeff is given, as in REPA"
 )
-TIMES = "distribution of t; lognormal: sigmoid(N(0, 1))"
+TIMES = "distribution of t; lognormal means logit-normal, sigmoid(N(0, 1))"
 ENCODER = "dinov2-vit-b"
 ENCODER_NAMES = f"alignment encoders, None or comma-separated of {ENCODERS}; default: {ENCODER}"
 

@@ -17,7 +17,7 @@ from common.processes import device_of_process
 
 PREFLIGHT_SECONDS = 60
 REACH = (
-    "check that all processes started and reach each other "
+    "check that all processes started and can reach each other "
     "(address, port, firewall, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
 )
 STALL = datetime.timedelta(hours=1)  # how long processes wait for one that a file system stalls
@@ -51,7 +51,7 @@ def start_accelerator(config):
 
 @contextlib.contextmanager
 def connecting():
-    """End the process with an error if the block takes more than PREFLIGHT_SECONDS: it may wait for absent ones."""
+    """End the process with an error after PREFLIGHT_SECONDS: the block waits for all processes, started or not."""
 
     def give_up():
         report(f"error: preflight: {name_of_process()} did not reach all others within {PREFLIGHT_SECONDS} s; {REACH}")
@@ -79,11 +79,11 @@ def preflight(accelerator):
     ones = torch.ones(1)
     try:
         answer = accelerator.reduce(ones.to(accelerator.device), reduction="sum").item()
-        dist.all_reduce(ones, group=dist.new_group(backend="gloo"))  # signals and lost processes are told over gloo
+        dist.all_reduce(ones, group=dist.new_group(backend="gloo"))  # which carries stop signals and lost processes
     except RuntimeError as error:
         answer = first_line(error)
     if not answer == ones.item() == world:
-        fault = f"{name_of_process()} asked for the sum of {world} ones and got: {answer}"
+        fault = f"{name_of_process()} summed a one from each of {world} processes and got: {answer}"
         raise InputError(f"preflight: {fault}; {REACH}")
 
 

@@ -148,9 +148,9 @@ class RunLog:
         self.since += time.perf_counter() - start
 
     def _warn_of_spike(self, record, step):
-        name = "error_map" if "error_map" in record else "loss_v1"  # positive, which the whole loss often is not
+        name = "error_map" if "error_map" in record else "loss_v1"  # always positive; the total loss often is not
         if len(self.recent) >= 10 and record[name] > self.SPIKE * (median := statistics.median(self.recent)):
-            self.say(f"warning: at step {step} the {name} is {record[name]:.4f}, its running median {median:.4f}")
+            self.say(f"warning: at step {step}, {name} is {record[name]:.4f}; its running median is {median:.4f}")
         self.recent.append(record[name])
 
     def say(self, text):

@@ -65,7 +65,7 @@ def start_model(config, options, info):
     found = {**constructor_defaults(checkpoint.model.kind), **checkpoint.options}
     found["z_dims"] = tuple(found["z_dims"])
     if "model_options" not in checkpoint.run and len(found["df_idxs"]) == len(options["df_idxs"]):
-        for name in ("df_idxs", "legacy_scaling"):  # which a published file may leave open
+        for name in ("df_idxs", "legacy_scaling"):  # a published file may not record these
             found[name] = options[name] if getattr(config, name) else found[name]
     check_network(source, found, options, config)
     torch.manual_seed(config.seed)

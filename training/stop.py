@@ -89,6 +89,6 @@ class StopRequest:
             self.finish()
         time.sleep(GRACE)
         if not self.failed:  # else it ends with its own error
-            if not told:  # the one that noticed says so
-                os.write(2, b"another process of the run has ended, so all end; --resume auto continues\n")
+            if not told:  # only the process that noticed prints it
+                os.write(2, b"another process of the run ended early, so this one ends too; use --resume auto\n")
             os._exit(1)

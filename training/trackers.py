@@ -39,7 +39,7 @@ def failing_in_one_line(wandb):
 
 
 def folder_of(config):
-    """Folder of tracker files: in the run's, or one for the run in an absolute --logging-dir."""
+    """Folder of tracker files: --logging-dir in the run's folder; if absolute, a folder in it named after the run."""
     place = Path(config.logging_dir)
     return place / config.exp_name if place.is_absolute() else config.folder / place
 

@@ -243,7 +243,7 @@ class BadSteps:
 
     def load_state_dict(self, state):
         self.seen, in_a_row = state["bad_steps"], state["bad_steps_in_a_row"]
-        self.counts.copy_(torch.tensor([self.seen, in_a_row, 0]))  # the most in a row of this start
+        self.counts.copy_(torch.tensor([self.seen, in_a_row, 0]))  # longest series since this start
 
 
 def make_optimizer(config, model):

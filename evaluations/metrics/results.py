@@ -134,14 +134,14 @@ def markdown(header, rows):
 
 
 class CountedSamples:
-    """Refuses samples that are not all there."""
+    """Refuses samples that are incomplete or do not match the files beside them."""
 
-    incomplete = None  # the value of --incomplete, where a program has it
+    incomplete = None  # None: the program has no --incomplete
 
     def check_count(self, samples, count):
-        """[A fault that --incomplete accepts], [] if none: `count` samples contradict the files beside them.
+        """List with the fault of `count` samples that contradict the files beside them; [] if there is none.
 
-        Raises InputError.
+        Raises InputError for a fault without --incomplete.
         """
         manifest = sample_manifest(samples)
         said = manifest and manifest.num_fid_samples
@@ -160,7 +160,7 @@ class CountedSamples:
         """Raise InputError for incomplete samples; with --incomplete print the fault and return it in a list."""
         if not self.incomplete:
             remedy = "" if self.incomplete is None else ", or pass --incomplete to measure what is there"
-            raise InputError(f"{fault}; complete or repeat them{remedy}")
+            raise InputError(f"{fault}; complete the samples or make them again{remedy}")
         note(f"warning: {fault}")
         return [fault]
 
