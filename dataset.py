@@ -193,7 +193,7 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
     if moments.labels is None:
         remedy = "put the images into class folders (one is enough), then convert and encode again"
         raise InputError(f"{moments.labels_file}: labels are missing (null); {remedy}")
-    classes = _count_classes(moments, num_classes)
+    classes = count_classes(moments, num_classes)
     check_labels(moments.labels, classes, moments.labels_file)
     rows, spec = moments.rows, moments.spec
     info = DataInfo(len(rows), classes, spec, rows.shape, moments.resolution, moments.manifest.class_names)
@@ -203,7 +203,8 @@ def open_dataset(data_dir, *, images=False, mirror=False, features=(), num_class
     return LatentDataset(info, moments, files, mirrored, stored, workers)
 
 
-def _count_classes(moments, num_classes):
+def count_classes(moments, num_classes):
+    """Number of classes of labelled Moments; num_classes: --num-classes or None. Raises InputError."""
     folder, recorded = moments.folder, moments.manifest.num_classes
     if recorded and num_classes not in (None, recorded):
         raise InputError(f"--num-classes {num_classes}: {folder / MANIFEST} says {recorded}; leave the flag out")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 EXIT_STOPPED = 75  # sysexits.h, EX_TEMPFAIL: not finished; the same command with --resume auto continues
+TURN = 5  # seconds for which other processes leave it to the first to report a common error
 TYPED = {}  # {flag, or flag and value: the words typed for it}, for messages
 ROOM = "free space, or raise the quota (ulimit -f), and run the same again: what is finished is kept"
 REMEDIES = {  # by errno, for what the operating system refuses, which says nothing about a file's content
@@ -117,14 +118,14 @@ def _in_one_line(error):
 
 
 def _end(line, code):
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(TURN)
     report(line)
     sys.exit(code)
 
 
 def report(line):
     """Print the final message of a failing command, and record it for torchrun."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
     if record := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its contents at the end
         message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):

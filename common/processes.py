@@ -10,7 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from common.errors import InputError
+from common.errors import TURN, InputError
 
 A_WEEK = datetime.timedelta(days=7)  # resumed work may leave one process much more to do than another
 
@@ -62,6 +62,7 @@ class Processes:
     def check_others(self):
         """Raise InputError if another process has failed: no launcher ends this one if that was on another machine."""
         if self.count("failed"):
+            time.sleep(2 * TURN)  # a launcher on this machine ends this process once the other has said why
             raise InputError("another process failed; fix what its message says, then run the same again")
 
     @property

@@ -144,16 +144,17 @@ def score(args):
     if args.check_only:
         return print(f"ready to score {args.results}\n{AFTER_CHECK}")
     detections = [found for _, found in read_record_lines(Detection, args.results)]
+    accepted = []
     if faults := faults_of(detections, args.images_per_prompt, metadata, args.samples):
         others = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
-        args.refuse(f"{args.results}: {faults[0]}{others}")
+        accepted = args.refuse(f"{args.results}: {faults[0]}{others}")
     detections = list({found.name or number: found for number, found in enumerate(detections)}.values())
     scores = aggregate(detections)
     for tag, value in scores.items():
         of_tag = [found for found in detections if tag in (found.tag, "overall")]
         print(f"{tag:14} {value:.4f}  {len(of_tag)} images of {len({found.place for found in of_tag})} prompts")
     metrics = {f"geneval_{tag}": value for tag, value in scores.items()}
-    Result(metrics, samples, results=args.results, count=len(detections)).write(path)
+    Result(metrics, samples, results=args.results, count=len(detections), warnings=accepted).write(path)
 
 
 def main(argv=None):

@@ -118,7 +118,7 @@ class Probe:
 
     def __init__(self, args):
         self.args, self.device, self.tokens = args, device_of_process(), {}
-        given = {"ckpt": args.ckpt, "weights": args.weights, **args.published()}
+        given = {"ckpt": args.ckpt, "weights": args.weights, "decode": False, **args.published()}
         self.checkpoint, self.path, self.spec = open_checkpoint(SamplingFlags(**given))
         self.model, depth = self.checkpoint.model.to(self.device), self.checkpoint.options["depth"]
         if self.model.kind == "text":

@@ -38,6 +38,7 @@ from models.hub import VAE_FOLDER, is_on_hub
 from models.specs import PLACES, TRAINING, LatentSpec
 
 # What sampling and its manifest need; paths of the training machine are left out.
+PATHS = (*PLACES, "enc_ckpt")
 RUN_KEYS = ("model", "exp_name", "path_type", *TRAINING)
 CODE = '''"""Runs the code of the DeepFlow repository, which must be installed; README.md says how."""
 
@@ -63,7 +64,8 @@ def export(path, folder, weights="ema", half=False, diffusers=False, vae=None, *
         checkpoint = load_checkpoint(path, weights, **overrides)
         places = {key: place for key in PLACES if (place := checkpoint.run.get(key)) and not is_on_hub(place)}
         checkpoint.run |= {key: Path(place).name for key, place in places.items()}
-        checkpoint.run.pop("changes", None)  # may have paths too
+        for entry in checkpoint.run.get("changes", ()):
+            entry["changes"] = {flag: values for flag, values in entry["changes"].items() if flag not in PATHS}
         run = {key: checkpoint.run[key] for key in RUN_KEYS if key in checkpoint.run}
         data = {**checkpoint.data, **(write_pipeline(partial, checkpoint, vae) if diffusers else {})}
         about = {"run": run, "data": data, "steps": checkpoint.steps, "weights": weights}

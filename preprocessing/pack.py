@@ -9,10 +9,10 @@ import numpy as np
 from common.errors import InputError, note
 from common.files import sha256_of_files
 from common.versions import versions
-from dataset import open_dataset
+from dataset import count_classes
 from latents.manifest import IMAGES, LABELS_JSON, MANIFEST, MIRROR, MOMENTS, PREPARE
 from latents.names import NO_LABEL, check_names
-from latents.sets import check_unpacked, images_by_order, is_set, open_moments
+from latents.sets import check_labels, check_unpacked, images_by_order, is_set, open_moments
 from preprocessing.jobs import Job, batches_of
 from preprocessing.packed import ShardWriter
 
@@ -38,12 +38,14 @@ def pack_set(source, dest, options):
     if labels is None:  # captioned images have none
         labels = np.full(len(rows), NO_LABEL)
     else:
-        num_classes = open_dataset(source, num_classes=options.num_classes, data_vae=options.vae).info.num_classes
+        num_classes = count_classes(moments, options.num_classes)
+        check_labels(labels, num_classes, moments.labels_file)
     flipped = source.name == MIRROR if manifest.flipped is None else manifest.flipped
     facts = {"kind": "moments", "latents": dataclasses.asdict(moments.spec), "flipped": flipped}
     facts |= {"arithmetic": manifest.arithmetic, "moments_shape": rows.shape}
     fingerprint = sha256_of_files(*(source / n for n in (MANIFEST, LABELS_JSON) if (source / n).is_file()))
     ticket = {"command": "pack", "source": fingerprint, **options.stored(), **facts}
+    ticket["flipped"] = bool(manifest.flipped)  # as older versions, which a complete set is compared with
     ticket["normalize"] = None if source.name == MIRROR else options.normalize  # training uses the scale of MOMENTS
     job = Job(dest, {**ticket, "batch": BATCH, "num_classes": num_classes})
     images = source.parent / IMAGES

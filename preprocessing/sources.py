@@ -71,7 +71,8 @@ class ImageSource:
         if not names and not published_labels:
             raise InputError(f"{flag} {path} holds no images (by extensions that Pillow knows); unpack tar files first")
         check_names(names)
-        if MANIFEST not in versions and f"{IMAGES}/{MANIFEST}" in versions:
+        inner = f"{IMAGES}/{MANIFEST}"
+        if MANIFEST not in versions and inner in versions and FORMAT.encode() in self._read_root(inner):
             raise InputError(f"{flag} {path} is a data folder; pass its images instead: {self.path / IMAGES}")
         root = {name: self._read_root(name) for name in (MANIFEST, LABELS_JSON) if name in versions}
         self.manifest = None

@@ -5,6 +5,7 @@ facts, the words in a picture (arguments of save_grid), and the store that its i
 """
 
 import dataclasses
+import itertools
 import os
 import re
 from pathlib import Path
@@ -80,7 +81,8 @@ def read_labels(text, num_classes, names=(), flag="--labels"):
     if not is_list and (len(words) == 1 or os.path.exists(text)):
         try:
             lines, file = Path(regular(text)).read_text("utf-8-sig").split("\n"), text
-            words = [line.strip() for line in lines if line.strip()] or ["nothing"]
+            parts = (line.split() if re.fullmatch(r"[\d\s]*", line) else [line.strip()] for line in lines)
+            words = [*itertools.chain(*parts)] or ["nothing"]
         except (OSError, UnicodeDecodeError) as error:
             fault = system_fault(error) or f"{text}: not random, balanced, a list like 207,robin or a text file"
             raise InputError(f"{flag} {fault}") from None

@@ -70,7 +70,7 @@ class DeepFlowPipeline(DiffusionPipeline):
             raise InputError(f"output_type {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
         if own := sorted(OWN & settings.keys()):
             raise InputError(f"a pipeline does not take {own[0]}; use its vae, generator or output_type instead")
-        chunk = settings.pop("decode_batch_size", 32)
+        chunk = settings.get("decode_batch_size") or 32
         given = {"steps": num_inference_steps, "cfg_scale": guidance_scale, **settings}
         seed = generator.initial_seed() if generator else 0
         network = self.transformer.network

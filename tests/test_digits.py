@@ -360,7 +360,7 @@ def test_samples_of_another_manifest_are_refused(tmp_path, split, held_images):
     samples.with_suffix(".json").write_text(json.dumps({**manifest, "npz_sha256": "0" * 64}))
     with pytest.raises(
         InputError,
-        match=r"samples.npz is not the file that .*samples.json describes; complete the samples",
+        match=r"samples.npz is not the file that .*samples.json describes; complete them",
     ):
         main(["--samples", str(samples)])
 

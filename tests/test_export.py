@@ -50,11 +50,12 @@ def test_the_folder_has_the_files_of_the_hub(folder):
 def test_paths_of_the_training_machine_are_left_out(ckpt, tmp_path):
     content = tiny.load(ckpt)
     content["config"] |= {"init_from": "/a/b.pt", "teacher": "/a/c.pt", "holdout": "/a/held", "data_dir": "/a/data"}
-    content["config"]["changes"] = [{"step": 1, "changes": {"teacher": ["/a/old.pt", "/a/c.pt"]}}]
+    content["config"]["changes"] = [{"step": 1, "changes": {"teacher": ["/a/old.pt", "/a/c.pt"], "seed": [0, 1]}}]
     torch.save(content, tmp_path / "named.pt")
     export(tmp_path / "named.pt", tmp_path / "out")
     run = json.loads((tmp_path / "out/config.json").read_text())["run"]
     assert (run["init_from"], run["teacher"], run["holdout"]) == ("b.pt", "c.pt", "held")
+    assert run["changes"] == [{"step": 1, "changes": {"seed": [0, 1]}}]
     content["config"]["init_from"] = "someone/tiny@" + "0" * 40
     torch.save(content, tmp_path / "hub.pt")
     export(tmp_path / "hub.pt", tmp_path / "of-hub")

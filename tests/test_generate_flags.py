@@ -113,7 +113,7 @@ def test_latents_that_the_vae_cannot_decode_are_refused(vae, tmp_path):
 
 
 def test_labels_are_taken_in_turn_from_a_list_or_a_file(ckpt, tmp_path):
-    (tmp_path / "labels.txt").write_text("\ufeff2\n0\n0\n1\n2\n", "utf-8")  # as some editors write it
+    (tmp_path / "labels.txt").write_text("\ufeff2 0\n0\n\n1\n2\n", "utf-8")  # as some editors write it
     for text, expected in (("2,0", [2, 0, 2, 0, 2]), (tmp_path / "labels.txt", [2, 0, 0, 1, 2])):
         _, _, manifest = tiny.run_generate(ckpt, tmp_path / f"{len(expected)}{expected[2]}", labels=text)
         assert manifest["labels"] == expected

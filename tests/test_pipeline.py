@@ -107,6 +107,7 @@ def test_the_card_shows_diffusers(folder):
         ({"class_labels": [0], "num_inference_steps": 0}, "steps"),
         ({"class_labels": [0], "output_type": "tensor"}, "output_type 'tensor'.*pil"),
         ({"class_labels": [0], "strength": 1}, "strength"),
+        ({"class_labels": [0], "decode_batch_size": 0}, "decode_batch_size 0 is out of range"),
         ({"class_labels": [0], "seed": 1}, "does not take seed; use its .* generator"),
         ({"prompt": "a cat"}, "classes"),
         ({}, "classes"),

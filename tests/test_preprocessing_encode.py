@@ -24,6 +24,7 @@ from preprocessing.encode import encode
 from preprocessing.info import describe, write_grid
 from preprocessing.options import ConvertFlags, EncodeFlags, MirrorFlags, PackFlags
 from preprocessing.pack import pack
+from preprocessing.sources import ImageSource
 from preprocessing.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,14 @@ def test_a_mirror_of_images_that_were_not_flipped_is_refused(data):
 def test_a_data_folder_in_place_of_its_images_is_refused(data):
     with pytest.raises(InputError, match=f"{data} is a data folder; pass its images instead: {data}/images"):
         encode(EncodeFlags(data, data / "vae-sd", tiny_vae()))
+
+
+def test_a_class_may_be_called_images(tmp_path):
+    for name in ("images", "drawings"):
+        (tmp_path / name).mkdir()
+        photo(0, 16, 16).save(tmp_path / name / "0.png")
+    (tmp_path / "images/manifest.json").write_text('{"tool": "another"}')
+    assert ImageSource(tmp_path).class_names == ["drawings", "images"]
 
 
 def test_batches_that_another_process_has_not_recorded_are_not_taken_for_written(data):

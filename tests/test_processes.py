@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common.errors import InputError
+from common.errors import TURN, InputError
 from common.processes import Processes, device_of_process
 
 
@@ -52,14 +52,17 @@ def test_an_error_waits_for_no_other_process(monkeypatch, world):
     assert ended == [2] * (world > 1)
 
 
-def test_a_process_of_another_machine_that_failed_is_noticed():
+def test_a_process_of_another_machine_that_failed_is_noticed(monkeypatch):
     store = dist.HashStore()
     first, second = (Processes(rank, 2, torch.device("cpu"), store) for rank in (0, 1))
     first.check_others()
     with pytest.raises(OSError), second:
         raise OSError("no space left")
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(InputError, match="another process failed"):
         first.check_others()
+    assert sum(waited) > TURN  # the one that failed is to speak first
 
 
 @pytest.mark.parametrize("way", ["left", "failed"])

@@ -174,6 +174,7 @@ def test_deepflow_training_is_described_without_gpu_and_data(capsys):
         (TrainConfig, "--model SiT-S/2 --enc-type mae-vit-l", True),
         (TrainConfig, "--model SiT-S/2 --encoder-depth 4", True),
         (TrainConfig, "--model SiT-S/2 --proj-coeff 0.5", True),
+        (TrainConfig, "--model SiT-S/2 --proj-coeff 0", False),
         (TrainConfig, "--model SiT-S/2 --enc-type None", False),
         (TrainConfig, "--model SiT-S/2 --enc-type None --proj-coeff 0.5", False),
         (TrainConfig, "--model SiT-S/2 --enc-type None --encoder-depth 4", False),

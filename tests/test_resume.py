@@ -179,6 +179,18 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_beyond_its_end_is_complete_and_a_file_elsewhere_is_not(tmp_path, capsys):
+    data = tiny.data_folder(tmp_path / "data")
+    run_dir = tiny.run_train(data, tmp_path, max_train_steps=2)
+    capsys.readouterr()
+    tiny.run_train(data, tmp_path, max_train_steps=1, resume="auto")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{run_dir} is complete at step 2; raise --max-train-steps or --epochs to continue"
+    copy = tmp_path / "20251128.pt"
+    shutil.copyfile(checkpoint_path(run_dir, 2), copy)
+    assert tiny.run_train(data, tmp_path, exp_name="other", max_train_steps=3, resume=copy)
+
+
 def test_seed_makes_the_run(tmp_path):
     data = tiny.data_folder(tmp_path / "data")
     runs = [

@@ -218,7 +218,7 @@ class FlowFlags(ConventionFlag, RunFlags):
             bound = 0.0 if self.vera == "none" else 0.01
         if aligned is None:  # a resumed run's settings have it
             given = {name: getattr(self, name) for name in ("enc_type", "encoder_depth", "proj_coeff")}
-            words = [f"{shown(name)} {value}" for name, value in given.items() if value is not None]
+            words = [f"{shown(name)} {value}" for name, value in given.items() if value not in (None, 0)]
             named = self.enc_type is None or bool(models.encoders.parse_enc_type(self.enc_type))
             aligned = bool(words) and named and not (self.df_idxs or getattr(PRESETS.get(self.model), "df_idxs", ()))
             if words and named and not aligned:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
 
-from common.errors import InputError, first_line, report
+from common.errors import TURN, InputError, first_line, report
 from common.precision import set_math
 from common.processes import device_of_process
 
-PREFLIGHT_SECONDS = 60
+PREFLIGHT_SECONDS = 300  # some processes import torch from a busy disk, or wait for their GPU
 REACH = (
     "check that all processes started and can reach each other "
     "(address, port, firewall, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
@@ -54,8 +54,11 @@ def connecting():
     """End the process with an error after PREFLIGHT_SECONDS: the block waits for all processes, started or not."""
 
     def give_up():
-        report(f"error: preflight: {name_of_process()} did not reach all others within {PREFLIGHT_SECONDS} s; {REACH}")
-        os._exit(2)
+        if os.environ.get("RANK") != "0":
+            timer.finished.wait(TURN)
+        if not timer.finished.is_set():
+            report(f"error: preflight: {name_of_process()} did not reach all others in {PREFLIGHT_SECONDS} s; {REACH}")
+            os._exit(2)
 
     timer = threading.Timer(PREFLIGHT_SECONDS, give_up)
     timer.daemon = True

@@ -15,6 +15,7 @@ from common.files import check_writable
 from common.flags import shown, words_of
 from dataset import CaptionInfo, DataInfo, open_captions, open_dataset
 from models import create_model
+from models.checkpoints import checkpoint_path, existing_steps
 from models.codec import LatentCodec
 from models.compiling import keep_compiled
 from models.flops import count_flops
@@ -92,6 +93,7 @@ def run_task(config, task):
     config.check()
     if not config.dry_run:
         check_tracker(config.report_to)
+    accelerator = start_accelerator(config)  # early: processes prepare their data at different speeds
     config = task.prepare(config)
     info, dataset, held = open_data(config)
     if config.resolution not in (None, info.resolution):
@@ -106,12 +108,13 @@ def run_task(config, task):
         if config.compile:
             keep_compiled(config.folder)
     options, model = task.start(config, info, resumed)
-    run = Run(config, start_accelerator(config), info, dataset, held, options, resumed)
+    run = Run(config, accelerator, info, dataset, held, options, resumed)
     run.accelerator.print(f"{given}\n{describe(run)}")
     if config.dry_run:
         run.accelerator.print(f"config.json: {json.dumps(run.saved()['config'], indent=1)}")
         return note("next: the same command without --dry-run")
-    grids, complete = None, resumed is not None and resumed.stem.isdecimal() and int(resumed.stem) >= run.stop_step
+    ends = [step for step in existing_steps(config.folder) if step >= run.stop_step]
+    grids, complete = None, resumed in [checkpoint_path(config.folder, step) for step in ends]
     if config.sampling_steps and run.accelerator.is_main_process and not complete:  # the main process draws them
         codec = LatentCodec.load(config.vae or info.spec.vae, device=run.accelerator.device)
         grids = GridSampler(codec, dataset, config.folder, config.seed)

@@ -160,7 +160,7 @@ class CountedSamples:
         """Raise InputError for incomplete samples; with --incomplete print the fault and return it in a list."""
         if not self.incomplete:
             remedy = "" if self.incomplete is None else ", or pass --incomplete to measure what is there"
-            raise InputError(f"{fault}; complete the samples or make them again{remedy}")
+            raise InputError(f"{fault}; complete them, or make them again{remedy}")
         note(f"warning: {fault}")
         return [fault]
 
