@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common.errors import InputError, first_line, note
-from common.files import read_bytes, sha256_of_files, write_atomically, write_json
+from common.files import read_bytes, remove_leftovers, sha256_of_files, write_atomically, write_json
 from common.look_ahead import ordered_map
 from latents.names import walk
 from sampling.manifest import SEALED, SETTINGS, check_settings
@@ -250,6 +250,8 @@ def prepare_folder(folder, settings, resume=True):
     found = check_settings(folder, settings) if record.exists() else {}
     for left in folder.rglob(".*.tmp"):  # left by killed processes
         left.unlink(missing_ok=True)
+    for suffix in (".npz", ".json"):
+        remove_leftovers(f"{folder}{suffix}")
     sealed = found.get(SEALED, not has_images)
     write_json(record, {**settings, SEALED: sealed})
     return sealed

@@ -102,7 +102,7 @@ def test_an_interrupted_result_goes_on_and_other_settings_are_refused(ckpt, tmp_
     for own, others in (("tiny-0000003-sde-4-seed-0", "--ig-scale"), (folder.name.replace("2.0", "3.0"), "--ig-scale")):
         target = folder.rename(tmp_path / "other" / own)
         now = {**flags, "ig_scale": 3.0} if "3.0" in own else {}
-        with pytest.raises(InputError, match=f"another {others} .*--sample-dir"):
+        with pytest.raises(InputError, match=f"other settings: {others} was .*--sample-dir"):
             tiny.run_generate_only(ckpt, tmp_path / "other", **now)
         folder = target
 
